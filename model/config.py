@@ -1,0 +1,169 @@
+"""What a Phi-4-Mini is, in numbers: one frozen dataclass and the presets.
+
+Letters used through `model/`: B batch, T tokens, D model width, H query heads, G key/value heads,
+K head size, F MLP hidden size, V vocabulary, R rotary size (the rotated part of K).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+RopeFactors = Literal["short", "long"]
+
+# microsoft/Phi-4-mini-instruct config.json; entries 0 to 31 are exactly 32.03^(i/31).
+PHI4_MINI_LONG_FACTOR = (
+    1.0, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649,
+    2.446418898, 2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845,
+    5.351743533, 5.984965424, 6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158,
+    11.70738129, 13.09260651, 14.64173252, 16.37415215, 18.31155283, 20.47818807, 22.90118105,
+    25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7, 32.71,
+    32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The shape of a Phi-3-family decoder (`Phi3ForCausalLM`)."""
+
+    num_layers: int
+    model_dim: int
+    """D"""
+    num_heads: int
+    """H, query heads"""
+    num_kv_heads: int
+    """G, key/value heads; H is a multiple of G"""
+    head_dim: int
+    """K"""
+    mlp_dim: int
+    """F, the width of gate and of up each"""
+    vocab_size: int
+    max_positions: int
+    """the longest sequence the long rope table is made for, in tokens"""
+    original_max_positions: int
+    """the length at which Hugging Face and vLLM change from the short to the long table, in tokens"""
+    partial_rotary_factor: float = 0.75
+    """share of each head that is rotated; the rest is position-agnostic"""
+    rope_theta: float = 10000.0
+    short_factor: tuple[float, ...] | None = None
+    """LongRoPE divisors of the R/2 frequencies; None for both factors means plain RoPE"""
+    long_factor: tuple[float, ...] | None = None
+    rope_factors: RopeFactors = "long"
+    """which table this run uses for every token of every batch; stored in checkpoints"""
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
+                     "vocab_size", "max_positions", "original_max_positions"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"ModelConfig.{name}: expected a positive integer, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"ModelConfig.num_heads: {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"ModelConfig.partial_rotary_factor: {self.partial_rotary_factor} of head_dim {self.head_dim} "
+                f"gives {self.rotary_dim} rotated dimensions; expected an even number up to head_dim"
+            )
+        if (self.short_factor is None) != (self.long_factor is None):
+            raise ValueError("ModelConfig: short_factor and long_factor are given together or not at all")
+        for name in ("short_factor", "long_factor"):
+            factor = getattr(self, name)
+            if factor is not None and len(factor) != self.rotary_dim // 2:
+                raise ValueError(
+                    f"ModelConfig.{name}: expected {self.rotary_dim // 2} values (half of the rotated "
+                    f"dimensions), got {len(factor)}"
+                )
+        if self.rope_factors not in ("short", "long"):
+            raise ValueError(f"ModelConfig.rope_factors: expected 'short' or 'long', got {self.rope_factors!r}")
+
+    @property
+    def rotary_dim(self) -> int:
+        """R: how many of a head's K dimensions are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def attention_factor(self) -> float:
+        """What LongRoPE multiplies cos and sin by, for both tables: sqrt(1 + ln(s) / ln(original_max)).
+
+        s = max_positions / original_max_positions; 1.0 for plain RoPE (LongRoPE, arXiv 2402.13753,
+        as in transformers' `_compute_longrope_parameters`).
+        """
+        if self.long_factor is None or self.max_positions <= self.original_max_positions:
+            return 1.0
+        scale = self.max_positions / self.original_max_positions
+        return math.sqrt(1 + math.log(scale) / math.log(self.original_max_positions))
+
+    @property
+    def rope_divisors(self) -> tuple[float, ...]:
+        """The R/2 divisors of the run's table (all ones for plain RoPE)."""
+        factor = self.long_factor if self.rope_factors == "long" else self.short_factor
+        return factor if factor is not None else (1.0,) * (self.rotary_dim // 2)
+
+    @property
+    def num_parameters(self) -> int:
+        """Exact; a tied head is counted once."""
+        attention = self.model_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        layer = attention + 3 * self.model_dim * self.mlp_dim + 2 * self.model_dim
+        embeddings = self.vocab_size * self.model_dim * (1 if self.tie_embeddings else 2)
+        return embeddings + self.num_layers * layer + self.model_dim
+
+
+def _long_factor(num_frequencies: int, largest: float) -> tuple[float, ...]:
+    """A long table of Phi-4-Mini's kind for another head size: geometric from 1 to `largest`."""
+    return tuple(round(largest ** (i / (num_frequencies - 1)), 9) for i in range(num_frequencies))
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "phi-4-mini": ModelConfig(
+        num_layers=32,
+        model_dim=3072,
+        num_heads=24,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_dim=8192,
+        vocab_size=200064,
+        max_positions=131072,
+        original_max_positions=4096,
+        short_factor=(1.0,) * 48,
+        long_factor=PHI4_MINI_LONG_FACTOR,
+    ),
+    # The same vocabulary and head size at a tenth of the weights: for one GPU, or a first cluster run.
+    "phi-400m": ModelConfig(
+        num_layers=12,
+        model_dim=1152,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=128,
+        mlp_dim=3072,
+        vocab_size=200064,
+        max_positions=131072,
+        original_max_positions=4096,
+        short_factor=(1.0,) * 48,
+        long_factor=PHI4_MINI_LONG_FACTOR,
+    ),
+    # Trains in minutes on a CPU. Every shape rule of the big one holds: grouped heads, partial rotary,
+    # a long table that differs from the short one, tied embeddings.
+    "tiny": ModelConfig(
+        num_layers=4,
+        model_dim=128,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        mlp_dim=256,
+        vocab_size=256,
+        max_positions=512,
+        original_max_positions=128,
+        short_factor=(1.0,) * 12,
+        long_factor=_long_factor(12, 4.0),
+    ),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    if name not in PRESETS:
+        raise ValueError(f"unknown model preset {name!r}; expected one of {sorted(PRESETS)}")
+    return PRESETS[name]

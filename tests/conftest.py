@@ -1,0 +1,39 @@
+"""Every test runs on the GPU when there is one; without one, kernels run in Triton's interpreter."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is decorated
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty* returns NaN, so an element that a kernel forgot to write fails the comparison."""
+    for name in ("empty", "empty_like"):
+        allocate = getattr(torch, name)
+
+        def nan_filled(*args, _allocate=allocate, **kwargs):
+            t = _allocate(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() and not t.is_meta else t
+
+        monkeypatch.setattr(torch, name, nan_filled)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
