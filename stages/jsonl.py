@@ -1,0 +1,157 @@
+"""Files between stages: JSON lines, JSON and text, read with errors that name the line, written whole or not at all.
+
+A file is written under a temporary name in its own directory, flushed to the disk and renamed over
+the old one, so a reader sees the old file or the new one and never a half of either.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+_JSON_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false",
+               list: "a list", dict: "an object", type(None): "null"}  # fmt: skip
+
+
+def read_rows(
+    path: str | Path,
+    required: Mapping[str, type],  # field -> str, int, float, bool, list or dict
+    non_blank: Collection[str] = ("question", "answer"),
+) -> list[Row]:
+    """The rows of a JSON-lines file, each an object that has the `required` fields.
+
+    Fields named in `non_blank` that are required must hold more than white space. A float field takes
+    integers too; an integer field does not take true or false. Empty lines are skipped.
+    Raises ValueError naming file, line, field, what was expected and what came; OSError if unreadable.
+    """
+    rows = [_checked(row, required, non_blank, at) for at, row in _parsed_lines(Path(path))]
+    if not rows:
+        raise ValueError(f"{path}: expected at least one row, got an empty file")
+    return rows
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object per line, atomically. ValueError names a row that JSON cannot hold (NaN, a tensor).
+
+    OSError says that the file could not be written (disk full, no permission); the old file stays.
+    """
+
+    def lines() -> Iterator[str]:
+        for number, row in enumerate(rows, start=1):
+            yield dump(row, f"{path}: row {number}") + "\n"
+
+    _replace_file(Path(path), lines())
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file. ValueError names the file and the place of a syntax error."""
+    return _parsed(Path(path).read_bytes(), f"{path}")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Indented JSON, atomically; errors as in `write_rows`."""
+    _replace_file(Path(path), [dump(value, f"{path}", indent=2) + "\n"])
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """UTF-8 text, atomically; errors as in `write_rows`."""
+    _replace_file(Path(path), [text])
+
+
+def dump(value: Any, where: str, indent: int | None = None) -> str:
+    """JSON text of `value`; ValueError starts with `where` if JSON has no way to write it."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: not writable as JSON: {error}") from error
+
+
+def _parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Pairs of `file, line N` and the parsed line."""
+    # Lines end at \n alone: text mode would also break at the U+2028 that JSON strings may hold.
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                at = f"{path}, line {number}"
+                yield at, _parsed(line, at)
+
+
+def _parsed(data: bytes, at: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{at}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise ValueError(f"{at}: malformed JSON: nested too deeply") from error
+    except ValueError as error:
+        excerpt = data[:60].decode("utf-8", "replace").strip()
+        raise ValueError(f"{at}: malformed JSON: {error}; it starts with {excerpt!r}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _checked(row: Any, required: Mapping[str, type], non_blank: Collection[str], at: str) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"{at}: expected an object, got {_described(row)}")
+    for field, kind in required.items():
+        if field not in row:
+            raise ValueError(
+                f"{at}, field {field!r}: expected {_JSON_NAMES[kind]}, got no such field; "
+                f"the row has {sorted(row)}"
+            )
+        value = row[field]
+        kinds = (int, float) if kind is float else kind
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(
+                f"{at}, field {field!r}: expected {_JSON_NAMES[kind]}, got {_described(value)}"
+            )
+        if field in non_blank and isinstance(value, str) and not value.strip():
+            raise ValueError(f"{at}, field {field!r}: expected text, got {_described(value)}")
+    return row
+
+
+def _described(value: Any) -> str:
+    if value is None:
+        return "null"
+    text = repr(value)
+    return f"{_JSON_NAMES.get(type(value), type(value).__name__)}: {text[:60]}{'...' if len(text) > 60 else ''}"
+
+
+def _replace_file(path: Path, pieces: Iterable[str]) -> None:
+    # A link keeps pointing to where its owner put the file: what it points to is replaced.
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("x", encoding="utf-8", newline="\n") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _flush_directory(target.parent)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path}: not writable as UTF-8: {error.reason}") from error
+    except OSError as error:
+        # os.path: a folder that may not be entered counts as no file.
+        kept = (
+            "the file that was there is unchanged" if os.path.exists(path) else "no file was left"
+        )
+        raise OSError(error.errno, f"cannot write: {error.strerror}; {kept}", str(path)) from error
+    finally:
+        if os.path.exists(temporary):  # only if something failed before the rename
+            temporary.unlink()
+
+
+def _flush_directory(directory: Path) -> None:
+    """Makes a rename survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
