@@ -69,7 +69,9 @@ class ModelConfig:
                 f"gives {self.rotary_dim} rotated dimensions; expected an even number up to head_dim"
             )
         if (self.short_factor is None) != (self.long_factor is None):
-            raise ValueError("ModelConfig: short_factor and long_factor are given together or not at all")
+            raise ValueError(
+                "ModelConfig: short_factor and long_factor are given together or not at all"
+            )
         for name in ("short_factor", "long_factor"):
             factor = getattr(self, name)
             if factor is not None and len(factor) != self.rotary_dim // 2:
@@ -78,7 +80,9 @@ class ModelConfig:
                     f"dimensions), got {len(factor)}"
                 )
         if self.rope_factors not in ("short", "long"):
-            raise ValueError(f"ModelConfig.rope_factors: expected 'short' or 'long', got {self.rope_factors!r}")
+            raise ValueError(
+                f"ModelConfig.rope_factors: expected 'short' or 'long', got {self.rope_factors!r}"
+            )
 
     @property
     def rotary_dim(self) -> int:
