@@ -1,0 +1,177 @@
+"""Text to token ids and back, over a Hugging Face `tokenizer.json`; and the tiny preset's own tokenizer.
+
+Phi-4-mini ends a turn with `<|end|>` and a document with `<|endoftext|>`, which is also bos, pad and unk.
+Because pad and eos are one id, no loss mask may ever be made from token ids (see chat.py).
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+END = "<|end|>"
+EOS = "<|endoftext|>"
+
+# Phi-4-mini's control tokens: (text, special, whether it swallows white space to its right).
+PHI4_TOKENS = (
+    (EOS, True, False),
+    ("<|endofprompt|>", True, False),
+    ("<|assistant|>", True, True),
+    (END, True, True),
+    ("<|user|>", True, True),
+    ("<|system|>", True, True),
+    ("<|tool|>", False, False),
+    ("<|/tool|>", False, False),
+    ("<|tool_call|>", False, False),
+    ("<|/tool_call|>", False, False),
+    ("<|tool_response|>", False, False),
+    ("<|tag|>", True, False),
+)
+# Ordinary text to Phi-4-mini. The tiny model gets them whole, but as text: decoding never drops them.
+THINK_TOKENS = ("<think>", "</think>")
+TINY_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+-*/%=(),.:;?!'\"^_<>[]$&#@~`|\\{} \n"
+
+
+class Tokenizer:
+    """A loaded tokenizer. Special tokens in a text become their ids; nothing is added by itself."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, config: dict) -> None:
+        self.inner = inner
+        self.config = config
+        """tokenizer_config.json, kept as it was read"""
+        self.end_id = self._required_id(END)
+        self.eos_id = self._required_id(EOS)
+        self.stop_ids = (self.end_id, self.eos_id)
+        """what ends a generation, in the order of Phi-4-mini's generation_config.json"""
+        added = inner.get_added_tokens_decoder().values()
+        self.special_tokens = frozenset(t.content for t in added if t.special)
+        """control tokens: no question and no answer may contain them"""
+        self._added = re.compile("|".join(re.escape(t.content) for t in added))
+        self._alphabet = _alphabet(inner)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> "Tokenizer":
+        """Reads tokenizer.json and, where there is one, tokenizer_config.json. ValueError names the file."""
+        path, config_path = (
+            Path(directory) / n for n in ("tokenizer.json", "tokenizer_config.json")
+        )
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; expected a directory with tokenizer.json")
+        text = path.read_text(encoding="utf-8")
+        try:
+            json.loads(text)
+            config = (
+                json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+            )
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path.parent}: tokenizer files are not valid JSON: {error}"
+            ) from error
+        return cls(tokenizers.Tokenizer.from_str(text), config)
+
+    def save(self, directory: str | os.PathLike, *, chat_template: str | None = None) -> None:
+        """Writes tokenizer.json and tokenizer_config.json; a chat template replaces the one loaded."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = dict(self.config)
+        if chat_template is not None:
+            config["chat_template"] = chat_template
+        for name, text in (
+            ("tokenizer.json", self.inner.to_str(pretty=True)),
+            ("tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n"),
+        ):
+            temporary = directory / f".{name}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(directory / name)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; a model's embedding may have more rows."""
+        return max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """ValueError for a character that the vocabulary cannot write (byte-level ones can write all)."""
+        self._check(text)
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        for text in texts:
+            self._check(text)
+        return [e.ids for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """`skip_special` drops control tokens; `<think>` and `</think>` are text and stay."""
+        return self.inner.decode(list(ids), skip_special_tokens=skip_special)
+
+    def _required_id(self, token: str) -> int:
+        token_id = self.inner.token_to_id(token)
+        if token_id is None:
+            raise ValueError(
+                f"tokenizer: expected a Phi-4-mini vocabulary, got one without {token}"
+            )
+        return token_id
+
+    def _check(self, text: str) -> None:
+        if self._alphabet is None or self._alphabet.issuperset(text):
+            return
+        wrong = set(self._added.sub("", text)) - self._alphabet
+        if wrong:
+            c = min(wrong, key=text.index)
+            start = text.index(c)
+            raise ValueError(
+                f"tokenizer: cannot encode {c!r} (U+{ord(c):04X}) at character {start} of "
+                f"{text[max(0, start - 20) : start + 20]!r}; the vocabulary has no token for it"
+            )
+
+
+def _alphabet(inner: tokenizers.Tokenizer) -> frozenset[str] | None:
+    """The characters that a character-level BPE can write (it drops all others without a word);
+    None for a vocabulary that can write every byte."""
+    description = json.loads(inner.to_str())
+    pre_tokenizer = json.dumps(description.get("pre_tokenizer"))
+    if '"ByteLevel"' in pre_tokenizer or description["model"].get("byte_fallback"):
+        return None
+    return frozenset(t for t in inner.get_vocab(with_added_tokens=False) if len(t) == 1)
+
+
+def train_tiny_tokenizer(texts: Iterable[str], vocab_size: int = 256) -> Tokenizer:
+    """A character-level BPE with Phi-4-mini's control tokens, for a model of a few hundred token ids.
+
+    Each digit is its own token, so numbers are spelled; words merge with the space before them. `\\boxed{`
+    is never one token: the answer's box must be written, not recalled.
+    """
+    markers = [t for t, _, _ in PHI4_TOKENS] + list(THINK_TOKENS)
+    split = re.compile("|".join(map(re.escape, markers)))
+    pieces = [piece for text in texts for piece in split.split(text) if piece]
+    alphabet = sorted(set(TINY_ALPHABET).union(*pieces)) if pieces else sorted(TINY_ALPHABET)
+    if len(alphabet) + len(markers) > vocab_size:
+        raise ValueError(
+            f"train_tiny_tokenizer: expected vocab_size of at least {len(alphabet) + len(markers)} "
+            f"({len(alphabet)} characters and {len(markers)} control tokens), got {vocab_size}"
+        )
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d| ?[A-Za-z]+|[^A-Za-z\d]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(markers), initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(pieces, trainer)
+    for text, special, rstrip in PHI4_TOKENS:
+        add = inner.add_special_tokens if special else inner.add_tokens
+        add([AddedToken(text, special=special, rstrip=rstrip, normalized=False)])
+    inner.add_tokens([AddedToken(t, special=False, normalized=False) for t in THINK_TOKENS])
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": EOS,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "unk_token": EOS,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    return Tokenizer(inner, config)
