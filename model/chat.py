@@ -57,6 +57,12 @@ def render(
     )
 
 
+def render_example(question: str, response: str, template: TemplateName = "instruct") -> str:
+    """The text whose ids `encode_example` gives."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+    return render(messages, template)
+
+
 def encode_prompt(
     tokenizer: Tokenizer, question: str, template: TemplateName = "instruct"
 ) -> list[int]:

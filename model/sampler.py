@@ -98,7 +98,7 @@ def _sample_batch(
     hidden_BD = hidden_BTD[torch.arange(len(prompts)), cache.lengths_B - 1]
 
     rows = torch.arange(len(prompts), device=device)
-    streams_B = _stream(torch.tensor(seeds, device=device))
+    streams_B = _stream(torch.tensor([_signed(s) for s in seeds], device=device))
     stops = torch.tensor(params.stop_ids, dtype=torch.long, device=device)
     tokens_BN = torch.zeros(len(prompts), params.max_new_tokens, dtype=torch.long, device=device)
     logprobs_BN = torch.zeros(len(prompts), params.max_new_tokens, device=device)
@@ -177,6 +177,11 @@ def _nucleus(p_BV: Tensor, top_p: float) -> Tensor:
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 
 
+def _signed(x: int) -> int:
+    """The int64 with the low 64 bits of x."""
+    return (x + 2**63) % 2**64 - 2**63
+
+
 def _mix(x: Tensor) -> Tensor:
     """splitmix64's finaliser (Steele, Lea, Flood 2014) on int64; shifts are made logical by a mask."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -191,7 +196,7 @@ def _stream(seeds_B: Tensor) -> Tensor:
 
 def _uniform(streams_B: Tensor, step: int) -> Tensor:
     """The step-th number of each stream, fp64 in [0, 1); a function of seed and step, on any device."""
-    bits = _mix(streams_B + ((step + 1) * _GOLDEN) % 2**63)
+    bits = _mix(streams_B + _signed((step + 1) * _GOLDEN))
     return ((bits >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
 
 

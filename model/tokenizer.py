@@ -33,7 +33,10 @@ PHI4_TOKENS = (
 )
 # Ordinary text to Phi-4-mini. The tiny model gets them whole, but as text: decoding never drops them.
 THINK_TOKENS = ("<think>", "</think>")
-TINY_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+-*/%=(),.:;?!'\"^_<>[]$&#@~`|\\{} \n"
+# What the demo's problems and solutions are written with; characters of the training texts join it.
+TINY_ALPHABET = (
+    "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+-*/%=(),.:;?!'\\{} \n"
+)
 
 
 class Tokenizer:
