@@ -1,0 +1,124 @@
+"""A micro-batch: whole documents laid end to end, with no padding between them.
+
+T tokens of all documents, N documents.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""target of a position that carries no loss"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One sequence with its targets, before packing."""
+
+    tokens: Sequence[int]
+    targets: Sequence[int]
+    """targets[i] is what position i predicts, IGNORE where nothing is trained; as long as `tokens`"""
+    token_fields: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """one value per token, e.g. the log-probability it was sampled with"""
+    document_fields: Mapping[str, float] = field(default_factory=dict)
+    """one value per document, e.g. its advantage"""
+
+
+def next_token_targets(tokens: Sequence[int], trained: Sequence[bool]) -> list[int]:
+    """Targets shifted by one: position i predicts token i + 1 if that token is trained; the last predicts nothing."""
+    if len(tokens) != len(trained):
+        raise ValueError(f"next_token_targets: {len(tokens)} tokens but {len(trained)} loss flags")
+    shifted = [t if keep else IGNORE for t, keep in zip(tokens[1:], trained[1:], strict=True)]
+    return [*shifted, IGNORE]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """Documents end to end (THD layout). Document i is tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
+
+    tokens_T: Tensor
+    """int64"""
+    targets_T: Tensor
+    """int64, IGNORE where no loss"""
+    cu_seqlens: Tensor
+    """(N + 1,) int32, on the CPU: boundaries, from 0 to T"""
+    fields: dict[str, Tensor] = field(default_factory=dict)
+    """anything else a head needs, per token (T,) or per document (N,)"""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens_T.shape[0]
+
+    @property
+    def num_documents(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each document."""
+        return self.cu_seqlens.diff().tolist()
+
+    @property
+    def document_ids_T(self) -> Tensor:
+        """(T,) int64: which document each token belongs to; on the tokens' device."""
+        lengths = self.cu_seqlens.diff().to(torch.int64)
+        ids = torch.repeat_interleave(torch.arange(self.num_documents), lengths)
+        return ids.to(self.tokens_T.device)
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """Everything but cu_seqlens on `device`."""
+        if self.tokens_T.device == device:
+            return self
+        return PackedBatch(
+            tokens_T=self.tokens_T.to(device, non_blocking=True),
+            targets_T=self.targets_T.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens,
+            fields={k: v.to(device, non_blocking=True) for k, v in self.fields.items()},
+        )
+
+
+def pack(documents: Sequence[Document], multiple_of: int = 1) -> PackedBatch:
+    """Lays `documents` end to end.
+
+    If their tokens are not a multiple of `multiple_of`, a dummy document follows: token 0, no targets, fields 0. It
+    is a document of its own, so that no real one gets longer and nothing real attends to it.
+    Raises ValueError for an empty document, differing lengths, or fields that not all documents have.
+    """
+    if not documents:
+        raise ValueError("pack: expected at least one document, got none")
+    first = documents[0]
+    for i, d in enumerate(documents):
+        if len(d.tokens) == 0:
+            raise ValueError(f"pack: document {i} has no tokens")
+        for name, values in (("targets", d.targets), *d.token_fields.items()):
+            if len(values) != len(d.tokens):
+                raise ValueError(
+                    f"pack: document {i} has {len(d.tokens)} tokens but {len(values)} {name}"
+                )
+        if d.token_fields.keys() != first.token_fields.keys():
+            raise ValueError(f"pack: document {i} has token fields {sorted(d.token_fields)}, the first {sorted(first.token_fields)}")  # fmt: skip
+        if d.document_fields.keys() != first.document_fields.keys():
+            raise ValueError(f"pack: document {i} has document fields {sorted(d.document_fields)}, the first {sorted(first.document_fields)}")  # fmt: skip
+    lengths = [len(d.tokens) for d in documents]
+    tail = -sum(lengths) % multiple_of
+    fields = {
+        name: torch.tensor([v for d in documents for v in d.token_fields[name]] + [0] * tail)
+        for name in first.token_fields
+    } | {
+        name: torch.tensor([d.document_fields[name] for d in documents] + [0] * bool(tail))
+        for name in first.document_fields
+    }
+    if tail:
+        lengths.append(tail)
+    return PackedBatch(
+        tokens_T=torch.tensor(
+            [t for d in documents for t in d.tokens] + [0] * tail, dtype=torch.int64
+        ),
+        targets_T=torch.tensor(
+            [t for d in documents for t in d.targets] + [IGNORE] * tail, dtype=torch.int64
+        ),
+        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        fields=fields,
+    )

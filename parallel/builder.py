@@ -1,0 +1,301 @@
+"""Builds Phi-4-Mini as a Megatron-core model for a layout. Only this file knows GPTModel.
+
+GPTModel is deprecated upstream in favour of HybridModel; what the rest of the project sees is `Model`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from phimini.model.config import ModelConfig
+from phimini.model.reference import Phi4Mini
+from phimini.parallel.attention import CoreAttention
+from phimini.parallel.norm import RMSNorm
+from phimini.parallel.weights import from_hf
+from phimini.parallel.world import World
+
+Recompute = Literal["none", "full", "selective"]
+
+
+def only_known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """`values` without the fields that this version of megatron-core does not have."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    return {k: v for k, v in values.items() if k in known}
+
+
+def _add_residual(training: bool, fused: bool) -> Callable[..., Tensor]:
+    """Megatron's bias-dropout-add slot; this model has neither biases nor dropout."""
+    return lambda output_and_bias, residual, dropout: residual + output_and_bias[0]
+
+
+def _layer_spec() -> ModuleSpec:
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=CoreAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=attention,
+            ),
+            self_attn_bda=_add_residual,  # pyright: ignore[reportArgumentType]
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+                ),
+            ),
+            mlp_bda=_add_residual,  # pyright: ignore[reportArgumentType]
+        ),
+    )
+
+
+def _transformer_config(
+    config: ModelConfig, world: World, dtype: torch.dtype, recompute: Recompute
+) -> TransformerConfig:
+    layout = world.layout
+    # Two sends and two receives between the same pair of ranks in one batch are matched wrongly, in silence.
+    two_stages_interleaved = layout.pipeline == 2 and layout.virtual_pipeline > 1
+    values: dict[str, Any] = dict(
+        num_layers=config.num_layers,
+        hidden_size=config.model_dim,
+        num_attention_heads=config.num_heads,
+        num_query_groups=config.num_kv_heads,
+        kv_channels=config.head_dim,
+        ffn_hidden_size=config.mlp_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline
+        if layout.virtual_pipeline > 1
+        else None,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Weights are written by from_hf; this init only sets Megatron's attributes on them.
+        use_cpu_initialization=world.device.type == "cpu",
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        calculate_per_token_loss=True,
+        overlap_p2p_comm=two_stages_interleaved,
+        batch_p2p_comm=not two_stages_interleaved,
+        deallocate_pipeline_outputs=layout.pipeline > 1,
+        # torch.compile'd or CUDA extensions of Megatron that we do not use.
+        apply_rope_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        cross_entropy_loss_fusion=False,
+    )
+    if recompute == "full":
+        values |= dict(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        )
+    elif recompute == "selective":
+        values |= dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return TransformerConfig(**only_known(TransformerConfig, values))
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
+
+
+class PhiGPT(GPTModel):
+    """GPTModel that ends at the hidden states: the head is fused with the loss, outside.
+
+    Its last stage returns hidden_TD, gathered over sequence-parallel ranks; the gradient that comes back for it may
+    be each tensor-parallel rank's own part (from its rows of the vocabulary): it is summed here.
+    """
+
+    def _postprocess(self, hidden_states: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+        assert hidden_states is not None, "the decoder returned nothing"
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True
+            )
+        elif self.config.tensor_model_parallel_size > 1:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
+        return hidden_states.squeeze(1)
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        """This tensor-parallel rank's rows of the vocabulary; on the last stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+class Model:
+    """This rank's part of the model: one chunk per virtual pipeline stage, each in Megatron's DDP if trainable."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        world: World,
+        transformer_config: TransformerConfig,
+        chunks: list[nn.Module],
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.transformer_config = transformer_config
+        self.chunks = chunks
+        self.num_updates = 0
+        """optimizer steps taken; errors name it"""
+
+    @property
+    def gpts(self) -> list[PhiGPT]:
+        """The chunks without their DDP wrapper."""
+        return [c.module if isinstance(c, DistributedDataParallel) else c for c in self.chunks]  # pyright: ignore[reportReturnType]
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        """On the last stage: this tensor-parallel rank's rows of the output embedding."""
+        return self.gpts[-1].head_weight_VD
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(Megatron name, parameter) of this rank; chunk i's names begin with `chunks.i.`"""
+        for i, gpt in enumerate(self.gpts):
+            for name, parameter in gpt.named_parameters():
+                yield f"chunks.{i}.{name}", parameter
+
+    def zero_grad(self) -> None:
+        for chunk in self.chunks:
+            if isinstance(chunk, DistributedDataParallel):
+                chunk.zero_grad_buffer()
+
+
+def build_model(
+    config: ModelConfig,
+    world: World,
+    *,
+    seed: int | None = 0,
+    trainable: bool = True,
+    dtype: torch.dtype | None = None,
+    recompute: Recompute = "none",
+    distributed_optimizer: bool = False,
+    overlap: bool = False,
+) -> Model:
+    """This rank's part of the model.
+
+    seed: weights as `Phi4Mini.init_weights(seed)` draws them, whatever the layout; None leaves them to be loaded.
+    trainable: False makes a frozen model without gradient buffers (a DPO reference).
+    dtype: of the parameters; None is bf16 on CUDA, fp32 elsewhere. Gradients are summed in fp32.
+    recompute: activations are recomputed in backward: of whole layers (`full`) or of attention (`selective`).
+    distributed_optimizer: gradients are reduce-scattered for an optimizer built with the same option (ZeRO-1).
+    overlap: gradient reduction (and ZeRO-1's parameter gather) runs beside the computation.
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    transformer_config = _transformer_config(config, world, dtype, recompute)
+    virtual = world.layout.virtual_pipeline
+    gpts: list[nn.Module] = [
+        _build_chunk(config, transformer_config, i if virtual > 1 else None) for i in range(virtual)
+    ]
+    for gpt in gpts:
+        gpt.requires_grad_(trainable)
+        if world.device.type == "cuda":
+            gpt.cuda()
+    model = Model(config, world, transformer_config, gpts)
+    if seed is not None:
+        from_hf(model, initial_weights(config, seed))
+    if trainable:
+        ddp_values = dict(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=overlap,
+            use_distributed_optimizer=distributed_optimizer,
+            overlap_param_gather=overlap and distributed_optimizer,
+        )
+        ddp_config = DistributedDataParallelConfig(
+            **only_known(DistributedDataParallelConfig, ddp_values)
+        )
+        model.chunks = [
+            DistributedDataParallel(transformer_config, ddp_config, gpt, disable_bucketing=i > 0)  # pyright: ignore[reportArgumentType]
+            for i, gpt in enumerate(gpts)
+        ]
+        if overlap:
+            no_sync = [chunk.no_sync for chunk in model.chunks]
+            transformer_config.no_sync_func = no_sync if virtual > 1 else no_sync[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return model
+
+
+def _build_chunk(
+    config: ModelConfig, transformer_config: TransformerConfig, vp_stage: int | None
+) -> PhiGPT:
+    num_layers = get_num_layers_to_build(transformer_config, vp_stage=vp_stage)
+    spec = TransformerBlockSubmodules(
+        layer_specs=[_layer_spec() for _ in range(num_layers)], layer_norm=RMSNorm
+    )
+    return PhiGPT(
+        transformer_config,
+        spec,  # pyright: ignore[reportArgumentType]
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=config.tie_embeddings,
+        position_embedding_type="none",  # CoreAttention rotates
+        vp_stage=vp_stage,
+    )
+
+
+def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor) in the order and with the numbers of `Phi4Mini.init_weights(seed)`.
+
+    One tensor at a time: every rank draws all of them and keeps its shards, so any layout starts equal.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        order = [(name, p.shape) for name, p in Phi4Mini(config).named_parameters()]
+    for name, shape in order:
+        if len(shape) == 1:
+            yield name, torch.ones(shape)
+            continue
+        std = config.initializer_range
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * config.num_layers)
+        yield name, torch.randn(shape, generator=generator) * std

@@ -1,0 +1,117 @@
+"""Lets megatron-core 0.16 to 0.19 run on a machine without CUDA (gloo), at no cost per operation.
+
+Megatron writes the device into its code: `device="cuda"`, `param.type() == "torch.cuda.FloatTensor"`,
+`torch.cuda.current_device()`. Here the string constants are rewritten in the compiled code of `megatron.core`
+modules, as they are imported or, if they already were, in place; and the few `torch.cuda` functions that it calls
+are replaced by their CPU counterparts. A `TorchFunctionMode` would reach the same places, but it taxes every
+operation of the whole process and makes `Tensor.type()` lie.
+
+Where CUDA is available nothing is touched.
+"""
+
+import gc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+
+_CPU_LITERAL = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+_PACKAGE = "megatron.core"
+_RANDOM = "megatron.core.tensor_parallel.random"
+_installed = False
+
+
+def _to_cpu(value: Any) -> Any:
+    """`value` with every CUDA literal in it replaced: strings, tuples of them, code and its nested code."""
+    if isinstance(value, str):
+        return _CPU_LITERAL.get(value, value)
+    if isinstance(value, tuple):
+        return tuple(_to_cpu(v) for v in value)
+    if isinstance(value, CodeType):
+        return value.replace(co_consts=_to_cpu(value.co_consts))
+    return value
+
+
+def _rewrite_function(function: FunctionType) -> None:
+    function.__code__ = _to_cpu(function.__code__)
+    if function.__defaults__:
+        function.__defaults__ = _to_cpu(function.__defaults__)
+    if function.__kwdefaults__:
+        function.__kwdefaults__ = {k: _to_cpu(v) for k, v in function.__kwdefaults__.items()}
+
+
+def _use_cpu_generator(random: ModuleType) -> None:
+    """Megatron's per-rank random states become named states of the CPU generator."""
+    random.__dict__["_get_cuda_rng_state"] = lambda *_, **__: torch.get_rng_state()
+    random.__dict__["_set_cuda_rng_state"] = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+class _CpuLoader(importlib.machinery.SourceFileLoader):
+    """Python's own loader; only the code object it read (from source or .pyc) is rewritten, in memory."""
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        return _to_cpu(super().get_code(fullname))
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        if module.__name__ == _RANDOM:
+            _use_cpu_generator(module)
+
+
+class _CpuFinder:
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _PACKAGE and not name.startswith(_PACKAGE + "."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _CpuLoader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class _NoStream:
+    """Stands where a CUDA stream is asked to wait; the CPU runs in order."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def is_installed() -> bool:
+    return _installed
+
+
+def install() -> None:
+    """Makes this process' megatron-core a CPU one; does nothing where CUDA is available, or the second time."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *_, **__: None
+    cuda.current_stream = lambda *_, **__: _NoStream()
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *_, **__: (
+        self
+    )  # the copy of a tied embedding on the last pipeline stage
+
+    sys.meta_path.insert(0, _CpuFinder)  # pyright: ignore[reportArgumentType]
+    if _PACKAGE in sys.modules:
+        for thing in gc.get_objects():
+            if type(thing) is FunctionType and str(thing.__module__).startswith(_PACKAGE):
+                _rewrite_function(thing)
+    if _RANDOM in sys.modules:
+        _use_cpu_generator(sys.modules[_RANDOM])

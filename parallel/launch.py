@@ -1,0 +1,194 @@
+"""Starts the ranks of a small job on this machine by forking: the imports are paid once, not once per rank.
+
+Tests use it, and `phimini recipe` to train data-parallel on the cores of one machine. Several machines, or GPUs, are
+started by torchrun, which sets the same environment.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_GRACE_S = 1.0
+"""how long the others may still report their own failure before they are killed"""
+_INTERRUPT_GRACE_S = 60.0
+"""how long ranks may take to save after Ctrl-C"""
+_PR_SET_PDEATHSIG = 1
+
+
+class RankFailure(RuntimeError):
+    """A rank raised, died or was late. `rank` is the first one; its traceback is in the message."""
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float | None = None
+) -> list[Any]:
+    """Runs `fn(*args)` in `world_size` forked processes and returns what each returned, by rank.
+
+    Each child gets torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, ...) and one compute thread; its stdout and
+    stderr are the parent's. What it returns must pickle. `fn` may be a closure. If a rank fails, the others are
+    killed within seconds and `RankFailure` carries the rank and its traceback. Ctrl-C reaches every rank once (as
+    KeyboardInterrupt) and is raised here again after they ended. If the parent dies, the kernel ends the ranks.
+
+    `timeout_s`: wall seconds for the whole job; None waits for ever.
+    """
+    if world_size < 1:
+        raise ValueError(f"run_ranks: world_size must be at least 1, got {world_size}")
+    if torch.cuda.is_initialized():
+        raise RuntimeError(
+            "run_ranks: CUDA is in use and does not survive a fork; start ranks with torchrun"
+        )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    context = multiprocessing.get_context("fork")
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    processes, connections = [], []
+    for rank in range(world_size):
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_child, args=(rank, world_size, port, listener, send, connections, fn, args)
+        )
+        process.start()
+        send.close()
+        processes.append(process)
+        connections.append(receive)
+    # The parent serves the rendezvous, as torchrun's agent does: no port is chosen and then lost to another process.
+    # Ranks that connect earlier wait in the socket's backlog.
+    store = dist.TCPStore(
+        "127.0.0.1", port, world_size, is_master=True, wait_for_workers=False,
+        timeout=timedelta(seconds=300), master_listen_fd=listener.detach(),
+    )  # fmt: skip
+    try:
+        return _collect(processes, connections, timeout_s)
+    except KeyboardInterrupt:
+        for process in processes:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, signal.SIGINT)
+        _join(processes, _INTERRUPT_GRACE_S)
+        raise
+    finally:
+        for process in processes:
+            process.kill()
+        _join(processes, 10.0)
+        for connection in connections:
+            connection.close()
+        del store
+
+
+def _collect(
+    processes: list[Any], connections: list[Connection], timeout_s: float | None
+) -> list[Any]:
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}  # in order of arrival
+    rank_of = {connection: rank for rank, connection in enumerate(connections)}
+    waiting = set(connections)
+    while waiting:
+        remaining = None if deadline is None else deadline - time.monotonic()
+        ready = wait(list(waiting), remaining) if remaining is None or remaining > 0 else []
+        if not ready:
+            break
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank = rank_of[connection]
+            waiting.discard(connection)
+            try:
+                kind, payload = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                processes[rank].join(10.0)
+                kind, payload = (
+                    "failed",
+                    f"ended without a result, {_exit_text(processes[rank].exitcode)}",
+                )
+            if kind == "returned":
+                results[rank] = payload
+            else:
+                if not failures:
+                    deadline = time.monotonic() + _GRACE_S
+                failures[rank] = payload
+    if failures:
+        rank, text = next(iter(failures.items()))
+        also = sorted(set(failures) - {rank})
+        others = f"\n(then also rank {', '.join(map(str, also))})" if also else ""
+        raise RankFailure(rank, f"rank {rank} of {len(processes)} failed: {text}{others}")
+    if waiting:
+        late = sorted(rank_of[connection] for connection in waiting)
+        raise RankFailure(
+            late[0],
+            f"rank {', '.join(map(str, late))} of {len(processes)} did not end within {timeout_s} s",
+        )
+    return [results[rank] for rank in range(len(processes))]
+
+
+def _exit_text(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def _join(processes: list[Any], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+
+
+def _child(
+    rank: int,
+    world_size: int,
+    port: int,
+    listener: socket.socket,
+    send: Connection,
+    inherited: list[Connection],
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    # A process group of its own: the terminal's Ctrl-C reaches the parent only, which forwards it once.
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    listener.close()
+    for connection in inherited:
+        connection.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
+        OMP_NUM_THREADS="1",
+        GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    )
+    torch.set_num_threads(1)
+    try:
+        message = ("returned", fn(*args))
+    except (
+        BaseException
+    ):  # whatever it is, the parent must hear of it; KeyboardInterrupt and SystemExit too
+        message = ("failed", traceback.format_exc())
+    send.send_bytes(pickle.dumps(message))
+    send.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # No interpreter shutdown: gloo's threads may still wait for a rank that is gone.
+    os._exit(0 if message[0] == "returned" else 1)

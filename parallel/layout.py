@@ -1,0 +1,94 @@
+"""How a job's ranks are divided: tensor, pipeline, context and data parallel sizes, checked once, with reasons."""
+
+from dataclasses import dataclass, replace
+
+from phimini.model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Sizes of the parallel axes; their product is the world size."""
+
+    tensor: int = 1
+    """ranks that share each weight matrix (heads, MLP columns, vocabulary rows)"""
+    pipeline: int = 1
+    """stages of consecutive layers"""
+    virtual_pipeline: int = 1
+    """chunks of layers per stage, interleaved; needs pipeline > 1"""
+    context: int = 1
+    """ranks that share each sequence's tokens"""
+    data: int | None = None
+    """replicas; None means whatever the world size leaves"""
+    sequence_parallel: bool = False
+    """norms and residuals hold 1/tensor of the tokens; needs tensor > 1"""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "data"):
+            value = getattr(self, name)
+            if name == "data" and value is None:
+                continue
+            if type(value) is not int or value < 1:
+                raise ValueError(f"Layout.{name}: expected a positive integer, got {value!r}")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"Layout.virtual_pipeline: {self.virtual_pipeline} interleaved chunks need pipeline > 1, got pipeline 1"
+            )
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("Layout.sequence_parallel: needs tensor > 1, got tensor 1")
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def token_multiple(self) -> int:
+        """A micro-batch's token count is padded to a multiple of this (context zigzag, sequence parallel shards)."""
+        zigzag = 2 * self.context if self.context > 1 else 1
+        return zigzag * (self.tensor if self.sequence_parallel else 1)
+
+    def resolve(self, world_size: int, model: ModelConfig) -> "Layout":
+        """This layout with `data` filled in. Raises ValueError, saying what would fit, if it does not fit."""
+        parts = f"tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"
+        size = self.model_size
+        if world_size % size:
+            near = sorted({max(1, world_size // size) * size, (world_size // size + 1) * size})
+            raise ValueError(
+                f"Layout: world size {world_size} is not a multiple of {parts} = {size}; "
+                f"world sizes {' or '.join(map(str, near))} would fit"
+            )
+        data = world_size // size
+        if self.data is not None and self.data != data:
+            raise ValueError(
+                f"Layout.data: {self.data} was asked for, but world size {world_size} with {parts} leaves {data}"
+            )
+        for field, value in (
+            ("num_heads", model.num_heads),
+            ("num_kv_heads", model.num_kv_heads),
+            ("mlp_dim", model.mlp_dim),
+            ("vocab_size", model.vocab_size),
+        ):
+            if value % self.tensor:
+                raise ValueError(
+                    f"Layout.tensor: {self.tensor} does not divide the model's {field} {value}; "
+                    f"tensor in {_tensor_sizes(model)} would fit"
+                )
+        stages = self.pipeline * self.virtual_pipeline
+        if model.num_layers % stages:
+            divisors = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
+            raise ValueError(
+                f"Layout: {model.num_layers} layers do not divide into pipeline {self.pipeline} x virtual_pipeline "
+                f"{self.virtual_pipeline} = {stages} chunks; a product in {divisors} would fit"
+            )
+        return replace(self, data=data)
+
+
+def _tensor_sizes(model: ModelConfig) -> list[int]:
+    return [
+        n
+        for n in range(1, model.num_kv_heads + 1)
+        if all(
+            v % n == 0
+            for v in (model.num_heads, model.num_kv_heads, model.mlp_dim, model.vocab_size)
+        )
+    ]

@@ -1,0 +1,173 @@
+"""AdamW with warm-up, decay and clipping: Megatron's optimizer and scheduler behind three calls."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from phimini.parallel.builder import Model, only_known
+from phimini.parallel.step import NonFiniteError
+
+Decay = Literal["cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule. Vectors (norm weights) are never decayed."""
+
+    lr: float
+    """the highest learning rate, reached at the end of the warm-up"""
+    min_lr: float = 0.0
+    """the learning rate of the last step"""
+    warmup_steps: int = 0
+    """step k of the first `warmup_steps` (k from 1) uses lr * k / warmup_steps"""
+    total_steps: int = 1
+    """steps until `min_lr`; later steps stay there"""
+    decay: Decay = "cosine"
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip: float = 1.0
+    """the global gradient norm is scaled down to this; 0 turns it off"""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
+            raise ValueError(
+                f"OptimizerConfig: expected lr > 0 and 0 <= min_lr <= lr, got lr {self.lr}, min_lr {self.min_lr}"
+            )
+        if not 0 <= self.warmup_steps < self.total_steps:
+            raise ValueError(
+                f"OptimizerConfig: expected 0 <= warmup_steps < total_steps, got warmup_steps {self.warmup_steps}, "
+                f"total_steps {self.total_steps}"
+            )
+        if self.decay not in ("cosine", "linear", "constant"):
+            raise ValueError(
+                f"OptimizerConfig.decay: expected cosine, linear or constant, got {self.decay!r}"
+            )
+        for name in ("weight_decay", "clip", "eps"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"OptimizerConfig.{name}: expected >= 0, got {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInfo:
+    """What one update did; equal on every rank."""
+
+    grad_norm: float
+    """over all parameters, before clipping"""
+    lr: float
+
+
+class Optimizer:
+    """`zero_grad`, then `forward_backward`, then `step`; checkpoints reach `megatron` and `scheduler`."""
+
+    def __init__(
+        self,
+        model: Model,
+        config: OptimizerConfig,
+        megatron: megatron_optimizer.ChainedOptimizer,
+        scheduler: OptimizerParamScheduler,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.megatron = megatron
+        self.scheduler = scheduler
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad()
+        self.megatron.zero_grad()
+
+    @torch.no_grad()
+    def step(self) -> StepInfo:
+        """One update. Raises NonFiniteError on every rank, before any weight changes, if the gradient is not finite."""
+        self.scheduler.step(1)
+        self.megatron.prepare_grads()
+        grad_norm = float(self.megatron.get_grad_norm() or 0.0)
+        if not math.isfinite(grad_norm):
+            self._raise_non_finite_gradient(grad_norm)
+        if self.config.clip > 0:
+            for part in self.megatron.chained_optimizers:
+                parameters = part.get_parameters()
+                if parameters:
+                    clip_grad_by_total_norm_fp32(
+                        parameters, max_norm=self.config.clip, total_norm=grad_norm
+                    )
+        self.megatron.step_with_ready_grads()
+        self.model.num_updates += 1
+        return StepInfo(grad_norm=grad_norm, lr=self.megatron.param_groups[0]["lr"])
+
+    def _raise_non_finite_gradient(self, grad_norm: float) -> None:
+        world = self.model.world
+        mine = [
+            f"rank {world.rank}: {name}"
+            for name, p in self.model.named_parameters()
+            if not torch.isfinite(p.main_grad).all()  # pyright: ignore[reportAttributeAccessIssue]
+        ]
+        everyone = [line for lines in world.all_gather_objects(mine[:4]) for line in lines]
+        raise NonFiniteError(
+            f"step {self.model.num_updates}: the gradient norm is {grad_norm} although every loss was finite; "
+            "no weight was changed. Not finite:\n" + "\n".join(everyone)
+        )
+
+
+def build_optimizer(
+    model: Model, config: OptimizerConfig, *, distributed: bool = False
+) -> Optimizer:
+    """AdamW over the model's trainable parameters.
+
+    distributed: each data-parallel rank keeps its share of the state (ZeRO-1); the model must have been built with
+    `distributed_optimizer=True`. Build it after the weights are loaded: it copies them into its fp32 masters.
+    """
+    ddp_config = getattr(model.chunks[0], "ddp_config", None)
+    if ddp_config is None:
+        raise ValueError("build_optimizer: the model is frozen (build_model(..., trainable=False))")
+    if ddp_config.use_distributed_optimizer != distributed:
+        raise ValueError(
+            f"build_optimizer: distributed={distributed}, but the model was built with "
+            f"distributed_optimizer={ddp_config.use_distributed_optimizer}"
+        )
+    dtype = model.transformer_config.params_dtype
+    values = dict(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_eps=config.eps,
+        clip_grad=config.clip,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=distributed,
+        overlap_param_gather=ddp_config.overlap_param_gather,
+    )
+    megatron = megatron_optimizer.get_megatron_optimizer(
+        megatron_optimizer.OptimizerConfig(
+            **only_known(megatron_optimizer.OptimizerConfig, values)
+        ),
+        model.chunks,  # pyright: ignore[reportArgumentType]
+    )
+    assert isinstance(megatron, megatron_optimizer.ChainedOptimizer), type(megatron)
+    # Not optional: only the scheduler writes weight_decay 0 into the group of vectors.
+    scheduler = OptimizerParamScheduler(
+        megatron,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=config.total_steps,
+        lr_decay_style=config.decay,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=False,
+    )
+    return Optimizer(model, config, megatron, scheduler)

@@ -1,0 +1,238 @@
+"""One step's forward and backward over any layout, through Megatron's own schedules.
+
+M tokens of a micro-batch, D model width, V vocabulary rows of this tensor-parallel rank.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from phimini.parallel.attention import PackedDocuments, packed_documents
+from phimini.parallel.batch import PackedBatch
+from phimini.parallel.builder import Model
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is inf or NaN; raised on every rank, before any weight changed."""
+
+
+class Head(Protocol):
+    """Turns hidden states into a loss; called on the last pipeline stage, once per micro-batch.
+
+    hidden_MD: all M tokens of the batch. weight_VD: this rank's rows of the vocabulary, in order of the ranks of
+    `group` (the tensor-parallel group; size 1 when there is nothing to share).
+    Returns (loss_sum, count, metrics): the sum whose gradient is wanted, what it is to be divided by (summed over all
+    micro-batches and data ranks first), and sums for the log. All scalars, equal on every rank of `group`.
+    The gradient for hidden_MD may be this rank's part (its vocabulary rows'): the model sums it over `group`.
+    """
+
+    def __call__(
+        self, hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """Sums over all micro-batches and all data-parallel ranks; the same on every rank."""
+
+    loss_sum: float
+    count: float
+    metrics: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """loss_sum / count"""
+        return self.loss_sum / self.count
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """A micro-batch on the device, padded for the layout, with what its attention needs."""
+
+    batch: PackedBatch
+    input_ids_1T: Tensor
+    documents: PackedDocuments
+
+
+def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: Head) -> StepMetrics:
+    """Adds to the gradients: d(sum of loss_sum over micro-batches and data ranks) / (global sum of count).
+
+    Every rank of a replica (same data_rank) must pass the same micro-batches; replicas pass different ones, as many
+    of them. After it the gradients are reduced, scaled and ready for `Optimizer.step`.
+    Raises NonFiniteError on every rank if any micro-batch's loss is not finite, ValueError if count is 0.
+    """
+    collected: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+
+    def loss(index: int, prepared: _Prepared, hidden_TD: Tensor) -> tuple[Tensor, Tensor, dict]:
+        hidden_MD = hidden_TD[: prepared.batch.num_tokens]
+        loss_sum, count, metrics = head(
+            hidden_MD, model.head_weight_VD, prepared.batch, group=model.world.tensor_group
+        )
+        collected.append((loss_sum.detach(), count.detach(), metrics))
+        return loss_sum, torch.zeros((), dtype=torch.int32, device=loss_sum.device), {}
+
+    count = torch.zeros((), dtype=torch.float64, device=model.world.device)
+
+    def finalize(chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
+        # Megatron counts tokens in int32; ours may be any number, e.g. documents or weights.
+        for _, c, _ in collected:
+            count.add_(c.to(count))
+        finalize_model_grads(chunks, count, **kwargs)
+
+    model.transformer_config.finalize_model_grads_func = finalize
+    _run_schedule(model, microbatches, loss, forward_only=False)
+    result = _reduce(model, collected, count)
+    if not math.isfinite(result.loss_sum):
+        _raise_non_finite_loss(model, collected)
+    if result.count <= 0:
+        raise ValueError(
+            f"step {model.num_updates}: nothing to train on: the heads' counts sum to {result.count} over "
+            f"{len(microbatches)} micro-batches and {model.world.data_size} data ranks"
+        )
+    return result
+
+
+@torch.no_grad()
+def forward_only(
+    model: Model,
+    microbatches: Sequence[PackedBatch],
+    fn: Callable[..., Any],
+) -> list[Any]:
+    """`fn(hidden_MD, weight_VD, batch, group=...)` of each micro-batch, in order, on every rank of the replica.
+
+    fn's results may be any object of tensors; they come from the last pipeline stage.
+    """
+    results: list[Any] = []
+
+    def collect(index: int, prepared: _Prepared, hidden_TD: Tensor, non_loss_data: bool) -> None:
+        hidden_MD = hidden_TD[: prepared.batch.num_tokens]
+        results.append(
+            fn(hidden_MD, model.head_weight_VD, prepared.batch, group=model.world.tensor_group)
+        )
+
+    _run_schedule(model, microbatches, collect, forward_only=True)
+    return _from_last_stage(model, results)
+
+
+def _run_schedule(
+    model: Model,
+    microbatches: Sequence[PackedBatch],
+    on_hidden: Callable[..., Any],
+    *,
+    forward_only: bool,
+) -> None:
+    """Runs every micro-batch through this rank's chunks; `on_hidden(index, prepared, hidden)` on the last stage."""
+    layout = model.world.layout
+    if not microbatches:
+        raise ValueError("expected at least one micro-batch, got none")
+    if layout.virtual_pipeline > 1 and len(microbatches) % layout.pipeline:
+        raise ValueError(
+            f"interleaved pipelining needs a multiple of pipeline = {layout.pipeline} micro-batches, "
+            f"got {len(microbatches)}"
+        )
+    longest = max(b.num_tokens for b in microbatches) if layout.pipeline > 1 else 0
+    prepared: dict[int, _Prepared] = {}
+
+    def forward_step(indices: Iterator[int], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        index = next(indices)
+        if index not in prepared:
+            prepared[index] = _prepare(model, microbatches[index], longest)
+        p = prepared[index]
+        hidden = chunk(p.input_ids_1T, None, None, packed_seq_params=p.documents)
+        if layout.virtual_pipeline == 1:
+            del prepared[index]
+        return hidden, partial(on_hidden, index, p)
+
+    several = layout.virtual_pipeline > 1
+    iterators = [iter(range(len(microbatches))) for _ in model.chunks]
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if several else iterators[0],
+        model=model.chunks if several else model.chunks[0],
+        num_microbatches=len(microbatches),
+        seq_length=_padded(longest, layout.token_multiple),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _padded(num_tokens: int, multiple: int) -> int:
+    return num_tokens + -num_tokens % multiple
+
+
+def _prepare(model: Model, batch: PackedBatch, longest: int) -> _Prepared:
+    """Pads with one dummy document: to the layout's multiple and, between pipeline stages, to the longest of the step.
+
+    The head never sees the padding: it gets the batch as it came.
+    """
+    world = model.world
+    total = _padded(max(batch.num_tokens, longest), world.layout.token_multiple)
+    tail = total - batch.num_tokens
+    cu_seqlens, tokens_T = batch.cu_seqlens, batch.tokens_T
+    if tail:
+        cuts = [total]
+        longest_document = model.config.max_positions
+        while cuts[0] - batch.num_tokens > longest_document:
+            cuts.insert(0, cuts[0] - longest_document)
+        cu_seqlens = torch.cat((cu_seqlens, torch.tensor(cuts, dtype=torch.int32)))
+        tokens_T = torch.cat((tokens_T, tokens_T.new_zeros(tail)))
+    return _Prepared(
+        batch=batch.to(world.device),
+        input_ids_1T=tokens_T[None].to(world.device, non_blocking=True),
+        documents=packed_documents(cu_seqlens, model.config, world.device),
+    )
+
+
+def _from_last_stage(model: Model, value: Any) -> Any:
+    """The last pipeline stage's `value`, on every stage."""
+    if model.world.layout.pipeline == 1:
+        return value
+    group = model.world.pipeline_group
+    box = [value]
+    last = dist.get_global_rank(group, group.size() - 1)
+    dist.broadcast_object_list(box, src=last, group=group, device=model.world.device)
+    return box[0]
+
+
+def _reduce(
+    model: Model, collected: list[tuple[Tensor, Tensor, dict[str, Tensor]]], count: Tensor
+) -> StepMetrics:
+    """Sums over micro-batches and data ranks, then tells the earlier pipeline stages."""
+    world = model.world
+    names: list[str] = sorted(collected[0][2]) if collected else []
+    sums: list[float] = []
+    if collected:
+        columns = [[loss for loss, _, _ in collected]]
+        columns += [[metrics[name] for _, _, metrics in collected] for name in names]
+        total = torch.stack([torch.stack([v.double() for v in column]).sum() for column in columns])
+        if world.data_context_group.size() > 1:
+            dist.all_reduce(total, group=world.data_context_group)
+        sums = total.tolist()
+    names, sums = _from_last_stage(model, (names, sums))
+    # finalize_model_grads has summed `count` over all ranks already.
+    return StepMetrics(
+        loss_sum=sums[0], count=count.item(), metrics=dict(zip(names, sums[1:], strict=True))
+    )
+
+
+def _raise_non_finite_loss(model: Model, collected: list[tuple[Tensor, Tensor, dict]]) -> None:
+    world = model.world
+    mine = [
+        f"rank {world.rank} (data rank {world.data_rank}), micro-batch {i}: loss {loss.item()}"
+        for i, (loss, _, _) in enumerate(collected)
+        if not math.isfinite(loss.item()) and world.tensor_rank == 0
+    ]
+    everyone = [line for lines in world.all_gather_objects(mine) for line in lines]
+    raise NonFiniteError(
+        f"step {model.num_updates}: the loss is not finite; no weight was changed:\n"
+        + "\n".join(everyone)
+    )
