@@ -65,8 +65,6 @@ class CurateConfig:
     """how many examples stage 2 gets, spread evenly over families and levels"""
     level_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
     """relative share of each level"""
-    max_quick: float = 1.0
-    """of several correct rollouts of a question, the longest share to choose from (1.0: any)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,8 +186,8 @@ class EvaluateConfig:
 class RolloutConfig:
     """Who samples."""
 
-    engine: Literal["local", "vllm"] = "local"
-    """the reference model's sampler, or vLLM"""
+    engine: Literal["local"] = "local"
+    """the reference model's sampler, embedded in the training ranks"""
     max_batch: int = 256
     """sequences decoded at once by one rank of the local engine"""
 
@@ -242,7 +240,9 @@ def override(config: C, assignments: list[str]) -> C:
 def _set(config: Any, path: list[str], text: str, key: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(config)}
     if path[0] not in fields:
-        raise ValueError(f"unknown config key {key!r}: {type(config).__name__} has {', '.join(fields)}")
+        raise ValueError(
+            f"unknown config key {key!r}: {type(config).__name__} has {', '.join(fields)}"
+        )
     old = getattr(config, path[0])
     if len(path) > 1:
         if not dataclasses.is_dataclass(old):
@@ -259,13 +259,17 @@ def parse_value(text: str, expected: Any, key: str) -> Any:
     origin = typing.get_origin(expected)
     if origin is Literal:
         if text not in typing.get_args(expected):
-            raise ValueError(f"{key}: expected one of {', '.join(typing.get_args(expected))}; got {text!r}")
+            raise ValueError(
+                f"{key}: expected one of {', '.join(typing.get_args(expected))}; got {text!r}"
+            )
         return text
     if origin in (typing.Union, types.UnionType):
         inner = [t for t in typing.get_args(expected) if t is not type(None)]
         return None if text == "none" else parse_value(text, inner[0], key)
     if origin is tuple:
-        return tuple(parse_value(part, typing.get_args(expected)[0], key) for part in text.split(","))
+        return tuple(
+            parse_value(part, typing.get_args(expected)[0], key) for part in text.split(",")
+        )
     if expected is bool:
         if text not in ("true", "false", "True", "False", "1", "0"):
             raise ValueError(f"{key}: expected true or false, got {text!r}")

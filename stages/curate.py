@@ -1,0 +1,110 @@
+"""Curate: what each stage trains on, out of the verified rollouts.
+
+Writes `curate/`: `midtrain.jsonl` (all verified-correct rollouts), `sft.jsonl` (a compact subset of
+it, balanced over families and levels) and `pairs.jsonl` (a correct and a rejected teacher rollout of
+the same question, for the paper's way of building stage 3's pairs).
+"""
+
+import random
+from collections import defaultdict
+from pathlib import Path
+
+from phimini.stages.config import CurateConfig, RunConfig
+from phimini.stages.distill import ROLLOUT_FIELDS
+from phimini.stages.jsonl import read_rows, write_rows
+from phimini.stages.seeds import derive
+from phimini.stages.stage import Stage
+
+
+def curate(run: RunConfig, *, redo: bool = False) -> Path:
+    stage = Stage.open(run, "curate", redo=redo)
+    if stage.complete:
+        return stage.path
+    stage.prepare(redo=redo)
+    rollouts = read_rows(Path(run.out) / "distill" / "rollouts.jsonl", ROLLOUT_FIELDS)
+    correct = [row for row in rollouts if row["correct"]]
+    if not correct:
+        raise ValueError(f"curate: none of the {len(rollouts)} rollouts is correct")
+    subset = balanced_subset(correct, run.curate, derive(run.seed, "curate"))
+    pairs = teacher_pairs(rollouts)
+    write_rows(stage.path / "midtrain.jsonl", correct)
+    write_rows(stage.path / "sft.jsonl", subset)
+    write_rows(stage.path / "pairs.jsonl", pairs)
+    stage.finish({"midtrain": len(correct), "sft": len(subset), "pairs": len(pairs)})
+    return stage.path
+
+
+def balanced_subset(rows: list[dict], config: CurateConfig, seed: int) -> list[dict]:
+    """`sft_examples` rows: equal over families, by `level_weights` over levels, many questions before many rollouts.
+
+    A cell with too few rows gives all it has; the others make up for it in proportion to their weight.
+    """
+    rng = random.Random(seed)
+    cells: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        cells[row["family"], row["level"]].append(row)
+    for cell in cells.values():
+        rng.shuffle(cell)
+        asked: dict[str, int] = defaultdict(int)
+        order = []
+        for row in cell:
+            order.append((asked[row["problem_id"]], len(order), row))
+            asked[row["problem_id"]] += 1
+        cell[:] = [row for _, _, row in sorted(order, key=lambda item: item[:2])]
+    weights = {cell: level_weight(config, cell[1]) for cell in cells}
+    quotas = water_fill(
+        {cell: len(members) for cell, members in cells.items()}, weights, config.sft_examples
+    )
+    chosen = [row for cell in sorted(cells, key=str) for row in cells[cell][: quotas[cell]]]
+    rng.shuffle(chosen)
+    return chosen
+
+
+def level_weight(config: CurateConfig, level: int) -> float:
+    if not 0 <= level < len(config.level_weights):
+        raise ValueError(
+            f"curate.level_weights has {len(config.level_weights)} values; a rollout has level {level}"
+        )
+    return config.level_weights[level]
+
+
+def water_fill(sizes: dict, weights: dict, total: int) -> dict:
+    """Whole-number quotas, in proportion to weight, none above its size, that add up to min(total, all)."""
+    quotas = dict.fromkeys(sizes, 0)
+    left = min(total, sum(size for cell, size in sizes.items() if weights[cell] > 0))
+    while left:
+        open_cells = [cell for cell in sizes if quotas[cell] < sizes[cell] and weights[cell] > 0]
+        scale = left / sum(weights[cell] for cell in open_cells)
+        given = 0
+        for cell in open_cells:
+            add = min(int(scale * weights[cell]), sizes[cell] - quotas[cell])
+            quotas[cell] += add
+            given += add
+        if not given:  # fewer left than cells: one each, the heaviest first
+            for cell in sorted(open_cells, key=lambda c: (-weights[c], str(c)))[:left]:
+                quotas[cell] += 1
+                given += 1
+        left -= given
+    return quotas
+
+
+def teacher_pairs(rollouts: list[dict]) -> list[dict]:
+    """Per question: its correct rollouts against its rejected ones, each used once."""
+    questions: dict[str, dict[bool, list[dict]]] = defaultdict(lambda: {True: [], False: []})
+    for row in rollouts:
+        questions[row["problem_id"]][row["correct"]].append(row)
+    return [
+        {
+            "id": f"{chosen['id']}|{rejected['id']}",
+            "problem_id": problem_id,
+            "family": chosen["family"],
+            "level": chosen["level"],
+            "question": chosen["question"],
+            "answer": chosen["answer"],
+            "chosen": chosen["response"],
+            "rejected": rejected["response"],
+            "source": "teacher",
+        }
+        for problem_id, verdicts in questions.items()
+        for chosen, rejected in zip(verdicts[True], verdicts[False], strict=False)
+    ]

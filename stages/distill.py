@@ -1,0 +1,149 @@
+"""Distill: questions, the teacher's rollouts of them, and a verdict on each.
+
+Writes `distill/`: `rollouts.jsonl` (every rollout, right or wrong), `prompts.jsonl` (questions for
+stages 3 and 4), `validation.jsonl` (verified rollouts that no stage trains on) and `heldout.jsonl`
+(the evaluation). No held-out question's numbers occur in any other set.
+"""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from phimini.stages.config import RunConfig
+from phimini.stages.jsonl import read_rows, write_rows
+from phimini.stages.problems import Problem, generate_problems, teach
+from phimini.stages.seeds import derive
+from phimini.stages.stage import Stage
+from phimini.stages.verify import verify
+
+ROLLOUT_FIELDS = {
+    "problem_id": str,
+    "question": str,
+    "answer": str,
+    "response": str,
+    "correct": bool,
+}
+PROBLEM_FIELDS = {"id": str, "question": str, "answer": str}
+
+
+def distill(run: RunConfig, *, redo: bool = False) -> Path:
+    stage = Stage.open(run, "distill", redo=redo)
+    if stage.complete:
+        return stage.path
+    stage.prepare(redo=redo)
+    if run.distill.source == "generator":
+        rollouts, prompts, validation, heldout = _generate(run)
+    else:
+        rollouts, prompts, validation, heldout = _read(run)
+    write_rows(stage.path / "rollouts.jsonl", rollouts)
+    write_rows(stage.path / "prompts.jsonl", prompts)
+    write_rows(stage.path / "validation.jsonl", validation)
+    write_rows(stage.path / "heldout.jsonl", heldout)
+    stage.finish(
+        {
+            "questions": len({row["problem_id"] for row in rollouts}),
+            "rollouts": len(rollouts),
+            "correct": sum(row["correct"] for row in rollouts),
+            "prompts": len(prompts),
+            "validation": len(validation),
+            "heldout": len(heldout),
+        }
+    )
+    return stage.path
+
+
+def _generate(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
+    config = run.distill
+    heldout = generate_problems(config.heldout_seed, config.num_heldout, balanced=True)
+    taken = frozenset(p.key for p in heldout)
+    validation = generate_problems(
+        derive(run.seed, "validation"), config.num_validation, exclude_keys=taken, balanced=True
+    )
+    taken |= {p.key for p in validation}
+    prompts = generate_problems(derive(run.seed, "prompts"), config.num_prompts, exclude_keys=taken)
+    taken |= {p.key for p in prompts}
+    training = generate_problems(
+        derive(run.seed, "training"), config.num_problems, exclude_keys=taken
+    )
+    return (
+        [_rollout_row(run, p, k) for p in training for k in range(config.rollouts_per_problem)],
+        [_problem_row(p) for p in prompts],
+        [row for p in validation if (row := _rollout_row(run, p, 0))["correct"]],
+        [_problem_row(p) for p in heldout],
+    )
+
+
+def _problem_row(problem: Problem) -> dict:
+    return {
+        "id": problem.id,
+        "family": problem.family,
+        "level": problem.level,
+        "question": problem.question,
+        "answer": problem.answer,
+    }
+
+
+def _rollout_row(run: RunConfig, problem: Problem, k: int) -> dict:
+    seed = derive(run.seed, "teacher", problem.id, k)
+    response = teach(problem, seed, quick=run.distill.quick, slip=run.distill.slip)
+    row = _problem_row(problem)
+    problem_id = row.pop("id")
+    return (
+        {"id": f"{problem_id}/{k}", "problem_id": problem_id}
+        | row
+        | {
+            "response": response,
+            "correct": verify(response, problem.answer),
+            "source": "teacher",
+            "seed": seed,
+        }
+    )
+
+
+def _read(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
+    """A folder with rollouts.jsonl, prompts.jsonl, validation.jsonl, heldout.jsonl of the user's own."""
+    source = Path(run.distill.source)
+    if not source.is_dir():
+        raise ValueError(f"distill.source: expected `generator` or a folder, got {source}")
+    wanted = {
+        name: type_
+        for name, type_ in ROLLOUT_FIELDS.items()
+        if name not in ("problem_id", "correct")
+    }
+    rollouts, validation = (
+        [
+            _verified(row, f"{name}:{line}")
+            for line, row in enumerate(read_rows(source / name, wanted), 1)
+        ]
+        for name in ("rollouts.jsonl", "validation.jsonl")
+    )
+    prompts = read_rows(source / "prompts.jsonl", PROBLEM_FIELDS)
+    heldout = read_rows(source / "heldout.jsonl", PROBLEM_FIELDS)
+    held = {fingerprint(row["question"]) for row in heldout}
+    kept = [
+        [r for r in rows if fingerprint(r["question"]) not in held]
+        for rows in (rollouts, prompts, validation)
+    ]
+    dropped = len(rollouts) + len(prompts) + len(validation) - sum(map(len, kept))
+    if dropped:
+        print(
+            f"distill: left out {dropped} rows whose question is a held-out one, or has all its numbers"
+        )
+    return kept[0], kept[1], [row for row in kept[2] if row["correct"]], heldout
+
+
+def _verified(row: dict, id: str) -> dict:
+    if not row["answer"].strip():
+        raise ValueError(f"{id}: the question has no answer")
+    question = row["question"]
+    return (
+        {"id": id, "problem_id": question, "family": "", "level": 0, "source": "file"}
+        | row
+        | {"correct": verify(row["response"], row["answer"])}
+    )
+
+
+def fingerprint(question: str) -> tuple:
+    """Two questions with one fingerprint count as paraphrases: the same numbers, or, without any, the same words."""
+    numbers = Counter(re.findall(r"\d+(?:\.\d+)?", question))
+    return tuple(sorted(numbers.items())) or tuple(question.lower().split())

@@ -1,0 +1,132 @@
+"""Evaluate: held-out problems, greedy and sampled, with intervals.
+
+The paper's setting (RECIPE: temperature 0.6, top-p 0.95): mean@k is the mean over problems of the
+share of k samples that verify; pass@k the unbiased estimate of Chen et al. (arXiv 2107.03374).
+"""
+
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from phimini.model.chat import encode_prompt
+from phimini.model.huggingface import load_config
+from phimini.model.sampler import Completion, SamplingParams
+from phimini.model.tokenizer import Tokenizer
+from phimini.parallel.world import World
+from phimini.stages.config import RunConfig
+from phimini.stages.distill import PROBLEM_FIELDS
+from phimini.stages.jsonl import read_json, read_rows, write_json
+from phimini.stages.rollout import build_engine
+from phimini.stages.seeds import derive
+from phimini.stages.statistics import mean_interval, pass_at_k, wilson_interval
+from phimini.stages.verify import verify
+
+SAMPLES_SHOWN = 12
+
+
+def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) -> dict:
+    """Evaluate `stage`'s model, write `evaluate/STAGE.json` and return it; on every rank."""
+    path = Path(run.out) / "evaluate" / f"{stage}.json"
+    directory = Path(run.out) / stage / "model"
+    made = read_json(Path(run.out) / stage / "summary.json")["id"]
+    if path.exists() and not redo and (old := read_json(path))["model_id"] == made:
+        return old
+    problems = read_rows(Path(run.out) / "distill" / "heldout.jsonl", PROBLEM_FIELDS)
+    tokenizer = Tokenizer.load(directory)
+    engine = build_engine(run, load_config(directory), world)
+    engine.load(directory)
+    result = evaluate_problems(run, world, engine, tokenizer, problems)
+    result = {"stage": stage, "model_id": made} | result
+    if world.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+    return result
+
+
+def evaluate_problems(
+    run: RunConfig, world: World, engine, tokenizer: Tokenizer, problems: list[dict]
+) -> dict:
+    config, started = run.evaluate, time.perf_counter()
+    prompts = [encode_prompt(tokenizer, p["question"], run.chat_template) for p in problems]
+    greedy_params = SamplingParams(
+        temperature=0.0, max_new_tokens=config.max_new_tokens, stop_ids=tokenizer.stop_ids
+    )
+    greedy = engine.generate(prompts, greedy_params, [0] * len(prompts))
+    params = SamplingParams(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=tokenizer.stop_ids,
+    )
+    k = config.samples
+    seeds = [derive(config.seed, p["id"], j) for p in problems for j in range(k)]
+    sampled = engine.generate([prompt for prompt in prompts for _ in range(k)], params, seeds)
+    greedy_ok = np.array([judge(tokenizer, c, p) for c, p in zip(greedy, problems, strict=True)])
+    sampled_ok = np.array(
+        [judge(tokenizer, c, problems[i // k]) for i, c in enumerate(sampled)]
+    ).reshape(len(problems), k)
+    return summarize(problems, greedy_ok, sampled_ok) | {
+        "truncated": float(np.mean([c.finish_reason == "length" for c in sampled])),
+        "response_length": float(np.mean([len(c.tokens) for c in sampled])),
+        "samples": [
+            {
+                "question": problems[i]["question"],
+                "answer": problems[i]["answer"],
+                "response": tokenizer.decode(greedy[i].tokens),
+                "correct": bool(greedy_ok[i]),
+                "family": problems[i].get("family", ""),
+                "level": problems[i].get("level", 0),
+            }
+            for i in range(0, len(problems), max(1, len(problems) // SAMPLES_SHOWN))
+        ][:SAMPLES_SHOWN],
+        "tokens": sum(len(c.tokens) for c in greedy) + sum(len(c.tokens) for c in sampled),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def judge(tokenizer: Tokenizer, completion: Completion, problem: dict) -> bool:
+    """A completion counts when it ended by itself and its last box holds the answer."""
+    return completion.finish_reason == "stop" and verify(
+        tokenizer.decode(completion.tokens), problem["answer"]
+    )
+
+
+def summarize(problems: list[dict], greedy_ok: np.ndarray, sampled_ok: np.ndarray) -> dict:
+    """greedy_ok (P,), sampled_ok (P, k), both bool."""
+    k = sampled_ok.shape[1]
+    per_problem = sampled_ok.mean(1)
+    groups: dict[str, dict[str, list[int]]] = {
+        "families": defaultdict(list),
+        "levels": defaultdict(list),
+    }
+    for i, problem in enumerate(problems):
+        groups["families"][str(problem.get("family", ""))].append(i)
+        groups["levels"][str(problem.get("level", 0))].append(i)
+    mean, low, high = mean_interval(per_problem)
+    return {
+        "num_problems": len(problems),
+        "num_samples": k,
+        "greedy": {
+            "accuracy": float(greedy_ok.mean()),
+            "ci95": list(wilson_interval(int(greedy_ok.sum()), len(greedy_ok))),
+        },
+        "mean_at_8" if k == 8 else f"mean_at_{k}": mean,
+        "ci95": [low, high],
+        "pass_at_8" if k == 8 else f"pass_at_{k}": float(
+            np.mean([pass_at_k(k, int(c), k) for c in sampled_ok.sum(1)])
+        ),
+        "per_problem_mean": per_problem.tolist(),
+        "per_problem_greedy": greedy_ok.astype(int).tolist(),
+    } | {
+        kind: {
+            name: {
+                "mean_at_8": float(per_problem[members].mean()),
+                "greedy": float(greedy_ok[members].mean()),
+                "n": len(members),
+            }
+            for name, members in sorted(by_name.items())
+        }
+        for kind, by_name in groups.items()
+    }

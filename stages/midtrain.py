@@ -1,0 +1,105 @@
+"""Stage 1, mid-training: every verified-correct rollout, packed into rows, for several epochs.
+
+Documents of a row do not see each other and each starts at position 0. Training ends at the step
+budget, or when the held-out validation loss has stopped falling ("until performance saturates on a
+validation dataset", arXiv 2504.21233).
+"""
+
+from pathlib import Path
+
+from phimini.parallel.batch import pack
+from phimini.parallel.optimizer import build_optimizer
+from phimini.parallel.step import forward_backward
+from phimini.parallel.world import World
+from phimini.stages.config import RunConfig
+from phimini.stages.metrics import MetricsLog
+from phimini.stages.packing import EpochSampler, best_fit, check_lengths, chunks, documents
+from phimini.stages.seeds import derive
+from phimini.stages.stage import Interrupt, Stage
+from phimini.stages.training import (
+    Progress,
+    cross_entropy_head,
+    load_model,
+    optimizer_config,
+    read_examples,
+    validation_loss,
+)
+
+
+def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
+    config = run.midtrain
+    stage = Stage.begin(run, "midtrain", world, redo=redo)
+    if stage.complete:
+        return
+    model, tokenizer = load_model(run, world, "base")
+    optimizer = build_optimizer(model, optimizer_config(run, config.optimizer, config.steps))
+
+    curated, distilled = Path(run.out) / "curate", Path(run.out) / "distill"
+    read = lambda path: read_examples(
+        path, tokenizer, run.chat_template, loss_on_question=config.loss_on_question
+    )
+    examples, held_out = read(curated / "midtrain.jsonl"), read(distilled / "validation.jsonl")
+    check_lengths(examples + held_out, config.sequence_length, "midtrain.sequence_length")
+    rows = best_fit([len(e) for e in examples], config.sequence_length)
+    sampler = EpochSampler(len(rows), config.rows_per_step, derive(run.seed, "midtrain"))
+    if config.rows_per_step % world.data_size:
+        raise ValueError(
+            f"midtrain.rows_per_step: {config.rows_per_step} rows do not divide over {world.data_size} data ranks"
+        )
+
+    def batch(some_rows: list[list[int]], of: list) -> list:
+        """This rank's micro-batches of packed rows."""
+        mine = some_rows[world.data_rank :: world.data_size]
+        return [
+            pack(
+                documents([of[i] for row in part for i in row]),
+                multiple_of=world.layout.token_multiple,
+            )
+            for part in chunks(mine, config.micro_rows)
+        ]
+
+    validation = batch(best_fit([len(e) for e in held_out], config.sequence_length), held_out)
+    state = {"tokens": 0, "best_validation_loss": None, "validations_since_best": 0}
+    progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
+    step = progress.resume()
+    log = MetricsLog(stage.path / "metrics.jsonl", config.steps, stage.name, world.is_main, step)
+    with log, Interrupt() as interrupt:
+        done = False
+        while not done:
+            optimizer.zero_grad()
+            microbatches = batch([rows[i] for i in sampler.batch(step)], examples)
+            metrics = forward_backward(model, microbatches, cross_entropy_head)
+            info = optimizer.step()
+            step += 1
+            state["tokens"] += int(metrics.count)
+            row = {
+                "loss": metrics.loss,
+                "accuracy": metrics.mean("accuracy"),
+                "lr": info.lr,
+                "grad_norm": info.grad_norm,
+                "tokens": int(metrics.count),
+            }
+            if step % config.validate_every == 0 or step == config.steps:
+                row["validation_loss"] = validation_loss(model, validation, world)
+                note_validation(state, row["validation_loss"])
+            saturated = state["validations_since_best"] >= config.patience
+            done = step == config.steps or (config.stop == "saturation" and saturated)
+            log.step(step, row)
+            progress.after_step(step, done, interrupt)
+    progress.finish(
+        tokenizer,
+        {
+            "steps": step,
+            "documents": len(examples),
+            "packing_efficiency": sum(map(len, examples)) / (len(rows) * config.sequence_length),
+            "epochs": step * config.rows_per_step / len(rows),
+        },
+    )
+
+
+def note_validation(state: dict, loss: float) -> None:
+    """Count the validations since the best one."""
+    best = state["best_validation_loss"]
+    improved = best is None or loss < best
+    state["best_validation_loss"] = loss if improved else best
+    state["validations_since_best"] = 0 if improved else state["validations_since_best"] + 1

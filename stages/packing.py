@@ -1,0 +1,130 @@
+"""Examples into rows and batches: best-fit packing, equal shares for the data-parallel ranks.
+
+An example is laid down as its tokens but the last, each with the token that follows it as its target;
+positions before `loss_from` carry no loss. Documents never attend to one another, packed or not.
+"""
+
+import bisect
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from phimini.parallel.batch import IGNORE, Document
+from phimini.stages.seeds import derive
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids of a prompt and its answer; the answer (and its end) starts at `loss_from`."""
+
+    id: str
+    tokens: list[int]
+    loss_from: int
+
+    @property
+    def inputs(self) -> list[int]:
+        return self.tokens[:-1]
+
+    @property
+    def targets(self) -> list[int]:
+        """The next token at each input position, IGNORE where it belongs to the prompt."""
+        skipped = max(self.loss_from - 1, 0)
+        return [IGNORE] * skipped + self.tokens[skipped + 1 :]
+
+    def __len__(self) -> int:
+        """Input positions, one fewer than tokens."""
+        return len(self.tokens) - 1
+
+
+def check_lengths(examples: Sequence[Example], limit: int, field: str) -> None:
+    for example in examples:
+        if len(example) > limit:
+            raise ValueError(
+                f"{example.id}: {len(example)} tokens, but {field} is {limit}; raise it or drop the document"
+            )
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices grouped into rows of at most `capacity`, longest first into the fullest row that fits.
+
+    No document is cut. Best-fit decreasing, O(n log n) but for list insertion (arXiv 2404.10830).
+    """
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, int]] = []  # (free space, row), sorted
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[index]
+        assert length <= capacity, f"document {index} has {length} tokens, a row {capacity}"
+        at = bisect.bisect_left(open_rows, (length, -1))
+        if at == len(open_rows):
+            rows.append([index])
+            free, row = capacity - length, len(rows) - 1
+        else:
+            free, row = open_rows.pop(at)
+            rows[row].append(index)
+            free -= length
+        if free:
+            bisect.insort(open_rows, (free, row))
+    return rows
+
+
+def shares(costs: Sequence[float], num_shares: int) -> list[list[int]]:
+    """Indices dealt into shares of equal count (within one) and nearly equal cost, heaviest first, back and forth."""
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    dealt: list[list[int]] = [[] for _ in range(num_shares)]
+    for start in range(0, len(order), num_shares):
+        turn = order[start : start + num_shares]
+        if (start // num_shares) % 2:
+            turn = turn[::-1] if len(turn) == num_shares else turn
+        for share, index in zip(dealt, turn, strict=False):
+            share.append(index)
+    return dealt
+
+
+def attention_cost(length: int, model_dim: int) -> float:
+    """Relative FLOPs of a document: linear layers grow with its length, causal attention with the square."""
+    return length * (12 * model_dim + length)
+
+
+def deal(examples: Sequence[Example], model_dim: int, num_shares: int) -> list[list[Example]]:
+    """Shares of equal count and nearly equal FLOPs, each sorted by length, longest first."""
+    costs = [attention_cost(len(example), model_dim) for example in examples]
+    return [[examples[i] for i in share] for share in shares(costs, num_shares)]
+
+
+@dataclass(frozen=True, slots=True)
+class EpochSampler:
+    """Which items make up step `step`'s global batch: each epoch is its own seeded shuffle.
+
+    A pure function of (seed, step), so a resumed run needs only its step.
+    """
+
+    num_items: int
+    batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last, incomplete batch of an epoch joins the next epoch's first items."""
+        return max(1, self.num_items // self.batch_size)
+
+    def batch(self, step: int) -> list[int]:
+        first = step * self.batch_size
+        wanted = range(first, first + self.batch_size)
+        epochs = {position // self.num_items for position in wanted}
+        orders = {epoch: self._order(epoch) for epoch in epochs}
+        return [
+            orders[position // self.num_items][position % self.num_items] for position in wanted
+        ]
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(self.num_items))
+        random.Random(derive(self.seed, "epoch", epoch)).shuffle(order)
+        return order
+
+
+def chunks(items: Sequence, size: int) -> list[list]:
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def documents(examples: Sequence[Example]) -> list[Document]:
+    return [Document(tokens=example.inputs, targets=example.targets) for example in examples]

@@ -1,0 +1,129 @@
+"""The whole pipeline: data, four stages, an evaluation after each, results.json and report.html."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from phimini.parallel.world import World
+from phimini.stages.base import base
+from phimini.stages.config import RunConfig, to_dict
+from phimini.stages.curate import curate
+from phimini.stages.distill import distill
+from phimini.stages.evaluate import evaluate
+from phimini.stages.jsonl import read_json, write_json
+from phimini.stages.midtrain import midtrain
+from phimini.stages.report import write_report
+from phimini.stages.rlvr import rlvr
+from phimini.stages.rollout_dpo import rollout_dpo
+from phimini.stages.sft import sft
+from phimini.stages.statistics import mcnemar, paired_gain
+
+# Data stages run on one rank; training stages on all.
+DATA: dict[str, Callable] = {"distill": distill, "curate": curate, "base": base}
+TRAINING: dict[str, Callable] = {
+    "midtrain": midtrain,
+    "sft": sft,
+    "rollout_dpo": rollout_dpo,
+    "rlvr": rlvr,
+}
+VERSIONS = ("torch", "megatron-core", "triton", "numpy", "tokenizers", "safetensors")
+
+
+def recipe(run: RunConfig, world: World, *, redo: bool = False) -> None:
+    """Run what is not complete yet. With `redo`, everything again."""
+    started = time.perf_counter()
+    if world.is_main:
+        Path(run.out).mkdir(parents=True, exist_ok=True)
+        write_json(Path(run.out) / "config.json", to_dict(run))
+        for stage in DATA.values():
+            stage(run, redo=redo)
+    world.barrier()
+    evaluations = [evaluate(run, world, "base")]
+    for name, stage in TRAINING.items():
+        stage(run, world, redo=redo)
+        evaluations.append(evaluate(run, world, name))
+        if world.is_main:
+            print(ladder_line(evaluations[-2], evaluations[-1]), flush=True)
+    peak_rss = sum(
+        world.all_gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    )
+    if world.is_main:
+        write_results(run, evaluations, peak_rss, time.perf_counter() - started)
+
+
+def ladder_line(before: dict, after: dict) -> str:
+    gain, low, high = paired_gain(before["per_problem_mean"], after["per_problem_mean"])
+    return (
+        f"{after['stage']}: mean@8 {after['mean_at_8']:.3f} ({gain:+.3f} [{low:+.3f}, {high:+.3f}]), "
+        f"greedy {after['greedy']['accuracy']:.3f}, pass@8 {after['pass_at_8']:.3f}"
+    )
+
+
+def write_results(run: RunConfig, evaluations: list[dict], peak_rss: int, seconds: float) -> None:
+    """results.json and report.html from what the stages left in the run directory."""
+    out = Path(run.out)
+    rows = []
+    for index, evaluation in enumerate(evaluations):
+        summary = read_json(out / evaluation["stage"] / "summary.json")
+        row = {
+            "stage": evaluation["stage"],
+            "mean_at_8": evaluation["mean_at_8"],
+            "ci95": evaluation["ci95"],
+            "gain": None,
+            "gain_ci95": None,
+            "greedy": evaluation["greedy"]["accuracy"],
+            "greedy_ci95": evaluation["greedy"]["ci95"],
+            "greedy_mcnemar_p": None,
+            "pass_at_8": evaluation["pass_at_8"],
+            "steps": summary.get("steps", 0),
+            "tokens": summary.get("tokens", 0),
+            "seconds": summary.get("seconds", 0.0),
+            "evaluation_seconds": evaluation["seconds"],
+        }
+        if index:
+            before = evaluations[index - 1]
+            row["gain"], *row["gain_ci95"] = paired_gain(
+                before["per_problem_mean"], evaluation["per_problem_mean"]
+            )
+            row["greedy_mcnemar_p"] = mcnemar(
+                before["per_problem_greedy"], evaluation["per_problem_greedy"]
+            )
+        rows.append(row)
+    results = {
+        "stages": rows,
+        "seed": run.seed,
+        "num_problems": evaluations[0]["num_problems"],
+        "num_samples": evaluations[0]["num_samples"],
+        "peak_rss_bytes": peak_rss,
+        "versions": {"python": platform.python_version()}
+        | {n: importlib.metadata.version(n) for n in VERSIONS},
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+        "wall_seconds": seconds,
+        "config": to_dict(run),
+    }
+    write_json(out / "results.json", results)
+    write_report(out)
+    print(
+        f"{out / 'results.json'} and {out / 'report.html'} written, {seconds / 60:.1f} min",
+        flush=True,
+    )
+
+
+def machine() -> str:
+    """Processor model and number of cores, as far as the system tells."""
+    name = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if "model name" in line
+        ]
+        name = models[0] if models else name
+    return f"{name}, {os.cpu_count()} cores"

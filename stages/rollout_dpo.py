@@ -1,0 +1,296 @@
+"""Stage 3, Rollout DPO: a verified-correct against an incorrect rollout of the same question.
+
+    loss = -log sigmoid(beta * ((log pi(y_w|x) - log ref(y_w|x)) - (log pi(y_l|x) - log ref(y_l|x))))
+
+(DPO, arXiv 2305.18290), log-probs summed per answer in fp32, the reference frozen at stage 2's end.
+The pairs come from rollouts freshly sampled from the stage-2 model, or from the teacher's rollouts
+that stages 1 and 2 rejected (the paper's way). An optional likelihood term holds the chosen answers up.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phimini.kernels import linear_dpo, linear_logprob
+from phimini.model.chat import encode_example, encode_prompt
+from phimini.model.sampler import SamplingParams
+from phimini.model.tokenizer import Tokenizer
+from phimini.parallel.batch import Document, PackedBatch, pack
+from phimini.parallel.builder import Model
+from phimini.parallel.optimizer import build_optimizer
+from phimini.parallel.step import StepMetrics, forward_backward, forward_only
+from phimini.parallel.world import World
+from phimini.stages.config import RolloutDpoConfig, RunConfig
+from phimini.stages.distill import PROBLEM_FIELDS
+from phimini.stages.evaluate import judge
+from phimini.stages.jsonl import read_rows, write_rows
+from phimini.stages.metrics import MetricsLog
+from phimini.stages.packing import EpochSampler, Example, check_lengths, chunks, shares
+from phimini.stages.rollout import build_engine
+from phimini.stages.seeds import derive
+from phimini.stages.stage import Interrupt, Stage
+from phimini.stages.training import Progress, load_model, optimizer_config, sum_over_data
+
+PAIR_FIELDS = {"question": str, "chosen": str, "rejected": str}
+LN2_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    chosen: Example
+    rejected: Example
+
+    def __len__(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
+
+def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
+    config = run.rollout_dpo
+    stage = Stage.begin(run, "rollout_dpo", world, redo=redo)
+    if stage.complete:
+        return
+    model, tokenizer = load_model(run, world, "sft")
+    if config.pairs == "policy":
+        sample_pairs(run, world, stage, model, tokenizer)
+        pairs = read_pairs(stage.path / "pairs.jsonl", tokenizer, run.chat_template)
+    else:
+        pairs = read_pairs(Path(run.out) / "curate" / "pairs.jsonl", tokenizer, run.chat_template)
+    check_lengths(
+        [e for p in pairs for e in (p.chosen, p.rejected)],
+        config.sequence_length,
+        "rollout_dpo.sequence_length",
+    )
+    if config.pairs_per_step % world.data_size:
+        raise ValueError(
+            f"rollout_dpo.pairs_per_step: {config.pairs_per_step} pairs do not divide over {world.data_size} data ranks"
+        )
+    reference = reference_logps(model, pairs, config, world)
+    steps = max(1, math.floor(config.epochs * len(pairs) / config.pairs_per_step))
+    optimizer = build_optimizer(model, optimizer_config(run, config.optimizer, steps))
+    sampler = EpochSampler(len(pairs), config.pairs_per_step, derive(run.seed, "rollout_dpo"))
+    head = dpo_head(config)
+
+    state = {"tokens": 0}
+    progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
+    step = progress.resume()
+    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main, step)
+    with log, Interrupt() as interrupt:
+        while step < steps:
+            optimizer.zero_grad()
+            indices = sampler.batch(step)
+            mine = shares([len(pairs[i]) for i in indices], world.data_size)[world.data_rank]
+            microbatches = [
+                pair_batch(
+                    [pairs[indices[i]] for i in part], reference[[indices[i] for i in part]], world
+                )
+                for part in chunks(mine, config.micro_pairs)
+            ]
+            metrics = forward_backward(model, microbatches, head)
+            if step == 0:
+                check_first_step(metrics)
+            info = optimizer.step()
+            step += 1
+            num_tokens = sum(len(pairs[i]) for i in indices)
+            state["tokens"] += num_tokens
+            row = {
+                "loss": metrics.loss,
+                "preference_loss": metrics.mean("preference_loss"),
+                "preference_accuracy": metrics.mean("accuracy"),
+                "margin": metrics.mean("margin"),
+                "chosen_reward": metrics.mean("chosen_reward"),
+                "rejected_reward": metrics.mean("rejected_reward"),
+                "chosen_nll": metrics.mean("nll"),
+                "lr": info.lr,
+                "grad_norm": info.grad_norm,
+                "tokens": num_tokens,
+            }
+            log.step(step, row)
+            progress.after_step(step, step == steps, interrupt)
+    progress.finish(tokenizer, {"steps": step, "pairs": len(pairs), "pairs_from": config.pairs})
+
+
+def sample_pairs(
+    run: RunConfig, world: World, stage: Stage, model: Model, tokenizer: Tokenizer
+) -> None:
+    """Write `rollouts.jsonl` and `pairs.jsonl`: up to `pairs_per_prompt` of a correct and an incorrect rollout."""
+    config = run.rollout_dpo
+    if (stage.path / "pairs.jsonl").exists():  # an interrupted run goes on with the pairs it had
+        return
+    problems = read_rows(Path(run.out) / "distill" / "prompts.jsonl", PROBLEM_FIELDS)[
+        : config.num_prompts
+    ]
+    engine = build_engine(run, model.config, world)
+    engine.sync(model)
+    params = SamplingParams(
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=tokenizer.stop_ids,
+    )
+    asked = [(problem, k) for problem in problems for k in range(config.rollouts_per_prompt)]
+    completions = engine.generate(
+        [encode_prompt(tokenizer, problem["question"], run.chat_template) for problem, _ in asked],
+        params,
+        [derive(run.seed, "rollout_dpo", problem["id"], k) for problem, k in asked],
+    )
+    if not world.is_main:
+        world.barrier()
+        return
+    rollouts = [
+        {
+            "id": f"{problem['id']}/{k}",
+            "problem_id": problem["id"],
+            "family": problem.get("family", ""),
+            "level": problem.get("level", 0),
+            "question": problem["question"],
+            "answer": problem["answer"],
+            "response": tokenizer.decode(completion.tokens),
+            "response_tokens": completion.tokens,
+            "correct": judge(tokenizer, completion, problem),
+            "finish_reason": completion.finish_reason,
+            "temperature": config.temperature,
+        }
+        for (problem, k), completion in zip(asked, completions, strict=True)
+    ]
+    pairs = pair_up(rollouts, config.pairs_per_prompt, derive(run.seed, "rollout_dpo", "pairs"))
+    if len(pairs) < config.pairs_per_step:
+        raise ValueError(
+            f"rollout_dpo: {len(rollouts)} rollouts gave {len(pairs)} pairs, fewer than one step's "
+            f"{config.pairs_per_step}; raise rollout_dpo.num_prompts or rollouts_per_prompt"
+        )
+    write_rows(stage.path / "rollouts.jsonl", rollouts)
+    write_rows(stage.path / "pairs.jsonl", pairs)
+    world.barrier()
+
+
+def pair_up(rollouts: list[dict], pairs_per_prompt: int, seed: int) -> list[dict]:
+    """Rows of rollouts of one question stand together; random pairs, no rollout used twice."""
+    rng = random.Random(seed)
+    questions: dict[str, tuple[list[dict], list[dict]]] = {}
+    for row in rollouts:
+        questions.setdefault(row["problem_id"], ([], []))[not row["correct"]].append(row)
+    pairs = []
+    for correct, incorrect in questions.values():
+        rng.shuffle(correct)
+        rng.shuffle(incorrect)
+        for chosen, rejected in list(zip(correct, incorrect, strict=False))[:pairs_per_prompt]:
+            pairs.append(
+                {
+                    "id": f"{chosen['id']}|{rejected['id']}",
+                    "question": chosen["question"],
+                    "answer": chosen["answer"],
+                    "chosen": chosen["response"],
+                    "rejected": rejected["response"],
+                    "chosen_tokens": chosen["response_tokens"],
+                    "rejected_tokens": rejected["response_tokens"],
+                    "source": "policy",
+                }
+            )
+    return pairs
+
+
+def read_pairs(path: Path, tokenizer: Tokenizer, template: str) -> list[Pair]:
+    """Sampled answers keep the very tokens that were sampled; written ones are encoded with their end."""
+    pairs = []
+    for line, row in enumerate(read_rows(path, PAIR_FIELDS), 1):
+        prompt = encode_prompt(tokenizer, row["question"], template)
+        sides = []
+        for side in ("chosen", "rejected"):
+            if f"{side}_tokens" in row:
+                tokens, loss_from = prompt + row[f"{side}_tokens"], len(prompt)
+            else:
+                tokens, loss_from = encode_example(tokenizer, row["question"], row[side], template)
+            sides.append(Example(f"{path}:{line} ({side})", tokens, loss_from))
+        pairs.append(Pair(*sides))
+    return pairs
+
+
+def pair_batch(pairs: Sequence[Pair], reference_P2: Tensor, world: World) -> PackedBatch:
+    """Documents chosen, rejected, chosen, rejected, ...; `sequence` says of each position which one it is in."""
+    pieces = [
+        Document(
+            tokens=example.inputs,
+            targets=example.targets,
+            token_fields={"sequence": [2 * p + side] * len(example)},
+            document_fields={"reference_logp": float(reference_P2[p, side])},
+        )
+        for p, pair in enumerate(pairs)
+        for side, example in enumerate((pair.chosen, pair.rejected))
+    ]
+    return pack(pieces, multiple_of=world.layout.token_multiple)
+
+
+def sequences_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """(sequence of each position (T,), reference log-prob of each sequence (2P,)), the padding document left out."""
+    reference_N = batch.fields["reference_logp"]
+    return batch.fields["sequence"], reference_N[: len(reference_N) // 2 * 2]
+
+
+def reference_logps(
+    model: Model, pairs: list[Pair], config: RolloutDpoConfig, world: World
+) -> Tensor:
+    """(P, 2) fp32: log-probs of each pair's chosen and rejected answer under `model`, summed over the answer.
+
+    The model is stage 2's, before the first update; each data rank computes its share.
+    """
+
+    def summed(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
+        logp_M = linear_logprob(hidden_MD, weight_VD, batch.targets_T, group=group).logp
+        return torch.zeros_like(batch.fields["reference_logp"]).index_add_(
+            0, batch.fields["sequence"], logp_M
+        )
+
+    logps = torch.zeros(len(pairs), 2)
+    mine = list(range(world.data_rank, len(pairs), world.data_size))
+    parts = chunks(mine, config.micro_pairs)
+    batches = [
+        pair_batch([pairs[i] for i in part], torch.zeros(len(part), 2), world) for part in parts
+    ]
+    for part, result in zip(parts, forward_only(model, batches, summed), strict=True):
+        logps[part] = result.view(-1, 2).cpu()
+    return sum_over_data(logps, world).cpu()
+
+
+def dpo_head(config: RolloutDpoConfig):
+    """The DPO loss summed over pairs; the count is the number of pairs."""
+
+    def head(
+        hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        sequence_T, reference_S = sequences_of(batch)
+        loss, metrics = linear_dpo(
+            hidden_MD,
+            weight_VD,
+            batch.targets_T,
+            sequence_T,
+            reference_S,
+            beta=config.beta,
+            nll_weight=config.nll_weight,
+            group=group,
+        )
+        sums = {
+            "preference_loss": metrics.preference_loss_sum,
+            "accuracy": metrics.accuracy_sum,
+            "margin": metrics.margin_sum,
+            "chosen_reward": metrics.chosen_reward_sum,
+            "rejected_reward": metrics.rejected_reward_sum,
+            "nll": metrics.nll_sum,
+        }
+        return loss, metrics.num_pairs, sums
+
+    return head
+
+
+def check_first_step(metrics: StepMetrics) -> None:
+    """Policy and reference are the same model before the first update, so the preference loss is ln 2."""
+    loss = metrics.mean("preference_loss")
+    if not abs(loss - math.log(2)) <= LN2_TOLERANCE:
+        raise RuntimeError(
+            f"rollout_dpo: the preference loss before the first update is {loss:.6f}, expected ln 2 = "
+            f"{math.log(2):.6f}: policy and reference differ (other weights, rope table, or tokens)"
+        )

@@ -1,0 +1,80 @@
+"""Stage 2, supervised fine-tuning: a compact, balanced subset, not packed, loss on the answer and its end.
+
+Not packed: a step is a number of examples, not a budget of tokens, and each example is a sequence of
+its own that ends with `<|end|><|endoftext|>`, "where the model is taught to decide where to stop
+generating" (arXiv 2504.21233). The sequences of a micro-batch are computed without padding between them.
+"""
+
+import math
+from pathlib import Path
+
+from phimini.parallel.batch import pack
+from phimini.parallel.optimizer import build_optimizer
+from phimini.parallel.step import forward_backward
+from phimini.parallel.world import World
+from phimini.stages.config import RunConfig
+from phimini.stages.metrics import MetricsLog
+from phimini.stages.packing import EpochSampler, Example, check_lengths, chunks, deal, documents
+from phimini.stages.seeds import derive
+from phimini.stages.stage import Interrupt, Stage
+from phimini.stages.training import (
+    Progress,
+    cross_entropy_head,
+    load_model,
+    optimizer_config,
+    read_examples,
+    validation_loss,
+)
+
+
+def sft(run: RunConfig, world: World, *, redo: bool = False) -> None:
+    config = run.sft
+    stage = Stage.begin(run, "sft", world, redo=redo)
+    if stage.complete:
+        return
+    model, tokenizer = load_model(run, world, "midtrain")
+    out = Path(run.out)
+    examples = read_examples(out / "curate" / "sft.jsonl", tokenizer, run.chat_template)
+    held_out = read_examples(out / "distill" / "validation.jsonl", tokenizer, run.chat_template)
+    check_lengths(examples + held_out, config.sequence_length, "sft.sequence_length")
+    if config.examples_per_step % world.data_size:
+        raise ValueError(
+            f"sft.examples_per_step: {config.examples_per_step} examples do not divide over {world.data_size} data ranks"
+        )
+    steps = max(1, math.ceil(config.epochs * len(examples) / config.examples_per_step))
+    optimizer = build_optimizer(model, optimizer_config(run, config.optimizer, steps))
+    sampler = EpochSampler(len(examples), config.examples_per_step, derive(run.seed, "sft"))
+
+    def batch(some: list[Example]) -> list:
+        """This rank's micro-batches, examples of like length together."""
+        mine = deal(some, model.config.model_dim, world.data_size)[world.data_rank]
+        return [
+            pack(documents(part), multiple_of=world.layout.token_multiple)
+            for part in chunks(mine, config.micro_examples)
+        ]
+
+    validation = batch(held_out)
+    state = {"tokens": 0}
+    progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
+    step = progress.resume()
+    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main, step)
+    with log, Interrupt() as interrupt:
+        while step < steps:
+            optimizer.zero_grad()
+            microbatches = batch([examples[i] for i in sampler.batch(step)])
+            metrics = forward_backward(model, microbatches, cross_entropy_head)
+            info = optimizer.step()
+            step += 1
+            state["tokens"] += int(metrics.count)
+            row = {
+                "loss": metrics.loss,
+                "accuracy": metrics.mean("accuracy"),
+                "lr": info.lr,
+                "grad_norm": info.grad_norm,
+                "tokens": int(metrics.count),
+            }
+            if step % config.validate_every == 0 or step == steps:
+                row["validation_loss"] = validation_loss(model, validation, world)
+            log.step(step, row)
+            progress.after_step(step, step == steps, interrupt)
+    progress.finish(tokenizer, {"steps": step, "examples": len(examples), "epochs": config.epochs})

@@ -1,0 +1,155 @@
+"""One stage's folder in a run directory: what it was made from, whether it is complete, how it is stopped.
+
+runs/tiny/
+  config.json        the whole config
+  distill/ curate/   rows
+  base/model/        what stage 1 starts from
+  midtrain/ sft/ rollout_dpo/ rlvr/
+    model/           the result, a Hugging Face folder
+    checkpoints/     to resume from; gone once the stage is complete
+    metrics.jsonl    a row per step
+    summary.json     written last: its presence says that the stage is complete
+  evaluate/STAGE.json
+"""
+
+import dataclasses
+import json
+import shutil
+import signal
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from phimini.parallel.world import World
+from phimini.stages.config import RunConfig, to_dict
+from phimini.stages.jsonl import read_json, write_json
+
+# What a stage reads; a stage is stale when one of these was made again after it.
+INPUTS = {
+    "distill": [],
+    "curate": ["distill"],
+    "base": ["curate"],
+    "midtrain": ["base", "curate"],
+    "sft": ["midtrain", "curate"],
+    "rollout_dpo": ["sft", "distill"],
+    "rlvr": ["rollout_dpo", "distill"],
+}
+# Settings that decide what every stage computes, beside its own.
+SHARED = ("seed", "model", "base", "chat_template", "rope_factors")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The folder of one stage of a run."""
+
+    run: RunConfig
+    name: str
+    path: Path
+    complete: bool
+
+    @classmethod
+    def open(cls, run: RunConfig, name: str, *, redo: bool = False) -> "Stage":
+        """Raises ValueError when the stage is complete with other settings, or its inputs are missing."""
+        path = Path(run.out) / name
+        for earlier in INPUTS[name]:
+            if not (path.parent / earlier / "summary.json").exists():
+                raise ValueError(
+                    f"{name}: {path.parent / earlier} is not complete; run `phimini {earlier}` first"
+                )
+        complete = (path / "summary.json").exists() and not redo
+        if complete:
+            summary = read_json(path / "summary.json")
+            _same_settings(summary["settings"], settings(run, name), path)
+            for earlier, id in summary["inputs"].items():
+                if read_json(path.parent / earlier / "summary.json")["id"] != id:
+                    raise ValueError(
+                        f"{path}: {earlier} was made again since; use --redo, or another out="
+                    )
+        return cls(run, name, path, complete)
+
+    @classmethod
+    def begin(cls, run: RunConfig, name: str, world: World, *, redo: bool = False) -> "Stage":
+        """`open` and `prepare` on all ranks together."""
+        stage = cls.open(run, name, redo=redo)
+        world.barrier()  # nobody removes or finishes anything before everybody has looked
+        if world.is_main and not stage.complete:
+            stage.prepare(redo=redo)
+        world.barrier()
+        return stage
+
+    def prepare(self, *, redo: bool) -> None:
+        """Make the folder; with `redo`, without what was in it. One rank calls it."""
+        if redo and self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the stage complete. One rank calls it."""
+        inputs = {
+            e: read_json(self.path.parent / e / "summary.json")["id"] for e in INPUTS[self.name]
+        }
+        write_json(
+            self.path / "summary.json",
+            {"id": uuid.uuid4().hex, "inputs": inputs, "settings": settings(self.run, self.name)}
+            | summary,
+        )
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def summary(self) -> dict[str, Any]:
+        return read_json(self.path / "summary.json")
+
+
+def settings(run: RunConfig, name: str) -> dict[str, Any]:
+    own = getattr(run, name, None)
+    shared = {key: getattr(run, key) for key in SHARED}
+    return json.loads(
+        json.dumps(shared | ({name: to_dict(own)} if dataclasses.is_dataclass(own) else {}))
+    )
+
+
+def _same_settings(then: dict, now: dict, path: Path, prefix: str = "") -> None:
+    for key in sorted(then.keys() | now.keys()):
+        a, b = then.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            _same_settings(a, b, path, f"{prefix}{key}.")
+        elif a != b:
+            raise ValueError(
+                f"{path} was made with {prefix}{key}={a}, now it is {b}; use --redo, or another out="
+            )
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM as a question asked between steps: `interrupt.requested(world)`.
+
+    A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self._flag = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self._flag and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._flag = True
+        print("stopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
+
+    def requested(self, world: World) -> bool:
+        """True on every rank as soon as one rank was asked to stop; a collective call."""
+        return any(world.all_gather_objects(self._flag)) if world.world_size > 1 else self._flag
+
+
+class Stopped(Exception):
+    """The stage was interrupted and saved; the message says how to go on."""

@@ -1,0 +1,142 @@
+"""What the four training stages share: reading examples, loading, saving, batches, the heads."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phimini.kernels import linear_cross_entropy, linear_logprob
+from phimini.model.chat import encode_example
+from phimini.model.huggingface import load_config
+from phimini.model.tokenizer import Tokenizer
+from phimini.parallel.batch import PackedBatch
+from phimini.parallel.builder import Model, build_model
+from phimini.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from phimini.parallel.optimizer import Optimizer, OptimizerConfig
+from phimini.parallel.step import forward_only
+from phimini.parallel.weights import export_hf, load_hf
+from phimini.parallel.world import World
+from phimini.stages.config import OptimizerSettings, RunConfig
+from phimini.stages.jsonl import read_rows
+from phimini.stages.packing import Example
+from phimini.stages.stage import Interrupt, Stage, Stopped
+
+Row = dict[str, Any]
+
+
+def read_examples(
+    path: Path, tokenizer: Tokenizer, template: str, *, loss_on_question: bool = False
+) -> list[Example]:
+    """The rows' `question` and `response` as examples whose ids name file and line."""
+    rows = read_rows(path, {"question": str, "response": str})
+    examples = []
+    for line, row in enumerate(rows, 1):
+        tokens, loss_from = encode_example(tokenizer, row["question"], row["response"], template)
+        examples.append(Example(f"{path}:{line}", tokens, 0 if loss_on_question else loss_from))
+    return examples
+
+
+def load_model(run: RunConfig, world: World, stage: str) -> tuple[Model, Tokenizer]:
+    """The model that `stage` of this run ended with, on this run's layout, and its tokenizer."""
+    directory = Path(run.out) / stage / "model"
+    model = build_model(load_config(directory), world, seed=run.seed)
+    load_hf(model, directory)
+    return model, Tokenizer.load(directory)
+
+
+def optimizer_config(run: RunConfig, settings: OptimizerSettings, steps: int) -> OptimizerConfig:
+    return OptimizerConfig(
+        lr=settings.lr,
+        min_lr=settings.lr * settings.min_lr_ratio,
+        warmup_steps=round(settings.warmup_ratio * steps),
+        total_steps=steps,
+        decay=settings.decay,
+        weight_decay=settings.weight_decay,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        clip=settings.clip,
+        distributed=run.distributed_optimizer,
+    )
+
+
+class Progress:
+    """A training stage's place: resumes from its checkpoints, saves when due or when stopped, exports at the end.
+
+    `state` is what the loop wants back after a resume beside model, optimizer and step; plain JSON.
+    """
+
+    def __init__(
+        self, stage: Stage, world: World, model: Model, optimizer: Optimizer, every: int, state: Row
+    ) -> None:
+        self.stage, self.world, self.model, self.optimizer = stage, world, model, optimizer
+        self.every, self.state = every, state
+        self.path = stage.path / "checkpoints"
+        self._started = time.perf_counter()
+
+    def resume(self) -> int:
+        """The step to go on from: 0, or that of the newest checkpoint, which is loaded."""
+        self.state.setdefault("seconds", 0.0)
+        if latest_step(self.path) is None:
+            return 0
+        step, state = load_checkpoint(self.path, self.model, self.optimizer)
+        self.state.update(state)
+        if self.world.is_main:
+            print(f"{self.stage.name}: going on after step {step}", flush=True)
+        return step
+
+    def after_step(self, step: int, last: bool, interrupt: Interrupt) -> None:
+        """Save when due. Raises Stopped, after saving, when the run was asked to stop."""
+        asked = interrupt.requested(self.world)
+        if not last and (asked or step % self.every == 0):
+            extra = self.state | {"seconds": self.seconds}
+            save_checkpoint(self.path, step, self.model, self.optimizer, extra=extra)
+        if asked and not last:
+            raise Stopped(
+                f"{self.stage.name} stopped after step {step} and saved; the same command goes on from there"
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in this stage, that of earlier, interrupted processes included."""
+        return self.state["seconds"] + time.perf_counter() - self._started
+
+    def finish(self, tokenizer: Tokenizer, summary: Row) -> None:
+        """Export the model as a Hugging Face folder and mark the stage complete."""
+        directory = self.stage.path / "model"
+        export_hf(self.model, directory)
+        if self.world.is_main:
+            tokenizer.save(directory)
+            self.stage.finish({"seconds": self.seconds} | self.state | summary)
+        self.world.barrier()
+
+
+def cross_entropy_head(
+    hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Next-token loss, summed; the count is the number of trained tokens."""
+    loss, metrics = linear_cross_entropy(hidden_MD, weight_VD, batch.targets_T, group=group)
+    sums = {"accuracy": metrics.accuracy_sum, "entropy": metrics.entropy_sum}
+    return loss, metrics.num_rows, sums
+
+
+def validation_loss(model: Model, microbatches: list[PackedBatch], world: World) -> float:
+    """Mean negative log-likelihood per target token over all data ranks' micro-batches."""
+
+    def nll(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
+        logp_M = linear_logprob(hidden_MD, weight_VD, batch.targets_T, group=group).logp
+        return torch.stack([-logp_M.double().sum(), (batch.targets_T >= 0).sum().double()])
+
+    parts = forward_only(model, microbatches, nll)
+    total, count = sum_over_data(torch.stack(parts).sum(0), world).tolist()
+    return total / count
+
+
+def sum_over_data(x: Tensor, world: World) -> Tensor:
+    """The sum of the data ranks' `x`, on each of them."""
+    total = x.to(world.device)
+    if world.data_size > 1:
+        dist.all_reduce(total, group=world.data_group)
+    return total
