@@ -1,0 +1,174 @@
+"""Safetensors folders: one file, or shards with an index, read lazily and written so that no reader sees half.
+
+Nothing is ever unpickled: a folder that has only pytorch_model.bin is refused.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of a folder by name, read from disk when asked for and not kept."""
+
+    def __init__(self, directory: str | os.PathLike) -> None:
+        self.directory = Path(directory)
+        single, index = self.directory / SINGLE_FILE, self.directory / INDEX_FILE
+        if single.is_file() and index.is_file():
+            raise ValueError(
+                f"{self.directory}: has both {SINGLE_FILE} and {INDEX_FILE}; expected one of them"
+            )
+        if not single.is_file() and not index.is_file():
+            raise ValueError(
+                f"{self.directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither"
+            )
+        self._opened = {}
+        if single.is_file():
+            self.file_of = dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+            return
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(f, str) for f in weight_map.values()
+        ):
+            raise ValueError(f"{index}: expected 'weight_map' from tensor names to files")
+        self.file_of: dict[str, str] = weight_map
+        for file in sorted(set(weight_map.values())):
+            if Path(file).name != file:
+                raise ValueError(f"{index}: expected file names in this folder, got {file!r}")
+            absent = {n for n, f in weight_map.items() if f == file} - set(self._open(file).keys())
+            if absent:
+                raise ValueError(
+                    f"{self.directory / file}: has no tensor {min(absent)}, which {INDEX_FILE} promises"
+                )
+
+    def _open(self, file: str):
+        if file not in self._opened:
+            path = self.directory / file
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file, but {INDEX_FILE} names it")
+            try:
+                self._opened[file] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+        return self._opened[file]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._open(self.file_of[name]).get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file_of)
+
+    def __len__(self) -> int:
+        return len(self.file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Read from the file's header alone."""
+        return tuple(self._open(self.file_of[name]).get_slice(name).get_shape())
+
+
+def read_tensors(directory: str | os.PathLike) -> TensorFiles:
+    """ValueError names the file: none there, one that the index names and is not there, a cut-off one."""
+    return TensorFiles(directory)
+
+
+def write_tensors(
+    tensors: Iterable[tuple[str, Tensor]],
+    directory: str | os.PathLike,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Streams tensors into one file, or into shards with an index; at most one shard is in memory.
+
+    Everything is first written under temporary names, so a failure or a kill while writing leaves weights that were
+    there before untouched; then the old ones are dropped and the new ones renamed, the index last, so
+    no reader ever sees a mixture. OSError names the file (a full disk, no permission).
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    shards: list[Path] = []
+    names: list[list[str]] = []
+    total_bytes = 0
+    try:
+        for shard in _shards(tensors, max_shard_bytes):
+            shards.append(directory / f".tmp-{os.getpid()}-{len(shards)}.safetensors")
+            names.append(list(shard))
+            total_bytes += sum(t.nbytes for t in shard.values())
+            _write_shard(shards[-1], shard)
+        if not shards:
+            raise ValueError(f"{directory}: no tensors to write")
+        single = len(shards) == 1
+        files = [
+            SINGLE_FILE if single else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            for i in range(len(shards))
+        ]
+        for old in [directory / INDEX_FILE, *directory.glob("model*.safetensors")]:
+            if not (
+                single and old.name == SINGLE_FILE
+            ):  # os.replace swaps a single file in one step
+                old.unlink(missing_ok=True)
+        for temporary, file in zip(shards, files, strict=True):
+            temporary.replace(directory / file)
+        if not single:
+            weight_map = {n: file for file, group in zip(files, names, strict=True) for n in group}
+            write_json(
+                directory / INDEX_FILE,
+                {"metadata": {"total_size": total_bytes}, "weight_map": weight_map},
+            )
+    finally:
+        for temporary in shards:
+            temporary.unlink(missing_ok=True)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    seen: set[str] = set()
+    for name, tensor in tensors:
+        if name in seen:
+            raise ValueError(f"write_tensors: tensor {name} came twice")
+        seen.add(name)
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _write_shard(path: Path, shard: dict[str, Tensor]) -> None:
+    try:
+        save_file(shard, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot write weights: {error}") from error
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
