@@ -3,9 +3,16 @@
 import dataclasses
 from pathlib import Path
 
-from phimini.model.chat import render_example
+from phimini.model.chat import TEMPLATES, render_example
 from phimini.model.config import preset
-from phimini.model.huggingface import load_config, load_reference, save_reference
+from phimini.model.huggingface import (
+    check_tensors,
+    load_config,
+    read_tensors,
+    save_config,
+    save_reference,
+    write_tensors,
+)
 from phimini.model.reference import Phi4Mini
 from phimini.model.tokenizer import Tokenizer, train_tiny_tokenizer
 from phimini.stages.config import RunConfig
@@ -23,22 +30,25 @@ def base(run: RunConfig, *, redo: bool = False) -> Path:
     if stage.complete:
         return stage.path
     stage.prepare(redo=redo)
+    directory = stage.path / "model"
     if run.base == "random":
         config = dataclasses.replace(preset(run.model), rope_factors=run.rope_factors)
-        rows = read_rows(Path(run.out) / "curate" / "midtrain.jsonl", ROLLOUT_FIELDS)[
-            :TOKENIZER_TEXTS
-        ]
+        rows = read_rows(Path(run.out) / "curate" / "midtrain.jsonl", ROLLOUT_FIELDS)
         texts = [
-            render_example(row["question"], row["response"], run.chat_template) for row in rows
+            render_example(row["question"], row["response"], run.chat_template)
+            for row in rows[:TOKENIZER_TEXTS]
         ]
         tokenizer = train_tiny_tokenizer(texts, vocab_size=config.vocab_size)
         model = Phi4Mini(config)
         model.init_weights(derive(run.seed, "init"))
+        save_reference(model, directory, stop_ids=tokenizer.stop_ids)
     else:
-        config = dataclasses.replace(load_config(Path(run.base)), rope_factors=run.rope_factors)
-        tokenizer = Tokenizer.load(Path(run.base))
-        model = load_reference(Path(run.base), config)
-    save_reference(model, stage.path / "model")
-    tokenizer.save(stage.path / "model")
+        config = load_config(run.base, run.rope_factors)
+        tokenizer = Tokenizer.load(run.base)
+        files = read_tensors(run.base)
+        check_tensors(config, files)
+        save_config(config, directory, stop_ids=tokenizer.stop_ids)
+        write_tensors(((name, files[name]) for name in files), directory)
+    tokenizer.save(directory, chat_template=TEMPLATES[run.chat_template])
     stage.finish({"parameters": config.num_parameters, "vocabulary": tokenizer.vocab_size})
     return stage.path

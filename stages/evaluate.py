@@ -97,6 +97,7 @@ def summarize(problems: list[dict], greedy_ok: np.ndarray, sampled_ok: np.ndarra
     """greedy_ok (P,), sampled_ok (P, k), both bool."""
     k = sampled_ok.shape[1]
     per_problem = sampled_ok.mean(1)
+    per_problem_mean = [float(x) for x in per_problem]
     groups: dict[str, dict[str, list[int]]] = {
         "families": defaultdict(list),
         "levels": defaultdict(list),
@@ -104,7 +105,7 @@ def summarize(problems: list[dict], greedy_ok: np.ndarray, sampled_ok: np.ndarra
     for i, problem in enumerate(problems):
         groups["families"][str(problem.get("family", ""))].append(i)
         groups["levels"][str(problem.get("level", 0))].append(i)
-    mean, low, high = mean_interval(per_problem)
+    mean, low, high = mean_interval(per_problem_mean)
     return {
         "num_problems": len(problems),
         "num_samples": k,
@@ -117,7 +118,7 @@ def summarize(problems: list[dict], greedy_ok: np.ndarray, sampled_ok: np.ndarra
         "pass_at_8" if k == 8 else f"pass_at_{k}": float(
             np.mean([pass_at_k(k, int(c), k) for c in sampled_ok.sum(1)])
         ),
-        "per_problem_mean": per_problem.tolist(),
+        "per_problem_mean": per_problem_mean,
         "per_problem_greedy": greedy_ok.astype(int).tolist(),
     } | {
         kind: {

@@ -8,7 +8,6 @@ validation dataset", arXiv 2504.21233).
 from pathlib import Path
 
 from phimini.parallel.batch import pack
-from phimini.parallel.optimizer import build_optimizer
 from phimini.parallel.step import forward_backward
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig
@@ -20,8 +19,9 @@ from phimini.stages.training import (
     Progress,
     cross_entropy_head,
     load_model,
-    optimizer_config,
+    means,
     read_examples,
+    start_optimizer,
     validation_loss,
 )
 
@@ -32,7 +32,7 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
     if stage.complete:
         return
     model, tokenizer = load_model(run, world, "base")
-    optimizer = build_optimizer(model, optimizer_config(run, config.optimizer, config.steps))
+    optimizer = start_optimizer(run, model, config.optimizer, config.steps)
 
     curated, distilled = Path(run.out) / "curate", Path(run.out) / "distill"
     read = lambda path: read_examples(
@@ -72,9 +72,7 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
             info = optimizer.step()
             step += 1
             state["tokens"] += int(metrics.count)
-            row = {
-                "loss": metrics.loss,
-                "accuracy": metrics.mean("accuracy"),
+            row = means(metrics) | {
                 "lr": info.lr,
                 "grad_norm": info.grad_norm,
                 "tokens": int(metrics.count),

@@ -22,7 +22,6 @@ from phimini.model.sampler import SamplingParams
 from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import Document, PackedBatch, pack
 from phimini.parallel.builder import Model
-from phimini.parallel.optimizer import build_optimizer
 from phimini.parallel.step import forward_backward, forward_only
 from phimini.parallel.world import World
 from phimini.stages.config import RlvrConfig, RunConfig
@@ -41,7 +40,7 @@ from phimini.stages.remedies import (
 from phimini.stages.rollout import RolloutEngine, build_engine
 from phimini.stages.seeds import derive
 from phimini.stages.stage import Interrupt, Stage
-from phimini.stages.training import Progress, load_model, optimizer_config
+from phimini.stages.training import Progress, load_model, start_optimizer
 from phimini.stages.verify import verify
 
 
@@ -82,7 +81,7 @@ def rlvr(run: RunConfig, world: World, *, redo: bool = False) -> None:
     prompts = EpochSampler(
         len(pool), min(config.prompts_per_step, len(pool)), derive(run.seed, "rlvr")
     )
-    optimizer = build_optimizer(model, optimizer_config(run, config.optimizer, config.steps))
+    optimizer = start_optimizer(run, model, config.optimizer, config.steps)
     head = policy_head(config)
 
     state = {"tokens": 0, "sampled_tokens": 0, "waiting": []}
@@ -120,12 +119,10 @@ def rlvr(run: RunConfig, world: World, *, redo: bool = False) -> None:
                 info = optimizer.step()
                 engine.sync(model)
                 state["tokens"] += sum(map(len, chosen))
+                rows = metrics.metrics.pop("rows")
+                row |= {name: total / rows for name, total in metrics.metrics.items()}
                 row |= {
                     "loss": metrics.loss,
-                    "entropy": metrics.sums["entropy"] / metrics.sums["rows"],
-                    "clipped": metrics.sums["clipped"] / metrics.sums["rows"],
-                    "kl": metrics.sums["kl"] / metrics.sums["rows"],
-                    "mismatch": metrics.sums["mismatch"] / metrics.sums["rows"],
                     "lr": info.lr,
                     "grad_norm": info.grad_norm,
                     "tokens": sum(map(len, chosen)),

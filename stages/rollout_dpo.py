@@ -23,7 +23,6 @@ from phimini.model.sampler import SamplingParams
 from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import Document, PackedBatch, pack
 from phimini.parallel.builder import Model
-from phimini.parallel.optimizer import build_optimizer
 from phimini.parallel.step import StepMetrics, forward_backward, forward_only
 from phimini.parallel.world import World
 from phimini.stages.config import RolloutDpoConfig, RunConfig
@@ -35,7 +34,7 @@ from phimini.stages.packing import EpochSampler, Example, check_lengths, chunks,
 from phimini.stages.rollout import build_engine
 from phimini.stages.seeds import derive
 from phimini.stages.stage import Interrupt, Stage
-from phimini.stages.training import Progress, load_model, optimizer_config, sum_over_data
+from phimini.stages.training import Progress, load_model, means, start_optimizer, sum_over_data
 
 PAIR_FIELDS = {"question": str, "chosen": str, "rejected": str}
 LN2_TOLERANCE = 1e-3
@@ -72,7 +71,7 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
         )
     reference = reference_logps(model, pairs, config, world)
     steps = max(1, math.floor(config.epochs * len(pairs) / config.pairs_per_step))
-    optimizer = build_optimizer(model, optimizer_config(run, config.optimizer, steps))
+    optimizer = start_optimizer(run, model, config.optimizer, steps)
     sampler = EpochSampler(len(pairs), config.pairs_per_step, derive(run.seed, "rollout_dpo"))
     head = dpo_head(config)
 
@@ -98,14 +97,7 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
             step += 1
             num_tokens = sum(len(pairs[i]) for i in indices)
             state["tokens"] += num_tokens
-            row = {
-                "loss": metrics.loss,
-                "preference_loss": metrics.mean("preference_loss"),
-                "preference_accuracy": metrics.mean("accuracy"),
-                "margin": metrics.mean("margin"),
-                "chosen_reward": metrics.mean("chosen_reward"),
-                "rejected_reward": metrics.mean("rejected_reward"),
-                "chosen_nll": metrics.mean("nll"),
+            row = means(metrics) | {
                 "lr": info.lr,
                 "grad_norm": info.grad_norm,
                 "tokens": num_tokens,
@@ -275,11 +267,11 @@ def dpo_head(config: RolloutDpoConfig):
         )
         sums = {
             "preference_loss": metrics.preference_loss_sum,
-            "accuracy": metrics.accuracy_sum,
+            "preference_accuracy": metrics.accuracy_sum,
             "margin": metrics.margin_sum,
             "chosen_reward": metrics.chosen_reward_sum,
             "rejected_reward": metrics.rejected_reward_sum,
-            "nll": metrics.nll_sum,
+            "chosen_nll": metrics.nll_sum,
         }
         return loss, metrics.num_pairs, sums
 
@@ -288,7 +280,7 @@ def dpo_head(config: RolloutDpoConfig):
 
 def check_first_step(metrics: StepMetrics) -> None:
     """Policy and reference are the same model before the first update, so the preference loss is ln 2."""
-    loss = metrics.mean("preference_loss")
+    loss = means(metrics)["preference_loss"]
     if not abs(loss - math.log(2)) <= LN2_TOLERANCE:
         raise RuntimeError(
             f"rollout_dpo: the preference loss before the first update is {loss:.6f}, expected ln 2 = "

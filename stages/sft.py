@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 
 from phimini.parallel.batch import pack
-from phimini.parallel.optimizer import build_optimizer
 from phimini.parallel.step import forward_backward
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig
@@ -21,8 +20,9 @@ from phimini.stages.training import (
     Progress,
     cross_entropy_head,
     load_model,
-    optimizer_config,
+    means,
     read_examples,
+    start_optimizer,
     validation_loss,
 )
 
@@ -42,7 +42,7 @@ def sft(run: RunConfig, world: World, *, redo: bool = False) -> None:
             f"sft.examples_per_step: {config.examples_per_step} examples do not divide over {world.data_size} data ranks"
         )
     steps = max(1, math.ceil(config.epochs * len(examples) / config.examples_per_step))
-    optimizer = build_optimizer(model, optimizer_config(run, config.optimizer, steps))
+    optimizer = start_optimizer(run, model, config.optimizer, steps)
     sampler = EpochSampler(len(examples), config.examples_per_step, derive(run.seed, "sft"))
 
     def batch(some: list[Example]) -> list:
@@ -66,9 +66,7 @@ def sft(run: RunConfig, world: World, *, redo: bool = False) -> None:
             info = optimizer.step()
             step += 1
             state["tokens"] += int(metrics.count)
-            row = {
-                "loss": metrics.loss,
-                "accuracy": metrics.mean("accuracy"),
+            row = means(metrics) | {
                 "lr": info.lr,
                 "grad_norm": info.grad_norm,
                 "tokens": int(metrics.count),

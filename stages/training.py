@@ -15,8 +15,8 @@ from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import PackedBatch
 from phimini.parallel.builder import Model, build_model
 from phimini.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
-from phimini.parallel.optimizer import Optimizer, OptimizerConfig
-from phimini.parallel.step import forward_only
+from phimini.parallel.optimizer import Optimizer, OptimizerConfig, build_optimizer
+from phimini.parallel.step import StepMetrics, forward_only
 from phimini.parallel.weights import export_hf, load_hf
 from phimini.parallel.world import World
 from phimini.stages.config import OptimizerSettings, RunConfig
@@ -42,13 +42,17 @@ def read_examples(
 def load_model(run: RunConfig, world: World, stage: str) -> tuple[Model, Tokenizer]:
     """The model that `stage` of this run ended with, on this run's layout, and its tokenizer."""
     directory = Path(run.out) / stage / "model"
-    model = build_model(load_config(directory), world, seed=run.seed)
+    model = build_model(
+        load_config(directory), world, seed=None, distributed_optimizer=run.distributed_optimizer
+    )
     load_hf(model, directory)
     return model, Tokenizer.load(directory)
 
 
-def optimizer_config(run: RunConfig, settings: OptimizerSettings, steps: int) -> OptimizerConfig:
-    return OptimizerConfig(
+def start_optimizer(
+    run: RunConfig, model: Model, settings: OptimizerSettings, steps: int
+) -> Optimizer:
+    config = OptimizerConfig(
         lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
         warmup_steps=round(settings.warmup_ratio * steps),
@@ -58,8 +62,8 @@ def optimizer_config(run: RunConfig, settings: OptimizerSettings, steps: int) ->
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         clip=settings.clip,
-        distributed=run.distributed_optimizer,
     )
+    return build_optimizer(model, config, distributed=run.distributed_optimizer)
 
 
 class Progress:
@@ -120,6 +124,13 @@ def cross_entropy_head(
     loss, metrics = linear_cross_entropy(hidden_MD, weight_VD, batch.targets_T, group=group)
     sums = {"accuracy": metrics.accuracy_sum, "entropy": metrics.entropy_sum}
     return loss, metrics.num_rows, sums
+
+
+def means(metrics: StepMetrics) -> dict[str, float]:
+    """The loss and every other sum of a step, divided by its count."""
+    return {"loss": metrics.loss} | {
+        name: total / metrics.count for name, total in metrics.metrics.items()
+    }
 
 
 def validation_loss(model: Model, microbatches: list[PackedBatch], world: World) -> float:

@@ -1,0 +1,138 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from phimini.stages.config import RunConfig, override
+from phimini.stages.curate import curate
+from phimini.stages.distill import distill, fingerprint
+from phimini.stages.jsonl import read_json
+from phimini.stages.recipes import recipe_config
+
+SMALL = ["distill.num_problems=120", "distill.num_prompts=60", "distill.num_heldout=60", "distill.num_validation=40",
+         "distill.rollouts_per_problem=3", "curate.sft_examples=90"]  # fmt: skip
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunConfig:
+    return override(recipe_config("tiny"), [f"out={tmp_path / 'run'}", *SMALL])
+
+
+def test_no_heldout_numbers_occur_in_any_training_set(run: RunConfig) -> None:
+    data = distill(run)
+    curated = curate(run)
+    heldout = {fingerprint(row["question"]) for row in rows(data / "heldout.jsonl")}
+    validation = {fingerprint(row["question"]) for row in rows(data / "validation.jsonl")}
+    assert len(heldout) == 60
+    for path in (
+        data / "rollouts.jsonl",
+        data / "prompts.jsonl",
+        curated / "midtrain.jsonl",
+        curated / "sft.jsonl",
+    ):
+        seen = {fingerprint(row["question"]) for row in rows(path)}
+        assert seen and not seen & heldout, f"{path.name} has a held-out question's numbers"
+        assert not seen & validation, f"{path.name} has a validation question's numbers"
+
+
+def test_the_heldout_set_is_the_same_for_every_seed_and_training_is_not(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    first = distill(run)
+    second = distill(override(run, ["seed=1", f"out={tmp_path / 'other'}"]))
+    assert (first / "heldout.jsonl").read_text() == (second / "heldout.jsonl").read_text()
+    assert (first / "rollouts.jsonl").read_text() != (second / "rollouts.jsonl").read_text()
+
+
+def test_midtraining_gets_every_correct_rollout_and_only_those(run: RunConfig) -> None:
+    data = distill(run)
+    curated = curate(run)
+    rollouts = rows(data / "rollouts.jsonl")
+    correct = [r["id"] for r in rollouts if r["correct"]]
+    assert [r["id"] for r in rows(curated / "midtrain.jsonl")] == correct
+    assert 0 < len(correct) < len(rollouts), "the teacher is sometimes wrong"
+    sft = [r["id"] for r in rows(curated / "sft.jsonl")]
+    assert set(sft) <= set(correct) and len(sft) == 90 < len(correct)
+
+
+def test_a_complete_stage_is_not_run_again_but_redo_does(run: RunConfig) -> None:
+    path = distill(run)
+    first = read_json(path / "summary.json")["id"]
+    distill(run)
+    assert read_json(path / "summary.json")["id"] == first
+    distill(run, redo=True)
+    assert read_json(path / "summary.json")["id"] != first
+
+
+def test_other_settings_or_other_inputs_of_a_complete_stage_are_named(run: RunConfig) -> None:
+    distill(run)
+    curate(run)
+    with pytest.raises(ValueError, match=r"distill was made with distill.slip=0.2, now it is 0.5"):
+        distill(override(run, ["distill.slip=0.5"]))
+    distill(run, redo=True)
+    with pytest.raises(ValueError, match="distill was made again since; use --redo"):
+        curate(run)
+
+
+def test_a_stage_without_its_input_is_named(run: RunConfig) -> None:
+    with pytest.raises(
+        ValueError, match=r"curate: .*distill is not complete; run `phimini distill` first"
+    ):
+        curate(run)
+
+
+def write_source(folder: Path, rollouts: list[dict]) -> None:
+    folder.mkdir()
+    other = {"id": "h", "question": "What is 3 + 4?", "answer": "7", "response": r"\boxed{7}"}
+    for name, content in {
+        "rollouts.jsonl": rollouts,
+        "prompts.jsonl": [{"id": "p", "question": "What is 30 + 40?", "answer": "70"}],
+        "validation.jsonl": [
+            {"question": "What is 5 + 5?", "answer": "10", "response": r"\boxed{10}"}
+        ],
+        "heldout.jsonl": [other],
+    }.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+
+
+def test_own_data_is_verified_and_cleared_of_heldout_questions(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    write_source(
+        tmp_path / "own",
+        [
+            {"question": "What is 1 + 1?", "answer": "2", "response": r"so \boxed{2}"},
+            {"question": "What is 1 + 1?", "answer": "2", "response": r"so \boxed{3}"},
+            {"question": "Add 4 and 3.", "answer": "7", "response": r"\boxed{7}"},
+        ],
+    )
+    data = distill(override(run, [f"distill.source={tmp_path / 'own'}"]))
+    assert [(r["question"], r["correct"]) for r in rows(data / "rollouts.jsonl")] == [
+        ("What is 1 + 1?", True),
+        ("What is 1 + 1?", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q", "response": "r"}, r"rollouts.jsonl.*1.*answer"),
+        ({"question": "q", "answer": " ", "response": "r"}, r"rollouts.jsonl.*1.*answer"),
+        ({"question": "q", "answer": 3, "response": "r"}, r"rollouts.jsonl.*1.*answer"),
+    ],
+)
+def test_own_data_with_a_bad_row_names_file_and_line(
+    run: RunConfig, tmp_path: Path, row: dict, message: str
+) -> None:
+    write_source(tmp_path / "own", [row])
+    with pytest.raises(ValueError, match=message):
+        distill(override(run, [f"distill.source={tmp_path / 'own'}"]))
+
+
+def test_own_data_that_is_no_folder_is_named(run: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="distill.source: expected `generator` or a folder"):
+        distill(override(run, [f"distill.source={tmp_path / 'none'}"]))
