@@ -121,7 +121,9 @@ def _transformer_config(
         calculate_per_token_loss=True,
         overlap_p2p_comm=two_stages_interleaved,
         batch_p2p_comm=not two_stages_interleaved,
-        deallocate_pipeline_outputs=layout.pipeline > 1,
+        # gloo still reads an overlapped send's memory after the call; NCCL's streams keep it alive.
+        deallocate_pipeline_outputs=layout.pipeline > 1
+        and not (two_stages_interleaved and world.device.type == "cpu"),
         # torch.compile'd or CUDA extensions of Megatron that we do not use.
         apply_rope_fusion=False,
         bias_activation_fusion=False,
