@@ -35,8 +35,10 @@ _WORDS = re.compile(r"\(?([A-Za-z]|[A-Za-z]{2,}(?:[ -][A-Za-z]+)*)\)?")
 _UNDONE_COMMAND = re.compile(
     r"\\(?:i*int|oint|sum|prod|lim|binom|dbinom|tbinom|gcd|lcm|max|min|det|bmod|pmod|mod)(?![A-Za-z])|[0-9]\s*!"
 )
+# `40+2`, but neither the end of `x^2-1`, `\sqrt5-1`, `\pi/2+1` nor the start of `1+2\sqrt{3}`, `1-2x`.
 _UNDONE_ARITHMETIC = re.compile(
-    r"[0-9]\s*(?:[-+*]|\\(?:cdot|times|div|ast)(?![A-Za-z]))\s*[0-9]+(?![0-9]*\s*\^)"
+    r"(?<![\^_/.0-9A-Za-z])[0-9.]++\s*(?:[-+*]|\\(?:cdot|times|div|ast)(?![A-Za-z]))\s*"
+    r"[0-9.]++(?!\s*[A-Za-z\\^({])"
 )
 _MAX_SYMBOLIC_CHARACTERS = 1000
 

@@ -36,11 +36,11 @@ _WRAPPER = re.compile(
 )
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 _INVISIBLE = re.compile(
-    r"\\(?:left|right|displaystyle|bigl|bigr|big|Bigl|Bigr|Big)(?![A-Za-z])|\\[!;:]|\\\$"
+    r"(?<!\\)\\(?:(?:left|right|displaystyle|bigl|bigr|big|Bigl|Bigr|Big)(?![A-Za-z])|[!;:$])"
 )
-_SPACES = re.compile(r"(?:\\quad(?![A-Za-z])|\\ |~|\s)+")
+_SPACES = re.compile(r"(?:(?<!\\)\\(?:quad(?![A-Za-z])|\s)|~|\s)+")
 _UNIT = re.compile(
-    r"(?:\\,|\s)*(?:\\(?:text|mathrm|textrm|mbox)\s*\{(?P<words>[^{}0-9]*)\}(?:\^\{?[0-9]\}?)?"
+    r"(?:\\(?:text|mathrm|textrm|mbox)\s*\{(?P<words>[^{}0-9]*)\}(?:\^\{?[0-9]\}?)?"
     r"|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|°|\\?%)$"
 )
 _MULTIPLIER = re.compile(r"hundred|thousand|[mbtr]+illion|dozen", re.IGNORECASE)
@@ -92,7 +92,7 @@ def normalise(text: str) -> str:
     if _PLAIN_INTEGER.fullmatch(text):
         return text
     text = text.replace("−", "-").replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
-    text = _SPACES.sub(" ", _INVISIBLE.sub("", text)).strip()
+    text = _trimmed(_SPACES.sub(" ", _INVISIBLE.sub("", text)))
     for _ in range(_MAX_WRAPPERS):
         before = text
         text = _unwrapped(text)
@@ -101,7 +101,7 @@ def normalise(text: str) -> str:
             text = text[match.end() :]
         if (match := _UNIT.search(text)) and match.start() > 0:
             if not _MULTIPLIER.search(match["words"] or ""):
-                text = text[: match.start()].rstrip()
+                text = _trimmed(text[: match.start()])
         if text == before:
             break
     return text
@@ -139,10 +139,20 @@ def parse_sequence(text: str) -> Sequence | None:
         brackets, inner = text[0] + text[-1], text[1:-1]
     else:
         brackets, inner = "{}", text
-    parts = re.split(r"(?<!\{),", inner)
-    numbers = [parse_number(part.replace(r"\,", " ").strip()) for part in parts]
+    parts = re.split(r"(?<![{\\]),", inner)
+    numbers = [parse_number(_trimmed(part)) for part in parts]
     found = tuple(number for number in numbers if number is not None)
     return Sequence(brackets, found) if len(found) == len(parts) else None
+
+
+def _trimmed(text: str) -> str:
+    r"""`text` without white space and `\,` around it."""
+    text = text.strip()
+    while text.startswith(r"\,"):
+        text = text[2:].lstrip()
+    while text.endswith(r"\,"):
+        text = text[:-2].rstrip()
+    return text
 
 
 def _decimal(match: re.Match[str], exponent: int) -> Number:
