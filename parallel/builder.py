@@ -16,7 +16,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -148,8 +147,8 @@ def _leave(weight: Tensor) -> Tensor:
 class PhiGPT(GPTModel):
     """GPTModel that ends at the hidden states: the head is fused with the loss, outside.
 
-    Its last stage returns hidden_TD, gathered over sequence-parallel ranks; the gradient that comes back for it may
-    be each tensor-parallel rank's own part (from its rows of the vocabulary): it is summed here.
+    Its last stage returns hidden_TD, gathered over sequence-parallel ranks. The gradient that comes back for it is
+    the whole one on each tensor-parallel rank: the head sums its vocabulary rows' parts itself.
     """
 
     def _postprocess(self, hidden_states: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
@@ -158,10 +157,8 @@ class PhiGPT(GPTModel):
             return hidden_states
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=True
+                hidden_states, tensor_parallel_output_grad=False
             )
-        elif self.config.tensor_model_parallel_size > 1:
-            hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
         return hidden_states.squeeze(1)
 
     @property

@@ -31,7 +31,7 @@ class Head(Protocol):
     `group` (the tensor-parallel group; size 1 when there is nothing to share).
     Returns (loss_sum, count, metrics): the sum whose gradient is wanted, what it is to be divided by (summed over all
     micro-batches and data ranks first), and sums for the log. All scalars, equal on every rank of `group`.
-    The gradient for hidden_MD may be this rank's part (its vocabulary rows'): the model sums it over `group`.
+    The gradient for hidden_MD must be the whole one on every rank: the head sums its rows' parts over `group`.
     """
 
     def __call__(

@@ -17,7 +17,7 @@ from phimini.parallel.batch import Document, PackedBatch, next_token_targets, pa
 from phimini.parallel.builder import Model, build_model
 from phimini.parallel.launch import run_ranks
 from phimini.parallel.layout import Layout
-from phimini.parallel.step import forward_backward, forward_only
+from phimini.parallel.step import forward_backward
 from phimini.parallel.weights import gradients_to_hf
 from phimini.parallel.world import initialize
 
@@ -52,16 +52,13 @@ GROUPS = [[15, 3], [16], [17, 2, 1], [40], [16, 16], [5, 31], [1, 33], [20, 9, 4
 def cross_entropy_head(
     hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The plainest vocab-parallel head: gathers the whole weight, so its hidden gradient is whole on each rank."""
-    rank, size = group.rank(), group.size()
-    if size > 1:
-        shards = [torch.empty_like(weight_VD) for _ in range(size)]
+    """The plainest vocab-parallel head: every rank gathers the whole weight and computes everything."""
+    if group.size() > 1:
+        shards = [torch.empty_like(weight_VD) for _ in range(group.size())]
         dist.all_gather(shards, weight_VD.detach(), group=group)
-        shards[rank] = weight_VD
+        shards[group.rank()] = weight_VD
         weight_VD = torch.cat(shards)
-    # The model sums hidden gradients over the group, so each rank gives its share of this whole one.
-    share = hidden_MD / size + (hidden_MD - hidden_MD / size).detach()
-    logits_MV = share @ weight_VD.T
+    logits_MV = hidden_MD @ weight_VD.T
     loss = F.cross_entropy(logits_MV, batch.targets_T, ignore_index=-100, reduction="sum")
     trained = batch.targets_T >= 0
     right = ((logits_MV.argmax(-1) == batch.targets_T) & trained).sum()
