@@ -29,11 +29,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 class RankFailure(RuntimeError):
-    """A rank raised, died or was late. `rank` is the first one; its traceback is in the message."""
+    """A rank raised, died or was late. `rank` is the first one; its traceback is in the message.
 
-    def __init__(self, rank: int, message: str) -> None:
+    `error` is (type name, message) of what it raised; None if it died or was late.
+    """
+
+    def __init__(self, rank: int, message: str, error: tuple[str, str] | None = None) -> None:
         super().__init__(message)
         self.rank = rank
+        self.error = error
 
 
 def run_ranks(
@@ -97,7 +101,7 @@ def _collect(
 ) -> list[Any]:
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     results: dict[int, Any] = {}
-    failures: dict[int, str] = {}  # in order of arrival
+    failures: dict[int, tuple[str, tuple[str, str] | None]] = {}  # in order of arrival
     rank_of = {connection: rank for rank, connection in enumerate(connections)}
     waiting = set(connections)
     while waiting:
@@ -113,10 +117,8 @@ def _collect(
                 kind, payload = pickle.loads(connection.recv_bytes())
             except EOFError:
                 processes[rank].join(10.0)
-                kind, payload = (
-                    "failed",
-                    f"ended without a result, {_exit_text(processes[rank].exitcode)}",
-                )
+                text = f"ended without a result, {_exit_text(processes[rank].exitcode)}"
+                kind, payload = "failed", (text, None)
             if kind == "returned":
                 results[rank] = payload
             else:
@@ -124,10 +126,10 @@ def _collect(
                     deadline = time.monotonic() + _GRACE_S
                 failures[rank] = payload
     if failures:
-        rank, text = next(iter(failures.items()))
+        rank, (text, error) = next(iter(failures.items()))
         also = sorted(set(failures) - {rank})
         others = f"\n(then also rank {', '.join(map(str, also))})" if also else ""
-        raise RankFailure(rank, f"rank {rank} of {len(processes)} failed: {text}{others}")
+        raise RankFailure(rank, f"rank {rank} of {len(processes)} failed: {text}{others}", error)
     if waiting:
         late = sorted(rank_of[connection] for connection in waiting)
         raise RankFailure(
@@ -182,10 +184,9 @@ def _child(
     torch.set_num_threads(1)
     try:
         message = ("returned", fn(*args))
-    except (
-        BaseException
-    ):  # whatever it is, the parent must hear of it; KeyboardInterrupt and SystemExit too
-        message = ("failed", traceback.format_exc())
+    # Whatever it is, the parent must hear of it; KeyboardInterrupt and SystemExit too.
+    except BaseException as error:
+        message = ("failed", (traceback.format_exc(), (type(error).__name__, str(error))))
     send.send_bytes(pickle.dumps(message))
     send.close()
     sys.stdout.flush()

@@ -4,6 +4,7 @@
     phimini recipe tiny seed=1 out=runs/s1   any field of the config can be set
     phimini sft tiny                         one stage of a run (data: distill, curate, base)
     phimini evaluate tiny stage=sft          evaluate one stage's model
+    phimini controls tiny                    the control arms of a complete run
     phimini report tiny                      write the report again
     torchrun --nproc-per-node 2 -m phimini.stages.cli recipe tiny tensor_parallel=2
 
@@ -11,22 +12,26 @@ A stage that is complete is not run again; `--redo` does.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 from phimini.model.config import ModelConfig, preset
 from phimini.model.huggingface import load_config
-from phimini.parallel.launch import run_ranks
+from phimini.parallel.launch import RankFailure, run_ranks
 from phimini.parallel.layout import Layout
 from phimini.parallel.world import World, initialize
 from phimini.stages.config import RunConfig, override
+from phimini.stages.controls import controls
 from phimini.stages.evaluate import evaluate
 from phimini.stages.recipe import DATA, TRAINING, recipe
 from phimini.stages.recipes import recipe_config
 from phimini.stages.report import write_report
 from phimini.stages.stage import Stopped
 
-VERBS = ("recipe", *DATA, *TRAINING, "evaluate", "report")
+# What a rank may raise that is no fault of the program, and the exit status that it gives.
+EXPECTED = {"ValueError": 2, "Stopped": 130, "KeyboardInterrupt": 130}
+VERBS = ("recipe", *DATA, *TRAINING, "evaluate", "controls", "report")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     except (Stopped, KeyboardInterrupt) as stop:
         print(f"phimini: {stop or 'stopped'}", file=sys.stderr)
         return 130
+    except RankFailure as failure:
+        if failure.error is None or failure.error[0] not in EXPECTED:
+            raise
+        print(f"phimini: {failure.error[1]}", file=sys.stderr)
+        return EXPECTED[failure.error[0]]
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -74,6 +84,7 @@ def dispatch(arguments: list[str]) -> int:
     if "RANK" in os.environ or run.processes == 1:
         run_rank(run, verb, stage, redo)
     else:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the ranks save first
         run_ranks(run_rank, run.processes, run, verb, stage, redo)
     return 0
 
@@ -91,6 +102,8 @@ def run_rank(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
     try:
         if verb == "recipe":
             recipe(run, world, redo=redo)
+        elif verb == "controls":
+            controls(run, world, redo=redo)
         elif stage is not None:
             evaluate(run, world, stage, redo=redo)
         else:

@@ -62,7 +62,7 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
     state = {"tokens": 0, "best_validation_loss": None, "validations_since_best": 0}
     progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
     step = progress.resume()
-    log = MetricsLog(stage.path / "metrics.jsonl", config.steps, stage.name, world.is_main, step)
+    log = MetricsLog(stage.path / "metrics.jsonl", config.steps, stage.name, world.is_main)
     with log, Interrupt() as interrupt:
         done = False
         while not done:
@@ -82,7 +82,7 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
                 note_validation(state, row["validation_loss"])
             saturated = state["validations_since_best"] >= config.patience
             done = step == config.steps or (config.stop == "saturation" and saturated)
-            log.step(step, row)
+            log.write(step - 1, **row)
             progress.after_step(step, done, interrupt)
     progress.finish(
         tokenizer,

@@ -65,12 +65,17 @@ class Rollout:
 
 
 def rlvr(run: RunConfig, world: World, *, redo: bool = False) -> None:
-    config = run.rlvr
     stage = Stage.begin(run, "rlvr", world, redo=redo)
     if stage.complete:
         return
-    model, tokenizer = load_model(run, world, "rollout_dpo")
-    frozen = load_model(run, world, "rollout_dpo")[0] if config.kl_coef else None
+    reinforce(run, world, stage, "rollout_dpo")
+
+
+def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
+    """Train the model of stage `start` into `stage`."""
+    config = run.rlvr
+    model, tokenizer = load_model(run, world, start)
+    frozen = load_model(run, world, start)[0] if config.kl_coef else None
     engine = build_engine(run, model.config, world)
     engine.sync(model)
     problems = {
@@ -91,7 +96,7 @@ def rlvr(run: RunConfig, world: World, *, redo: bool = False) -> None:
         engine.sync(model)
     if world.is_main:
         (stage.path / "rollouts").mkdir(exist_ok=True)
-    log = MetricsLog(stage.path / "metrics.jsonl", config.steps, stage.name, world.is_main, step)
+    log = MetricsLog(stage.path / "metrics.jsonl", config.steps, stage.name, world.is_main)
     with log, Interrupt() as interrupt:
         while step < config.steps:
             temperature = config.start_temperature
@@ -131,7 +136,7 @@ def rlvr(run: RunConfig, world: World, *, redo: bool = False) -> None:
             step += 1
             if world.is_main:
                 write_rollouts(stage.path / "rollouts" / f"{step:06d}.jsonl", fresh, tokenizer)
-            log.step(step, row)
+            log.write(step - 1, **row)
             progress.after_step(step, step == config.steps, interrupt)
     state.pop("waiting")
     progress.finish(tokenizer, {"steps": config.steps, "pool": len(pool)})
@@ -307,7 +312,7 @@ def with_reference_logps(frozen: Model, microbatches: list[PackedBatch]) -> list
             batch.targets_T,
             temperature=batch.fields["temperature"],
             group=group,
-        ).logp
+        ).logp_M
 
     results = forward_only(frozen, microbatches, logp)
     return [
@@ -365,6 +370,7 @@ def describe(
     first = [rollout for group in groups for rollout in group[: config.rollouts_per_prompt]]
     zero = [len({r.reward for r in group}) == 1 for group in groups]
     return {
+        "tokens": 0,
         "temperature": temperature,
         "reward": float(np.mean([r.reward for r in first])),
         "accuracy": float(np.mean([r.reward > 0 for r in first])),

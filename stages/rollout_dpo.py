@@ -78,7 +78,7 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
     state = {"tokens": 0}
     progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
     step = progress.resume()
-    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main, step)
+    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main)
     with log, Interrupt() as interrupt:
         while step < steps:
             optimizer.zero_grad()
@@ -102,7 +102,7 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
                 "grad_norm": info.grad_norm,
                 "tokens": num_tokens,
             }
-            log.step(step, row)
+            log.write(step - 1, **row)
             progress.after_step(step, step == steps, interrupt)
     progress.finish(tokenizer, {"steps": step, "pairs": len(pairs), "pairs_from": config.pairs})
 
@@ -232,7 +232,7 @@ def reference_logps(
     """
 
     def summed(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
-        logp_M = linear_logprob(hidden_MD, weight_VD, batch.targets_T, group=group).logp
+        logp_M = linear_logprob(hidden_MD, weight_VD, batch.targets_T, group=group).logp_M
         return torch.zeros_like(batch.fields["reference_logp"]).index_add_(
             0, batch.fields["sequence"], logp_M
         )

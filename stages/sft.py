@@ -28,20 +28,29 @@ from phimini.stages.training import (
 
 
 def sft(run: RunConfig, world: World, *, redo: bool = False) -> None:
-    config = run.sft
     stage = Stage.begin(run, "sft", world, redo=redo)
     if stage.complete:
         return
-    model, tokenizer = load_model(run, world, "midtrain")
-    out = Path(run.out)
-    examples = read_examples(out / "curate" / "sft.jsonl", tokenizer, run.chat_template)
-    held_out = read_examples(out / "distill" / "validation.jsonl", tokenizer, run.chat_template)
+    fine_tune(run, world, stage, "midtrain", Path(run.out) / "curate" / "sft.jsonl")
+
+
+def fine_tune(
+    run: RunConfig, world: World, stage: Stage, start: str, rows: Path, *, steps: int | None = None
+) -> None:
+    """Train the model of stage `start` on `rows`, for `sft.epochs` or `steps`, into `stage`."""
+    config = run.sft
+    model, tokenizer = load_model(run, world, start)
+    examples = read_examples(rows, tokenizer, run.chat_template)
+    held_out = read_examples(
+        Path(run.out) / "distill" / "validation.jsonl", tokenizer, run.chat_template
+    )
     check_lengths(examples + held_out, config.sequence_length, "sft.sequence_length")
     if config.examples_per_step % world.data_size:
         raise ValueError(
             f"sft.examples_per_step: {config.examples_per_step} examples do not divide over {world.data_size} data ranks"
         )
-    steps = max(1, math.ceil(config.epochs * len(examples) / config.examples_per_step))
+    if steps is None:
+        steps = max(1, math.ceil(config.epochs * len(examples) / config.examples_per_step))
     optimizer = start_optimizer(run, model, config.optimizer, steps)
     sampler = EpochSampler(len(examples), config.examples_per_step, derive(run.seed, "sft"))
 
@@ -57,7 +66,7 @@ def sft(run: RunConfig, world: World, *, redo: bool = False) -> None:
     state = {"tokens": 0}
     progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
     step = progress.resume()
-    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main, step)
+    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main)
     with log, Interrupt() as interrupt:
         while step < steps:
             optimizer.zero_grad()
@@ -73,6 +82,13 @@ def sft(run: RunConfig, world: World, *, redo: bool = False) -> None:
             }
             if step % config.validate_every == 0 or step == steps:
                 row["validation_loss"] = validation_loss(model, validation, world)
-            log.step(step, row)
+            log.write(step - 1, **row)
             progress.after_step(step, step == steps, interrupt)
-    progress.finish(tokenizer, {"steps": step, "examples": len(examples), "epochs": config.epochs})
+    progress.finish(
+        tokenizer,
+        {
+            "steps": step,
+            "examples": len(examples),
+            "epochs": steps * config.examples_per_step / len(examples),
+        },
+    )

@@ -36,6 +36,9 @@ INPUTS = {
     "sft": ["midtrain", "curate"],
     "rollout_dpo": ["sft", "distill"],
     "rlvr": ["rollout_dpo", "distill"],
+    "controls/sft_continued": ["sft", "curate", "rollout_dpo", "rlvr"],
+    "controls/rejection_sft": ["sft", "rollout_dpo", "rlvr"],
+    "controls/rl_without_dpo": ["sft", "distill", "rollout_dpo", "rlvr"],
 }
 # Settings that decide what every stage computes, beside its own.
 SHARED = ("seed", "model", "base", "chat_template", "rope_factors")
@@ -53,18 +56,19 @@ class Stage:
     @classmethod
     def open(cls, run: RunConfig, name: str, *, redo: bool = False) -> "Stage":
         """Raises ValueError when the stage is complete with other settings, or its inputs are missing."""
-        path = Path(run.out) / name
+        out = Path(run.out)
+        path = out / name
         for earlier in INPUTS[name]:
-            if not (path.parent / earlier / "summary.json").exists():
+            if not (out / earlier / "summary.json").exists():
                 raise ValueError(
-                    f"{name}: {path.parent / earlier} is not complete; run `phimini {earlier}` first"
+                    f"{name}: {out / earlier} is not complete; run `phimini {earlier}` first"
                 )
         complete = (path / "summary.json").exists() and not redo
         if complete:
             summary = read_json(path / "summary.json")
             _same_settings(summary["settings"], settings(run, name), path)
             for earlier, id in summary["inputs"].items():
-                if read_json(path.parent / earlier / "summary.json")["id"] != id:
+                if read_json(out / earlier / "summary.json")["id"] != id:
                     raise ValueError(
                         f"{path}: {earlier} was made again since; use --redo, or another out="
                     )
@@ -88,9 +92,8 @@ class Stage:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the stage complete. One rank calls it."""
-        inputs = {
-            e: read_json(self.path.parent / e / "summary.json")["id"] for e in INPUTS[self.name]
-        }
+        out = Path(self.run.out)
+        inputs = {e: read_json(out / e / "summary.json")["id"] for e in INPUTS[self.name]}
         write_json(
             self.path / "summary.json",
             {"id": uuid.uuid4().hex, "inputs": inputs, "settings": settings(self.run, self.name)}
@@ -103,7 +106,12 @@ class Stage:
 
 
 def settings(run: RunConfig, name: str) -> dict[str, Any]:
-    own = getattr(run, name, None)
+    config_of = {
+        "controls/sft_continued": "sft",
+        "controls/rejection_sft": "sft",
+        "controls/rl_without_dpo": "rlvr",
+    }
+    own = getattr(run, config_of.get(name, name), None)
     shared = {key: getattr(run, key) for key in SHARED}
     return json.loads(
         json.dumps(shared | ({name: to_dict(own)} if dataclasses.is_dataclass(own) else {}))

@@ -113,7 +113,7 @@ class Progress:
         export_hf(self.model, directory)
         if self.world.is_main:
             tokenizer.save(directory)
-            self.stage.finish({"seconds": self.seconds} | self.state | summary)
+            self.stage.finish(self.state | {"seconds": self.seconds} | summary)
         self.world.barrier()
 
 
@@ -137,10 +137,10 @@ def validation_loss(model: Model, microbatches: list[PackedBatch], world: World)
     """Mean negative log-likelihood per target token over all data ranks' micro-batches."""
 
     def nll(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
-        logp_M = linear_logprob(hidden_MD, weight_VD, batch.targets_T, group=group).logp
+        logp_M = linear_logprob(hidden_MD, weight_VD, batch.targets_T, group=group).logp_M
         return torch.stack([-logp_M.double().sum(), (batch.targets_T >= 0).sum().double()])
 
-    parts = forward_only(model, microbatches, nll)
+    parts = forward_only(model, microbatches, nll) if microbatches else [torch.zeros(2).double()]
     total, count = sum_over_data(torch.stack(parts).sum(0), world).tolist()
     return total / count
 

@@ -1,0 +1,85 @@
+"""Control arms: what else could have made the accuracy rise after stage 2?
+
+Each starts from the stage-2 model and gets the training and sampling time of stages 3 and 4 together:
+
+- `sft_continued`: stage 2 goes on, on its own data;
+- `rejection_sft`: fine-tuning on the stage-2 model's own verified-correct rollouts (those of stage 3);
+- `rl_without_dpo`: stage 4 from the stage-2 model, with as many more steps as stage 3's time buys.
+
+Written to `controls/`: a folder per arm and `controls.json`, each arm's evaluation beside stages 2 and 4.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from phimini.parallel.world import World
+from phimini.stages.config import RunConfig
+from phimini.stages.evaluate import evaluate
+from phimini.stages.jsonl import read_json, read_rows, write_json, write_rows
+from phimini.stages.rlvr import reinforce
+from phimini.stages.sft import fine_tune
+from phimini.stages.stage import Stage
+from phimini.stages.statistics import paired_gain
+
+ARMS = ("sft_continued", "rejection_sft", "rl_without_dpo")
+
+
+def controls(run: RunConfig, world: World, *, redo: bool = False) -> None:
+    """Run what is missing. Raises ValueError when the run's four stages are not complete."""
+    out = Path(run.out)
+    for arm in ARMS:
+        name = f"controls/{arm}"
+        stage = Stage.begin(run, name, world, redo=redo)
+        if not stage.complete:
+            spent = {s: read_json(out / s / "summary.json") for s in ("sft", "rollout_dpo", "rlvr")}
+            budget = spent["rollout_dpo"]["seconds"] + spent["rlvr"]["seconds"]
+            if arm == "rl_without_dpo":
+                steps = round(spent["rlvr"]["steps"] * budget / spent["rlvr"]["seconds"])
+                longer = dataclasses.replace(run, rlvr=dataclasses.replace(run.rlvr, steps=steps))
+                reinforce(longer, world, stage, "sft")
+            else:
+                steps = round(spent["sft"]["steps"] * budget / spent["sft"]["seconds"])
+                rows = out / "curate" / "sft.jsonl"
+                if arm == "rejection_sft":
+                    rows = stage.path / "correct.jsonl"
+                    if world.is_main:
+                        rollouts = read_rows(
+                            out / "rollout_dpo" / "rollouts.jsonl", {"correct": bool}
+                        )
+                        write_rows(rows, [plain(r) for r in rollouts if r["correct"]])
+                    world.barrier()
+                fine_tune(run, world, stage, "sft", rows, steps=steps)
+        evaluate(run, world, name, redo=redo)
+    if world.is_main:
+        write_json(out / "controls" / "controls.json", summary(run))
+
+
+def plain(rollout: dict) -> dict:
+    """The rollout's text without its end token, which the training example adds."""
+    return rollout | {"response": rollout["response"].removesuffix("<|end|>")}
+
+
+def summary(run: RunConfig) -> dict:
+    """Each arm and stage 4: mean@8, greedy, and the paired gain over the stage-2 model."""
+    out = Path(run.out)
+    read = lambda name: read_json(out / "evaluate" / f"{name}.json")
+    before = read("sft")
+    rows = []
+    for name in ("sft", "rlvr", *(f"controls/{arm}" for arm in ARMS)):
+        after = read(name)
+        stage = read_json(out / name / "summary.json")
+        gain, low, high = paired_gain(before["per_problem_mean"], after["per_problem_mean"])
+        rows.append(
+            {
+                "arm": name,
+                "mean_at_8": after["mean_at_8"],
+                "ci95": after["ci95"],
+                "gain_over_sft": gain,
+                "gain_ci95": [low, high],
+                "greedy": after["greedy"]["accuracy"],
+                "pass_at_8": after["pass_at_8"],
+                "steps": stage["steps"],
+                "seconds": stage["seconds"],
+            }
+        )
+    return {"seed": run.seed, "arms": rows}
