@@ -4,8 +4,11 @@
 whole model: reading takes slices, writing and rollout sync stream whole tensors one after another.
 """
 
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +19,23 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor, nn
 
 from phimini.model.config import ModelConfig
+from phimini.model.huggingface import check_tensors, save_config
+from phimini.model.tensor_files import read_tensors, write_tensors
+from phimini.model.tokenizer import Tokenizer
+from phimini.parallel.agree import on_main
 from phimini.parallel.weight_names import LAYER_NAMES, Split, hf_names, merge_shards, take_shard
+from phimini.parallel.world import World
 
-__all__ = ["from_hf", "gradients_to_hf", "hf_names", "slots", "to_hf"]
+__all__ = [
+    "export_hf",
+    "from_hf",
+    "gather_parameters",
+    "gradients_to_hf",
+    "hf_names",
+    "load_hf",
+    "slots",
+    "to_hf",
+]
 
 
 class MegatronModel(Protocol):
@@ -28,6 +45,11 @@ class MegatronModel(Protocol):
     def config(self) -> ModelConfig: ...
     @property
     def chunks(self) -> Sequence[nn.Module]: ...
+
+
+class TrainedModel(MegatronModel, Protocol):
+    @property
+    def world(self) -> World: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,11 +135,16 @@ def to_hf(
     dtype: of what comes out; the parameters' dtype if None. A tensor may share memory with the
     model where nothing had to be gathered: copy it if it is to outlive the next optimizer step.
     """
-    for chunk in model.chunks:
-        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)  # else the last step's shards are still apart
+    gather_parameters(model)
     params_dtype = _unwrap(model.chunks[0]).config.params_dtype
     return _stream(model, _weight, dtype or params_dtype, every_rank)
+
+
+def gather_parameters(model: MegatronModel) -> None:
+    """Makes parameters whole that ZeRO-1 with overlap would gather only in the next forward. Collective."""
+    for chunk in model.chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def gradients_to_hf(
@@ -135,6 +162,66 @@ def gradients_to_hf(
         ):
             _gather_gradient_shards(chunk)
     return _stream(model, _gradient, torch.float32, every_rank)
+
+
+def load_hf(model: MegatronModel, directory: str | os.PathLike[str]) -> None:
+    """`from_hf` of a Hugging Face folder; reads only the tensors that this rank holds. No communication.
+
+    Raises ValueError naming file and tensor.
+    """
+    files = read_tensors(directory)
+    check_tensors(model.config, files)
+    from_hf(model, files, source=str(directory))
+
+
+def export_hf(
+    model: TrainedModel,
+    directory: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a Hugging Face folder from any layout, whole or not at all. Collective; rank 0 writes.
+
+    An existing folder of that name is replaced once the new one is complete. Rank 0 holds one file's
+    tensors at a time. `tokenizer` is saved beside the weights and gives the ids that end a generation.
+    Raises OSError on every rank if the folder cannot be written; what was there before is untouched.
+    """
+    directory = Path(directory)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    stream = to_hf(model, every_rank=False, dtype=dtype)
+
+    def write() -> None:
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            write_tensors(stream, temporary, max_shard_bytes=max_shard_bytes)
+            params_dtype = dtype or _unwrap(model.chunks[0]).config.params_dtype
+            stop_ids = () if tokenizer is None else tokenizer.stop_ids
+            save_config(model.config, temporary, stop_ids=stop_ids, dtype=params_dtype)
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+            _replace_directory(temporary, directory)
+        finally:
+            for _ in stream:  # the other ranks are still sending
+                pass
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    if not model.world.is_main:
+        for _ in stream:
+            pass
+    on_main(model.world, write)
+
+
+def _replace_directory(new: Path, directory: Path) -> None:
+    if directory.exists():
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+        new.rename(directory)
+        shutil.rmtree(old)
+    else:
+        new.rename(directory)
 
 
 def _stream(
