@@ -347,7 +347,7 @@ def policy_head(config: RlvrConfig):
             "entropy": metrics.entropy_sum,
             "clipped": metrics.clipped_sum,
             "kl": metrics.kl_sum,
-            "mismatch": metrics.abs_logp_diff_sum,
+            "mismatch": metrics.logp_diff_sum,
         }
         return loss, weight_M.sum(), sums
 

@@ -1,0 +1,199 @@
+"""The whole pipeline at a size that takes seconds: it learns nothing, but every stage, file and resume is real."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phimini.stages.cli import main
+from phimini.stages.jsonl import read_json
+
+MICRO = [
+    "processes=1", "distill.num_problems=80", "distill.rollouts_per_problem=3", "distill.num_prompts=40",
+    "distill.num_heldout=24", "distill.num_validation=24", "curate.sft_examples=64",
+    "midtrain.steps=6", "midtrain.validate_every=3", "midtrain.rows_per_step=4", "midtrain.micro_rows=2",
+    "sft.examples_per_step=16", "sft.micro_examples=8", "sft.validate_every=2", "sft.epochs=1",
+    "rollout_dpo.pairs=teacher", "rollout_dpo.pairs_per_step=8", "rollout_dpo.micro_pairs=4",
+    "rlvr.steps=2", "rlvr.prompts_per_step=4", "rlvr.probe_prompts=8", "rlvr.max_new_tokens=24",
+    "evaluate.max_new_tokens=24",
+]  # fmt: skip
+
+
+def metrics(run: Path, stage: str) -> list[dict]:
+    return [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete micro run up to stage 3; an untrained model has no prompt it sometimes answers, so no stage 4."""
+    run = tmp_path_factory.mktemp("runs") / "micro"
+    for verb in ("distill", "curate", "base", "midtrain", "sft", "rollout_dpo"):
+        assert main([verb, "tiny", f"out={run}", *MICRO]) == 0
+    return run
+
+
+def test_each_stage_leaves_a_model_a_summary_and_a_row_per_step(finished: Path) -> None:
+    for stage in ("midtrain", "sft", "rollout_dpo"):
+        summary = read_json(finished / stage / "summary.json")
+        rows = metrics(finished, stage)
+        assert [row["step"] for row in rows] == list(range(summary["steps"]))
+        assert all(math.isfinite(row["loss"]) for row in rows)
+        assert summary["tokens"] == sum(row["tokens"] for row in rows) > 0
+        assert (finished / stage / "model" / "config.json").exists()
+        assert not (finished / stage / "checkpoints").exists()
+    assert "validation_loss" in metrics(finished, "midtrain")[-1]
+
+
+def test_the_loss_falls(finished: Path) -> None:
+    rows = metrics(finished, "midtrain") + metrics(finished, "sft")
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1
+
+
+def test_the_preference_loss_starts_at_ln_2(finished: Path) -> None:
+    assert metrics(finished, "rollout_dpo")[0]["preference_loss"] == pytest.approx(
+        math.log(2), abs=1e-6
+    )
+
+
+def test_stage_4_says_when_there_is_nothing_to_learn_from(
+    finished: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["rlvr", "tiny", f"out={finished}", *MICRO]) == 2
+    assert "none is answered sometimes right and sometimes wrong" in capsys.readouterr().err
+
+
+def test_a_complete_stage_returns_at_once(finished: Path) -> None:
+    before = read_json(finished / "midtrain" / "summary.json")["id"]
+    assert main(["midtrain", "tiny", f"out={finished}", *MICRO]) == 0
+    assert read_json(finished / "midtrain" / "summary.json")["id"] == before
+
+
+def test_evaluation_is_of_the_model_it_names(finished: Path) -> None:
+    assert main(["evaluate", "tiny", "stage=sft", f"out={finished}", *MICRO]) == 0
+    result = read_json(finished / "evaluate" / "sft.json")
+    assert result["model_id"] == read_json(finished / "sft" / "summary.json")["id"]
+    assert result["num_problems"] == 24 and len(result["per_problem_mean"]) == 24
+
+
+def run_command(*words: str, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "phimini.stages.cli", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs,
+    )  # fmt: skip
+
+
+def test_an_interrupted_stage_goes_on_where_it_stopped(finished: Path, tmp_path: Path) -> None:
+    """SIGINT in the middle, then the same command: the same losses as the run that was not interrupted."""
+    run = tmp_path / "interrupted"
+    run.mkdir()
+    for name in ("distill", "curate", "base"):
+        os.symlink(finished / name, run / name)
+    words = ["midtrain", "tiny", f"out={run}", *MICRO]
+    process = run_command(*words)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("midtrain 2/6"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 130, rest
+    assert re.search(
+        r"stopped after step [2-5] and saved; the same command goes on from there", rest
+    ), rest
+    assert not (run / "midtrain" / "summary.json").exists()
+    stopped_at = len(metrics(run, "midtrain"))
+    assert 2 <= stopped_at < 6
+    assert main(words) == 0
+    got, want = metrics(run, "midtrain"), metrics(finished, "midtrain")
+    assert [row["step"] for row in got] == list(range(6))
+    assert [row["loss"] for row in got] == pytest.approx([row["loss"] for row in want], abs=1e-5)
+    assert got[-1]["validation_loss"] == pytest.approx(want[-1]["validation_loss"], abs=1e-5)
+
+
+def test_tensor_parallel_under_torchrun_gives_the_same_first_losses(
+    finished: Path, tmp_path: Path
+) -> None:
+    for stage, inputs in {
+        "midtrain": ("distill", "curate", "base"),
+        "sft": ("distill", "curate", "base", "midtrain"),
+        "rollout_dpo": ("distill", "curate", "base", "midtrain", "sft"),
+    }.items():
+        run = tmp_path / stage
+        run.mkdir()
+        for name in inputs:
+            os.symlink(finished / name, run / name)
+        process = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
+             "-m", "phimini.stages.cli", stage, "tiny", f"out={run}", "tensor_parallel=2", *MICRO],
+            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert metrics(run, stage)[0]["loss"] == pytest.approx(
+            metrics(finished, stage)[0]["loss"], abs=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["recipee", "tiny"], "unknown command 'recipee'"),
+        (["recipe"], "recipe: name a recipe"),
+        (["recipe", "tinny"], "unknown recipe 'tinny'"),
+        (["recipe", "tiny", "--force"], "unknown option --force"),
+        (["recipe", "tiny", "sed=1"], "unknown config key 'sed'"),
+        (["evaluate", "tiny"], "evaluate: expected stage=NAME"),
+        (
+            ["midtrain", "tiny", "processes=1", "tensor_parallel=3"],
+            "world size 1 is not a multiple of tensor 3",
+        ),
+        (["midtrain", "tiny", "processes=1", "model=huge"], "unknown model preset 'huge'"),
+    ],
+)
+def test_bad_commands_end_with_one_clear_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert (
+        main(
+            [*words[:2], f"out={tmp_path}", *words[2:]]
+            if len(words) > 1 and words[0] in ("midtrain",)
+            else words
+        )
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_document_longer_than_the_sequence_is_named(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "short"
+    run.mkdir()
+    for name in ("distill", "curate", "base"):
+        os.symlink(finished / name, run / name)
+    assert main(["midtrain", "tiny", f"out={run}", *MICRO, "midtrain.sequence_length=20"]) == 2
+    assert re.search(
+        r"midtrain.jsonl:\d+: \d+ tokens, but midtrain.sequence_length is 20",
+        capsys.readouterr().err,
+    )
+
+
+def test_malformed_training_rows_name_file_and_line(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "broken"
+    (run / "curate").mkdir(parents=True)
+    for name in ("distill", "base"):
+        os.symlink(finished / name, run / name)
+    for file in (finished / "curate").iterdir():
+        (run / "curate" / file.name).write_text(file.read_text())
+    with (run / "curate" / "midtrain.jsonl").open("a") as file:
+        file.write('{"question": "unfinished\n')
+    assert main(["midtrain", "tiny", f"out={run}", *MICRO]) == 2
+    assert re.search(r"midtrain.jsonl.*line \d+", capsys.readouterr().err)
