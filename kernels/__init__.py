@@ -1,5 +1,21 @@
 """The ops: each file has its reference, its Triton kernels and one public function (plain torch on a CPU)."""
 
+from phimini.kernels.linear_cross_entropy import (
+    CrossEntropyMetrics,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
+from phimini.kernels.linear_dpo import DpoMetrics, linear_dpo, linear_dpo_reference
+from phimini.kernels.linear_logprob import (
+    LinearLogprob,
+    linear_logprob,
+    linear_logprob_reference,
+)
+from phimini.kernels.linear_policy_loss import (
+    PolicyMetrics,
+    linear_policy_loss,
+    linear_policy_loss_reference,
+)
 from phimini.kernels.rms_norm import (
     rms_norm,
     rms_norm_add,
@@ -10,6 +26,18 @@ from phimini.kernels.rope import rope, rope_reference
 from phimini.kernels.swiglu import swiglu, swiglu_reference
 
 __all__ = [
+    "CrossEntropyMetrics",
+    "DpoMetrics",
+    "LinearLogprob",
+    "PolicyMetrics",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "linear_dpo",
+    "linear_dpo_reference",
+    "linear_logprob",
+    "linear_logprob_reference",
+    "linear_policy_loss",
+    "linear_policy_loss_reference",
     "rms_norm",
     "rms_norm_add",
     "rms_norm_add_reference",

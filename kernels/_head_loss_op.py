@@ -1,0 +1,201 @@
+"""Makes a loss that computes its gradients in the forward into a pair of custom ops and one function.
+
+`phimini::<name>` returns dX and dW beside the loss; autograd keeps them and the backward only scales them.
+`phimini::<name>_into` adds dW to a given buffer instead. Both have one schema for all losses: numbers and words
+are lists (words: one string), which the loss's own `run` unpacks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phimini.kernels._head_call import HeadCall, name_of
+from phimini.kernels._head_rows import compute_dtype
+
+
+@dataclass(slots=True, kw_only=True)
+class LossCall(HeadCall):
+    row_values: Sequence[Tensor | None]
+    numbers: Sequence[float]
+    words: str
+    needs_dx: bool
+    dw_VD: Tensor | None
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.needs_dx or self.dw_VD is not None
+
+    def open_for_loss(self, rows, **options):
+        return self.open(rows, needs_dx=self.needs_dx, dw_VD=self.dw_VD, **options)
+
+
+Run = Callable[[LossCall], tuple[Tensor, Tensor, Tensor]]
+"""call -> (loss, (num_metrics,) metrics, dX or empty); adds dW to call.dw_VD"""
+
+
+class HeadLoss:
+    """The function made of a `run`."""
+
+    def __init__(self, name: str, num_metrics: int, run: Run) -> None:
+        self.op = _functional_op(name, num_metrics, run)
+        self.op_into = _into_op(name, num_metrics, run)
+
+    def __call__(
+        self, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, *,
+        row_values: Sequence[Tensor | None], numbers: Sequence[float], words: str,
+        temperature: float | Tensor, ignore_index: int, group: dist.ProcessGroup | None, sequence_parallel: bool,
+        main_grad: Tensor | None, chunk_bytes: int | None, backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(loss, metrics), the loss with gradients for hidden_MD and, unless main_grad takes it, weight_VD."""
+        needs_dx = torch.is_grad_enabled() and hidden_MD.requires_grad
+        needs_dw = torch.is_grad_enabled() and weight_VD.requires_grad
+        is_row_wise = isinstance(temperature, Tensor)
+        common = (
+            list(row_values), list(numbers), words,
+            temperature if is_row_wise else None, 1.0 if is_row_wise else float(temperature), ignore_index,
+            name_of(group), sequence_parallel, chunk_bytes or 0, backend, needs_dx,
+        )  # fmt: skip
+        if main_grad is None or not needs_dw:
+            loss, metrics, _dx, _dw = self.op(hidden_MD, weight_VD, targets_M, *common, needs_dw)
+            return loss, metrics
+        loss, metrics, dx = self.op_into(
+            hidden_MD.detach(), weight_VD.detach(), targets_M, *common, main_grad
+        )
+        return _AttachGradient.apply(hidden_MD, loss, dx), metrics
+
+
+def _call(name: str, hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index,
+          group_name, sequence_parallel, chunk_bytes, backend, needs_dx, dw_VD) -> LossCall:  # fmt: skip
+    return LossCall(
+        op=name, hidden_MD=hidden, weight_VD=weight, targets_M=targets, row_values=row_values, numbers=numbers,
+        words=words, temperature_M=temperature_M, temperature=temperature, ignore_index=ignore_index,
+        group_name=group_name, sequence_parallel=sequence_parallel, chunk_bytes=chunk_bytes, backend=backend,
+        needs_dx=needs_dx, dw_VD=dw_VD,
+    )  # fmt: skip
+
+
+def _functional_op(name: str, num_metrics: int, run: Run):
+    @torch.library.custom_op(f"phimini::{name}", mutates_args=())
+    def op(
+        hidden: Tensor, weight: Tensor, targets: Tensor, row_values: Sequence[Tensor | None],
+        numbers: Sequence[float], words: str, temperature_M: Tensor | None, temperature: float,
+        ignore_index: int, group_name: str, sequence_parallel: bool, chunk_bytes: int, backend: str, needs_dx: bool,
+        needs_dw: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        dw_VD = (
+            torch.zeros(weight.shape, dtype=compute_dtype(weight.dtype), device=weight.device)
+            if needs_dw
+            else None
+        )
+        call = _call(name, hidden, weight, targets, row_values, numbers, words, temperature_M, temperature,
+                     ignore_index, group_name, sequence_parallel, chunk_bytes, backend, needs_dx, dw_VD)  # fmt: skip
+        loss, metrics, dx = run(call)
+        return loss, metrics, dx, weight.new_empty(0) if dw_VD is None else dw_VD
+
+    @op.register_fake
+    def _(hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index, group_name,
+          sequence_parallel, chunk_bytes, backend, needs_dx, needs_dw):  # fmt: skip
+        dtype = compute_dtype(weight.dtype)
+        dw = weight.new_empty(weight.shape, dtype=dtype) if needs_dw else weight.new_empty(0)
+        return *_fake_outputs(hidden, dtype, num_metrics, needs_dx), dw
+
+    op.register_autograd(_backward, setup_context=_setup)
+    return op
+
+
+def _into_op(name: str, num_metrics: int, run: Run):
+    @torch.library.custom_op(f"phimini::{name}_into", mutates_args={"main_grad"})
+    def op(
+        hidden: Tensor, weight: Tensor, targets: Tensor, row_values: Sequence[Tensor | None],
+        numbers: Sequence[float], words: str, temperature_M: Tensor | None, temperature: float,
+        ignore_index: int, group_name: str, sequence_parallel: bool, chunk_bytes: int, backend: str, needs_dx: bool,
+        main_grad: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return run(_call(
+            name, hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index,
+            group_name, sequence_parallel, chunk_bytes, backend, needs_dx, main_grad,
+        ))  # fmt: skip
+
+    @op.register_fake
+    def _(hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index, group_name,
+          sequence_parallel, chunk_bytes, backend, needs_dx, main_grad):  # fmt: skip
+        return _fake_outputs(hidden, compute_dtype(weight.dtype), num_metrics, needs_dx)
+
+    return op
+
+
+def _fake_outputs(
+    hidden: Tensor, dtype: torch.dtype, num_metrics: int, needs_dx: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(num_metrics, dtype=dtype),
+        hidden.new_empty(hidden.shape if needs_dx else 0),
+    )
+
+
+def _setup(ctx, inputs, output) -> None:
+    needs_dx, needs_dw = inputs[-2:]
+    _loss, metrics, dx, dw = output
+    ctx.mark_non_differentiable(metrics, dx, dw)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dx if needs_dx else None, dw if needs_dw else None)
+    ctx.weight_dtype = inputs[1].dtype
+    # torch.library counts a list of tensors as a list, and a list with a None in it as one argument.
+    ctx.no_row_gradients = (
+        None if any(value is None for value in inputs[3]) else [None] * len(inputs[3])
+    )
+
+
+def _backward(ctx, dloss: Tensor | None, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a fused head loss has no second derivative: its gradients are made in the forward"
+        )
+    dx, dw = ctx.saved_tensors
+    dw_dtype = ctx.weight_dtype
+    return (
+        _scaled(dx, dloss, None),
+        _scaled(dw, dloss, dw_dtype),
+        None,
+        ctx.no_row_gradients,
+        *(None,) * 11,
+    )
+
+
+def _scaled(
+    gradient: Tensor | None, factor: Tensor | None, dtype: torch.dtype | None
+) -> Tensor | None:
+    if gradient is None or factor is None:
+        return None
+    dtype = dtype or gradient.dtype
+    # On a CPU the value can be looked at, and a 1 saves a pass over V * D; not while tracing, where it is a subclass.
+    if gradient.device.type == "cpu" and type(factor) is Tensor and factor.item() == 1:
+        return gradient.to(dtype)
+    return (gradient * factor).to(dtype)
+
+
+class _AttachGradient(torch.autograd.Function):
+    """Gives a loss whose dW already went into main_grad its gradient with respect to hidden."""
+
+    @staticmethod
+    def forward(ctx, hidden_MD: Tensor, loss: Tensor, dx_MD: Tensor) -> Tensor:
+        ctx.save_for_backward(dx_MD)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        is_one = dloss == 1
+        message = (
+            "main_grad holds the gradient of the loss itself, so the loss must be backpropagated with gradient 1: "
+            "put every factor (1 / tokens, loss scale) into row weights"
+        )
+        if dloss.is_cuda:
+            torch._assert_async(is_one, message)
+        elif not is_one:
+            raise ValueError(f"{message}; got {float(dloss)}")
+        return ctx.saved_tensors[0], None, None

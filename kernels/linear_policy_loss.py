@@ -1,0 +1,276 @@
+"""Policy-gradient loss (PPO, GRPO, DAPO) of a linear head, forward and backward in three GEMMs.
+
+    r = exp(logp - old_logp)
+    pg = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) * importance_weight
+    loss = sum over rows of row_weight * (pg + kl_coef * KL - entropy_coef * H)
+
+KL to a reference, with d = logp - reference_logp, per sampled token (Schulman, "Approximating KL divergence"):
+    k1 = d               unbiased value; as a loss its gradient has mean zero on-policy: it only adds noise
+    k2 = d^2 / 2         biased value; its gradient is, on-policy, the gradient of the reverse KL
+    k3 = e^-d + d - 1    unbiased value, never negative; its gradient is biased (TRL, GRPO paper)
+kl_gradient "estimator" differentiates the formula as written; "reverse" keeps the value and takes the gradient
+d * dlogp of the reverse KL (verl's "k1+", "k3+"): the right one where the KL is meant as a penalty.
+
+A row's coefficient depends on that row's statistics only, which are known once its chunk's logit GEMM is done:
+dX and dW come out of the same logits. Normalisers go into row_weight: 1 / tokens of the global batch (DAPO), or
+1 / (sequences * tokens of its sequence) (GRPO). Exponents are clamped at 20 (e^20 = 4.9e8): no infinities.
+
+Deterministic. Bound: compute, 6 * M * V * D FLOPs. Letters: M rows, D model width, V vocabulary (or this rank's V/TP).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phimini.kernels._head_base import RowGrads, RowStats
+from phimini.kernels._head_loss_op import HeadLoss, LossCall
+from phimini.kernels._head_rows import check_head, check_main_grad, check_rows, compute_dtype
+from phimini.kernels.linear_logprob import linear_logprob_reference
+
+MAX_EXPONENT = 20.0
+
+
+class PolicyMetrics(NamedTuple):
+    """Sums over the rows that count, without their weights; scalars, detached."""
+
+    policy_loss_sum: Tensor
+    """the clipped term alone, importance weight included"""
+    kl_sum: Tensor
+    """the chosen estimator; 0 without reference_logp_M"""
+    entropy_sum: Tensor
+    ratio_sum: Tensor
+    clipped_sum: Tensor
+    """rows whose clipped branch won, so that the policy term gives no gradient"""
+    logp_diff_sum: Tensor
+    """logp - old_logp; its negative is the k1 estimate of KL(old, new)"""
+    logp_sum: Tensor
+    accuracy_sum: Tensor
+    num_rows: Tensor
+
+
+# --- reference -----------------------------------------------------------------------------------
+def linear_policy_loss_reference(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    old_logp_M: Tensor,
+    advantage_M: Tensor,
+    *,
+    row_weight_M: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    reference_logp_M: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: Literal["k1", "k2", "k3"] = "k3",
+    kl_gradient: Literal["estimator", "reverse"] = "estimator",
+    entropy_coef: float = 0.0,
+    importance_weight_M: Tensor | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, PolicyMetrics]:
+    """The definition: full log-softmax, plain torch, gradients by autograd."""
+    dtype = compute_dtype(hidden_MD.dtype)
+    counts_M = targets_M != ignore_index
+    if row_weight_M is not None:
+        counts_M = counts_M & (row_weight_M != 0)
+    logp_M, entropy_M, _ = linear_logprob_reference(
+        hidden_MD, weight_VD, targets_M, temperature=temperature, ignore_index=ignore_index
+    )
+    log_ratio_M = (logp_M - old_logp_M.to(dtype)).clamp(-MAX_EXPONENT, MAX_EXPONENT)
+    ratio_M, advantage_M = log_ratio_M.exp(), advantage_M.to(dtype)
+    unclipped_M = ratio_M * advantage_M
+    clipped_M = ratio_M.clamp(1 - clip_low, 1 + clip_high) * advantage_M
+    policy_M = -torch.minimum(unclipped_M, clipped_M)
+    if importance_weight_M is not None:
+        policy_M = policy_M * importance_weight_M.to(dtype)
+    kl_M = torch.zeros_like(logp_M)
+    if reference_logp_M is not None:
+        d_M = (logp_M - reference_logp_M.to(dtype)).clamp(-MAX_EXPONENT, MAX_EXPONENT)
+        kl_M = {"k1": d_M, "k2": d_M.square() / 2, "k3": (-d_M).exp() + d_M - 1}[kl]
+        if kl_gradient == "reverse":
+            kl_M = kl_M.detach() + d_M.square() / 2 - (d_M.square() / 2).detach()
+    loss_M = policy_M + kl_coef * kl_M - entropy_coef * entropy_M
+    if row_weight_M is not None:
+        loss_M = loss_M * row_weight_M.to(dtype)
+    with torch.no_grad():
+        z_MV = hidden_MD.to(dtype) @ weight_VD.to(dtype).T
+        is_top_M = z_MV.gather(1, targets_M.where(counts_M, 0)[:, None])[:, 0] >= z_MV.amax(-1)
+        rows = (policy_M, kl_M, entropy_M, ratio_M, (clipped_M < unclipped_M).to(dtype), logp_M - old_logp_M.to(dtype),
+                logp_M, is_top_M.to(dtype), torch.ones_like(logp_M))  # fmt: skip
+        metrics = PolicyMetrics(*(value_M.where(counts_M, 0).sum() for value_M in rows))
+    return loss_M.where(counts_M, 0).sum(), metrics
+
+
+# --- the coefficient of a row ---------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    clip_low: float
+    clip_high: float
+    kl_coef: float
+    entropy_coef: float
+    kl: str
+    kl_gradient: str
+
+
+class _RowInputs(NamedTuple):
+    weight_M: Tensor
+    old_logp_M: Tensor
+    advantage_M: Tensor
+    reference_logp_M: Tensor | None
+    importance_weight_M: Tensor | None
+
+
+def _clamped(d_M: Tensor) -> tuple[Tensor, Tensor]:
+    """(d within +-20, its derivative: 1 inside, 0 outside)."""
+    clamped_M = d_M.clamp(-MAX_EXPONENT, MAX_EXPONENT)
+    return clamped_M, (clamped_M == d_M).to(d_M.dtype)
+
+
+def _policy_rows(
+    stats: RowStats, inputs: _RowInputs, settings: _Settings
+) -> tuple[Tensor, RowGrads]:
+    """((9, M): weighted loss, then the metrics but the count; gradients of the weighted loss)."""
+    difference_M = stats.logp_M - inputs.old_logp_M
+    log_ratio_M, inside_M = _clamped(difference_M)
+    ratio_M = log_ratio_M.exp()
+    unclipped_M = ratio_M * inputs.advantage_M
+    clipped_M = ratio_M.clamp(1 - settings.clip_low, 1 + settings.clip_high) * inputs.advantage_M
+    is_clipped_M = (clipped_M < unclipped_M).to(ratio_M.dtype)
+    policy_M = -torch.minimum(unclipped_M, clipped_M)
+    dlogp_M = -unclipped_M * inside_M * (1 - is_clipped_M)
+    if inputs.importance_weight_M is not None:
+        policy_M, dlogp_M = (
+            policy_M * inputs.importance_weight_M,
+            dlogp_M * inputs.importance_weight_M,
+        )
+    loss_M, kl_M = policy_M, torch.zeros_like(policy_M)
+    if inputs.reference_logp_M is not None:
+        d_M, inside_M = _clamped(stats.logp_M - inputs.reference_logp_M)
+        kl_M = _kl_value(d_M, settings.kl)
+        dkl_M = _kl_derivative(d_M, "k2" if settings.kl_gradient == "reverse" else settings.kl)
+        loss_M = loss_M + settings.kl_coef * kl_M
+        dlogp_M = dlogp_M + settings.kl_coef * dkl_M * inside_M
+    entropy_M, dentropy_M = (
+        torch.zeros_like(policy_M) if stats.entropy_M is None else stats.entropy_M,
+        None,
+    )
+    if settings.entropy_coef:
+        loss_M, dentropy_M = (
+            loss_M - settings.entropy_coef * entropy_M,
+            -settings.entropy_coef * inputs.weight_M,
+        )
+    values_9M = torch.stack(
+        [loss_M * inputs.weight_M, policy_M, kl_M, entropy_M, ratio_M, is_clipped_M, difference_M, stats.logp_M,
+         stats.is_top_M.to(policy_M.dtype)]
+    )  # fmt: skip
+    return values_9M, RowGrads(dlogp_M * inputs.weight_M, entropy_M=dentropy_M)
+
+
+def _kl_value(d_M: Tensor, kl: str) -> Tensor:
+    if kl == "k1":
+        return d_M
+    return d_M.square() / 2 if kl == "k2" else torch.expm1(-d_M) + d_M
+
+
+def _kl_derivative(d_M: Tensor, kl: str) -> Tensor:
+    if kl == "k1":
+        return torch.ones_like(d_M)
+    return d_M if kl == "k2" else -torch.expm1(-d_M)
+
+
+# --- forward with gradients, custom op ------------------------------------------------------------
+def _run(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
+    clip_low, clip_high, kl_coef, entropy_coef, with_entropy = call.numbers
+    kl, kl_gradient = call.words.split()
+    settings = _Settings(clip_low, clip_high, kl_coef, entropy_coef, kl, kl_gradient)
+    row_weight_M = call.row_values[0]
+    rows = call.counting_rows(row_weight_M)
+    if row_weight_M is None:
+        row_weight_M = torch.ones_like(call.targets_M, dtype=call.dtype)
+    selected = (rows.select(value_M) for value_M in (row_weight_M, *call.row_values[1:]))
+    inputs = [None if value_M is None else value_M.to(call.dtype) for value_M in selected]
+    head = call.open_for_loss(
+        rows,
+        with_entropy=with_entropy != 0 or entropy_coef != 0,
+        entropy_gradient=entropy_coef != 0 and call.needs_gradient,
+    )
+    sums_9 = torch.zeros(9, dtype=call.dtype, device=call.weight_VD.device)
+    for chunk in call.chunks(rows):
+        stats = head.forward(chunk)
+        chunk_inputs = _RowInputs(
+            *(None if value_M is None else value_M[chunk] for value_M in inputs)
+        )  # pyright: ignore[reportArgumentType]
+        values_9M, grads = _policy_rows(stats, chunk_inputs, settings)
+        if call.needs_gradient:
+            head.backward(chunk, grads)
+        sums_9 += values_9M.sum(1)
+    metrics_9 = torch.cat([sums_9[1:], sums_9.new_full((1,), rows.targets_M.shape[0])])
+    return sums_9[0].clone(), metrics_9, call.close(head, rows)
+
+
+_policy_loss = HeadLoss("linear_policy_loss", len(PolicyMetrics._fields), _run)
+
+
+# --- public op -----------------------------------------------------------------------------------
+def linear_policy_loss(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    old_logp_M: Tensor,
+    advantage_M: Tensor,
+    *,
+    row_weight_M: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    reference_logp_M: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: Literal["k1", "k2", "k3"] = "k3",
+    kl_gradient: Literal["estimator", "reverse"] = "estimator",
+    entropy_coef: float = 0.0,
+    importance_weight_M: Tensor | None = None,
+    ignore_index: int = -100,
+    group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    main_grad: Tensor | None = None,
+    with_entropy: bool = True,
+    chunk_bytes: int | None = None,
+    _backend: str = "",
+) -> tuple[Tensor, PolicyMetrics]:
+    """(sum over rows of row_weight * token loss, metrics); fp32 scalars (fp64 for fp64 input).
+
+    old_logp_M, advantage_M, reference_logp_M, importance_weight_M: one per row, constants of the loss; the last is
+    min(exp(trainer's old_logp - rollout engine's logp), cap), and multiplies the policy term only.
+    The other arguments, and the errors raised: as in `linear_cross_entropy`.
+    """
+    op = "linear_policy_loss"
+    check_head(
+        op, hidden_MD, weight_VD, targets_M, temperature, group, sequence_parallel, chunk_bytes
+    )
+    row_values = {
+        "row_weight_M": row_weight_M, "old_logp_M": old_logp_M, "advantage_M": advantage_M,
+        "reference_logp_M": reference_logp_M, "importance_weight_M": importance_weight_M,
+    }  # fmt: skip
+    for name, value_M in row_values.items():
+        check_rows(op, name, value_M, targets_M.shape[0])
+    check_main_grad(op, main_grad, weight_VD)
+    if not 0 <= clip_low <= 1 or clip_high < 0:
+        raise ValueError(
+            f"{op}: expected clip_low in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}"
+        )
+    if kl not in ("k1", "k2", "k3") or kl_gradient not in ("estimator", "reverse"):
+        raise ValueError(
+            f"{op}: expected kl in k1, k2, k3 and kl_gradient in estimator, reverse, got {kl!r} and {kl_gradient!r}"
+        )
+    if kl_coef and reference_logp_M is None:
+        raise ValueError(f"{op}: kl_coef {kl_coef} needs reference_logp_M, got None")
+    loss, metrics_9 = _policy_loss(
+        hidden_MD, weight_VD, targets_M, row_values=list(row_values.values()),
+        numbers=[clip_low, clip_high, kl_coef, entropy_coef, float(with_entropy)], words=f"{kl} {kl_gradient}",
+        temperature=temperature, ignore_index=ignore_index, group=group, sequence_parallel=sequence_parallel,
+        main_grad=main_grad, chunk_bytes=chunk_bytes, backend=_backend,
+    )  # fmt: skip
+    return loss, PolicyMetrics(*metrics_9.unbind())

@@ -1,0 +1,73 @@
+"""Inputs and comparisons that the tests of the head ops share."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+SHAPES = [
+    pytest.param(64, 32, 128, id="aligned"),
+    pytest.param(37, 20, 101, id="ragged"),
+    pytest.param(1, 8, 33, id="one-row"),
+    pytest.param(5, 8, 1, id="one-class"),
+]
+IGNORE = -100
+
+
+def make_head(
+    M: int, D: int, V: int, dtype: torch.dtype = torch.float32, ignored: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (M, D), weight (V, D), targets (M,): every fifth row ignored, logits of a few units."""
+    hidden = torch.randn(M, D, dtype=torch.float64).to(dtype)
+    weight = (torch.randn(V, D, dtype=torch.float64) * 2 * D**-0.5).to(dtype)
+    targets = torch.randint(0, V, (M,))
+    if ignored and M > 1:
+        targets[::5] = IGNORE
+    return hidden, weight, targets
+
+
+def chunk_bytes(V: int, dtype: torch.dtype = torch.float32) -> int:
+    """A budget of 16 rows, the fewest, so that tests take several chunks."""
+    return 16 * V * dtype.itemsize
+
+
+def value_and_grads(
+    fn: Callable[[Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]],
+    hidden: Tensor,
+    weight: Tensor,
+) -> dict[str, Tensor]:
+    """The loss, its metrics and its gradients, by name."""
+    leaves = [value.detach().clone().requires_grad_() for value in (hidden, weight)]
+    loss, metrics = fn(*leaves)
+    dx, dw = torch.autograd.grad(loss, leaves)
+    named = metrics._asdict().items()  # pyright: ignore[reportAttributeAccessIssue]
+    return {"loss": loss.detach(), "dx": dx, "dw": dw} | {
+        name: value.detach() for name, value in named
+    }
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], limit: float) -> None:
+    """|got - want| <= limit * max|want| (limit itself where want is smaller than 1), each by name."""
+    assert got.keys() == want.keys(), f"{got.keys()} vs {want.keys()}"
+    for name, expected in want.items():
+        error = (got[name].double() - expected.double()).abs().nan_to_num(torch.inf)
+        bound = limit * max(1.0, float(expected.abs().max()))
+        assert float(error.max()) <= bound, (
+            f"{name}: |error| {float(error.max()):.3e} > {bound:.3e}, got {got[name].flatten()[error.argmax()]:.9g}, "
+            f"want {expected.flatten()[error.argmax()]:.9g}"
+        )
+
+
+def gemm_flops(fn: Callable[[], object]) -> int:
+    """2 * m * k * n of every matrix product that `fn` runs, inside custom ops too."""
+    with torch.autograd.profiler.profile(record_shapes=True) as profile:
+        fn()
+    total = 0
+    for event in profile.function_events or ():
+        if event.name in ("aten::mm", "aten::addmm_"):
+            (m, k), (_, n) = [shape for shape in event.input_shapes if len(shape) == 2][
+                slice(0, 2) if event.name == "aten::mm" else slice(1, 3)
+            ]
+            total += 2 * m * k * n
+    return total
