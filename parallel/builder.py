@@ -5,7 +5,7 @@ GPTModel is deprecated upstream in favour of HybridModel; what the rest of the p
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,11 +13,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -34,7 +30,7 @@ from torch import Tensor, nn
 from phimini.model.config import ModelConfig
 from phimini.model.reference import Phi4Mini
 from phimini.parallel.attention import CoreAttention
-from phimini.parallel.norm import RMSNorm
+from phimini.parallel.layers import ColumnParallelLinear, RMSNorm, RowParallelLinear, SwiGLU
 from phimini.parallel.weights import from_hf
 from phimini.parallel.world import World
 
@@ -55,7 +51,7 @@ def _add_residual(training: bool, fused: bool) -> Callable[..., Tensor]:
 def _layer_spec() -> ModuleSpec:
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
-        core_attention=CoreAttention,
+        core_attention=CoreAttention,  # pyright: ignore[reportArgumentType]
         linear_proj=RowParallelLinear,
         q_layernorm=IdentityOp,
         k_layernorm=IdentityOp,
@@ -74,7 +70,9 @@ def _layer_spec() -> ModuleSpec:
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+                    linear_fc1=ColumnParallelLinear,
+                    linear_fc2=RowParallelLinear,
+                    activation_func=SwiGLU,  # pyright: ignore[reportArgumentType]
                 ),
             ),
             mlp_bda=_add_residual,  # pyright: ignore[reportArgumentType]
@@ -99,6 +97,7 @@ def _transformer_config(
         layernorm_epsilon=config.norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # Megatron's name for "the spec's own activation module", here SwiGLU
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -155,18 +154,21 @@ class PhiGPT(GPTModel):
         assert hidden_states is not None, "the decoder returned nothing"
         if not self.post_process:
             return hidden_states
-        if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False
-            )
-        return hidden_states.squeeze(1)
+        if not self.config.sequence_parallel:
+            return hidden_states.squeeze(1)
+        whole = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False
+        )
+        assert whole is not None
+        return whole.squeeze(1)
 
     @property
     def head_weight_VD(self) -> Tensor:
         """This tensor-parallel rank's rows of the vocabulary; on the last stage only."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        assert weight is not None, "this stage has no head"
+        return weight
 
 
 class Model:
@@ -177,12 +179,12 @@ class Model:
         config: ModelConfig,
         world: World,
         transformer_config: TransformerConfig,
-        chunks: list[nn.Module],
+        chunks: Sequence[nn.Module],
     ) -> None:
         self.config = config
         self.world = world
         self.transformer_config = transformer_config
-        self.chunks = chunks
+        self.chunks: Sequence[nn.Module] = chunks
         self.num_updates = 0
         """optimizer steps taken; errors name it"""
 
@@ -267,7 +269,8 @@ def _build_chunk(
 ) -> PhiGPT:
     num_layers = get_num_layers_to_build(transformer_config, vp_stage=vp_stage)
     spec = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec() for _ in range(num_layers)], layer_norm=RMSNorm
+        layer_specs=[_layer_spec() for _ in range(num_layers)],
+        layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
     )
     return PhiGPT(
         transformer_config,

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 _GRACE_S = 1.0
 """how long the others may still report their own failure before they are killed"""
@@ -75,7 +75,7 @@ def run_ranks(
         connections.append(receive)
     # The parent serves the rendezvous, as torchrun's agent does: no port is chosen and then lost to another process.
     # Ranks that connect earlier wait in the socket's backlog.
-    store = dist.TCPStore(
+    store = TCPStore(
         "127.0.0.1", port, world_size, is_master=True, wait_for_workers=False,
         timeout=timedelta(seconds=300), master_listen_fd=listener.detach(),
     )  # fmt: skip

@@ -93,7 +93,7 @@ class Optimizer:
             self._raise_non_finite_gradient(grad_norm)
         if self.config.clip > 0:
             for part in self.megatron.chained_optimizers:
-                parameters = part.get_parameters()
+                parameters: list[torch.Tensor] = [*part.get_parameters()]
                 if parameters:
                     clip_grad_by_total_norm_fp32(
                         parameters, max_norm=self.config.clip, total_norm=grad_norm

@@ -8,32 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phimini.model.config import ModelConfig
+from phimini.model.rope import rope_at
 
-def _rotate(x_THK: Tensor, cos_T1R: Tensor, sin_T1R: Tensor, sign: int) -> Tensor:
-    """The rotation by +angle (sign 1) or its transpose (sign -1); tables are (T, 1, R/2)."""
-    half = cos_T1R.shape[-1]
-    x1, x2 = x_THK[..., :half], x_THK[..., half : 2 * half]
-    y = torch.empty(x_THK.shape, dtype=x_THK.dtype, device=x_THK.device)
-    y[..., 2 * half :] = x_THK[..., 2 * half :]
-    y[..., :half] = torch.addcmul(x1 * cos_T1R, x2, sin_T1R, value=-sign)
-    y[..., half : 2 * half] = torch.addcmul(x2 * cos_T1R, x1, sin_T1R, value=sign)
-    return y
+
+def rotary_tables(config: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale_T1K, sin_T1R2): what multiplies each dimension in place, and what multiplies its partner.
+
+    scale is [cos, cos, 1 for the dimensions that are not rotated]; the attention factor is in cos and sin.
+    """
+    cos, sin = rope_at(config, positions_T)
+    rest = cos.new_ones(cos.shape[0], config.head_dim - config.rotary_dim)
+    return torch.cat((cos, cos, rest), -1)[:, None], sin[:, None]
+
+
+def _rotate(x_THK: Tensor, scale_T1K: Tensor, sin_T1R2: Tensor, sign: int) -> Tensor:
+    """The rotation by +angle (sign 1) or its transpose (sign -1). Products in fp32, one rounding for bf16."""
+    half = sin_T1R2.shape[-1]
+    y_THK = x_THK * scale_T1K
+    y_THK[..., :half].addcmul_(x_THK[..., half : 2 * half], sin_T1R2, value=-sign)
+    y_THK[..., half : 2 * half].addcmul_(x_THK[..., :half], sin_T1R2, value=sign)
+    return y_THK.to(x_THK.dtype)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_THK: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_T1R, sin_T1R)
-        return _rotate(x_THK, cos_T1R, sin_T1R, 1)
+    def forward(ctx: Any, x_THK: Tensor, scale_T1K: Tensor, sin_T1R2: Tensor) -> Tensor:
+        ctx.save_for_backward(scale_T1K, sin_T1R2)
+        return _rotate(x_THK, scale_T1K, sin_T1R2, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _rotate(grads[0], *ctx.saved_tensors, -1), None, None
+        scale_T1K, sin_T1R2 = ctx.saved_tensors
+        return _rotate(grads[0], scale_T1K, sin_T1R2, -1), None, None
 
 
-def apply_rotary(x_THK: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
-    """Rotates the first R dimensions of each head by its token's angle; the factor in the tables scales them too.
-
-    Tables (T, 1, R/2), fp32: for bf16 heads the products are taken in fp32 and rounded once.
-    """
-    return _Rotary.apply(x_THK, cos_T1R, sin_T1R)  # pyright: ignore[reportReturnType]
+def apply_rotary(x_THK: Tensor, scale_T1K: Tensor, sin_T1R2: Tensor) -> Tensor:
+    """Rotates the first R dimensions of each head by its token's angle; tables from `rotary_tables`, fp32."""
+    return _Rotary.apply(x_THK, scale_T1K, sin_T1R2)  # pyright: ignore[reportReturnType]

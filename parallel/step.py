@@ -156,7 +156,7 @@ def _run_schedule(
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if several else iterators[0],
-        model=model.chunks if several else model.chunks[0],
+        model=list(model.chunks) if several else model.chunks[0],
         num_microbatches=len(microbatches),
         seq_length=_padded(longest, layout.token_multiple),
         micro_batch_size=1,

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from phimini.model.config import ModelConfig
 from phimini.parallel.layout import Layout
@@ -76,6 +77,11 @@ class World:
         dist.destroy_process_group()
 
 
+def _group(value: Any) -> dist.ProcessGroup:
+    assert isinstance(value, dist.ProcessGroup), f"expected one process group, got {value!r}"
+    return value
+
+
 def initialize(
     layout: Layout, model_config: ModelConfig, *, timeout_s: float = 600, seed: int = 0
 ) -> World:
@@ -96,7 +102,7 @@ def initialize(
         backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
         if world_size == 1:
             dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+                backend, store=HashStore(), rank=0, world_size=1, timeout=timeout
             )
         else:
             dist.init_process_group(backend, timeout=timeout)
@@ -120,9 +126,11 @@ def initialize(
         context_rank=parallel_state.get_context_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
-        tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
-        context_group=parallel_state.get_context_parallel_group(),
-        data_group=parallel_state.get_data_parallel_group(),
-        data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        tensor_group=_group(parallel_state.get_tensor_model_parallel_group()),
+        pipeline_group=_group(parallel_state.get_pipeline_model_parallel_group()),
+        context_group=_group(parallel_state.get_context_parallel_group()),
+        data_group=_group(parallel_state.get_data_parallel_group()),
+        data_context_group=_group(
+            parallel_state.get_data_parallel_group(with_context_parallel=True)
+        ),
     )

@@ -3,7 +3,9 @@
 Ranks are forked after the imports (`launch.run_ranks`); each test takes seconds.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,13 +27,13 @@ LIMIT = 5e-6
 ORIGINAL_MAX = 16  # the LongRoPE boundary
 
 
-def config(**changes) -> ModelConfig:
-    values = dict(
+def config(**changes: Any) -> ModelConfig:
+    small = ModelConfig(
         num_layers=4, model_dim=64, num_heads=8, num_kv_heads=4, head_dim=16, mlp_dim=96, vocab_size=128,
         max_positions=64, original_max_positions=ORIGINAL_MAX, short_factor=(1.0, 1.1, 1.2, 1.2, 1.3, 1.4),
         long_factor=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0), initializer_range=0.1,
     )  # fmt: skip
-    return ModelConfig(**(values | changes))
+    return dataclasses.replace(small, **changes)
 
 
 def documents(lengths: list[int], vocab_size: int = 128) -> list[Document]:
