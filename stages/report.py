@@ -10,7 +10,14 @@ from typing import Any
 
 from phimini.stages.jsonl import Row, read_json, read_rows, write_text
 from phimini.stages.report_style import STYLE
-from phimini.stages.report_svg import Rung, Series, gain_chart, ladder_chart, line_chart
+from phimini.stages.report_svg import (
+    Rung,
+    Series,
+    gain_chart,
+    ladder_chart,
+    line_chart,
+    time_chart,
+)
 
 STAGE_NAMES = {
     "base": "Base",
@@ -145,14 +152,28 @@ def ladder_section(results: Row) -> str:
             figure(
                 "What each stage adds, points of mean@8",
                 gain_chart(gains),
-                "paired by problem, 95 %",
+                "paired by problem, 95 % interval",
             )
         )
+    charts.append(time_figure(labels, stages))
     return section(
         "The ladder",
-        "The two ladders stand beside each other for their shape: the paper's are other benchmarks on a model "
-        "thousands of times larger, so their heights do not compare.",
+        "The paper's ladder is other benchmarks on the model of 3.8 billion parameters: compare the shapes of the "
+        "two, not their heights.",
         f'<div class="cards wide">{"".join(charts)}</div>{ladder_table(stages)}',
+    )
+
+
+def time_figure(labels: Sequence[str], stages: Sequence[Row]) -> str:
+    rows = []
+    for label, row in zip(labels, stages, strict=True):
+        evaluation = row.get("evaluation_seconds", 0.0)
+        rows.append((label, row["seconds"], evaluation, duration(row["seconds"] + evaluation)))
+    return figure(
+        "Where the time went",
+        time_chart(rows),
+        legend([("c1", "training"), ("c0", "evaluation")]),
+        note_is_html=True,
     )
 
 
@@ -167,9 +188,7 @@ def ladder_table(stages: Sequence[Row]) -> str:
             "" if gain is None else f"{100 * row.get('gain', sum(gain) / 2):+.1f} <small>{interval(gain, sign='+')}</small>",
             percent(row["greedy"]),
             percent(row["pass_at_8"]),
-            f"{row['steps']:,}",
-            f"{row['tokens']:,}",
-            duration(row["seconds"]),
+            *((f"{row['steps']:,}", f"{row['tokens']:,}", duration(row["seconds"])) if row["steps"] else [""] * 3),
             "" if paper is None else " / ".join(f"{value:.1f}" for value in paper),
         ])  # fmt: skip
     head = ["Stage", "mean@8 [95 %]", "Gain [95 %]", "Greedy", "pass@8", "Steps", "Tokens", "Time", "Paper: AIME / MATH / GPQA"]  # fmt: skip
@@ -218,7 +237,7 @@ def breakdown_section(evaluations: Mapping[str, Row]) -> str:
                 )
                 + "</tr>"
             )  # fmt: skip
-        head = "".join(f"<th>{text(stage_name(name))}</th>" for name in evaluations)
+        head = "".join(f"<th>{text(SHORT_NAMES.get(name, name))}</th>" for name in evaluations)
         parts.append(
             f'<h3>{title}</h3><div class="scroll"><table class="heat"><thead><tr><th></th>{head}</tr></thead>'
             f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -265,10 +284,10 @@ def curve(title: str, fields: Sequence[str], rows: Sequence[Row]) -> str:
     values = [y for _, y in series[0].points]
     note = f"{short(values[0])} → {short(values[-1])}"
     if len(fields) > 1:
-        note = " ".join(f'<i class="key {one.colour}"></i>{text(one.name)}' for one in series)
+        note = legend([(one.colour, one.name) for one in series])
     elif fields == ["validation_loss"] and len(values) >= 4 and values[-1]:
         quarter = values[-1 - len(values) // 4]
-        note += f", last quarter {100 * (values[-1] - quarter) / quarter:+.1f} %"
+        note += minus(f", last quarter {100 * (values[-1] - quarter) / quarter:+.1f} %")
     return figure(title, line_chart(series), note, note_is_html=True)
 
 
@@ -304,27 +323,14 @@ def samples_section(evaluations: Mapping[str, Row]) -> str:
 
 
 def run_section(results: Row) -> str:
-    stages = results["stages"]
-    most = max(row["seconds"] + row.get("evaluation_seconds", 0.0) for row in stages) or 1.0
-    rows = []
-    for row in stages:
-        evaluating = row.get("evaluation_seconds", 0.0)
-        bars = "".join(
-            f'<span class="bar{css}" style="width: {100 * seconds / most:.1f}%"></span>'
-            for seconds, css in ((row["seconds"], ""), (evaluating, " pale"))
-        )
-        rows.append(
-            [text(stage_name(row["stage"])), duration(row["seconds"]), duration(evaluating), bars]
-        )
     versions = "".join(
         f"<tr><td>{text(name)}</td><td>{text(version)}</td></tr>"
         for name, version in results["versions"].items()
     )
     return section(
-        "Times, versions, settings",
+        "Versions and settings",
         "",
-        f"{table(['Stage', 'Training', 'Evaluation', ''], rows, css='time')}"
-        f'<h3>Settings</h3><div class="settings"><div><h4>versions</h4><table>{versions}</table></div>'
+        f'<div class="settings"><div><h4>versions</h4><table>{versions}</table></div>'
         f"{settings_tables(results.get('config', {}))}</div>",
     )
 
@@ -378,21 +384,30 @@ def text(value: object) -> str:
     )
 
 
+def legend(entries: Sequence[tuple[str, str]]) -> str:
+    return "".join(f'<i class="key {colour}"></i>{text(name)}' for colour, name in entries)
+
+
 def stage_name(stage: str) -> str:
     return STAGE_NAMES.get(stage, stage)
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}\xa0%"
 
 
 def interval(bounds: Sequence[float], sign: str = "") -> str:
     low, high = bounds
-    return f"[{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+    return minus(f"[{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]")
+
+
+def minus(number: str) -> str:
+    """With a real minus sign, as wide as the plus."""
+    return number.replace("-", "−")
 
 
 def short(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return minus(f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}")
 
 
 def duration(seconds: float | None) -> str:

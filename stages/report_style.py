@@ -41,8 +41,8 @@ p { max-width: 46em; margin: 0 0 18px; }
 .cards.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
 .cards.curves { grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); }
 figure { margin: 0; padding: 16px 18px 12px; background: var(--card); border: 1px solid var(--rule); border-radius: 10px; min-width: 0; }
-figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; gap: 0 12px; margin-bottom: 8px; font-size: 14.5px; font-weight: 600; }
-figcaption small { font-weight: 400; font-size: 13px; color: var(--soft); }
+figcaption { margin-bottom: 10px; font-size: 14.5px; line-height: 1.4; font-weight: 600; }
+figcaption small { display: block; font-weight: 400; font-size: 13px; color: var(--soft); }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { fill: var(--soft); font-size: 11px; font-family: inherit; }
 svg .mid { text-anchor: middle; } svg .end { text-anchor: end; }
@@ -54,7 +54,7 @@ svg .grid { stroke: var(--grid); stroke-width: 1; fill: none; }
 svg .zero { stroke: var(--faint); stroke-width: 1; fill: none; }
 svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
 svg .line.raw { stroke-width: 1; opacity: .28; } svg .line.bold { stroke-width: 2.6; } svg .line.thin { stroke-width: 1.5; opacity: .75; }
-svg .whisker { fill: none; stroke-width: 2; stroke-linecap: round; opacity: .55; } svg .whisker.wide { stroke-width: 6; opacity: .32; }
+svg .whisker { fill: none; stroke-width: 2; stroke-linecap: round; opacity: .55; } svg .whisker.wide { stroke-width: 6; opacity: .32; } svg .whisker.tall { stroke-width: 7; opacity: .3; stroke-linecap: butt; }
 svg .dot { stroke: var(--card); stroke-width: 1.5; }
 svg .line.c0, svg .whisker.c0 { stroke: var(--c0); } svg .dot.c0, svg .name.c0 { fill: var(--c0); }
 svg .line.c1, svg .whisker.c1 { stroke: var(--c1); } svg .dot.c1, svg .name.c1 { fill: var(--c1); }
@@ -62,8 +62,11 @@ svg .line.c2, svg .whisker.c2 { stroke: var(--c2); } svg .dot.c2, svg .name.c2 {
 svg .line.c3, svg .whisker.c3 { stroke: var(--c3); } svg .dot.c3, svg .name.c3 { fill: var(--c3); }
 svg .line.c4, svg .whisker.c4 { stroke: var(--c4); } svg .dot.c4, svg .name.c4 { fill: var(--c4); }
 .key { display: inline-block; width: 14px; height: 3px; border-radius: 2px; vertical-align: middle; margin-right: 5px; }
-.key.c1 { background: var(--c1); } .key.c2 { background: var(--c2); }
-.scroll { overflow-x: auto; margin: 0 -4px; padding: 0 4px; }
+.key:not(:first-child) { margin-left: 10px; }
+svg .bar.c1 { fill: var(--c1); opacity: .85; } svg .bar.c0 { fill: var(--c0); opacity: .45; }
+.key.c0 { background: var(--c0); } .key.c1 { background: var(--c1); } .key.c2 { background: var(--c2); }
+.scroll { overflow-x: auto; }
+.cards + .scroll { margin-top: 26px; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; }
 th, td { padding: 8px 12px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
@@ -71,11 +74,9 @@ th { color: var(--soft); font-weight: 500; font-size: 13px; vertical-align: bott
 td small { color: var(--soft); font-size: 13px; }
 td strong { font-weight: 640; }
 tbody tr:last-child td { border-bottom: 0; }
-.heat td:not(:first-child) { background: color-mix(in srgb, var(--c1) calc(var(--share) * 42%), transparent); text-align: center; border-left: 3px solid var(--page); border-bottom: 3px solid var(--page); min-width: 76px; }
-.heat th:not(:first-child) { text-align: center; }
-.bar { display: inline-block; height: 8px; border-radius: 2px; background: var(--c1); vertical-align: middle; }
-.bar.pale { background: var(--c0); opacity: .6; }
-.time td:last-child, .time th:last-child { text-align: left; width: 40%; }
+.heat { table-layout: fixed; min-width: 560px; } .heat th:first-child { width: 24%; } .heat th { border-bottom: 0; }
+.heat td:not(:first-child) { background: color-mix(in srgb, var(--c1) calc(var(--share) * 46%), transparent); text-align: center; border: 2px solid var(--page); border-right: 0; border-top: 0; }
+.heat th:not(:first-child) { text-align: center; } .heat td:first-child { border-bottom: 0; }
 details.sample { border: 1px solid var(--rule); border-radius: 10px; background: var(--card); margin-bottom: 12px; }
 details.sample > summary { display: flex; flex-wrap: wrap; gap: 8px 18px; align-items: baseline; justify-content: space-between; padding: 13px 18px; cursor: pointer; list-style: none; }
 details.sample > summary::-webkit-details-marker { display: none; }
@@ -101,7 +102,9 @@ footer { margin-top: 64px; padding-top: 18px; border-top: 1px solid var(--rule);
   h1 { font-size: 28px; } .lead { font-size: 17px; } h2 { font-size: 21px; } section { margin-top: 44px; }
   .facts { gap: 12px 28px; } figure { padding: 12px 12px 8px; }
   .answer { grid-template-columns: 1fr; gap: 4px; } .answer b span { display: inline; margin-left: 8px; }
-  th, td { padding: 7px 9px; } table { font-size: 14px; } .heat td:not(:first-child) { min-width: 62px; }
+  th, td { padding: 7px 9px; } table { font-size: 14px; }
+  .cards.wide svg .tick { font-size: 12.5px; } .cards.wide svg .value { font-size: 14.5px; }
+  .heat { min-width: 0; font-size: 12.5px; } .heat th, .heat td { padding: 7px 1px; font-size: 12.5px; } .heat th:first-child { width: 27%; } .heat td small { display: block; font-size: 11.5px; }
 }
 @media print { main { max-width: none; padding: 0; } figure, details.sample { break-inside: avoid; } }
 """

@@ -50,13 +50,13 @@ def line_chart(series: Sequence[Series], x_label: str = "step") -> str:
     y_low, y_high = _padded([y for _, y in every], 0.06)
     ticks = _ticks(y_low, y_high, 4)
     label = tick_labels(ticks)
-    left = 14 + 6.2 * max(len(text) for text in label)
-    frame = Frame(340, 190, left, 12, 10, 30, (x_low, x_high), (y_low, y_high))
+    left = 12 + 6.4 * max(len(text) for text in [*label, x_label])
+    frame = Frame(340, 190, left, 12, 8, 26, (x_low, x_high), (y_low, y_high))
     parts = [_grid(frame, ticks, label)]
     x_ticks = _ticks(x_low, x_high, 4)
     for value, text in zip(x_ticks, tick_labels(x_ticks), strict=True):
-        parts.append(_text(frame.x(value), frame.height - 14, text, "tick mid"))
-    parts.append(_text(frame.width - frame.right, frame.height - 2, x_label, "tick end"))
+        parts.append(_text(frame.x(value), frame.height - 8, text, "tick mid"))
+    parts.append(_text(frame.left - 6, frame.height - 8, x_label, "tick end"))
     for one in series:
         points = _thinned(one.points)
         if len(one.points) >= _SMOOTH_FROM:
@@ -83,11 +83,11 @@ def ladder_chart(stages: Sequence[str], lines: Sequence[tuple[str, str, Sequence
 
     The first line carries its values and whiskers for its intervals; the others stand behind it.
     """
-    frame = Frame(480, 300, 40, 86, 16, 34, (-0.25, len(stages) - 0.75), (0, 100))
+    frame = Frame(420, 262, 40, 74, 16, 28, (-0.25, len(stages) - 0.75), (0, 100))
     ticks = [0, 25, 50, 75, 100]
     parts = [_grid(frame, ticks, [f"{tick} %" for tick in ticks])]
     for index, stage in enumerate(stages):
-        parts.append(_text(frame.x(index), frame.height - 12, stage, "tick mid strong"))
+        parts.append(_text(frame.x(index), frame.height - 8, stage, "tick mid strong"))
     for order, (_, colour, rungs) in reversed(list(enumerate(lines))):
         points = [(float(i), rung.value) for i, rung in enumerate(rungs)]
         parts.append(_path(frame, points, f"line {colour} {'bold' if order == 0 else 'thin'}"))
@@ -95,7 +95,7 @@ def ladder_chart(stages: Sequence[str], lines: Sequence[tuple[str, str, Sequence
             if rung.low is not None and rung.high is not None:
                 x = frame.x(index)
                 ends = f"M{x:.1f} {frame.y(rung.low):.1f}V{frame.y(rung.high):.1f}"
-                parts.append(f'<path class="whisker {colour}" d="{ends}"/>')
+                parts.append(f'<path class="whisker tall {colour}" d="{ends}"/>')
             parts.append(_dot(frame, index, rung.value, 4.5 if order == 0 else 2.6, colour))
             if order == 0:
                 above = frame.y(rung.high if rung.high is not None else rung.value) - 8
@@ -112,7 +112,7 @@ def gain_chart(gains: Sequence[tuple[str, float, float, float]]) -> str:
     high = max(0.0, *(row[3] for row in gains))
     pad = 0.06 * (high - low or 1.0)
     height = 34 * len(gains) + 40
-    frame = Frame(480, height, 92, 128, 8, 30, (low - pad, high + pad), (0, 1))
+    frame = Frame(420, height, 78, 134, 8, 30, (low - pad, high + pad), (0, 1))
     ticks = _ticks(low, high, 5)
     parts = []
     for value, text in zip(ticks, tick_labels(ticks), strict=True):
@@ -128,16 +128,29 @@ def gain_chart(gains: Sequence[tuple[str, float, float, float]]) -> str:
         parts.append(f'<path class="whisker wide {sure}" d="{ends}"/>')
         parts.append(f'<circle class="dot {sure}" cx="{frame.x(gain):.1f}" cy="{y}" r="5"/>')
         parts.append(_text(0, y + 4, name, "row"))
-        text = f"{gain:+.1f} [{from_:+.1f}, {to:+.1f}]"
+        text = f"{gain:+.1f} [{from_:+.1f}, {to:+.1f}]".replace("-", "−")
         parts.append(_text(frame.width, y + 4, text, "interval end"))
     return _svg(frame.width, height, "gain of each stage with its 95 % interval", parts)
 
 
+def time_chart(rows: Sequence[tuple[str, float, float, str]]) -> str:
+    """A bar per row: (name, seconds of training, of evaluation, label), the two stacked."""
+    height = 34 * len(rows) + 12
+    most = max(training + evaluation for _, training, evaluation, _ in rows) or 1.0
+    frame = Frame(420, height, 78, 70, 8, 4, (0, most), (0, 1))
+    parts = []
+    for index, (name, training, evaluation, label) in enumerate(rows):
+        y = frame.top + 34 * index + 9
+        split, end = frame.x(training), frame.x(training + evaluation)
+        parts.append(_bar(frame.left, split, y, "c1"))
+        parts.append(_bar(split, end, y, "c0"))
+        parts.append(_text(0, y + 13, name, "row"))
+        parts.append(_text(frame.width, y + 13, label, "interval end"))
+    return _svg(frame.width, height, "time of training and evaluation of each stage", parts)
+
+
 def tick_labels(ticks: Sequence[float]) -> list[str]:
     """Labels of evenly spaced ticks, all with the digits that tell neighbours apart."""
-    step = min(
-        (b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=abs(ticks[0]) or 1.0
-    )
     largest = max(abs(tick) for tick in ticks)
     if largest and (largest < 1e-3 or largest >= 1e6):
         return [
@@ -146,8 +159,10 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
         ]
     if largest >= 1e4:
         return [f"{tick / 1000:g}k" for tick in ticks]
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step < 1 else 0
-    return [f"{tick:.{decimals}f}" for tick in ticks]
+    decimals = 0
+    while decimals < 7 and any(abs(round(t, decimals) - t) > 1e-6 * largest for t in ticks):
+        decimals += 1
+    return [f"{tick:.{decimals}f}".replace("-", "−") for tick in ticks]
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:
@@ -162,8 +177,10 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
 
 def _padded(values: Sequence[float], share: float) -> Point:
     low, high = min(values), max(values)
-    if high - low <= 1e-12 * max(abs(low), abs(high)):  # a flat curve stands in the middle
-        room = abs(high) * 0.1 or 1.0
+    if high - low <= 1e-12 * max(
+        abs(low), abs(high)
+    ):  # a flat curve stands in the middle, over zero
+        room = abs(high) or 1.0
         return low - room, high + room
     return low - share * (high - low), high + share * (high - low)
 
@@ -177,12 +194,15 @@ def _thinned(points: Sequence[Point]) -> Sequence[Point]:
 
 
 def _smoothed(points: Sequence[Point]) -> list[Point]:
-    """Centred running mean over a fortieth of the curve to each side, less at the ends."""
+    """A straight line fitted to a twentieth of the curve around each point: no lag, no hook at the ends."""
     reach = max(2, len(points) // 40)
     result = []
     for i, (x, _) in enumerate(points):
-        room = min(reach, i, len(points) - 1 - i)  # symmetric: a slope is not bent at the ends
-        result.append((x, _mean(points[i - room : i + room + 1])[1]))
+        near = points[max(0, i - reach) : i + reach + 1]
+        mean_x, mean_y = _mean(near)
+        spread = sum((a - mean_x) ** 2 for a, _ in near)
+        slope = sum((a - mean_x) * (b - mean_y) for a, b in near) / spread
+        result.append((x, mean_y + slope * (x - mean_x)))
     return result
 
 
@@ -225,6 +245,10 @@ def _dot(frame: Frame, x: float, y: float, radius: float, colour: str) -> str:
     return (
         f'<circle class="dot {colour}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{radius}"/>'
     )
+
+
+def _bar(start: float, end: float, y: float, colour: str) -> str:
+    return f'<rect class="bar {colour}" x="{start:.1f}" y="{y}" width="{end - start:.1f}" height="18"/>'
 
 
 def _text(x: float, y: float, text: str, css: str) -> str:
