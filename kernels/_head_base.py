@@ -198,8 +198,9 @@ def _merge_ranks(local: LocalStats, num_local_classes: int, group: dist.ProcessG
     weighted_M = local.weighted_M if local.weighted_M is not None else local.sum_M
     mine = torch.cat([local.max_M, local.sum_M, local.target_logit_M, weighted_M,
                       local.max_M.new_full((1,), num_local_classes)])  # fmt: skip
-    gathered = mine.new_empty(group.size(), mine.shape[0])
+    gathered = mine.new_empty(group.size() * mine.shape[0])
     dist.all_gather_into_tensor(gathered, mine, group=group)
+    gathered = gathered.view(group.size(), -1)
     _check_equal_shares(gathered[:, -1])
     max_RM, sum_RM, target_RM, weighted_RM = gathered[:, :-1].view(group.size(), 4, M).unbind(1)
     max_M = max_RM.amax(0)
@@ -219,7 +220,7 @@ def _check_equal_shares(num_classes_R: Tensor) -> None:
     """V not divisible by TP shows as ranks with unequal numbers of weight rows. On CUDA checked on the device."""
     equal = (num_classes_R == num_classes_R[0]).all()
     if num_classes_R.is_cuda:
-        torch._assert_async(
+        torch.ops.aten._assert_async.msg(
             equal, "head: weight_VD must have the same number of rows on every rank of group"
         )
     elif not equal:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import distributed_c10d
 
 from phimini.kernels._head_base import ChunkedHead
 from phimini.kernels._head_rows import (
@@ -27,7 +27,9 @@ def name_of(group: dist.ProcessGroup | None) -> str:
 
 
 def group_of(name: str) -> dist.ProcessGroup | None:
-    return _resolve_process_group(name) if name else None
+    if not name:
+        return None
+    return distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType]
 
 
 @dataclass(slots=True, kw_only=True)

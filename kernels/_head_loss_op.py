@@ -195,7 +195,7 @@ class _AttachGradient(torch.autograd.Function):
             "put every factor (1 / tokens, loss scale) into row weights"
         )
         if dloss.is_cuda:
-            torch._assert_async(is_one, message)
+            torch.ops.aten._assert_async.msg(is_one, message)
         elif not is_one:
             raise ValueError(f"{message}; got {float(dloss)}")
         return ctx.saved_tensors[0], None, None

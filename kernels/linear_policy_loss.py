@@ -123,6 +123,14 @@ class _RowInputs(NamedTuple):
     importance_weight_M: Tensor | None
 
 
+def _chunk_inputs(values: list[Tensor | None], rows: slice) -> _RowInputs:
+    weight_M, old_M, advantage_M, reference_M, importance_M = (
+        None if value_M is None else value_M[rows] for value_M in values
+    )
+    assert weight_M is not None and old_M is not None and advantage_M is not None, "not optional"
+    return _RowInputs(weight_M, old_M, advantage_M, reference_M, importance_M)
+
+
 def _clamped(d_M: Tensor) -> tuple[Tensor, Tensor]:
     """(d within +-20, its derivative: 1 inside, 0 outside)."""
     clamped_M = d_M.clamp(-MAX_EXPONENT, MAX_EXPONENT)
@@ -200,9 +208,7 @@ def _run(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
     sums_9 = torch.zeros(9, dtype=call.dtype, device=call.weight_VD.device)
     for chunk in call.chunks(rows):
         stats = head.forward(chunk)
-        chunk_inputs = _RowInputs(
-            *(None if value_M is None else value_M[chunk] for value_M in inputs)
-        )  # pyright: ignore[reportArgumentType]
+        chunk_inputs = _chunk_inputs(inputs, chunk)
         values_9M, grads = _policy_rows(stats, chunk_inputs, settings)
         if call.needs_gradient:
             head.backward(chunk, grads)

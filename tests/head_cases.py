@@ -61,10 +61,13 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], limit: float) -
 
 def gemm_flops(fn: Callable[[], object]) -> int:
     """2 * m * k * n of every matrix product that `fn` runs, inside custom ops too."""
-    with torch.autograd.profiler.profile(record_shapes=True) as profile:
+    profile = torch.autograd.profiler.profile(record_shapes=True)
+    with profile:
         fn()
     total = 0
-    for event in profile.function_events or ():
+    events = profile.function_events
+    assert events is not None, "the profiler ran"
+    for event in events:
         if event.name in ("aten::mm", "aten::addmm_"):
             (m, k), (_, n) = [shape for shape in event.input_shapes if len(shape) == 2][
                 slice(0, 2) if event.name == "aten::mm" else slice(1, 3)

@@ -1,5 +1,7 @@
 """Cross-entropy against its definition, torch's own and Liger's; rows that do not count; buffers; bad input."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,7 +80,7 @@ def test_equals_torch(label_smoothing: float) -> None:
     leaves = [value.clone().requires_grad_() for value in (hidden, weight)]
     want = F.cross_entropy(leaves[0] @ leaves[1].T, targets, label_smoothing=label_smoothing)
     want.backward()
-    got = [value.clone().requires_grad_() for value in (hidden, weight)]
+    got = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     loss, _ = linear_cross_entropy(
         *got, targets, row_weight_M=weight_M, label_smoothing=label_smoothing
     )
@@ -92,7 +94,7 @@ def test_equals_liger() -> None:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     hidden, weight, targets = make_head(21, 16, 64)
-    options = {"label_smoothing": 0.1, "z_loss": 1e-3}
+    options: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-3}
     got = value_and_grads(
         lambda x, w: linear_cross_entropy(x, w, targets, **options), hidden, weight
     )
@@ -111,7 +113,7 @@ def test_rows_that_do_not_count_are_not_computed() -> None:
     row_weight_M[1::5] = 0
     dropped = (targets == IGNORE) | (row_weight_M == 0)
     hidden[dropped] = float("nan")
-    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
     loss, metrics = linear_cross_entropy(*leaves, targets, row_weight_M=row_weight_M)
     loss.backward()
     flops = gemm_flops(lambda: linear_cross_entropy(*leaves, targets, row_weight_M=row_weight_M))
@@ -147,7 +149,7 @@ def test_extreme_logits_stay_exact() -> None:
 
 def test_backward_scales_and_repeats() -> None:
     hidden, weight, targets = make_head(9, 8, 20)
-    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
     loss, _ = linear_cross_entropy(*leaves, targets)
     once = torch.autograd.grad(loss, leaves, retain_graph=True)
     thrice = torch.autograd.grad(3 * loss, leaves, retain_graph=True)

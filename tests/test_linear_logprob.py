@@ -1,0 +1,139 @@
+"""Log-prob, entropy and log-sum-exp, and their gradients, against their definition."""
+
+from typing import Any
+
+import pytest
+import torch
+from head_cases import IGNORE, SHAPES, chunk_bytes, gemm_flops, make_head
+from numerics import check_against_reference
+from torch import Tensor
+
+from phimini.kernels import linear_logprob, linear_logprob_reference
+from phimini.kernels.linear_logprob import _logprob, _logprob_bwd
+
+TEMPERATURES = ["one", "number", "per-row"]
+OUTPUTS = ["logp_M", "entropy_M", "lse_M"]
+
+
+def temperature_of(kind: str, M: int) -> float | Tensor:
+    return {"one": 1.0, "number": 0.6, "per-row": torch.rand(M) + 0.5}[kind]
+
+
+@pytest.mark.parametrize("kind", TEMPERATURES)
+@pytest.mark.parametrize(("M", "D", "V"), SHAPES)
+def test_equals_the_definition_in_fp64(M: int, D: int, V: int, kind: str) -> None:
+    hidden, weight, targets = make_head(M, D, V, torch.float64)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    temperature = temperature_of(kind, M)
+    budget = chunk_bytes(V, torch.float64)
+    got = linear_logprob(*leaves, targets, temperature=temperature, chunk_bytes=budget)
+    want = linear_logprob_reference(*leaves, targets, temperature=temperature)
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=1e-12, atol=1e-12)
+    upstream = [torch.randn(M, dtype=torch.float64) for _ in OUTPUTS]
+    for i, name in enumerate([*OUTPUTS, "all"]):
+        chosen = range(3) if name == "all" else [i]
+        grads = [
+            torch.autograd.grad(
+                torch.stack([(values[j] * upstream[j]).sum() for j in chosen]).sum(),
+                leaves,
+                retain_graph=True,
+            )
+            for values in (got, want)
+        ]
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_is_as_precise_as_the_house_rule(name: str, dtype: torch.dtype) -> None:
+    hidden, weight, targets = make_head(37, 20, 101, dtype)
+    options: dict[str, Any] = {"temperature": temperature_of("per-row", 37)}
+    check_against_reference(
+        lambda hidden, weight: getattr(
+            linear_logprob(hidden, weight, targets, chunk_bytes=chunk_bytes(101), **options), name
+        ),
+        lambda hidden, weight: getattr(
+            linear_logprob_reference(hidden, weight, targets, **options), name
+        ),
+        {"hidden": hidden, "weight": weight},
+        torch.randn(37),
+    )
+
+
+def test_extreme_logits_stay_exact() -> None:
+    hidden, weight, targets = make_head(12, 8, 40)
+    hidden *= 4e3
+    got = linear_logprob(hidden, weight, targets)
+    want = linear_logprob_reference(hidden.double(), weight.double(), targets)
+    assert want.lse_M.abs().max() > 1e4
+    for name, value, expected in zip(OUTPUTS, got, want, strict=True):
+        limit = 1e-5 * max(1.0, float(expected.abs().max()))
+        assert float((value - expected).abs().max()) <= limit, name
+
+
+def test_ignored_rows_are_zero_and_not_computed() -> None:
+    hidden, weight, targets = make_head(20, 8, 30)
+    hidden[targets == IGNORE] = float("inf")
+    out = linear_logprob(hidden, weight, targets)
+    assert all(bool((value[targets == IGNORE] == 0).all()) for value in out)
+    assert all(bool(value.isfinite().all()) for value in out)
+    kept = int((targets != IGNORE).sum())
+    assert gemm_flops(lambda: linear_logprob(hidden, weight, targets)) == 2 * kept * 8 * 30
+
+
+def test_costs_four_gemms_with_gradients_and_fewer_where_frozen() -> None:
+    hidden, weight, targets = make_head(10, 8, 30, ignored=False)
+
+    def step(needs_dx: bool, needs_dw: bool) -> None:
+        leaves = hidden.detach().requires_grad_(needs_dx), weight.detach().requires_grad_(needs_dw)
+        linear_logprob(*leaves, targets).logp_M.sum().backward()
+
+    for flags, num_gemms in (((True, True), 4), ((True, False), 3), ((False, True), 3)):
+        flops = gemm_flops(lambda flags=flags: step(*flags))
+        assert flops == num_gemms * 2 * 10 * 8 * 30, flags
+
+
+def test_entropy_can_be_left_out() -> None:
+    hidden, weight, targets = make_head(10, 8, 30)
+    full, bare = (linear_logprob(hidden, weight, targets, with_entropy=e) for e in (True, False))
+    assert bool((bare.entropy_M == 0).all()) and bool((full.entropy_M != 0).any())
+    torch.testing.assert_close(bare.logp_M, full.logp_M)
+
+
+def test_second_derivative_is_refused() -> None:
+    hidden, weight, targets = make_head(4, 8, 20)
+    logp_M = linear_logprob(hidden.requires_grad_(), weight, targets).logp_M
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(logp_M.sum(), hidden, create_graph=True)
+
+
+def test_opcheck() -> None:
+    hidden, weight, targets = make_head(9, 8, 20)
+    numbers = (1.0, IGNORE, "", False, 0, "")
+    for temperature_M in (None, torch.rand(9) + 0.5):
+        head = (hidden.requires_grad_(), weight.requires_grad_(), targets, temperature_M)
+        torch.library.opcheck(_logprob, (*head, *numbers, True))
+        plain = (hidden.detach(), weight.detach(), targets, temperature_M)
+        torch.library.opcheck(
+            _logprob_bwd, (torch.rand(9), torch.rand(9), None, *plain, *numbers, True, True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_MD": torch.zeros(6, 8, 1)}, r"\(M, D\) and \(V, D\), got \(6, 8, 1\)"),
+        ({"hidden_MD": torch.zeros(6, 8).half()}, "one floating dtype, got torch.float16"),
+        (
+            {"targets_M": torch.full((6,), 20)},
+            r"targets_M\[0\] is 20, expected a class in \[0, 20\)",
+        ),
+        ({"temperature": -1.0}, "temperature must be above 0, got -1.0"),
+    ],
+    ids=["shape", "dtype", "target", "temperature"],
+)
+def test_bad_input_is_named(changes: dict, message: str) -> None:
+    hidden, weight, targets = make_head(6, 8, 20, ignored=False)
+    arguments: dict[str, Any] = {"hidden_MD": hidden, "weight_VD": weight, "targets_M": targets}
+    with pytest.raises(ValueError, match=f"linear_logprob: .*{message}"):
+        linear_logprob(**arguments | changes)
