@@ -102,6 +102,7 @@ def _collect(
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     results: dict[int, Any] = {}
     failures: dict[int, tuple[str, tuple[str, str] | None]] = {}  # in order of arrival
+    silent: list[int] = []  # ended without a word: they are the cause, whoever complained first
     rank_of = {connection: rank for rank, connection in enumerate(connections)}
     waiting = set(connections)
     while waiting:
@@ -117,6 +118,7 @@ def _collect(
                 kind, payload = pickle.loads(connection.recv_bytes())
             except EOFError:
                 processes[rank].join(10.0)
+                silent.append(rank)
                 text = f"ended without a result, {_exit_text(processes[rank].exitcode)}"
                 kind, payload = "failed", (text, None)
             if kind == "returned":
@@ -126,7 +128,8 @@ def _collect(
                     deadline = time.monotonic() + _GRACE_S
                 failures[rank] = payload
     if failures:
-        rank, (text, error) = next(iter(failures.items()))
+        rank = silent[0] if silent else next(iter(failures))
+        text, error = failures[rank]
         also = sorted(set(failures) - {rank})
         others = f"\n(then also rank {', '.join(map(str, also))})" if also else ""
         raise RankFailure(rank, f"rank {rank} of {len(processes)} failed: {text}{others}", error)

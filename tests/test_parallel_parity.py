@@ -15,6 +15,7 @@ from torch import Tensor
 
 from phimini.model.config import ModelConfig
 from phimini.model.reference import Phi4Mini
+from phimini.parallel import attention, step
 from phimini.parallel.batch import Document, PackedBatch, next_token_targets, pack
 from phimini.parallel.builder import Model, build_model
 from phimini.parallel.launch import run_ranks
@@ -228,3 +229,70 @@ def split_rank(batches: list[list[PackedBatch]]) -> tuple[float, dict[str, Tenso
     gradients = {k: v.clone() for k, v in gradients_to_hf(model)}
     world.close()
     return result.loss, gradients, {}
+
+
+# Negative controls: each breaks one thing on purpose, in the forked rank, and must be seen.
+
+
+def drop_attention_factor(model: Model) -> None:
+    right = attention.rotary_tables
+
+    def without_factor(model_config: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        scale, sin = right(model_config, positions_T)
+        scale[..., : model_config.rotary_dim] /= model_config.attention_factor
+        return scale, sin / model_config.attention_factor
+
+    attention.rotary_tables = without_factor
+
+
+def flip_rope_table(model: Model) -> None:
+    model.config = dataclasses.replace(model.config, rope_factors="short")
+
+
+def leak_a_document(model: Model) -> None:
+    right = step.packed_documents
+
+    def joined(cu_seqlens: Tensor, *args: Any) -> attention.PackedDocuments:
+        return right(
+            torch.cat((cu_seqlens[:1], cu_seqlens[2:])) if len(cu_seqlens) > 2 else cu_seqlens,
+            *args,
+        )
+
+    step.packed_documents = joined
+
+
+def unmark_norms(model: Model) -> None:
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.sequence_parallel = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("change", "layout", "world_size"),
+    [
+        (drop_attention_factor, Layout(), 1),
+        (flip_rope_table, Layout(), 1),
+        (leak_a_document, Layout(), 1),
+        (unmark_norms, Layout(tensor=2, sequence_parallel=True), 2),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_broken_model_is_seen(
+    change: Callable[[Model], None], layout: Layout, world_size: int, want: tuple
+) -> None:
+    loss, gradients, _ = run(layout, world_size, change=change)[0]
+    error, _ = worst_error(gradients, want[1])
+    assert error > 1000 * LIMIT, f"{change.__name__} changed no gradient by more than {error:.1e}"
+    if change is not unmark_norms:
+        assert abs(loss - want[0]) > 2 * LIMIT * want[0], (
+            f"{change.__name__} left the loss at {loss}"
+        )
+
+
+def test_an_unmasked_pad_is_seen(want: tuple) -> None:
+    packs = [pack(documents(lengths), multiple_of=32) for lengths in GROUPS]
+    check(run_ranks(split_rank, 1, [packs], timeout_s=60), want)
+    for batch in packs:
+        batch.targets_T[batch.cu_seqlens[-2] :] = 0
+    (result,) = run_ranks(split_rank, 1, [packs], timeout_s=60)
+    assert worst_error(result[1], want[1])[0] > 1000 * LIMIT

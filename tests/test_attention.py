@@ -1,0 +1,137 @@
+"""Attention over packed documents against the formula, in fp64, document by document."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from numerics import DEVICE
+from torch import Tensor
+
+from phimini.model.config import ModelConfig, preset
+from phimini.model.rope import apply_rope, rope_at
+from phimini.parallel.attention import PackedDocuments, attend, packed_documents
+from phimini.parallel.rotary import apply_rotary, rotary_tables
+
+CONFIG = dataclasses.replace(preset("tiny"), num_heads=6, num_kv_heads=2)
+LENGTHS = {
+    "one": [7],
+    "one-token": [1],
+    "ones": [1, 1, 1],
+    "mixed": [3, 1, 17, 64, 2],
+    "equal": [16] * 5,
+    "long": [130],
+}
+
+
+def documents_of(lengths: list[int], config: ModelConfig = CONFIG) -> PackedDocuments:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return packed_documents(cu_seqlens, config, torch.device(DEVICE))
+
+
+def attend_reference(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, lengths: list[int], scale: float
+) -> Tensor:
+    """softmax(scale q k^T, causal) v, written out."""
+    outs = []
+    group = q_THK.shape[1] // k_TGK.shape[1]
+    for q, k, v in zip(*(x.split(lengths) for x in (q_THK, k_TGK, v_TGK)), strict=True):
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        scores_HLL = torch.einsum("qhk,shk->hqs", q, k) * scale
+        L = len(q)
+        hidden = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
+        p = scores_HLL.masked_fill(hidden, -torch.inf).softmax(-1)
+        outs.append(torch.einsum("hqs,shk->qhk", p, v))
+    return torch.cat(outs)
+
+
+def qkv(num_tokens: int, dtype: torch.dtype, head_dim: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    """As Megatron hands them over: k and v are views of one projection."""
+    q = torch.randn(num_tokens, 6, head_dim, device=DEVICE, dtype=dtype)
+    kv = torch.randn(num_tokens, 2, 2 * head_dim, device=DEVICE, dtype=dtype)
+    k, v = kv.split(head_dim, -1)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def copies(inputs: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (x.detach().to(dtype, copy=True).requires_grad_() for x in inputs)
+    return q, k, v
+
+
+def gradients(out: Tensor, dy: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [out.detach(), *torch.autograd.grad(out, inputs, dy.to(out.dtype))]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.skipif(DEVICE == "cuda", reason="flash kernels take no fp32")
+def test_attention_and_gradients_match_the_formula(lengths: list[int]) -> None:
+    inputs = qkv(sum(lengths), torch.float32)
+    dy = torch.randn(sum(lengths), 6, 32)
+    scale = 1 / math.sqrt(32)
+    got = gradients(attend(*inputs, documents_of(lengths), scale), dy, inputs)
+    exact = copies(inputs, torch.float64)
+    want = gradients(attend_reference(*exact, lengths, scale), dy, exact)
+    for name, g, w in zip(("y", "dq", "dk", "dv"), got, want, strict=True):
+        # A document of one token has no gradient for q and k: 1 is the size of the inputs.
+        error = (g - w).abs().max() / w.abs().max().clamp(min=1.0)
+        assert error <= 1e-5 and g.shape == w.shape, f"{name}: {error:.1e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_flash_attention_and_gradients_match_the_formula(lengths: list[int]) -> None:
+    inputs = qkv(sum(lengths), torch.bfloat16, 128)
+    dy = torch.randn(sum(lengths), 6, 128, device=DEVICE)
+    scale = 1 / math.sqrt(128)
+    got = gradients(attend(*inputs, documents_of(lengths), scale), dy, inputs)
+    exact = copies(inputs, torch.float64)
+    want = gradients(attend_reference(*exact, lengths, scale), dy, exact)
+    rounded = copies(inputs, torch.bfloat16)
+    torch_bf16 = gradients(attend_reference(*rounded, lengths, scale), dy, rounded)
+    for name, g, w, t in zip(("y", "dq", "dk", "dv"), got, want, torch_bf16, strict=True):
+        limit = 2 * (t - w).abs().max() + (w.bfloat16() - w).abs().max()
+        assert (g - w).abs().max() <= limit, f"{name}: {(g - w).abs().max():.1e} > {limit:.1e}"
+
+
+def test_no_document_sees_another() -> None:
+    lengths = [5, 9, 4]
+    inputs = qkv(sum(lengths), torch.float32 if DEVICE == "cpu" else torch.bfloat16)
+    documents = documents_of(lengths)
+    before = attend(*inputs, documents, 0.2)
+    with torch.no_grad():
+        for x in inputs:
+            x[5:14] = torch.nan
+    after = attend(*inputs, documents, 0.2)
+    assert after[:5].equal(before[:5]) and after[14:].equal(before[14:])
+    assert after[5:14].isnan().all()
+
+
+@pytest.mark.parametrize("rope_factors", ["short", "long"])
+def test_rotary_is_the_model_s_rotation(rope_factors) -> None:
+    config = dataclasses.replace(CONFIG, rope_factors=rope_factors)
+    positions = torch.tensor([0, 1, 2, 127, 128, 129, 511])
+    mixed = torch.randn(7, 3, 100)
+    x = mixed[..., 20:52].requires_grad_()  # heads are views of a wider projection
+    dy = torch.randn(7, 3, 32)
+    got = gradients(apply_rotary(x, *rotary_tables(config, positions)), dy, [x])
+    cos, sin = rope_at(config, positions)
+    exact = x.detach().double().requires_grad_()
+    want = gradients(apply_rope(exact, cos[:, None].double(), sin[:, None].double()), dy, [exact])
+    for name, g, w in zip(("y", "dx"), got, want, strict=True):
+        assert (g - w).abs().max() <= 1e-6 * w.abs().max(), name
+
+
+def test_positions_restart_at_each_document() -> None:
+    documents = documents_of([3, 2])
+    scale, sin = rotary_tables(CONFIG, torch.tensor([0, 1, 2, 0, 1]))
+    assert documents.scale_T1K is not None and documents.scale_T1K.cpu().equal(scale)
+    assert documents.sin_T1R2 is not None and documents.sin_T1R2.cpu().equal(sin)
+    assert documents.max_seqlen_q == 3
+
+
+def test_a_document_longer_than_the_table_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="a document of 513 tokens is longer than .* max_positions 512"
+    ):
+        documents_of([4, 513])

@@ -1,0 +1,137 @@
+"""Forked ranks: their results, their failures, Ctrl-C, and the same job under torchrun."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from phimini.parallel.launch import RankFailure, run_ranks
+
+
+def gathered_sum(factor: int) -> tuple[int, float, torch.Tensor]:
+    dist.init_process_group("gloo")
+    x = torch.tensor([float(dist.get_rank() + 1)]) * factor
+    dist.all_reduce(x)
+    return dist.get_rank(), x.item(), x
+
+
+def test_results_come_back_by_rank() -> None:
+    results = run_ranks(gathered_sum, 3, 10, timeout_s=60)
+    assert [r for r, _, _ in results] == [0, 1, 2]
+    assert all(total == 60.0 and x.equal(torch.tensor([60.0])) for _, total, x in results)
+
+
+def fail_on_one(how: str) -> None:
+    if os.environ["RANK"] != "1":
+        time.sleep(60)
+    if how == "raises":
+        raise ValueError("the batch is sour")
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(3)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("raises", "ValueError: the batch is sour"),
+        ("killed", "SIGKILL"),
+        ("exits", "SystemExit: 3"),
+    ],
+)
+def test_a_failing_rank_is_named_and_ends_the_others(how: str, says: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(RankFailure, match=says) as failure:
+        run_ranks(fail_on_one, 3, how, timeout_s=50)
+    assert failure.value.rank == 1
+    assert "rank 1 of 3 failed" in str(failure.value)
+    assert time.monotonic() - began < 20
+
+
+def all_reduce_without_rank_2() -> None:
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if dist.get_rank() == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.zeros(1))
+
+
+def test_a_rank_killed_inside_a_collective_does_not_hang_the_others() -> None:
+    began = time.monotonic()
+    with pytest.raises(RankFailure) as failure:
+        run_ranks(all_reduce_without_rank_2, 3, timeout_s=50)
+    # Whoever reports first, the killed rank is named.
+    assert "SIGKILL" in str(failure.value)
+    assert failure.value.rank == 2
+    assert time.monotonic() - began < 20
+
+
+def test_a_late_rank_is_named() -> None:
+    with pytest.raises(RankFailure, match="rank 0, 1 of 2 did not end within 0.5 s"):
+        run_ranks(time.sleep, 2, 30, timeout_s=0.5)
+
+
+def wait_to_be_interrupted(folder: Path) -> None:
+    (folder / f"started{os.environ['RANK']}").touch()
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(0.5)  # time enough for a second signal to do harm
+        (folder / f"saved{os.environ['RANK']}").touch()
+
+
+def test_ctrl_c_reaches_every_rank_once(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        while len(list(tmp_path.glob("started*"))) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_ranks(wait_to_be_interrupted, 2, tmp_path, timeout_s=50)
+    assert sorted(p.name for p in tmp_path.glob("saved*")) == ["saved0", "saved1"]
+
+
+def test_a_job_needs_a_rank() -> None:
+    with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
+        run_ranks(time.sleep, 0, 1)
+
+
+TORCHRUN_PROGRAM = """
+from test_parallel_parity import GROUPS, config, cross_entropy_head, share_of
+from phimini.parallel.builder import build_model
+from phimini.parallel.layout import Layout
+from phimini.parallel.step import forward_backward
+from phimini.parallel.world import initialize
+
+world = initialize(Layout(tensor=2), config(), timeout_s=60)
+model = build_model(config(), world, seed=0)
+result = forward_backward(model, share_of(GROUPS, world.data_rank, world.data_size), cross_entropy_head)
+print(f"rank {world.rank} loss {result.loss!r}", flush=True)
+world.close()
+"""
+
+
+def test_the_same_job_under_torchrun(tmp_path: Path) -> None:
+    from test_parallel_parity import GROUPS, LIMIT, config, reference
+
+    program = tmp_path / "job.py"
+    program.write_text(TORCHRUN_PROGRAM)
+    tests = str(Path(__file__).parent)
+    out = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)],
+        env=os.environ | {"PYTHONPATH": tests, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr[-3000:]
+    losses = [float(x) for x in re.findall(r"rank \d loss (\S+)", out.stdout)]
+    want, _ = reference(config(), GROUPS)
+    assert len(losses) == 2 and all(abs(loss - want) <= LIMIT * want for loss in losses), out.stdout
