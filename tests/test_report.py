@@ -11,7 +11,7 @@ import pytest
 
 from phimini.stages.jsonl import read_json, write_json, write_rows
 from phimini.stages.report import PAPER, STAGE_NAMES, write_report
-from phimini.stages.report_svg import Series, line_chart, tick_labels
+from phimini.stages.report_svg import Series, _smoothed, line_chart, tick_labels
 from phimini.stages.statistics import mean_interval, paired_gain, wilson_interval
 
 STAGES = ["base", "midtrain", "sft", "rollout_dpo", "rlvr"]
@@ -303,8 +303,12 @@ def test_a_chart_stays_in_its_frame(case: str) -> None:
         assert labels and len(labels) == len(set(labels)), labels
 
 
-def test_a_long_curve_keeps_its_shape() -> None:
-    """The running mean of a noisy line is the line, ends included."""
+def test_the_running_mean_of_a_straight_line_is_the_line_ends_included() -> None:
+    points = [(float(x), 3.0 - 0.5 * x) for x in range(200)]
+    assert _smoothed(points) == [(x, pytest.approx(y)) for x, y in points]
+
+
+def test_a_long_noisy_curve_is_drawn_near_its_trend() -> None:
     rng = random.Random(0)
     points = [(float(x), x / 1000 + rng.gauss(0, 0.05)) for x in range(1000)]
     svg = ElementTree.fromstring(line_chart([Series("x", points)]))
