@@ -24,6 +24,8 @@ class Document:
     """one value per token, e.g. the log-probability it was sampled with"""
     document_fields: Mapping[str, float] = field(default_factory=dict)
     """one value per document, e.g. its advantage"""
+    name: str = ""
+    """what an error message calls it, e.g. `rows.jsonl:17`"""
 
 
 def next_token_targets(tokens: Sequence[int], trained: Sequence[bool]) -> list[int]:
@@ -46,6 +48,8 @@ class PackedBatch:
     """(N + 1,) int32, on the CPU: boundaries, from 0 to T"""
     fields: dict[str, Tensor] = field(default_factory=dict)
     """anything else a head needs, per token (T,) or per document (N,)"""
+    names: tuple[str, ...] = ()
+    """the documents' names, for error messages; () if they have none"""
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +80,7 @@ class PackedBatch:
             targets_T=self.targets_T.to(device, non_blocking=True),
             cu_seqlens=self.cu_seqlens,
             fields={k: v.to(device, non_blocking=True) for k, v in self.fields.items()},
+            names=self.names,
         )
 
 
@@ -121,4 +126,5 @@ def pack(documents: Sequence[Document], multiple_of: int = 1) -> PackedBatch:
         ),
         cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         fields=fields,
+        names=tuple(d.name for d in documents) if any(d.name for d in documents) else (),
     )

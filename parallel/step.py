@@ -39,6 +39,9 @@ class Head(Protocol):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
 
 
+_HeadResult = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
     """Sums over all micro-batches and all data-parallel ranks; the same on every rank."""
@@ -69,7 +72,7 @@ def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: He
     of them. After it the gradients are reduced, scaled and ready for `Optimizer.step`.
     Raises NonFiniteError on every rank if any micro-batch's loss is not finite, ValueError if count is 0.
     """
-    collected: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+    collected: list[_HeadResult] = []
 
     def loss(index: int, prepared: _Prepared, hidden_TD: Tensor) -> tuple[Tensor, Tensor, dict]:
         hidden_MD = hidden_TD[: prepared.batch.num_tokens]
@@ -91,7 +94,7 @@ def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: He
     _run_schedule(model, microbatches, loss, forward_only=False)
     result = _reduce(model, collected, count)
     if not math.isfinite(result.loss_sum):
-        _raise_non_finite_loss(model, collected)
+        _raise_non_finite_loss(model, microbatches, collected)
     if result.count <= 0:
         raise ValueError(
             f"step {model.num_updates}: nothing to train on: the heads' counts sum to {result.count} over "
@@ -138,6 +141,13 @@ def _run_schedule(
             f"interleaved pipelining needs a multiple of pipeline = {layout.pipeline} micro-batches, "
             f"got {len(microbatches)}"
         )
+    for index, batch in enumerate(microbatches):
+        # Now, on every stage: once the schedule runs, a stage that raises leaves the others waiting.
+        if max(batch.lengths) > model.config.max_positions:
+            raise ValueError(
+                f"micro-batch {index}: a document of {max(batch.lengths)} tokens is longer than the model's "
+                f"max_positions {model.config.max_positions}"
+            )
     longest = max(b.num_tokens for b in microbatches) if layout.pipeline > 1 else 0
     prepared: dict[int, _Prepared] = {}
 
@@ -203,9 +213,7 @@ def _from_last_stage(model: Model, value: Any) -> Any:
     return box[0]
 
 
-def _reduce(
-    model: Model, collected: list[tuple[Tensor, Tensor, dict[str, Tensor]]], count: Tensor
-) -> StepMetrics:
+def _reduce(model: Model, collected: list[_HeadResult], count: Tensor) -> StepMetrics:
     """Sums over micro-batches and data ranks, then tells the earlier pipeline stages."""
     world = model.world
     names: list[str] = sorted(collected[0][2]) if collected else []
@@ -224,15 +232,41 @@ def _reduce(
     )
 
 
-def _raise_non_finite_loss(model: Model, collected: list[tuple[Tensor, Tensor, dict]]) -> None:
+def _raise_non_finite_loss(
+    model: Model, microbatches: Sequence[PackedBatch], collected: list[_HeadResult]
+) -> None:
+    """Runs the forward pass once more to find the documents, then raises on every rank with what all ranks found."""
     world = model.world
+    losses = _from_last_stage(model, [loss.item() for loss, _, _ in collected])
+    bad_documents = forward_only(model, microbatches, _documents_not_finite)
     mine = [
-        f"rank {world.rank} (data rank {world.data_rank}), micro-batch {i}: loss {loss.item()}"
-        for i, (loss, _, _) in enumerate(collected)
-        if not math.isfinite(loss.item()) and world.tensor_rank == 0
+        f"data rank {world.data_rank} (rank {world.rank}), micro-batch {i}: loss {loss}, "
+        + _document_text(microbatches[i], bad)
+        for i, (loss, bad) in enumerate(zip(losses, bad_documents, strict=True))
+        if not math.isfinite(loss)
     ]
-    everyone = [line for lines in world.all_gather_objects(mine) for line in lines]
+    first_of_replica = world.tensor_rank == world.context_rank == 0 and world.is_last_stage
+    everyone = [
+        line
+        for lines in world.all_gather_objects(mine if first_of_replica else [])
+        for line in lines
+    ]
     raise NonFiniteError(
         f"step {model.num_updates}: the loss is not finite; no weight was changed:\n"
         + "\n".join(everyone)
     )
+
+
+def _documents_not_finite(
+    hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup
+) -> list[int]:
+    bad_M = ~torch.isfinite(hidden_MD).all(-1)
+    return batch.document_ids_T[bad_M].unique().tolist()
+
+
+def _document_text(batch: PackedBatch, bad: list[int]) -> str:
+    if not bad:
+        return "every hidden state is finite: look at the head, its targets and fields"
+    names = [f"{i} ({batch.names[i]})" if batch.names else str(i) for i in bad[:5]]
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return f"hidden states not finite in document {', '.join(names)}{more}"

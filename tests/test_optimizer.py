@@ -1,0 +1,198 @@
+"""Megatron's optimizer behind `Optimizer` equals torch's AdamW; the schedule; failures before any update."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_parallel_parity import (  # noqa: F401
+    GROUPS,
+    config,
+    cross_entropy_head,
+    documents,
+    poison_uninitialised_memory,
+    share_of,
+)
+from torch import Tensor
+
+from phimini.model.reference import Phi4Mini
+from phimini.parallel.builder import build_model
+from phimini.parallel.launch import run_ranks
+from phimini.parallel.layout import Layout
+from phimini.parallel.optimizer import OptimizerConfig, StepInfo, build_optimizer
+from phimini.parallel.step import NonFiniteError, forward_backward
+from phimini.parallel.weights import to_hf
+from phimini.parallel.world import initialize
+
+# eps is large, or the sign of a gradient that is zero up to rounding would decide the step.
+ADAMW = OptimizerConfig(
+    lr=1e-2, min_lr=1e-3, warmup_steps=2, total_steps=4, decay="linear", weight_decay=0.1, eps=1e-5, clip=0.5
+)  # fmt: skip
+LEARNING_RATES = [0.5e-2, 1e-2, 0.55e-2]
+STEPS = 3
+
+
+def torch_steps(weight_decay_of_vectors: float = 0.0) -> tuple[list[float], dict[str, Tensor]]:
+    """Gradient norms and final weights of the reference model under torch.optim.AdamW, in fp64."""
+    model = Phi4Mini(config())
+    model.init_weights(0)
+    model.double()
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=weight_decay_of_vectors)],
+        betas=ADAMW.betas, eps=ADAMW.eps,
+    )  # fmt: skip
+    norms = []
+    for lr in LEARNING_RATES:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        loss, count = torch.zeros((), dtype=torch.float64), 0
+        for d in (d for lengths in GROUPS for d in documents(lengths)):
+            targets = torch.tensor(d.targets)
+            logits = model.logits(model(torch.tensor([d.tokens])))[0]
+            loss = loss + F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+            count += int((targets >= 0).sum())
+        (loss / count).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW.clip)))
+        optimizer.step()
+    return norms, model.state_dict()
+
+
+def train_rank(layout: Layout, options: dict) -> tuple[list[StepInfo], dict[str, Tensor], int]:
+    world = initialize(layout, config(), timeout_s=60)
+    model = build_model(config(), world, seed=0, **options)
+    optimizer = build_optimizer(
+        model, ADAMW, distributed=options.get("distributed_optimizer", False)
+    )
+    infos = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        forward_backward(
+            model, share_of(GROUPS, world.data_rank, world.data_size), cross_entropy_head
+        )
+        infos.append(optimizer.step())
+    weights = {name: w.clone() for name, w in to_hf(model)}
+    world.close()
+    return infos, weights, model.num_updates
+
+
+@pytest.fixture(scope="module")
+def want() -> tuple[list[float], dict[str, Tensor]]:
+    return torch_steps()
+
+
+def largest_difference(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    return max((got[name] - w).abs().max().item() for name, w in want.items())
+
+
+LAYOUTS = {
+    "single": (1, Layout(), {}),
+    "dp2": (2, Layout(), {}),
+    "tp2-sp": (2, Layout(tensor=2, sequence_parallel=True), {}),
+    "pp2": (2, Layout(pipeline=2), {}),
+    "dp2-zero1": (2, Layout(), dict(distributed_optimizer=True)),
+    "dp2-zero1-overlap": (2, Layout(), dict(distributed_optimizer=True, overlap=True)),
+    "tp2-pp2-dp2-zero1": (8, Layout(tensor=2, pipeline=2), dict(distributed_optimizer=True)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_three_steps_equal_torch_adamw(name: str, want: tuple) -> None:
+    world_size, layout, options = LAYOUTS[name]
+    for infos, weights, num_updates in run_ranks(
+        train_rank, world_size, layout, options, timeout_s=120
+    ):
+        assert num_updates == STEPS
+        assert [i.lr for i in infos] == pytest.approx(LEARNING_RATES)
+        assert [i.grad_norm for i in infos] == pytest.approx(want[0], rel=1e-5)
+        assert min(want[0]) > ADAMW.clip, "the test must clip"
+        assert largest_difference(weights, want[1]) <= 1e-5
+
+
+def test_decayed_vectors_are_seen(want: tuple) -> None:
+    """The control of the test above: weight decay on norm weights moves them by far more than its limit."""
+    assert largest_difference(torch_steps(weight_decay_of_vectors=0.1)[1], want[1]) > 1e-3
+
+
+def lr_rank(optimizer_config: OptimizerConfig, steps: int) -> list[float]:
+    world = initialize(Layout(), config())
+    model = build_model(config(), world, seed=0)
+    optimizer = build_optimizer(model, optimizer_config)
+    optimizer.zero_grad()
+    lrs = [optimizer.step().lr for _ in range(steps)]
+    world.close()
+    return lrs
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
+def test_learning_rates(decay) -> None:
+    schedule = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=4, total_steps=12, decay=decay)
+    (lrs,) = run_ranks(lr_rank, 1, schedule, 14, timeout_s=60)
+    share = [(k - 4) / 8 for k in range(5, 13)]
+    after = {
+        "constant": [1.0] * 8,
+        "linear": [1.0 - 0.8 * s for s in share],
+        "cosine": [0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * s)) for s in share],
+    }[decay]
+    end = 1.0 if decay == "constant" else 0.2
+    assert lrs == pytest.approx([0.25, 0.5, 0.75, 1.0, *after, end, end])
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
+    def rank() -> tuple[str, bool]:
+        world = initialize(Layout(tensor=2), config(), timeout_s=60)
+        model = build_model(config(), world, seed=0)
+        optimizer = build_optimizer(model, ADAMW)
+        optimizer.zero_grad()
+        forward_backward(model, share_of(GROUPS, 0, 1), cross_entropy_head)
+        before = [p.detach().clone() for _, p in model.named_parameters()]
+        if world.rank == 1:
+            name, parameter = next((n, p) for n, p in model.named_parameters() if "linear_fc1" in n)
+            parameter.main_grad[0, 0] = math.inf  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            optimizer.step()
+            text = "nothing was raised"
+        except NonFiniteError as error:
+            text = str(error)
+        same = all(a.equal(p) for a, (_, p) in zip(before, model.named_parameters(), strict=True))
+        return text, same and model.num_updates == 0
+
+    results = run_ranks(rank, 2, timeout_s=60)
+    assert all(unchanged for _, unchanged in results)
+    assert len({text for text, _ in results}) == 1
+    assert "step 0: the gradient norm is inf" in results[0][0]
+    assert "rank 1: chunks.0.decoder.layers.0.mlp.linear_fc1.weight" in results[0][0]
+    assert "rank 0:" not in results[0][0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (dict(lr=0.0), "expected lr > 0 and 0 <= min_lr <= lr"),
+        (dict(lr=1.0, min_lr=2.0), "min_lr 2.0"),
+        (dict(lr=1.0, warmup_steps=5, total_steps=5), "expected 0 <= warmup_steps < total_steps"),
+        (dict(lr=1.0, decay="steps"), "expected cosine, linear or constant, got 'steps'"),
+        (dict(lr=1.0, clip=-1.0), "OptimizerConfig.clip: expected >= 0"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
+def test_nonsense_is_refused(fields: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        OptimizerConfig(**fields)
+
+
+def test_model_and_optimizer_must_agree() -> None:
+    def rank() -> str:
+        world = initialize(Layout(), config())
+        frozen = build_model(config(), world, trainable=False)
+        with pytest.raises(ValueError, match="the model is frozen"):
+            build_optimizer(frozen, ADAMW)
+        with pytest.raises(
+            ValueError, match="distributed=True, but the model was built with .*=False"
+        ):
+            build_optimizer(build_model(config(), world), ADAMW, distributed=True)
+        return "refused"
+
+    assert run_ranks(rank, 1, timeout_s=60) == ["refused"]
