@@ -166,7 +166,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        self.layers = nn.ModuleList([Layer(config, i) for i in range(config.num_layers)])
         self.norm = RMSNorm(config.model_dim, config.norm_eps)
 
 

@@ -14,7 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from phimini.model.decoder import Decoder
 from phimini.model.reference import KVCache, Phi4Mini
+
+PREFILL_TOKENS = 4096
+"""prompts are prefilled in groups of about this many tokens: small enough for the caches of a CPU"""
+MAX_ATTEMPTS = 16
+"""draws per token until one lies within top_p"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,117 +67,182 @@ def sample(
     *,
     max_batch: int = 256,
 ) -> list[Completion]:
-    """One completion per prompt, in the order of the prompts.
+    """One completion per prompt, in the order of the prompts; at most `max_batch` rows are in the cache.
 
     ValueError: an empty prompt, a token outside the vocabulary, a number of seeds that differs, or a prompt
     that with max_new_tokens exceeds the model's max_positions.
     """
     _check(model, prompts, params, seeds, max_batch)
-    # Prompts of like length share a batch, so little of a prefill is padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    completions: list[Completion | None] = [None] * len(prompts)
-    for start in range(0, len(order), max_batch):
-        chunk = order[start : start + max_batch]
-        done = _sample_batch(model, [prompts[i] for i in chunk], params, [seeds[i] for i in chunk])
-        for i, completion in zip(chunk, done, strict=True):
-            completions[i] = completion
-    return [c for c in completions if c is not None]
+    if not prompts:
+        return []
+    # Like lengths together: less padding in a prefill, and no row pays for another's longer past.
+    # Equal prompts together: each is prefilled once.
+    waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+    slots = _Slots(model, params, min(max_batch, len(prompts)), max(map(len, prompts)))
+    parked = 0
+    while waiting or parked:
+        # The last few rows of a wave would leave the machine idle: they are parked in the first slots
+        # until there are enough of them for a wave of their own, or nothing else to do.
+        few = slots.num_slots // 8 if waiting else 0
+        if waiting and parked <= slots.num_slots // 4:
+            wave = waiting[: slots.num_slots - parked]
+            del waiting[: len(wave)]
+            end = slots.admit(parked, wave, [prompts[i] for i in wave], [seeds[i] for i in wave])
+            parked = slots.decode(parked, end, few)
+        else:
+            parked = slots.decode(0, parked, few)
+    return [slots.completions[i] for i in range(len(prompts))]
 
 
-def _sample_batch(
-    model: Phi4Mini, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
-) -> list[Completion]:
-    """`rows[b]` is the prompt that row b of the cache serves; a finished row's place is taken by the last one."""
-    weight = model.head_weight_VD
-    device = weight.device
-    lengths = [len(p) for p in prompts]
-    cache = KVCache(
-        model.config,
-        len(prompts),
-        max(lengths) + params.max_new_tokens,
-        device=device,
-        dtype=weight.dtype,
-    )
-    padded_BT = torch.tensor([p + [0] * (max(lengths) - len(p)) for p in prompts], device=device)
-    hidden_BTD = model(padded_BT, cache=cache)
-    cache.set_lengths(lengths)
-    hidden_BD = hidden_BTD[torch.arange(len(prompts)), cache.lengths_B - 1]
+class _Slots:
+    """The rows being sampled. Living rows of a wave are contiguous: a finished one is overwritten by the last."""
 
-    rows = torch.arange(len(prompts), device=device)
-    streams_B = _stream(torch.tensor([_signed(s) for s in seeds], device=device))
-    stops = torch.tensor(params.stop_ids, dtype=torch.long, device=device)
-    tokens_BN = torch.zeros(len(prompts), params.max_new_tokens, dtype=torch.long, device=device)
-    logprobs_BN = torch.zeros(len(prompts), params.max_new_tokens, device=device)
-    num_tokens = torch.zeros(len(prompts), dtype=torch.long, device=device)
-    stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for step in range(params.max_new_tokens):
-        token_B, logprob_B = draw(model.logits(hidden_BD), params, _uniform(streams_B, step))
-        tokens_BN[rows, step] = token_B
-        logprobs_BN[rows, step] = logprob_B
-        num_tokens[rows] = step + 1
-        stop_B = torch.isin(token_B, stops)
-        finished = stop_B.nonzero().squeeze(1).tolist()
-        if finished:
-            stopped[rows[finished]] = True
-            rows, streams_B, token_B = _drop_rows(cache, finished, rows, streams_B, token_B)
-        if not len(rows) or step + 1 == params.max_new_tokens:
-            break
-        hidden_BD = model(token_B[:, None], cache=cache)[:, 0]
-    return [
-        Completion(tokens=t[:n], logprobs=p[:n], finish_reason="stop" if s else "length")
-        for t, p, n, s in zip(
-            tokens_BN.tolist(),
-            logprobs_BN.tolist(),
-            num_tokens.tolist(),
-            stopped.tolist(),
-            strict=True,
+    def __init__(
+        self, model: Phi4Mini, params: SamplingParams, num_slots: int, longest_prompt: int
+    ) -> None:
+        device = model.head_weight_VD.device
+        self.model, self.params, self.num_slots = model, params, num_slots
+        self.decoder = Decoder(model, num_slots, longest_prompt + params.max_new_tokens)
+        self.stop_ids = torch.tensor(params.stop_ids, dtype=torch.long, device=device)
+        # One entry per slot: prompt number, random stream, position of the next token, tokens so far.
+        self.prompt_N, self.stream_N, self.position_N, self.count_N = (
+            torch.zeros(num_slots, dtype=torch.long, device=device) for _ in range(4)
         )
-    ]
+        self.tokens_NM = torch.zeros(
+            num_slots, params.max_new_tokens, dtype=torch.long, device=device
+        )
+        self.logprobs_NM = torch.zeros(num_slots, params.max_new_tokens, device=device)
+        self.completions: dict[int, Completion] = {}
+
+    def admit(
+        self, start: int, numbers: list[int], prompts: list[list[int]], seeds: list[int]
+    ) -> int:
+        """Prefills prompts into the slots from `start` on and draws their first tokens -> end of the living rows."""
+        device, end = self.prompt_N.device, start + len(prompts)
+        hidden_BD = self._prefill(start, prompts)
+        self.prompt_N[start:end] = torch.tensor(numbers, device=device)
+        self.stream_N[start:end] = stream(seeds).to(device)
+        self.position_N[start:end] = torch.tensor([len(p) for p in prompts], device=device)
+        self.count_N[start:end] = 0
+        return self._emit(start, end, hidden_BD)
+
+    def _prefill(self, start: int, prompts: list[list[int]]) -> Tensor:
+        """Computes each different prompt once, a few thousand tokens at a time -> hidden_BD of the last tokens."""
+        device, dtype = self.prompt_N.device, self.model.head_weight_VD.dtype
+        hidden = []
+        i = 0
+        while i < len(prompts):
+            different: dict[tuple[int, ...], int] = {}
+            rows: list[int] = []
+            for prompt in map(tuple, prompts[i:]):
+                if (
+                    prompt not in different
+                    and (len(different) + 1) * len(prompt) > PREFILL_TOKENS
+                    and rows
+                ):
+                    break
+                rows.append(different.setdefault(prompt, len(different)))
+            lengths = [len(p) for p in different]
+            padded_BT = torch.tensor([[*p] + [0] * (lengths[-1] - len(p)) for p in different])
+            cache = KVCache(
+                self.model.config, len(different), lengths[-1], device=device, dtype=dtype
+            )
+            hidden_BTD = self.model(padded_BT.to(device), cache=cache)
+            rows_B = torch.tensor(rows, device=device)
+            last_B = torch.tensor(lengths, device=device) - 1
+            hidden.append(hidden_BTD[rows_B, last_B[rows_B]])
+            self.decoder.admit(start + i, cache, rows_B)
+            i += len(rows)
+        return torch.cat(hidden)
+
+    def decode(self, start: int, end: int, few: int) -> int:
+        """Samples until at most `few` rows of the wave live -> end of the living rows."""
+        while end - start > few:
+            positions_B = self.position_N[start:end]
+            token_B = self.tokens_NM[self.decoder.slots_N[start:end], self.count_N[start:end] - 1]
+            hidden_BD = self.decoder.step(token_B, positions_B, start, int(positions_B.max()) + 1)
+            self.position_N[start:end] += 1
+            end = self._emit(start, end, hidden_BD)
+        return end
+
+    def _emit(self, start: int, end: int, hidden_BD: Tensor) -> int:
+        """Draws one token per row and lets finished rows leave -> end of the living rows."""
+        slots_B, count_B = self.decoder.slots_N[start:end], self.count_N[start:end]
+        logits_BV = self.model.logits(hidden_BD)
+        token_B, logprob_B = draw(logits_BV, self.params, self.stream_N[start:end], count_B)
+        self.tokens_NM[slots_B, count_B] = token_B
+        self.logprobs_NM[slots_B, count_B] = logprob_B
+        count_B += 1
+        stop_B = torch.isin(token_B, self.stop_ids)
+        finished_B = stop_B | (count_B == self.params.max_new_tokens)
+        # From the back, so that the last living row is never one that is about to leave.
+        for b in reversed(finished_B.nonzero().squeeze(1).tolist()):
+            self._complete(start + b, bool(stop_B[b]))
+            end -= 1
+            if start + b != end:
+                self._move(end, start + b)
+        return end
+
+    def _complete(self, slot: int, stopped: bool) -> None:
+        n = int(self.count_N[slot])
+        self.completions[int(self.prompt_N[slot])] = Completion(
+            tokens=self.tokens_NM[slot, :n].tolist(),
+            logprobs=self.logprobs_NM[slot, :n].tolist(),
+            finish_reason="stop" if stopped else "length",
+        )
+
+    def _move(self, source: int, target: int) -> None:
+        self.decoder.move(source, target, int(self.position_N[source]))
+        for per_slot in (self.prompt_N, self.stream_N, self.position_N, self.count_N):
+            per_slot[target] = per_slot[source]
+        self.tokens_NM[target] = self.tokens_NM[source]
+        self.logprobs_NM[target] = self.logprobs_NM[source]
 
 
-def _drop_rows(cache: KVCache, finished: list[int], *per_row: Tensor) -> list[Tensor]:
-    """Fills each finished row's place with the last living row; costs one row's copy per finished row."""
-    order = list(range(len(cache.lengths_B)))
-    for b in reversed(finished):
-        last = len(order) - 1
-        if b != last:
-            cache.move_row(last, b)
-            order[b] = order[last]
-        order.pop()
-    cache.keep_first(len(order))
-    cache.longest = int(cache.lengths_B.max()) if order else 0
-    return [x[order] for x in per_row]
+def draw(
+    logits_BV: Tensor, params: SamplingParams, stream_B: Tensor, step_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token per row -> (token_B, logprob_B), from number step_B[b] of stream b.
 
-
-def draw(logits_BV: Tensor, params: SamplingParams, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of the cumulative distribution, in vocabulary order -> (token_B, logprob_B).
-
-    A token whose probability rounds to 0 or that top_p leaves out is never drawn.
+    The inverse of the cumulative distribution in vocabulary order; what top_p leaves out is drawn again. (Cutting
+    the distribution before drawing would move every boundary when rounding lets one token in or out;
+    this way only a draw of that very token changes.) A token of probability 0 is never drawn.
     """
     logits_BV = logits_BV.float()
     if params.temperature == 0:
         token_B = logits_BV.argmax(-1)
         return token_B, logits_BV.log_softmax(-1).gather(1, token_B[:, None]).squeeze(1)
     p_BV = (logits_BV / params.temperature).softmax(-1)
+    token_B = _invert(p_BV, uniforms(stream_B, step_B, 0))
     if params.top_p < 1:
-        p_BV = _nucleus(p_BV, params.top_p)
+        least_B1 = _least_kept(p_BV, params.top_p)
+        kept_BV = p_BV.where(p_BV >= least_B1, 0.0)
+        for attempt in range(1, MAX_ATTEMPTS):
+            out = (p_BV.gather(1, token_B[:, None]) < least_B1).squeeze(1).nonzero().squeeze(1)
+            if not len(out):
+                break
+            # The last attempt cannot fail: a small top_p on a flat distribution gets there.
+            source_BV = p_BV if attempt + 1 < MAX_ATTEMPTS else kept_BV
+            token_B[out] = _invert(source_BV[out], uniforms(stream_B[out], step_B[out], attempt))
+        p_BV = kept_BV / kept_BV.sum(-1, keepdim=True)
+    return token_B, p_BV.gather(1, token_B[:, None]).squeeze(1).log()
+
+
+def _invert(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
     cdf_BV = p_BV.cumsum(-1, dtype=torch.float64)
-    total_B1 = cdf_BV[:, -1:]
-    token_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * total_B1, right=True)
-    p_B1 = p_BV.gather(1, token_B)
-    return token_B.squeeze(1), (p_B1 / total_B1).log().squeeze(1).float()
+    return torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True).squeeze(1)
 
 
-def _nucleus(p_BV: Tensor, top_p: float) -> Tensor:
-    """Zeroes what is less likely than the last token needed to reach top_p; equals of that token stay.
-
-    Not renormalised. Only values are sorted and the order of the vocabulary stays, so two tokens that
-    are nearly equal never swap places under the same uniform.
-    """
-    sorted_BV = p_BV.sort(-1, descending=True).values
-    before_BV = sorted_BV.cumsum(-1) - sorted_BV
-    last_B1 = (before_BV < top_p).sum(-1, keepdim=True) - 1
-    return p_BV.where(p_BV >= sorted_BV.gather(1, last_B1), 0.0)
+def _least_kept(p_BV: Tensor, top_p: float) -> Tensor:
+    """(B, 1) probability of the last token needed to reach top_p; its equals are kept too."""
+    least_B1 = p_BV.amax(-1, keepdim=True)
+    spread = (least_B1 < top_p).squeeze(1).nonzero().squeeze(1)  # elsewhere one token is enough
+    if len(spread):
+        sorted_BV = p_BV[spread].sort(-1, descending=True).values
+        before_BV = sorted_BV.cumsum(-1, dtype=torch.float64) - sorted_BV
+        last_B1 = (before_BV < top_p).sum(-1, keepdim=True) - 1
+        least_B1[spread] = sorted_BV.gather(1, last_B1)
+    return least_B1
 
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
@@ -189,14 +260,14 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def _stream(seeds_B: Tensor) -> Tensor:
-    """Neighbouring seeds become unrelated places in splitmix64's sequence."""
-    return _mix(seeds_B * _GOLDEN + _GOLDEN)
+def stream(seeds: list[int]) -> Tensor:
+    """Any integers -> int64 starting points; neighbouring seeds get unrelated ones."""
+    return _mix(torch.tensor([_signed(s) for s in seeds]) * _GOLDEN + _GOLDEN)
 
 
-def _uniform(streams_B: Tensor, step: int) -> Tensor:
-    """The step-th number of each stream, fp64 in [0, 1); a function of seed and step, on any device."""
-    bits = _mix(streams_B + _signed((step + 1) * _GOLDEN))
+def uniforms(stream_B: Tensor, step_B: Tensor, attempt: int) -> Tensor:
+    """fp64 in [0, 1), a function of seed, step and attempt: the same on any device and in any batch."""
+    bits = _mix(stream_B + (step_B * MAX_ATTEMPTS + attempt + 1) * _GOLDEN)
     return ((bits >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
 
 
