@@ -53,10 +53,11 @@ CURVES = [
     ("Reward", ["reward"]),
     ("Response length, tokens", ["response_length"]),
     ("Entropy, nats", ["entropy"]),
-    ("Implicit reward of the chosen and the rejected answer", ["chosen_reward", "rejected_reward"]),
-    ("Log-prob of the chosen and the rejected answer", ["chosen_logp", "rejected_logp"]),
+    ("Preference loss, ln 2 at first", ["preference_loss"]),
+    ("Implicit rewards", ["chosen_reward", "rejected_reward"]),
     ("Margin", ["margin"]),
     ("Preference accuracy", ["preference_accuracy"]),
+    ("NLL of the chosen answer", ["chosen_nll"]),
     ("Groups with one reward only", ["zero_groups"]),
     ("Truncated responses", ["truncated"]),
     ("Sampling temperature", ["temperature"]),
@@ -283,7 +284,8 @@ def curve(title: str, fields: Sequence[str], rows: Sequence[Row]) -> str:
     if not series:
         return ""
     values = [y for _, y in series[0].points]
-    note = f"{short(values[0])} → {short(values[-1])}"
+    scale = max(map(abs, values))
+    note = f"{short(values[0], scale)} → {short(values[-1], scale)}"
     if len(fields) > 1:
         note = legend([(one.colour, one.name) for one in series])
     elif fields == ["validation_loss"] and len(values) >= 4 and values[-1]:

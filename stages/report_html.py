@@ -69,7 +69,10 @@ def minus(number: str) -> str:
     return number.replace("-", "−")
 
 
-def short(value: float) -> str:
+def short(value: float, scale: float) -> str:
+    """Three digits; zero for what is nothing beside `scale`, the largest of its kind."""
+    if abs(value) < 1e-4 * scale:
+        return "0"
     return minus(f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}")
 
 

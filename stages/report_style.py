@@ -88,11 +88,11 @@ details.sample > summary::-webkit-details-marker { display: none; }
 .answer { display: grid; grid-template-columns: 112px 1fr; gap: 12px; padding: 10px 14px; border-radius: 8px; background: var(--wrong-tint); }
 .answer.ok { background: var(--right-tint); }
 .answer b { font-weight: 600; font-size: 14px; } .answer b span { display: block; font-weight: 500; font-size: 13px; }
-pre { margin: 0; font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { margin: 0; max-height: 15em; overflow-y: auto; font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 details.more { margin-top: 14px; }
 details.more > summary { cursor: pointer; color: var(--soft); font-size: 15px; padding: 6px 0; }
 details.more[open] > summary { margin-bottom: 10px; }
-.settings { columns: 3 280px; column-gap: 36px; font-size: 14px; }
+.settings { margin-top: 16px; columns: 3 280px; column-gap: 36px; font-size: 14px; }
 .settings div { break-inside: avoid; margin-bottom: 20px; }
 .settings h4 { margin: 0 0 4px; font-size: 14px; font-weight: 640; }
 .settings table { font-size: 13.5px; } .settings td { padding: 3px 0; white-space: normal; overflow-wrap: anywhere; } .settings td:first-child { color: var(--soft); padding-right: 14px; }

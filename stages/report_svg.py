@@ -83,7 +83,7 @@ def ladder_chart(stages: Sequence[str], lines: Sequence[tuple[str, str, Sequence
 
     The first line carries its values and whiskers for its intervals; the others stand behind it.
     """
-    frame = Frame(420, 262, 40, 74, 16, 28, (-0.25, len(stages) - 0.75), (0, 100))
+    frame = Frame(420, 262, 40, 80, 16, 28, (-0.25, len(stages) - 0.75), (0, 100))
     ticks = [0, 25, 50, 75, 100]
     parts = [_grid(frame, ticks, [f"{tick} %" for tick in ticks])]
     for index, stage in enumerate(stages):
@@ -98,11 +98,11 @@ def ladder_chart(stages: Sequence[str], lines: Sequence[tuple[str, str, Sequence
                 parts.append(f'<path class="whisker tall {colour}" d="{ends}"/>')
             parts.append(_dot(frame, index, rung.value, 4.5 if order == 0 else 2.6, colour))
             if order == 0:
-                above = frame.y(rung.high if rung.high is not None else rung.value) - 8
-                parts.append(_text(frame.x(index), above, f"{rung.value:.1f}", "value mid"))
+                y = _label_height(frame, rung, [other[index] for _, _, other in lines[1:]])
+                parts.append(_text(frame.x(index), y, f"{rung.value:.1f}", "value mid"))
     ends = [frame.y(rungs[-1].value) for _, _, rungs in lines]
     for (name, colour, _), y in zip(lines, _spread(ends, 15, frame.top + 4), strict=True):
-        parts.append(_text(frame.x(len(stages) - 1) + 12, y + 4, name, f"name {colour}"))
+        parts.append(_text(frame.x(len(stages) - 1) + 17, y + 4, name, f"name {colour}"))
     return _svg(frame.width, frame.height, "accuracy after each stage", parts)
 
 
@@ -180,8 +180,7 @@ def _padded(values: Sequence[float], share: float) -> Point:
     if high - low <= 1e-12 * max(
         abs(low), abs(high)
     ):  # a flat curve stands in the middle, over zero
-        room = abs(high) or 1.0
-        return low - room, high + room
+        return (low - abs(low), high + abs(high)) if high else (0.0, 1.0)
     return low - share * (high - low), high + share * (high - low)
 
 
@@ -223,6 +222,14 @@ def _spread(wanted: Sequence[float], gap: float, top: float) -> list[float]:
     for i, y in zip(order, placed, strict=True):
         result[i] = y
     return result
+
+
+def _label_height(frame: Frame, rung: Rung, others: Sequence[Rung]) -> float:
+    """Above the rung, or below where another line's point is in the way and there is room."""
+    above = frame.y(rung.value if rung.high is None else rung.high) - 8
+    below = frame.y(rung.value if rung.low is None else rung.low) + 18
+    taken = any(above - 14 < frame.y(other.value) < frame.y(rung.value) - 3 for other in others)
+    return below if taken and below < frame.y(0) else above
 
 
 def _grid(frame: Frame, ticks: Sequence[float], labels: Sequence[str]) -> str:

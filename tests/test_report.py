@@ -75,7 +75,7 @@ def metrics_row(stage: str, step: int, steps: int, rng: random.Random) -> dict:
     if stage in ("midtrain", "sft") and step % 10 == 9:
         row["validation_loss"] = 0.25 + 0.4 * 2.7 ** (-6 * done)
     if stage == "rollout_dpo":
-        row |= {"chosen_reward": 0.4 * done, "rejected_reward": -0.9 * done, "margin": 1.3 * done,
+        row |= {"chosen_reward": 0.4 * done, "rejected_reward": -0.9 * done, "margin": 1e-9 + 1.3 * done,
                 "preference_accuracy": 0.5 + 0.3 * done}  # fmt: skip
     if stage == "rlvr":
         row |= {"reward": -0.1 + 0.5 * done + rng.gauss(0, 0.05), "response_length": 60 + 12 * done,
@@ -150,7 +150,7 @@ def test_each_stage_shows_its_curves(run: Path) -> None:
         stage: [caption.split("  ")[0] for caption in figures] for stage, figures in shown.items()
     }
     assert captions["SFT"][:3] == ["Loss", "Validation loss", "Entropy, nats"]
-    assert "Implicit reward of the chosen and the rejected answer" in captions["Rollout DPO"]
+    assert "Implicit rewards" in captions["Rollout DPO"]
     assert {
         "Reward",
         "Response length, tokens",
@@ -158,6 +158,7 @@ def test_each_stage_shows_its_curves(run: Path) -> None:
         "Sampling temperature",
         "Kl",
     } <= set(captions["RL"])
+    assert "0 → 1.29" in words(section), "the first margin is rounding, not a number to read"
     assert "Reward" not in captions["SFT"], "a curve that the stage has no rows for"
     assert "Base" not in captions
 
