@@ -23,7 +23,7 @@ from phimini.stages.seeds import derive
 from phimini.stages.statistics import mean_interval, pass_at_k, wilson_interval
 from phimini.stages.verify import verify
 
-SAMPLES_SHOWN = 12
+SHOWN_PER_CELL = 1
 
 
 def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) -> dict:
@@ -61,6 +61,8 @@ def evaluate_problems(
         stop_ids=tokenizer.stop_ids,
     )
     k = config.samples
+    if k < 8:
+        raise ValueError(f"evaluate.samples: mean@8 and pass@8 need at least 8, got {k}")
     seeds = [derive(config.seed, p["id"], j) for p in problems for j in range(k)]
     sampled = engine.generate([prompt for prompt in prompts for _ in range(k)], params, seeds)
     greedy_ok = np.array([judge(tokenizer, c, p) for c, p in zip(greedy, problems, strict=True)])
@@ -70,20 +72,31 @@ def evaluate_problems(
     return summarize(problems, greedy_ok, sampled_ok) | {
         "truncated": float(np.mean([c.finish_reason == "length" for c in sampled])),
         "response_length": float(np.mean([len(c.tokens) for c in sampled])),
-        "samples": [
-            {
-                "question": problems[i]["question"],
-                "answer": problems[i]["answer"],
-                "response": tokenizer.decode(greedy[i].tokens),
-                "correct": bool(greedy_ok[i]),
-                "family": problems[i].get("family", ""),
-                "level": problems[i].get("level", 0),
-            }
-            for i in range(0, len(problems), max(1, len(problems) // SAMPLES_SHOWN))
-        ][:SAMPLES_SHOWN],
+        "samples": shown_samples(tokenizer, problems, greedy, greedy_ok),
         "tokens": sum(len(c.tokens) for c in greedy) + sum(len(c.tokens) for c in sampled),
         "seconds": time.perf_counter() - started,
     }
+
+
+def shown_samples(
+    tokenizer: Tokenizer, problems: list[dict], greedy: list[Completion], greedy_ok: np.ndarray
+) -> list[dict]:
+    """The greedy answers to the first problems of each family and level, for the report."""
+    shown: dict[tuple, list[dict]] = defaultdict(list)
+    for problem, completion, correct in zip(problems, greedy, greedy_ok, strict=True):
+        family, level = problem.get("family", ""), problem.get("level", 0)
+        if len(shown[family, level]) < SHOWN_PER_CELL:
+            shown[family, level].append(
+                {
+                    "question": problem["question"],
+                    "answer": problem["answer"],
+                    "response": tokenizer.decode(completion.tokens),
+                    "correct": bool(correct),
+                    "family": family,
+                    "level": level,
+                }
+            )
+    return [sample for cell in shown.values() for sample in cell]
 
 
 def judge(tokenizer: Tokenizer, completion: Completion, problem: dict) -> bool:
@@ -113,11 +126,9 @@ def summarize(problems: list[dict], greedy_ok: np.ndarray, sampled_ok: np.ndarra
             "accuracy": float(greedy_ok.mean()),
             "ci95": list(wilson_interval(int(greedy_ok.sum()), len(greedy_ok))),
         },
-        "mean_at_8" if k == 8 else f"mean_at_{k}": mean,
+        "mean_at_8": mean,
         "ci95": [low, high],
-        "pass_at_8" if k == 8 else f"pass_at_{k}": float(
-            np.mean([pass_at_k(k, int(c), k) for c in sampled_ok.sum(1)])
-        ),
+        "pass_at_8": float(np.mean([pass_at_k(k, int(c), 8) for c in sampled_ok.sum(1)])),
         "per_problem_mean": per_problem_mean,
         "per_problem_greedy": greedy_ok.astype(int).tolist(),
     } | {
