@@ -1,6 +1,7 @@
 """Attention over packed documents: each token sees the earlier tokens of its own document and nothing else.
 
-T tokens of a micro-batch, H query heads, G key/value heads, K head size; query head h reads head h // (H / G).
+T tokens that this rank holds, S tokens of the whole micro-batch (T without context parallelism), H query heads,
+G key/value heads, K head size; query head h reads head h // (H / G).
 
 On CUDA one variable-length flash kernel reads all documents in place. On a CPU the flash kernel is called once per
 document, on views: it runs a batch of documents no faster than one after the other, so padding them into a batch,
@@ -12,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from phimini.model.config import ModelConfig
+from phimini.parallel.context import Piece, gather_keys, pieces_of_rank, rows_of_rank
 from phimini.parallel.rotary import apply_rotary, rotary_tables
 
 try:
@@ -31,16 +34,23 @@ class PackedDocuments(PackedSeqParams):
     """Megatron hands its PackedSeqParams down to the attention core; ours also carries what all layers share."""
 
     scale_T1K: Tensor | None = None
-    """rope tables, see `rotary_tables`"""
+    """rope tables of this rank's tokens, see `rotary_tables`"""
     sin_T1R2: Tensor | None = None
-    cuts: tuple[int, ...] = ()
-    """cu_seqlens as numbers"""
+    pieces: tuple[Piece, ...] = ()
+    """the (parts of) documents among this rank's tokens"""
+    key_rows: Tensor | None = None
+    """context parallel, CUDA: the keys of all pieces, one piece after the other; cu_seqlens_kv counts in it"""
+    context_group: dist.ProcessGroup | None = None
+    """not `cp_group`, which Megatron would act on; None if this rank holds all tokens"""
 
 
 def packed_documents(
-    cu_seqlens: Tensor, config: ModelConfig, device: torch.device
+    cu_seqlens: Tensor,
+    config: ModelConfig,
+    device: torch.device,
+    context_group: dist.ProcessGroup | None = None,
 ) -> PackedDocuments:
-    """What attention needs of one micro-batch; cu_seqlens (N + 1,) int32 on the CPU.
+    """What attention needs of one micro-batch; cu_seqlens (N + 1,) int32 on the CPU, of all context ranks' tokens.
 
     Raises ValueError for a document longer than the model's `max_positions`.
     """
@@ -51,18 +61,36 @@ def packed_documents(
             f"a document of {longest} tokens is longer than the model's max_positions {config.max_positions}"
         )
     positions = torch.arange(longest)
-    scale_T1K, sin_T1R2 = rotary_tables(config, torch.cat([positions[:n] for n in lengths]))
-    on_device = cu_seqlens.to(device, non_blocking=True)
+    positions_S = torch.cat([positions[:n] for n in lengths])
+    cuts = cu_seqlens.tolist()
+    key_rows = None
+    if context_group is None:
+        pieces = pieces_of_rank(cuts, 0, 1)
+        positions_T, cu_queries, cu_keys = positions_S, cu_seqlens, cu_seqlens
+    else:
+        rank, size = context_group.rank(), context_group.size()
+        pieces = pieces_of_rank(cuts, rank, size)
+        positions_T = positions_S[rows_of_rank(len(positions_S), rank, size)]
+        cu_queries = _cumulated([p.query_end - p.query_begin for p in pieces])
+        cu_keys = _cumulated([p.key_end - p.key_begin for p in pieces])
+        key_rows = torch.cat([torch.arange(p.key_begin, p.key_end) for p in pieces])
+    scale_T1K, sin_T1R2 = rotary_tables(config, positions_T)
     return PackedDocuments(
         qkv_format="thd",
-        cu_seqlens_q=on_device,
-        cu_seqlens_kv=on_device,
+        cu_seqlens_q=cu_queries.to(device, non_blocking=True),
+        cu_seqlens_kv=cu_keys.to(device, non_blocking=True),
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         scale_T1K=scale_T1K.to(device, non_blocking=True),
         sin_T1R2=sin_T1R2.to(device, non_blocking=True),
-        cuts=tuple(cu_seqlens.tolist()),
+        pieces=pieces,
+        key_rows=key_rows if key_rows is None else key_rows.to(device, non_blocking=True),
+        context_group=context_group,
     )
+
+
+def _cumulated(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -74,55 +102,88 @@ def _heads_first(x_THK: Tensor, begin: int, end: int) -> Tensor:
     return x_THK[begin:end].transpose(0, 1)[None]
 
 
+def _later_keys(piece: Piece, like: Tensor) -> Tensor | None:
+    """What to add to a piece's scores: -inf where a key comes after the query; None if `is_causal` says it."""
+    if piece.is_whole:
+        return None
+    shape = (piece.query_end - piece.query_begin, piece.key_end - piece.key_begin)
+    return like.new_full(shape, -torch.inf).triu_(shape[1] - shape[0] + 1)
+
+
 class _CpuAttention(torch.autograd.Function):
     """F.scaled_dot_product_attention per document, but one autograd node: slicing under autograd would allocate a
     gradient of the whole pack for every slice."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cuts: tuple[int, ...], scale: float
+        ctx: Any,
+        q_THK: Tensor,
+        k_SGK: Tensor,
+        v_SGK: Tensor,
+        pieces: tuple[Piece, ...],
+        scale: float,
     ) -> Tensor:
         outs, lses = [], []
-        for a, b in zip(cuts[:-1], cuts[1:], strict=True):
-            qkv = (_heads_first(x, a, b) for x in (q_THK, k_TGK, v_TGK))
-            out, lse = _flash_forward(*qkv, 0.0, True, scale=scale)
+        for p in pieces:
+            q = _heads_first(q_THK, p.query_begin, p.query_end)
+            k, v = (_heads_first(x, p.key_begin, p.key_end) for x in (k_SGK, v_SGK))
+            mask = _later_keys(p, q)
+            out, lse = _flash_forward(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
             outs.append(out)
             lses.append(lse)
-        ctx.save_for_backward(q_THK, k_TGK, v_TGK, *outs, *lses)
-        ctx.cuts, ctx.scale = cuts, scale
+        ctx.save_for_backward(q_THK, k_SGK, v_SGK, *outs, *lses)
+        ctx.pieces, ctx.scale = pieces, scale
         return torch.cat([out[0].transpose(0, 1) for out in outs])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_THK, k_TGK, v_TGK, *saved = ctx.saved_tensors
-        num_documents = len(saved) // 2
-        parts: list[list[Tensor]] = [[], [], []]
-        for i, (a, b) in enumerate(zip(ctx.cuts[:-1], ctx.cuts[1:], strict=True)):
-            dout, q, k, v = (_heads_first(x, a, b) for x in (grads[0], q_THK, k_TGK, v_TGK))
-            out, lse = saved[i], saved[num_documents + i]
-            dqkv = _flash_backward(dout, q, k, v, out, lse, 0.0, True, scale=ctx.scale)
-            for part, d in zip(parts, dqkv, strict=True):
+        q_THK, k_SGK, v_SGK, *saved = ctx.saved_tensors
+        pieces: tuple[Piece, ...] = ctx.pieces
+        dqs, dks, dvs = [], [], []
+        for i, p in enumerate(pieces):
+            dout, q = (_heads_first(x, p.query_begin, p.query_end) for x in (grads[0], q_THK))
+            k, v = (_heads_first(x, p.key_begin, p.key_end) for x in (k_SGK, v_SGK))
+            out, lse, mask = saved[i], saved[len(pieces) + i], _later_keys(p, q)
+            dq, dk, dv = _flash_backward(
+                dout, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask, scale=ctx.scale
+            )
+            for part, d in zip((dqs, dks, dvs), (dq, dk, dv), strict=True):
                 part.append(d[0].transpose(0, 1))
-        return (*(torch.cat(part) for part in parts), None, None)
+        if len(k_SGK) == len(
+            q_THK
+        ):  # this rank holds all tokens: pieces are the documents, one after the other
+            return torch.cat(dqs), torch.cat(dks), torch.cat(dvs), None, None
+        dk_SGK, dv_SGK = torch.zeros_like(k_SGK), torch.zeros_like(v_SGK)
+        for p, dk, dv in zip(pieces, dks, dvs, strict=True):
+            dk_SGK[p.key_begin : p.key_end] += dk
+            dv_SGK[p.key_begin : p.key_end] += dv
+        return torch.cat(dqs), dk_SGK, dv_SGK, None, None
 
 
 def attend(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: PackedDocuments, scale: float
 ) -> Tensor:
     """Causal attention inside each document -> (T, H, K)."""
+    k_SGK, v_SGK = k_TGK, v_TGK
+    if documents.context_group is not None:
+        k_SGK, v_SGK = gather_keys(k_TGK, v_TGK, documents.context_group)
     if q_THK.device.type == "cpu":
-        return _CpuAttention.apply(q_THK, k_TGK, v_TGK, documents.cuts, scale)  # pyright: ignore[reportReturnType]
+        return _CpuAttention.apply(q_THK, k_SGK, v_SGK, documents.pieces, scale)  # pyright: ignore[reportReturnType]
+    if documents.key_rows is not None:
+        # The flash kernel wants each piece's keys in a row; two pieces of one document both begin at its start.
+        k_SGK, v_SGK = (x.index_select(0, documents.key_rows) for x in (k_SGK, v_SGK))
     lengths = (
         documents.cu_seqlens_q, documents.cu_seqlens_kv, documents.max_seqlen_q, documents.max_seqlen_kv,
     )  # fmt: skip
+    # Both kernels align a piece's last query with its last key.
     if flash_attn_varlen_func is not None:
         return flash_attn_varlen_func(
-            q_THK, k_TGK, v_TGK, *lengths, softmax_scale=scale, causal=True
+            q_THK, k_SGK, v_SGK, *lengths, softmax_scale=scale, causal=True
         )
     from torch.nn.attention.varlen import varlen_attn  # registers CUDA operators when imported
 
     return varlen_attn(
-        q_THK, k_TGK, v_TGK, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=True
+        q_THK, k_SGK, v_SGK, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=True
     )  # pyright: ignore[reportReturnType]
 
 

@@ -4,9 +4,10 @@ T tokens of all documents, N documents.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 IGNORE = -100
@@ -50,6 +51,11 @@ class PackedBatch:
     """anything else a head needs, per token (T,) or per document (N,)"""
     names: tuple[str, ...] = ()
     """the documents' names, for error messages; () if they have none"""
+    rows: Tensor | None = None
+    """context parallel: which tokens of the whole micro-batch these T are; cu_seqlens, lengths and the fields per
+    document still speak of the whole documents. None means all, in order"""
+    context_group: dist.ProcessGroup | None = None
+    """the ranks that hold the other tokens; None if there are none"""
 
     @property
     def num_tokens(self) -> int:
@@ -69,18 +75,40 @@ class PackedBatch:
         """(T,) int64: which document each token belongs to; on the tokens' device."""
         lengths = self.cu_seqlens.diff().to(torch.int64)
         ids = torch.repeat_interleave(torch.arange(self.num_documents), lengths)
-        return ids.to(self.tokens_T.device)
+        return (ids if self.rows is None else ids[self.rows]).to(self.tokens_T.device)
+
+    def once(self, x: Tensor) -> Tensor:
+        """For a head under context parallelism: `x`, whole on each of the C ranks, as a share of which C make one.
+
+        What a head returns is summed over the ranks. The value is divided, the gradient is not: each rank's backward
+        adds its own tokens' part.
+        """
+        if self.context_group is None:
+            return x
+        return x + (x / self.context_group.size() - x).detach()
+
+    def take(self, rows: Tensor, context_group: dist.ProcessGroup) -> "PackedBatch":
+        """The tokens `rows` of this whole micro-batch, for the context rank that holds them."""
+        assert self.rows is None, "already a part of a micro-batch"
+        T = self.num_tokens
+        return replace(
+            self,
+            tokens_T=self.tokens_T[rows],
+            targets_T=self.targets_T[rows],
+            fields={k: v[rows] if v.shape[0] == T else v for k, v in self.fields.items()},
+            rows=rows,
+            context_group=context_group,
+        )
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """Everything but cu_seqlens on `device`."""
+        """Tokens, targets and fields on `device`; cu_seqlens and rows stay."""
         if self.tokens_T.device == device:
             return self
-        return PackedBatch(
+        return replace(
+            self,
             tokens_T=self.tokens_T.to(device, non_blocking=True),
             targets_T=self.targets_T.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens,
             fields={k: v.to(device, non_blocking=True) for k, v in self.fields.items()},
-            names=self.names,
         )
 
 

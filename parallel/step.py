@@ -18,6 +18,7 @@ from torch import Tensor
 from phimini.parallel.attention import PackedDocuments, packed_documents
 from phimini.parallel.batch import PackedBatch
 from phimini.parallel.builder import Model
+from phimini.parallel.context import rows_of_rank
 
 
 class NonFiniteError(RuntimeError):
@@ -31,6 +32,8 @@ class Head(Protocol):
     `group` (the tensor-parallel group; size 1 when there is nothing to share).
     Returns (loss_sum, count, metrics): the sum whose gradient is wanted, what it is to be divided by (summed over all
     micro-batches and data ranks first), and sums for the log. All scalars, equal on every rank of `group`.
+    Under context parallelism M are this rank's tokens (see PackedBatch.rows) and what is returned is summed over the
+    context ranks; `batch.once` is for a value that is whole on each.
     The gradient for hidden_MD must be the whole one on every rank: the head sums its rows' parts over `group`.
     """
 
@@ -61,6 +64,9 @@ class _Prepared:
     """A micro-batch on the device, padded for the layout, with what its attention needs."""
 
     batch: PackedBatch
+    """of this rank's tokens, without padding"""
+    head_rows: Tensor | slice
+    """where `batch`'s tokens are among this rank's padded ones"""
     input_ids_1T: Tensor
     documents: PackedDocuments
 
@@ -75,7 +81,7 @@ def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: He
     collected: list[_HeadResult] = []
 
     def loss(index: int, prepared: _Prepared, hidden_TD: Tensor) -> tuple[Tensor, Tensor, dict]:
-        hidden_MD = hidden_TD[: prepared.batch.num_tokens]
+        hidden_MD = hidden_TD[prepared.head_rows]
         loss_sum, count, metrics = head(
             hidden_MD, model.head_weight_VD, prepared.batch, group=model.world.tensor_group
         )
@@ -111,17 +117,22 @@ def forward_only(
 ) -> list[Any]:
     """`fn(hidden_MD, weight_VD, batch, group=...)` of each micro-batch, in order, on every rank of the replica.
 
-    fn's results may be any object of tensors; they come from the last pipeline stage.
+    fn's results, from the last pipeline stage, are tensors, or dicts, lists and tuples of them. Under context
+    parallelism fn sees this rank's tokens: results with one row per token are put together, others summed.
     """
     results: list[Any] = []
+    rows: list[Tensor | None] = []
 
     def collect(index: int, prepared: _Prepared, hidden_TD: Tensor, non_loss_data: bool) -> None:
-        hidden_MD = hidden_TD[: prepared.batch.num_tokens]
-        results.append(
-            fn(hidden_MD, model.head_weight_VD, prepared.batch, group=model.world.tensor_group)
-        )
+        hidden_MD = hidden_TD[prepared.head_rows]
+        batch = prepared.batch
+        result = fn(hidden_MD, model.head_weight_VD, batch, group=model.world.tensor_group)
+        results.append(result)
+        rows.append(batch.rows)
 
     _run_schedule(model, microbatches, collect, forward_only=True)
+    if model.world.layout.context > 1:
+        results = _over_context_ranks(model, microbatches, rows, results)
     return _from_last_stage(model, results)
 
 
@@ -195,10 +206,19 @@ def _prepare(model: Model, batch: PackedBatch, longest: int) -> _Prepared:
             cuts.insert(0, cuts[0] - longest_document)
         cu_seqlens = torch.cat((cu_seqlens, torch.tensor(cuts, dtype=torch.int32)))
         tokens_T = torch.cat((tokens_T, tokens_T.new_zeros(tail)))
+    group = world.context_group if world.layout.context > 1 else None
+    head_rows: Tensor | slice = slice(batch.num_tokens)
+    if group is not None:
+        rows = rows_of_rank(total, group.rank(), group.size())
+        tokens_T = tokens_T[rows]
+        is_real = rows < batch.num_tokens
+        head_rows = is_real.nonzero()[:, 0].to(world.device)
+        batch = batch.take(rows[is_real], group)
     return _Prepared(
         batch=batch.to(world.device),
+        head_rows=head_rows,
         input_ids_1T=tokens_T[None].to(world.device, non_blocking=True),
-        documents=packed_documents(cu_seqlens, model.config, world.device),
+        documents=packed_documents(cu_seqlens, model.config, world.device, group),
     )
 
 
@@ -211,6 +231,35 @@ def _from_last_stage(model: Model, value: Any) -> Any:
     last = dist.get_global_rank(group, group.size() - 1)
     dist.broadcast_object_list(box, src=last, group=group, device=model.world.device)
     return box[0]
+
+
+def _over_context_ranks(
+    model: Model,
+    microbatches: Sequence[PackedBatch],
+    rows: list[Tensor | None],
+    results: list[Any],
+) -> list[Any]:
+    """Puts the context ranks' results together; there are none on the earlier pipeline stages."""
+    group = model.world.context_group
+    parts: list[Any] = [None] * group.size()
+    dist.all_gather_object(parts, (rows, results), group=group)
+
+    def merge(index: int, values: list[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {k: merge(index, [v[k] for v in values]) for k in values[0]}
+        if isinstance(values[0], tuple | list):
+            merged = [merge(index, list(v)) for v in zip(*values, strict=True)]
+            named = hasattr(values[0], "_fields")
+            return type(values[0])(*merged) if named else type(values[0])(merged)
+        owners = [part_rows[index] for part_rows, _ in parts]
+        if all(v.ndim and v.shape[0] == len(r) for v, r in zip(values, owners, strict=True)):
+            whole = values[0].new_empty(microbatches[index].num_tokens, *values[0].shape[1:])
+            for value, owned in zip(values, owners, strict=True):
+                whole[owned] = value.to(whole.device)
+            return whole
+        return torch.stack([v.to(values[0].device) for v in values]).sum(0)
+
+    return [merge(i, [part[i] for _, part in parts]) for i in range(len(results))]
 
 
 def _reduce(model: Model, collected: list[_HeadResult], count: Tensor) -> StepMetrics:
@@ -241,15 +290,13 @@ def _raise_non_finite_loss(
     bad_documents = forward_only(model, microbatches, _documents_not_finite)
     mine = [
         f"data rank {world.data_rank} (rank {world.rank}), micro-batch {i}: loss {loss}, "
-        + _document_text(microbatches[i], bad)
+        + _document_text(microbatches[i], bad.nonzero()[:, 0].tolist())
         for i, (loss, bad) in enumerate(zip(losses, bad_documents, strict=True))
         if not math.isfinite(loss)
     ]
-    first_of_replica = world.tensor_rank == world.context_rank == 0 and world.is_last_stage
+    speaks = world.tensor_rank == 0 and world.is_last_stage
     everyone = [
-        line
-        for lines in world.all_gather_objects(mine if first_of_replica else [])
-        for line in lines
+        line for lines in world.all_gather_objects(mine if speaks else []) for line in lines
     ]
     raise NonFiniteError(
         f"step {model.num_updates}: the loss is not finite; no weight was changed:\n"
@@ -259,9 +306,11 @@ def _raise_non_finite_loss(
 
 def _documents_not_finite(
     hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup
-) -> list[int]:
+) -> Tensor:
+    """(N,) how many of each document's hidden states are not finite"""
     bad_M = ~torch.isfinite(hidden_MD).all(-1)
-    return batch.document_ids_T[bad_M].unique().tolist()
+    counts_N = torch.zeros(batch.num_documents, dtype=torch.int64, device=hidden_MD.device)
+    return counts_N.index_add_(0, batch.document_ids_T, bad_M.long())
 
 
 def _document_text(batch: PackedBatch, bad: list[int]) -> str:

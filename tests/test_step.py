@@ -41,15 +41,21 @@ def on_ranks(layout: Layout, world_size: int, job) -> list[Any]:
 
 def log_probs(
     hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     logp_MV = (hidden_MD @ weight_VD.T).log_softmax(-1)
-    return {"logp": logp_MV.gather(1, batch.targets_T.clamp(min=0)[:, None])[:, 0]}
+    logp_M = logp_MV.gather(1, batch.targets_T.clamp(min=0)[:, None])[:, 0]
+    return {"logp": logp_M, "sums": (logp_M.sum(), _sum_by_document(logp_M, batch))}
+
+
+def _sum_by_document(x_M: Tensor, batch: PackedBatch) -> Tensor:
+    return x_M.new_zeros(batch.num_documents).index_add_(0, batch.document_ids_T, x_M)
 
 
 @pytest.mark.parametrize(
     ("layout", "world_size"),
-    [(Layout(), 1), (Layout(pipeline=2), 2), (Layout(pipeline=2, virtual_pipeline=2), 2), (Layout(pipeline=2), 4)],
-    ids=["single", "pp2", "pp2-vpp2", "pp2-dp2"],
+    [(Layout(), 1), (Layout(pipeline=2), 2), (Layout(pipeline=2, virtual_pipeline=2), 2), (Layout(pipeline=2), 4),
+     (Layout(context=2), 2), (Layout(context=2, pipeline=2), 4)],
+    ids=["single", "pp2", "pp2-vpp2", "pp2-dp2", "cp2", "cp2-pp2"],
 )  # fmt: skip
 def test_forward_only_gives_each_micro_batch_s_result_on_every_rank(
     layout: Layout, world_size: int
@@ -67,19 +73,30 @@ def test_forward_only_gives_each_micro_batch_s_result_on_every_rank(
         assert len(outputs) == len(batches)
         for output, batch in zip(outputs, batches, strict=True):
             hidden = reference(batch.tokens_T[None], cu_seqlens=batch.cu_seqlens)[0]
-            want = log_probs(hidden, reference.head_weight_VD, batch, group=None)["logp"]
-            assert output["logp"].shape == want.shape  # padding between stages is cut off again
-            assert (output["logp"] - want).abs().max() <= 1e-5 * want.abs().max()
+            want = log_probs(hidden, reference.head_weight_VD, batch, group=None)
+            for got, right in (
+                (output["logp"], want["logp"]),
+                *zip(output["sums"], want["sums"], strict=True),
+            ):
+                assert (
+                    got.shape == right.shape
+                )  # padding between stages and context ranks is cut off again
+                assert (got - right).abs().max() <= 1e-5 * right.abs().max()
 
 
 def weighted_head(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> tuple:
     """A loss counted by weights, per document and not whole numbers."""
     logp_M = log_probs(hidden_MD, weight_VD, batch, group=group)["logp"]
     weight_M = batch.fields["weight"][batch.document_ids_T] * (batch.targets_T >= 0)
-    return -(logp_M * weight_M).sum(), batch.fields["weight"].sum(), {"logp": logp_M.detach().sum()}
+    weight = batch.once(batch.fields["weight"].sum())
+    return -(logp_M * weight_M).sum(), weight, {"logp": logp_M.detach().sum()}
 
 
-@pytest.mark.parametrize(("layout", "world_size"), [(Layout(), 2), (Layout(pipeline=2), 2)], ids=["dp2", "pp2"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [(Layout(), 2), (Layout(pipeline=2), 2), (Layout(context=2), 2)],
+    ids=["dp2", "pp2", "cp2"],
+)
 def test_counts_may_be_fractions_and_fields_per_document(layout: Layout, world_size: int) -> None:
     def weighted(group: list[int], i: int) -> PackedBatch:
         return pack(

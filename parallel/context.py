@@ -1,0 +1,89 @@
+"""Context parallelism over packed documents: every rank holds some of a micro-batch's tokens and gathers all keys.
+
+T tokens of the whole micro-batch, C context ranks, G key/value heads, K head size.
+
+The pack is cut into 2C equal chunks and rank r holds chunks r and 2C - 1 - r: late tokens see many keys and early ones
+few, so each rank gets one of both. Documents are cut wherever a chunk ends; none is padded. Keys and values are
+gathered over the ranks (Llama 3, arXiv 2407.21783, section 3.3.2), their gradients reduce-scattered.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive queries of one document and the keys that the last of them sees.
+
+    Query i of the piece sees its first (num_keys - num_queries + i + 1) keys.
+    """
+
+    query_begin: int
+    """row among this rank's tokens"""
+    query_end: int
+    key_begin: int
+    """token of the whole micro-batch"""
+    key_end: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the queries begin where the document does."""
+        return self.query_end - self.query_begin == self.key_end - self.key_begin
+
+
+def rows_of_rank(num_tokens: int, rank: int, size: int) -> Tensor:
+    """(T / C,) int64: the tokens of the whole micro-batch that context rank `rank` of `size` holds, in its order."""
+    if size == 1:
+        return torch.arange(num_tokens)
+    assert num_tokens % (2 * size) == 0, f"{num_tokens} tokens do not divide into 2 x {size} chunks"
+    chunks = torch.arange(num_tokens).chunk(2 * size)
+    return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
+
+
+def pieces_of_rank(cuts: list[int], rank: int, size: int) -> tuple[Piece, ...]:
+    """The parts of documents (boundaries `cuts`, from 0 to T) that a rank's two chunks hold; whole ones if C is 1."""
+    num_tokens = cuts[-1]
+    chunk = num_tokens // (2 * size)
+    spans = [(0, num_tokens)]
+    if size > 1:
+        spans = [(i * chunk, (i + 1) * chunk) for i in (rank, 2 * size - 1 - rank)]
+    pieces, row = [], 0
+    for begin, end in spans:
+        for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+            first, last = max(a, begin), min(b, end)
+            if first < last:
+                start = row + first - begin
+                pieces.append(Piece(start, start + last - first, a, last))
+        row += end - begin
+    return tuple(pieces)
+
+
+class _GatherKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kv: Tensor, group: dist.ProcessGroup) -> Tensor:
+        size = group.size()
+        ctx.group = group
+        gathered = kv.new_empty(size, *kv.shape)
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), kv.contiguous(), group=group)
+        first, second = gathered.chunk(2, dim=1)
+        return torch.cat((*first, *second.flip(0)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        size = ctx.group.size()
+        chunks = grads[0].chunk(2 * size)
+        by_rank = torch.cat([chunks[i] for r in range(size) for i in (r, 2 * size - 1 - r)])
+        dkv = by_rank.new_empty(by_rank.shape[0] // size, *by_rank.shape[1:])
+        dist.reduce_scatter_tensor(dkv, by_rank, group=ctx.group)
+        return dkv, None
+
+
+def gather_keys(k_TGK: Tensor, v_TGK: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """This rank's keys and values, T/C tokens -> those of the whole micro-batch, in the order of its tokens."""
+    kv: Tensor = _GatherKeys.apply(torch.cat((k_TGK, v_TGK), -1), group)  # pyright: ignore[reportAssignmentType]
+    k_TGK, v_TGK = kv.chunk(2, dim=-1)
+    return k_TGK, v_TGK
