@@ -1,5 +1,8 @@
 """RMSNorm, alone and after a residual add: what to time, compile and count. The widths are the presets'."""
 
+import importlib
+import importlib.util
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -41,6 +44,9 @@ def _norm(M: int, D: int, device: str, dtype: torch.dtype) -> Case:
         providers["liger"] = lambda x, weight: LigerRMSNormFunction.apply(
             x, weight, 1e-5, 0.0, "gemma", False
         )
+    if device == "cuda" and importlib.util.find_spec("quack") is not None:
+        quack = importlib.import_module("quack")
+        providers["quack"] = lambda x, weight: quack.rmsnorm(x, weight, eps=1e-5)
     row = M * D * inputs["x"].element_size()
     return Case(
         op="rms_norm",
@@ -60,6 +66,11 @@ def _norm_add(M: int, D: int, device: str, dtype: torch.dtype) -> Case:
         "eager": rms_norm_add_reference,
         "torch.compile": torch.compile(rms_norm_add_reference),
     }
+    if device == "cuda" and importlib.util.find_spec("quack") is not None:
+        quack = importlib.import_module("quack")
+        providers["quack"] = lambda x, residual, weight: quack.rmsnorm(
+            x, weight, residual=residual, eps=1e-5, prenorm=True
+        )
     row = M * D * inputs["x"].element_size()
     return Case(
         op="rms_norm_add",

@@ -19,6 +19,7 @@ import collections
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import re
 import subprocess
@@ -235,11 +236,20 @@ def liger_is_installed() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
-def report(cases: Iterable[StaticCase]) -> Iterator[tuple[StaticCase, StaticRow]]:
-    """Compile each case for each of its targets."""
-    for case in cases:
-        for target in case.targets:
-            yield case, compile_case(case, target)
+_work: list[tuple[StaticCase, int]] = []  # of the worker processes, which inherit it
+
+
+def _compile_number(i: int) -> StaticRow:
+    return compile_case(*_work[i])
+
+
+def report(cases: Iterable[StaticCase], jobs: int = 1) -> Iterator[tuple[StaticCase, StaticRow]]:
+    """Compile each case for each of its targets, `jobs` at a time; rows come in order."""
+    _work[:] = [(case, target) for case in cases for target in case.targets]
+    # forked, because a kernel cannot be sent to another process
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        rows = pool.imap(_compile_number, range(len(_work)))
+        yield from ((case, row) for (case, _target), row in zip(_work, rows, strict=True))
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
@@ -273,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     header = f"{'kernel':26} {'provider':9} {'target':7} {'regs':>4} {'spills':>6} {'shared':>7} {'access':>6} {'occup.':>6}  mma, config"
     print(header)
     cases = all_cases(args.ops, peers=not args.ours)
-    for case, row in report(cases):
+    for case, row in report(cases, jobs=min(8, os.cpu_count() or 1)):
         rows.append(asdict(row))
         if case.provider == "phimini":
             broken += violations(case, row)

@@ -10,8 +10,10 @@ Backend = Literal["triton", "torch"]
 
 
 def runs_triton(x: Tensor, backend: Backend | None) -> bool:
-    """Triton on CUDA, plain torch elsewhere, unless the caller says."""
-    return x.is_cuda if backend is None else backend == "triton"
+    """Triton on CUDA, plain torch elsewhere and for fp64 (the kernels compute in fp32); or what the caller says."""
+    if backend is None:
+        return x.is_cuda and x.dtype != torch.float64
+    return backend == "triton"
 
 
 def num_sms(device: torch.device) -> int:
