@@ -163,6 +163,7 @@ PRESETS: dict[str, ModelConfig] = {
         original_max_positions=128,
         short_factor=(1.0,) * 12,
         long_factor=_long_factor(12, 4.0),
+        initializer_range=0.06,  # 0.02 learns arithmetic half as fast at this width
     ),
 }
 
