@@ -105,36 +105,54 @@ def _leaves(case: Case, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     return leaves
 
 
-def _backward(outputs: list[Tensor], leaves: dict[str, Tensor], retain: bool) -> list[Tensor]:
+def _backward(
+    outputs: list[Tensor], leaves: dict[str, Tensor], upstream: list[Tensor] | None = None
+) -> list[Tensor]:
     outputs = [t for t in outputs if t.requires_grad]
     wanted = [t for t in leaves.values() if t.requires_grad]
-    grads = [_upstream(t) for t in outputs]
-    return list(torch.autograd.grad(outputs, wanted, grads, retain_graph=retain))
+    return list(torch.autograd.grad(outputs, wanted, upstream or _upstream(outputs)))
 
 
-def _upstream(y: Tensor) -> Tensor:
-    """The same pseudo-random gradient for every provider, exact in every dtype; 1 for a loss."""
-    if y.ndim == 0:
-        return torch.ones_like(y)
-    numbers = torch.arange(y.numel(), device=y.device).remainder(251).sub(125).to(y.dtype) / 128
-    return numbers.view(y.shape)
+def _upstream(outputs: list[Tensor]) -> list[Tensor]:
+    """The same pseudo-random gradients for every provider, exact in every dtype; 1 for a loss."""
+
+    def gradient(y: Tensor) -> Tensor:
+        if y.ndim == 0:
+            return torch.ones_like(y)
+        numbers = torch.arange(y.numel(), device=y.device).remainder(251).sub(125).to(y.dtype)
+        return (numbers / 128).view(y.shape)
+
+    return [gradient(t) for t in outputs if t.requires_grad]
 
 
-def _call(case: Case, provider: Callable[..., Any], which: str) -> Callable[[], Any]:
-    """A function without arguments that does one pass."""
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One pass of one provider: what is done before the clock starts, and what is timed."""
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], Any]
+
+
+def _call(case: Case, provider: Callable[..., Any], which: str) -> _Call:
     leaves = _leaves(case)
     if which == "fwd":
         plain = {name: t.detach() for name, t in leaves.items()}
 
-        def forward() -> Any:
+        def forward(_nothing: None) -> Any:
             with torch.no_grad():
                 return provider(**plain)
 
-        return forward
+        return _Call(lambda: None, forward)
+    upstream = _upstream(_outputs(provider(**leaves)))
     if which == "fwd+bwd":
-        return lambda: _backward(_outputs(provider(**leaves)), leaves, retain=False)
-    outputs = _outputs(provider(**leaves))
-    return lambda: _backward(outputs, leaves, retain=True)
+        return _Call(
+            lambda: None, lambda _: _backward(_outputs(provider(**leaves)), leaves, upstream)
+        )
+    # a new graph for every backward: a compiled one may use its buffers once only
+    return _Call(
+        lambda: _outputs(provider(**leaves)),
+        lambda outputs: _backward(outputs, leaves, upstream),
+    )
 
 
 def relative_errors(case: Case) -> dict[str, float]:
@@ -144,7 +162,7 @@ def relative_errors(case: Case) -> dict[str, float]:
     def results(fn: Callable[..., Any], dtype: torch.dtype | None) -> list[Tensor]:
         leaves = _leaves(case, dtype)
         outputs = _outputs(fn(**leaves))
-        grads = _backward(outputs, leaves, retain=False) if with_grads else []
+        grads = _backward(outputs, leaves) if with_grads else []
         return [t.detach() for t in (*outputs, *grads)]
 
     truth_dtype = torch.float64 if case.dtype == torch.float32 else torch.float32
@@ -174,32 +192,35 @@ def _cache_filler(device: torch.device) -> Tensor:
     return torch.ones(size // 4, dtype=torch.int32, device=device)
 
 
-def _sample(fn: Callable[[], Any], device: torch.device, repeats: int) -> tuple[float, float]:
+def _sample(call: _Call, device: torch.device, repeats: int) -> tuple[float, float]:
     """(milliseconds, CPU seconds) of one call, inputs cold."""
+    prepared = [call.prepare() for _ in range(repeats)]
     _cache_filler(device).add_(1)
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         cpu = time.process_time()
         start.record()
-        fn()
+        for state in prepared:
+            call.run(state)
         end.record()
         cpu = time.process_time() - cpu
         torch.cuda.synchronize()
-        return start.elapsed_time(end), cpu
+        return start.elapsed_time(end) / repeats, cpu / repeats
     wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(repeats):
-        fn()
+    for state in prepared:
+        call.run(state)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     return 1e3 * wall / repeats, cpu / repeats
 
 
-def peak_extra_bytes(fn: Callable[[], Any], device: torch.device) -> int | None:
+def _peak_extra_bytes(call: _Call, device: torch.device) -> int | None:
     """What one call holds at its peak beyond what was there before it; None where the system cannot say."""
+    state = call.prepare()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        fn()
+        call.run(state)
         return torch.cuda.max_memory_allocated() - before
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
@@ -207,7 +228,7 @@ def peak_extra_bytes(fn: Callable[[], Any], device: torch.device) -> int | None:
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that glibc keeps would hide the next growth
     reset.write_text("5")  # the peak of the resident set starts anew (Linux, man 5 proc)
     before = _resident_bytes("VmRSS")
-    fn()
+    call.run(state)
     return max(0, _resident_bytes("VmHWM") - before)
 
 
@@ -246,7 +267,7 @@ def run_case(case: Case, timing: Timing) -> list[Row]:
     rows = []
     for which in case.min_bytes:
         calls = {p: _call(case, case.providers[p], which) for p in right}
-        memory = {p: peak_extra_bytes(call, case.device) for p, call in calls.items()}
+        memory = {p: _peak_extra_bytes(call, case.device) for p, call in calls.items()}
         samples = _alternate(calls, case.device, timing)
         for provider in case.providers:
             row: Row = {
@@ -271,7 +292,7 @@ def run_case(case: Case, timing: Timing) -> list[Row]:
 
 
 def _alternate(
-    calls: dict[str, Callable[[], Any]], device: torch.device, timing: Timing
+    calls: dict[str, _Call], device: torch.device, timing: Timing
 ) -> dict[str, list[tuple[float, float]]]:
     repeats = {}
     for provider, call in calls.items():  # also the warm-up
