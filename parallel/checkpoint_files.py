@@ -1,0 +1,234 @@
+"""The files of a checkpoint directory: names, the manifest, checksums, the pointer, retention. No process groups.
+
+    DIR/latest.json                 {"step": 40, "directory": "step-00000040"}: moves last, atomically
+    DIR/step-00000040/
+        manifest.json               step, model config, layout, versions, extra, sha256 of every file
+        __0_0.distcp, ...           tensors, written by torch.distributed.checkpoint
+        .metadata, metadata.json    where each tensor lies, in which format
+    DIR/step-00000050.tmp/          a save under way, or one that was cut off; never read
+
+A step that is saved again gets a name of its own (step-00000040-2), so that what the pointer names is
+never touched.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+POINTER = "latest.json"
+MANIFEST = "manifest.json"
+FORMAT = 1
+TEMPORARY = ".tmp"
+_DIRECTORY = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+_TORCH_METADATA = ".metadata"
+# What torch's metadata file consists of. It is a pickle, and torch would call whatever it names.
+_METADATA_MODULES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.planner",
+)
+_METADATA_NAMES = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+    ("torch", "Size"),
+    ("torch._utils", "_get_layout"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.state_dict_saver", "_StoragePrefix"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+
+
+def step_directories(directory: Path) -> list[Path]:
+    """Complete checkpoints, oldest write first."""
+    found = [
+        d for d in directory.iterdir() if _DIRECTORY.fullmatch(d.name) and (d / MANIFEST).is_file()
+    ]
+    return sorted(found, key=lambda d: ((d / MANIFEST).stat().st_mtime_ns, d.name))
+
+
+def step_of(checkpoint: Path) -> int:
+    match = _DIRECTORY.fullmatch(checkpoint.name)
+    assert match, f"{checkpoint} is not a checkpoint's name"
+    return int(match[1])
+
+
+def new_directory(directory: Path, step: int) -> Path:
+    """A name for `step` that nothing has yet."""
+    name = f"step-{step:08d}"
+    path, n = directory / name, 1
+    while path.exists():
+        n += 1
+        path = directory / f"{name}-{n}"
+    return path
+
+
+def read_pointer(directory: Path) -> Path | None:
+    """The latest complete checkpoint; None if there is none. ValueError if the pointer cannot be followed."""
+    pointer = directory / POINTER
+    if not pointer.exists():
+        return None
+    content = _read_json(pointer)
+    name = content.get("directory") if isinstance(content, dict) else None
+    if not isinstance(name, str) or not _DIRECTORY.fullmatch(name):
+        raise ValueError(
+            f"{pointer}: expected {{'step': .., 'directory': 'step-..'}}, got {content!r}"
+        )
+    if not (directory / name / MANIFEST).is_file():
+        raise ValueError(f"{pointer}: names {name!r}, which {_inventory(directory)}")
+    return directory / name
+
+
+def find_step(directory: Path, step: int) -> Path:
+    """The newest complete checkpoint of `step`."""
+    found = (
+        [d for d in step_directories(directory) if step_of(d) == step] if directory.is_dir() else []
+    )
+    if not found:
+        raise ValueError(
+            f"{directory}: has no checkpoint of step {step}; it {_inventory(directory)}"
+        )
+    return found[-1]
+
+
+def move_pointer(directory: Path, checkpoint: Path) -> None:
+    """Atomic: a reader sees the old or the new pointer, never half of one."""
+    temporary = directory / (POINTER + TEMPORARY)
+    write_json(temporary, {"step": step_of(checkpoint), "directory": checkpoint.name})
+    os.replace(temporary, directory / POINTER)
+    sync_directory(directory)
+
+
+def remove_old(directory: Path, latest: Path, keep: int) -> None:
+    """Keeps `latest` and the `keep` - 1 checkpoints written before it."""
+    others = [d for d in step_directories(directory) if d != latest]
+    for old in others[: max(0, len(others) - (keep - 1))]:
+        # Without its manifest it is no checkpoint any more, even if the removal is cut off.
+        (old / MANIFEST).unlink()
+        shutil.rmtree(old)
+
+
+def remove_cut_off(directory: Path) -> None:
+    """Deletes what saves that never finished have left."""
+    for path in directory.iterdir():
+        name = path.name.removesuffix(TEMPORARY)
+        unfinished = path.name.endswith(TEMPORARY) and (
+            _DIRECTORY.fullmatch(name) or name == POINTER
+        )
+        removed_half = _DIRECTORY.fullmatch(path.name) and not (path / MANIFEST).is_file()
+        if path.is_dir() and (unfinished or removed_half):
+            shutil.rmtree(path)
+        elif unfinished:
+            path.unlink()
+
+
+def write_manifest(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    write_json(checkpoint / MANIFEST, manifest | {"sha256": _digest(manifest)})
+    sync_directory(checkpoint)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Raises ValueError naming the file if it is not what `write_manifest` wrote."""
+    path = checkpoint / MANIFEST
+    manifest = _read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected a manifest of format {FORMAT}")
+    recorded = manifest.pop("sha256", None)
+    if recorded != _digest(manifest):
+        raise ValueError(f"{path}: its content does not match its checksum")
+    return manifest
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as f:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(f, "sha256").hexdigest(),
+        }
+
+
+def check_files(checkpoint: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> None:
+    """Raises ValueError naming the first of `names` that is missing, of another length, or altered."""
+    for name in names:
+        path, recorded = checkpoint / name, files[name]
+        if not path.is_file():
+            raise ValueError(f"{path}: this file of the checkpoint is missing")
+        found = describe_file(path)
+        if found["bytes"] != recorded["bytes"]:
+            raise ValueError(f"{path}: has {found['bytes']} bytes, expected {recorded['bytes']}")
+        if found["sha256"] != recorded["sha256"]:
+            raise ValueError(f"{path}: its content has changed since it was saved (sha256 differs)")
+
+
+def check_metadata_is_plain(checkpoint: Path) -> None:
+    """Raises ValueError if torch's metadata pickle names anything but torch's own metadata classes."""
+    path = checkpoint / _TORCH_METADATA
+    try:
+        with path.open("rb") as f:
+            _MetadataUnpickler(f).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError) as e:
+        raise ValueError(f"{path}: not the metadata of a checkpoint: {e}") from e
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        is_dtype = module_name == "torch" and global_name.isidentifier() and _is_dtype(global_name)
+        allowed = module_name in _METADATA_MODULES or (module_name, global_name) in _METADATA_NAMES
+        if not (allowed or is_dtype) or "." in global_name:
+            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
+def _is_dtype(name: str) -> bool:
+    import torch
+
+    return isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with path.open("w") as f:
+        json.dump(value, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes renames and new names in `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # file systems that have no such notion
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def free_bytes(directory: Path) -> int:
+    stat = os.statvfs(directory)
+    return stat.f_bavail * stat.f_frsize
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not JSON: {e}") from e
+
+
+def _inventory(directory: Path) -> str:
+    if not directory.is_dir():
+        return "does not exist"
+    steps = [step_of(d) for d in step_directories(directory)]
+    return f"holds steps {steps}" if steps else "holds no complete checkpoint"

@@ -1,0 +1,513 @@
+"""A run that stops, anywhere, goes on as if it had not; what cannot be loaded says which file or field and why."""
+
+import dataclasses
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch import Tensor
+
+from phimini.model.config import ModelConfig
+from phimini.parallel import checkpoint_files
+from phimini.parallel.batch import Document, PackedBatch, next_token_targets, pack
+from phimini.parallel.builder import Model, build_model
+from phimini.parallel.checkpoint import (
+    begin_checkpoint,
+    latest_step,
+    load_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from phimini.parallel.checkpoint_state import _pieces
+from phimini.parallel.launch import RankFailure, run_ranks
+from phimini.parallel.layout import Layout
+from phimini.parallel.optimizer import Optimizer, OptimizerConfig, build_optimizer
+from phimini.parallel.step import forward_backward
+from phimini.parallel.weight_names import hf_names, take_shard
+from phimini.parallel.weights import slots, to_hf
+from phimini.parallel.world import initialize
+
+CONFIG = ModelConfig(
+    num_layers=4, model_dim=64, num_heads=8, num_kv_heads=4, head_dim=16, mlp_dim=96, vocab_size=128,
+    max_positions=64, original_max_positions=64, initializer_range=0.1,
+)  # fmt: skip
+# A large eps: near-zero gradients must not turn rounding into full steps.
+ADAM = OptimizerConfig(lr=1e-2, warmup_steps=2, total_steps=20, eps=1e-5)
+
+
+def build(
+    layout: Layout, *, config: ModelConfig = CONFIG, seed: int = 0, zero1: bool = False,
+    dtype: torch.dtype = torch.float32, adam: OptimizerConfig = ADAM,
+) -> tuple[Model, Optimizer]:  # fmt: skip
+    world = initialize(layout, config)
+    model = build_model(config, world, seed=seed, dtype=dtype, distributed_optimizer=zero1)
+    return model, build_optimizer(model, adam, distributed=zero1)
+
+
+def head(
+    hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Cross-entropy over the gathered vocabulary; every rank computes all of it."""
+    shards = [torch.empty_like(weight_VD) for _ in range(group.size())]
+    dist.all_gather(shards, weight_VD.detach(), group=group)
+    shards[group.rank()] = weight_VD
+    loss = F.cross_entropy(hidden_MD @ torch.cat(shards).T, batch.targets_T, reduction="sum")
+    return loss, (batch.targets_T >= 0).sum(), {}
+
+
+def train(model: Model, optimizer: Optimizer, steps: range) -> list[float]:
+    """Real steps on documents that depend on the step only; their losses."""
+    losses = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        batches = []
+        for length in (16, 16):
+            tokens = torch.randint(0, CONFIG.vocab_size, (length,), generator=generator).tolist()
+            targets = next_token_targets(tokens, [True] * length)
+            batches.append(pack([Document(tokens=tokens, targets=targets)]))
+        if model.world.data_size == 2:
+            batches = [batches[model.world.data_rank]]
+        optimizer.zero_grad()
+        losses.append(forward_backward(model, batches, head).loss)
+        optimizer.step()
+    return losses
+
+
+def fake_steps(model: Model, optimizer: Optimizer, steps: range) -> dict[str, Tensor]:
+    """Updates with random gradients that depend on step and tensor only; the weights after them."""
+    world = model.world
+    for step in steps:
+        optimizer.zero_grad()
+        for slot in slots(model):
+            generator = torch.Generator().manual_seed(hash((step, len(slot.hf_name))) % 2**31)
+            shape = hf_names(model.config)[slot.hf_name]
+            whole = torch.randn(shape, generator=generator)
+            shard = take_shard(
+                whole, slot.split, world.tensor_rank, world.layout.tensor, model.config
+            )
+            slot.parameter.main_grad.copy_(shard)  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.step()
+    return {name: t.clone() for name, t in to_hf(model)}
+
+
+def flip_a_bit(path: Path, at: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * at)] ^= 1
+    path.write_bytes(content)
+
+
+# --- resuming ------------------------------------------------------------------------------------
+CHAINS = {
+    "tp1": [(Layout(), False), (Layout(), False)],
+    "tp2-pp2-tp2pp2-tp1": [
+        (Layout(tensor=2), False),
+        (Layout(pipeline=2), False),
+        (Layout(tensor=2, pipeline=2), False),
+        (Layout(), False),
+    ],
+    "zero1-vpp-tp2": [
+        (Layout(data=2), True),
+        (Layout(pipeline=2, virtual_pipeline=2), False),
+        (Layout(tensor=2, sequence_parallel=True), False),
+    ],
+    "plain-zero1-tp2zero1-dp2": [
+        (Layout(), False),
+        (Layout(data=2), True),
+        (Layout(tensor=2, data=2), True),
+        (Layout(data=2), False),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_of_layouts_goes_on_as_one_run(name: str, tmp_path: Path) -> None:
+    """Two steps, then each layout loads and saves; the last one's next three losses are the first one's."""
+
+    def first(layout: Layout, zero1: bool) -> list[float]:
+        model, optimizer = build(layout, zero1=zero1)
+        train(model, optimizer, range(2))
+        save_checkpoint(tmp_path / "0", 2, model, optimizer, {"position": [7, "a"]})
+        return train(model, optimizer, range(2, 5))
+
+    def following(i: int, layout: Layout, zero1: bool, last: bool) -> list[float]:
+        model, optimizer = build(layout, seed=99, zero1=zero1)
+        # Something to be overwritten: moments, step counts and schedule of another run.
+        fake_steps(model, optimizer, range(3))
+        loaded = load_checkpoint(tmp_path / str(i - 1), model, optimizer)
+        assert loaded == (2, {"position": [7, "a"]}) and model.num_updates == 2
+        save_checkpoint(tmp_path / str(i), 2, model, optimizer, loaded[1])
+        return train(model, optimizer, range(2, 5)) if last else []
+
+    chain = CHAINS[name]
+    size = lambda layout: layout.model_size * (layout.data or 1)
+    expected = run_ranks(first, size(chain[0][0]), *chain[0])[0]
+    losses: list[float] = []
+    for i, (layout, zero1) in enumerate(chain[1:], 1):
+        losses = run_ranks(following, size(layout), i, layout, zero1, i == len(chain) - 1)[0]
+    assert len(set(expected)) == 3, "this test wants losses that change"
+    assert losses == pytest.approx(expected, abs=1e-6)
+    if len(chain) == 2:  # nothing was resharded: not a bit may differ
+        assert losses == expected
+
+
+def test_losses_differ_without_the_optimizer_state(tmp_path: Path) -> None:
+    """The control of the test above: weights alone do not continue the run."""
+
+    def run() -> tuple[list[float], list[float]]:
+        model, optimizer = build(Layout())
+        train(model, optimizer, range(2))
+        save_checkpoint(tmp_path, 2, model, optimizer)
+        expected = train(model, optimizer, range(2, 5))
+        model.world.close()
+        model, optimizer = build(Layout(), seed=99)
+        load_checkpoint(tmp_path, model)
+        return expected, train(model, optimizer, range(2, 5))
+
+    expected, losses = run_ranks(run, 1)[0]
+    assert losses[0] == expected[0] and abs(losses[2] - expected[2]) > 1e-3
+
+
+@pytest.mark.parametrize("zero1", [False, True], ids=["plain", "zero1"])
+def test_bf16_masters_are_kept_in_fp32(zero1: bool, tmp_path: Path) -> None:
+    layout, dtype = Layout(data=2), torch.bfloat16
+
+    def first() -> tuple[list[Tensor], dict[str, Tensor]]:
+        model, optimizer = build(layout, zero1=zero1, dtype=dtype)
+        fake_steps(model, optimizer, range(3))
+        save_checkpoint(tmp_path, 3, model, optimizer)
+        masters = [p.main.detach().clone() for p in _pieces(optimizer.megatron).values()]
+        return masters, fake_steps(model, optimizer, range(3, 5))
+
+    def second(masters: list[Tensor], after: dict[str, Tensor]) -> None:
+        model, optimizer = build(layout, seed=99, zero1=zero1, dtype=dtype)
+        load_checkpoint(tmp_path, model, optimizer)
+        if dist.get_rank() == 0:
+            got = [p.main.detach() for p in _pieces(optimizer.megatron).values()]
+            assert all(torch.equal(a, b) for a, b in zip(got, masters, strict=True))
+        again = fake_steps(model, optimizer, range(3, 5))
+        assert all(torch.equal(again[name], t) for name, t in after.items())
+
+    masters, after = run_ranks(first, 2)[0]
+    assert any((m != m.bfloat16()).any() for m in masters), "masters are finer than the weights"
+    run_ranks(second, 2, masters, after)
+
+
+def test_background_save_holds_the_state_of_its_beginning(tmp_path: Path) -> None:
+    def run() -> None:
+        model, optimizer = build(Layout(tensor=2))
+        before = fake_steps(model, optimizer, range(2))
+        pending = begin_checkpoint(tmp_path, 2, model, optimizer, {"step": 2})
+        assert latest_step(tmp_path) is None
+        after = fake_steps(model, optimizer, range(2, 4))
+        pending.finish()
+        assert pending.is_written() and latest_step(tmp_path) == 2
+        load_checkpoint(tmp_path, model, optimizer)
+        loaded = {name: t.clone() for name, t in to_hf(model)}
+        assert all(torch.equal(loaded[name], t) for name, t in before.items())
+        again = fake_steps(model, optimizer, range(2, 4))
+        assert all(torch.equal(again[name], t) for name, t in after.items())
+
+    run_ranks(run, 2)
+
+
+def test_rng_state_goes_through_json() -> None:
+    saved = json.loads(json.dumps(rng_state()))
+    expected = torch.randn(5)
+    set_rng_state(saved)
+    assert torch.equal(torch.randn(5), expected)
+
+
+# --- interrupted and failing saves ---------------------------------------------------------------
+def previous_loads(directory: Path, step: int) -> None:
+    """The checkpoint of `step` is the latest, and another layout can load it."""
+
+    def run() -> None:
+        model, optimizer = build(Layout(pipeline=2), seed=5)
+        assert load_checkpoint(directory, model, optimizer)[0] == step
+
+    assert latest_step(directory) == step
+    run_ranks(run, 2)
+
+
+@pytest.mark.parametrize("when", ["first write", "second write", "publish", "pointer"])
+def test_kill_in_the_middle_of_a_save(when: str, tmp_path: Path) -> None:
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def run() -> None:
+        model, optimizer = build(Layout(tensor=2))
+        save_checkpoint(tmp_path, 1, model, optimizer)
+        write, calls = FileSystemWriterAsync.write_preloaded_data, []
+
+        def write_or_die(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == (1 if when == "first write" else 2):
+                die()
+            return write(*args, **kwargs)
+
+        if "write" in when and dist.get_rank() == 1:
+            FileSystemWriterAsync.write_preloaded_data = write_or_die
+        elif when == "publish":
+            checkpoint_files.write_manifest = die
+        elif when == "pointer":
+            checkpoint_files.move_pointer = die
+        save_checkpoint(tmp_path, 2, model, optimizer)
+
+    with pytest.raises(RankFailure, match="SIGKILL"):
+        run_ranks(run, 2)
+    previous_loads(tmp_path, 1)
+
+    def save_again() -> None:
+        model, optimizer = build(Layout(tensor=2))
+        save_checkpoint(tmp_path, 2, model, optimizer)
+
+    run_ranks(save_again, 2)
+    assert not list(tmp_path.glob("*.tmp")), "what the killed save left is gone"
+    previous_loads(tmp_path, 2)
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["save", "begin-finish"])
+def test_a_disk_that_fills_up_while_writing(background: bool, tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the full disk: the same failing write, for any user."""
+
+    def run() -> str:
+        model, optimizer = build(Layout(tensor=2))
+        save_checkpoint(tmp_path, 1, model, optimizer)
+        if dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+        with pytest.raises(OSError) as e:
+            if background:
+                begin_checkpoint(tmp_path, 2, model, optimizer).finish()
+            else:
+                save_checkpoint(tmp_path, 2, model, optimizer)
+        return str(e.value)
+
+    messages = run_ranks(run, 2)
+    assert messages[0] == messages[1] and "step-00000002.tmp/__1_0.distcp: cannot" in messages[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest.json", "step-00000001"]
+    previous_loads(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("taken", "message"),
+    [(2_200_000, "step-00000002.tmp: cannot be written"), (1_200_000, "too full for a checkpoint")],
+    ids=["no room at all", "no room for tensors"],
+)
+def test_a_disk_that_is_too_small(taken: int, message: str, tmp_path: Path) -> None:
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=5m", "none", tmp_path], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+
+    def run() -> str:
+        model, optimizer = build(Layout(tensor=2))
+        save_checkpoint(tmp_path, 1, model, optimizer)
+        if dist.get_rank() == 0:
+            (tmp_path / "other").write_bytes(bytes(taken))
+        dist.barrier()
+        with pytest.raises(OSError) as e:
+            save_checkpoint(tmp_path, 2, model, optimizer)
+        return str(e.value)
+
+    try:
+        messages = run_ranks(run, 2)
+        assert messages[0] == messages[1] and message in messages[0], messages
+        previous_loads(tmp_path, 1)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_no_permission_to_write(tmp_path: Path) -> None:
+    def run() -> str:
+        model, optimizer = build(Layout(tensor=2))
+        save_checkpoint(tmp_path / "run", 1, model, optimizer)
+        dist.barrier()
+        (tmp_path / "run").chmod(0o555)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        with pytest.raises(OSError) as e:
+            save_checkpoint(tmp_path / "run", 2, model, optimizer)
+        return str(e.value)
+
+    for parent in (tmp_path, *tmp_path.parents[:3]):
+        parent.chmod(parent.stat().st_mode | 0o055)
+    messages = run_ranks(run, 2)
+    (tmp_path / "run").chmod(0o755)
+    assert messages[0] == messages[1]
+    assert "Permission denied" in messages[0] and "step-00000002.tmp: cannot" in messages[0]
+    previous_loads(tmp_path / "run", 1)
+
+
+def test_a_killed_background_writer_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    def run() -> str:
+        model, optimizer = build(Layout(tensor=2))
+        save_checkpoint(tmp_path, 1, model, optimizer)
+        if dist.get_rank() == 1:
+            FileSystemWriterAsync.write_preloaded_data = lambda *_, **__: os.kill(
+                os.getpid(), signal.SIGKILL
+            )
+        pending = begin_checkpoint(tmp_path, 2, model, optimizer)
+        with pytest.raises(OSError) as e:
+            pending.finish()
+        return str(e.value)
+
+    messages = run_ranks(run, 2)
+    assert messages[0] == messages[1] and "exit code -9" in messages[0]
+    previous_loads(tmp_path, 1)
+
+
+# --- what must not load --------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps 1 and 2 of a run on TP2, and step 3 with weights only in another directory."""
+    directory = tmp_path_factory.mktemp("saved")
+
+    def run() -> None:
+        model, optimizer = build(Layout(tensor=2))
+        fake_steps(model, optimizer, range(1))
+        for step in (1, 2):
+            save_checkpoint(directory / "run", step, model, optimizer)
+        save_checkpoint(directory / "weights", 3, model, None)
+
+    run_ranks(run, 2)
+    return directory
+
+
+def load_error(directory: Path, step: int | None = None, **options: Any) -> str:
+    """What both ranks of a PP2 job say when they try."""
+
+    def run() -> str:
+        model, optimizer = build(Layout(pipeline=2), **options)
+        before = {name: t.clone() for name, t in to_hf(model)}
+        with pytest.raises(ValueError) as e:
+            load_checkpoint(directory, model, optimizer, step)
+        assert all(torch.equal(before[name], t) for name, t in to_hf(model)), "nothing was changed"
+        return str(e.value)
+
+    messages = run_ranks(run, 2)
+    assert messages[0] == messages[1]
+    return messages[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (dict(num_layers=8), "num_layers is 4 in the checkpoint, 8 in this run"),
+        (dict(mlp_dim=128), "mlp_dim is 96 in the checkpoint, 128 in this run"),
+        (dict(tie_embeddings=False), "tie_embeddings is True"),
+        (dict(rope_factors="short"), "rope_factors is long in the checkpoint, short"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_another_model(saved: Path, change: dict[str, Any], field: str) -> None:
+    message = load_error(saved / "run", config=dataclasses.replace(CONFIG, **change))
+    assert "step-00000002/manifest.json: model_config." + field in message
+
+
+def test_another_schedule_dtype_or_no_optimizer(saved: Path) -> None:
+    other = load_error(saved / "run", adam=dataclasses.replace(ADAM, lr=2e-2))
+    assert "optimizer.scheduler.max_lr is 0.01 in the checkpoint, 0.02 in this run" in other
+    other = load_error(saved / "run", dtype=torch.bfloat16)
+    assert "params_dtype is torch.float32 in the checkpoint, torch.bfloat16 in this run" in other
+    assert "optimizer: the checkpoint holds weights only" in load_error(saved / "weights")
+    assert "has no checkpoint of step 9; it holds steps [1, 2]" in load_error(saved / "run", 9)
+    assert "latest.json is missing" in load_error(saved)
+
+
+def test_damaged_files_are_named_and_the_previous_checkpoint_loads(
+    saved: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    latest = directory / "step-00000002"
+    damages = {
+        "__1_0.distcp: its content has changed": lambda: flip_a_bit(latest / "__1_0.distcp"),
+        "__0_1.distcp: this file of the checkpoint is missing": (latest / "__0_1.distcp").unlink,
+        "__0_0.distcp: has 100 bytes": lambda: os.truncate(latest / "__0_0.distcp", 100),
+        ".metadata: its content has changed": lambda: flip_a_bit(latest / ".metadata", 0.9),
+        "manifest.json: ": lambda: flip_a_bit(latest / "manifest.json"),
+        "latest.json: names 'step-00000002'": (latest / "manifest.json").unlink,
+        "latest.json: not JSON": lambda: (directory / "latest.json").write_text("{"),
+    }
+    for message, damage in damages.items():
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(saved / "run", directory)
+        damage()
+        assert message in load_error(directory), message
+
+    def previous() -> None:
+        model, optimizer = build(Layout())
+        assert load_checkpoint(directory, model, optimizer, step=1)[0] == 1
+
+    run_ranks(previous, 1)
+
+
+def test_nothing_but_torch_metadata_is_unpickled(saved: Path, tmp_path: Path) -> None:
+    """A checkpoint made by an attacker, checksums and all, does not get to run its code."""
+    directory = tmp_path / "run"
+    shutil.copytree(saved / "run", directory)
+    latest = directory / "step-00000002"
+
+    class Attack:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    (latest / ".metadata").write_bytes(pickle.dumps(Attack()))
+    manifest = checkpoint_files.read_manifest(latest)
+    manifest["files"][".metadata"] = checkpoint_files.describe_file(latest / ".metadata")
+    checkpoint_files.write_manifest(latest, manifest)
+    assert ".metadata: not the metadata of a checkpoint: it names" in load_error(directory)
+    assert not (tmp_path / "attacked").exists()
+    pickle.loads((latest / ".metadata").read_bytes())
+    assert (tmp_path / "attacked").exists(), "the control: it would have"
+
+
+# --- directory -----------------------------------------------------------------------------------
+def test_retention_and_saving_a_step_again(tmp_path: Path) -> None:
+    def run() -> None:
+        model, optimizer = build(Layout())
+        assert latest_step(tmp_path / "none") is None
+        for step in (5, 10, 15):
+            save_checkpoint(tmp_path, step, model, optimizer)
+        assert latest_step(tmp_path) == 15
+        # Back to step 10 and on from there: the newest writes stay, whatever their step.
+        load_checkpoint(tmp_path, model, optimizer, step=10)
+        save_checkpoint(tmp_path, 10, model, optimizer, {"again": True})
+        assert latest_step(tmp_path) == 10
+        assert load_checkpoint(tmp_path, model, optimizer) == (10, {"again": True})
+        assert load_checkpoint(tmp_path, model, optimizer, step=10) == (10, {"again": True})
+        save_checkpoint(tmp_path, 11, model, optimizer, keep=3)
+        save_checkpoint(tmp_path, 12, model, optimizer, keep=1)
+
+    def names() -> list[str]:
+        return sorted(p.name for p in tmp_path.iterdir())
+
+    run_ranks(run, 1)
+    assert names() == ["latest.json", "step-00000012"]
+
+
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    def run() -> None:
+        model, optimizer = build(Layout())
+        for arguments, message in (
+            (dict(step=1, extra={"x": object()}), "extra is not JSON"),
+            (dict(step=1, keep=0), "keep must be at least 1"),
+            (dict(step=-1), "step must not be negative"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                save_checkpoint(tmp_path, model=model, optimizer=optimizer, **arguments)  # pyright: ignore[reportArgumentType]
+        assert list(tmp_path.iterdir()) == []
+
+    run_ranks(run, 1)
