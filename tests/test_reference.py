@@ -25,13 +25,13 @@ LIMIT = 1e-5  # relative to the largest
 SMALL = dataclasses.replace(preset("tiny"), num_layers=2, mlp_dim=192, vocab_size=96)
 
 
-def build(config: ModelConfig = SMALL, seed: int = 0) -> Phi4Mini:
+def build(config: ModelConfig = SMALL, seed: int = 0, width: float = 4.0) -> Phi4Mini:
     model = Phi4Mini(config)
     model.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(4) if p.ndim > 1 else p.uniform_(0.5, 1.5, generator=generator)
+            p.mul_(width) if p.ndim > 1 else p.uniform_(0.5, 1.5, generator=generator)
     return model
 
 
