@@ -19,7 +19,7 @@ from phimini.parallel.world import initialize
 def weights_rank(
     layout: Layout, model_config: ModelConfig, seed: int
 ) -> tuple[dict[str, Tensor], int]:
-    world = initialize(layout, model_config, timeout_s=60)
+    world = initialize(layout, model_config, timeout_s=200)
     model = build_model(model_config, world, seed=seed)
     own = sum(p.numel() for _, p in model.named_parameters())
     whole = {name: w.clone() for name, w in to_hf(model)}
@@ -39,20 +39,20 @@ def test_every_layout_starts_from_the_reference_s_weights(
     model_config = config(tie_embeddings=tied)
     reference = Phi4Mini(model_config)
     reference.init_weights(3)
-    results = run_ranks(weights_rank, world_size, layout, model_config, 3, timeout_s=60)
+    results = run_ranks(weights_rank, world_size, layout, model_config, 3, timeout_s=200)
     for whole, own in results:
         assert whole.keys() == reference.state_dict().keys()
         for name, want in reference.state_dict().items():
             assert whole[name].equal(want), name
         if world_size == 4:
             assert own < 0.5 * model_config.num_parameters  # a rank holds its part and no more
-    other, _ = run_ranks(weights_rank, 1, Layout(), model_config, 4, timeout_s=60)[0]
+    other, _ = run_ranks(weights_rank, 1, Layout(), model_config, 4, timeout_s=200)[0]
     assert not other["model.embed_tokens.weight"].equal(results[0][0]["model.embed_tokens.weight"])
 
 
 def describe_rank(layout: Layout, options: dict) -> dict:
     model_config = config()
-    world = initialize(layout, model_config, timeout_s=60)
+    world = initialize(layout, model_config, timeout_s=200)
     model = build_model(model_config, world, **options)
     parameters = dict(model.named_parameters())
     found = dict(
@@ -70,7 +70,7 @@ def describe_rank(layout: Layout, options: dict) -> dict:
 
 
 def test_a_trainable_model_of_one() -> None:
-    (found,) = run_ranks(describe_rank, 1, Layout(), {}, timeout_s=60)
+    (found,) = run_ranks(describe_rank, 1, Layout(), {}, timeout_s=200)
     assert found["dtypes"] == {torch.float32}
     assert found["trainable"] == {True} and found["with_gradient_buffer"] == {True}
     assert found["sequence_parallel"] == set()
@@ -78,17 +78,17 @@ def test_a_trainable_model_of_one() -> None:
 
 
 def test_a_frozen_model_has_no_gradient_buffers() -> None:
-    (found,) = run_ranks(describe_rank, 1, Layout(), dict(trainable=False), timeout_s=60)
+    (found,) = run_ranks(describe_rank, 1, Layout(), dict(trainable=False), timeout_s=200)
     assert found["trainable"] == {False} and found["with_gradient_buffer"] == {False}
 
 
 def test_bf16_parameters() -> None:
-    (found,) = run_ranks(describe_rank, 1, Layout(), dict(dtype=torch.bfloat16), timeout_s=60)
+    (found,) = run_ranks(describe_rank, 1, Layout(), dict(dtype=torch.bfloat16), timeout_s=200)
     assert found["dtypes"] == {torch.bfloat16}
 
 
 def test_sequence_parallel_marks_every_norm_and_nothing_else() -> None:
-    found = run_ranks(describe_rank, 2, Layout(tensor=2, sequence_parallel=True), {}, timeout_s=60)
+    found = run_ranks(describe_rank, 2, Layout(tensor=2, sequence_parallel=True), {}, timeout_s=200)
     for rank in found:
         assert rank["sequence_parallel"] == {
             "input_layernorm",
@@ -102,9 +102,9 @@ def test_sequence_parallel_marks_every_norm_and_nothing_else() -> None:
 
 
 def test_two_interleaved_stages_never_batch_their_sends() -> None:
-    found = run_ranks(describe_rank, 2, Layout(pipeline=2, virtual_pipeline=2), {}, timeout_s=60)
+    found = run_ranks(describe_rank, 2, Layout(pipeline=2, virtual_pipeline=2), {}, timeout_s=200)
     assert all(rank["overlap_p2p"] and not rank["batch_p2p"] for rank in found)
-    found = run_ranks(describe_rank, 2, Layout(pipeline=2), {}, timeout_s=60)
+    found = run_ranks(describe_rank, 2, Layout(pipeline=2), {}, timeout_s=200)
     assert all(rank["batch_p2p"] for rank in found)
 
 
@@ -115,7 +115,7 @@ def test_one_world_at_a_time() -> None:
             initialize(Layout(), config())
         return "refused"
 
-    assert run_ranks(twice, 1, timeout_s=60) == ["refused"]
+    assert run_ranks(twice, 1, timeout_s=200) == ["refused"]
 
 
 def test_a_closed_world_can_be_followed_by_another() -> None:
@@ -129,5 +129,5 @@ def test_a_closed_world_can_be_followed_by_another() -> None:
             world.close()
         return counts
 
-    (counts,) = run_ranks(again, 1, timeout_s=60)
+    (counts,) = run_ranks(again, 1, timeout_s=200)
     assert counts == [dataclasses.replace(config(), num_layers=n).num_parameters for n in (2, 4)]

@@ -24,7 +24,7 @@ def gathered_sum(factor: int) -> tuple[int, float, torch.Tensor]:
 
 
 def test_results_come_back_by_rank() -> None:
-    results = run_ranks(gathered_sum, 3, 10, timeout_s=60)
+    results = run_ranks(gathered_sum, 3, 10, timeout_s=200)
     assert [r for r, _, _ in results] == [0, 1, 2]
     assert all(total == 60.0 and x.equal(torch.tensor([60.0])) for _, total, x in results)
 
@@ -112,7 +112,7 @@ from phimini.parallel.layout import Layout
 from phimini.parallel.step import forward_backward
 from phimini.parallel.world import initialize
 
-world = initialize(Layout(tensor=2), config(), timeout_s=60)
+world = initialize(Layout(tensor=2), config(), timeout_s=200)
 model = build_model(config(), world, seed=0)
 result = forward_backward(model, share_of(GROUPS, world.data_rank, world.data_size), cross_entropy_head)
 print(f"rank {world.rank} loss {result.loss!r}", flush=True)

@@ -61,7 +61,7 @@ def torch_steps(weight_decay_of_vectors: float = 0.0) -> tuple[list[float], dict
 
 
 def train_rank(layout: Layout, options: dict) -> tuple[list[StepInfo], dict[str, Tensor], int]:
-    world = initialize(layout, config(), timeout_s=60)
+    world = initialize(layout, config(), timeout_s=200)
     model = build_model(config(), world, seed=0, **options)
     optimizer = build_optimizer(
         model, ADAMW, distributed=options.get("distributed_optimizer", False)
@@ -102,7 +102,7 @@ LAYOUTS = {
 def test_three_steps_equal_torch_adamw(name: str, want: tuple) -> None:
     world_size, layout, options = LAYOUTS[name]
     for infos, weights, num_updates in run_ranks(
-        train_rank, world_size, layout, options, timeout_s=120
+        train_rank, world_size, layout, options, timeout_s=240
     ):
         assert num_updates == STEPS
         assert [i.lr for i in infos] == pytest.approx(LEARNING_RATES)
@@ -129,7 +129,7 @@ def lr_rank(optimizer_config: OptimizerConfig, steps: int) -> list[float]:
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
 def test_learning_rates(decay) -> None:
     schedule = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=4, total_steps=12, decay=decay)
-    (lrs,) = run_ranks(lr_rank, 1, schedule, 14, timeout_s=60)
+    (lrs,) = run_ranks(lr_rank, 1, schedule, 14, timeout_s=200)
     share = [(k - 4) / 8 for k in range(5, 13)]
     after = {
         "constant": [1.0] * 8,
@@ -142,7 +142,7 @@ def test_learning_rates(decay) -> None:
 
 def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
     def rank() -> tuple[str, bool]:
-        world = initialize(Layout(tensor=2), config(), timeout_s=60)
+        world = initialize(Layout(tensor=2), config(), timeout_s=200)
         model = build_model(config(), world, seed=0)
         optimizer = build_optimizer(model, ADAMW)
         optimizer.zero_grad()
@@ -159,7 +159,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
         same = all(a.equal(p) for a, (_, p) in zip(before, model.named_parameters(), strict=True))
         return text, same and model.num_updates == 0
 
-    results = run_ranks(rank, 2, timeout_s=60)
+    results = run_ranks(rank, 2, timeout_s=200)
     assert all(unchanged for _, unchanged in results)
     assert len({text for text, _ in results}) == 1
     assert "step 0: the gradient norm is inf" in results[0][0]
@@ -195,4 +195,4 @@ def test_model_and_optimizer_must_agree() -> None:
             build_optimizer(build_model(config(), world), ADAMW, distributed=True)
         return "refused"
 
-    assert run_ranks(rank, 1, timeout_s=60) == ["refused"]
+    assert run_ranks(rank, 1, timeout_s=200) == ["refused"]

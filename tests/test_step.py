@@ -29,19 +29,17 @@ def on_ranks(layout: Layout, world_size: int, job) -> list[Any]:
     """`job(model, this data rank's micro-batches)` on every rank."""
 
     def rank() -> Any:
-        world = initialize(layout, config(), timeout_s=60)
+        world = initialize(layout, config(), timeout_s=200)
         model = build_model(config(), world, seed=0)
         model.zero_grad()
         result = job(model, share_of(GROUPS, world.data_rank, world.data_size))
         world.close()
         return result
 
-    return run_ranks(rank, world_size, timeout_s=120)
+    return run_ranks(rank, world_size, timeout_s=240)
 
 
-def log_probs(
-    hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group
-) -> dict[str, Any]:
+def log_probs(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> dict[str, Any]:
     logp_MV = (hidden_MD @ weight_VD.T).log_softmax(-1)
     logp_M = logp_MV.gather(1, batch.targets_T.clamp(min=0)[:, None])[:, 0]
     return {"logp": logp_M, "sums": (logp_M.sum(), _sum_by_document(logp_M, batch))}

@@ -1,0 +1,136 @@
+"""The three fused losses at every layout: value and every gradient equal the formula on the reference model."""
+
+import pytest
+import torch
+from test_parallel_parity import (  # noqa: F401
+    LAYOUTS,
+    LIMIT,
+    config,
+    documents,
+    poison_uninitialised_memory,
+    worst_error,
+)
+from torch import Tensor
+
+from phimini import kernels
+from phimini.model.reference import Phi4Mini
+from phimini.parallel.batch import Document, PackedBatch, pack
+from phimini.parallel.builder import build_model
+from phimini.parallel.launch import run_ranks
+from phimini.parallel.layout import Layout
+from phimini.parallel.step import forward_backward
+from phimini.parallel.weights import gradients_to_hf
+from phimini.parallel.world import initialize
+
+# Pairs of documents, at lengths around the LongRoPE boundary 16.
+PAIRS = [[15, 3], [16, 17], [40, 5, 2, 10], [9, 31]]
+
+
+def batch_of(lengths: list[int]) -> PackedBatch:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    docs = []
+    for i, d in enumerate(documents(lengths)):
+        n = len(d.tokens)
+        fields = {
+            "sequence": [i] * n,
+            "old_logp": (-5 + 0.3 * torch.randn(n, generator=generator)).tolist(),
+            "advantage": torch.randn(n, generator=generator).tolist(),
+        }
+        docs.append(Document(tokens=d.tokens, targets=d.targets, token_fields=fields,
+                             document_fields={"reference_logp": -5.0 * n}))  # fmt: skip
+    return pack(docs)
+
+
+def cross_entropy(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group):
+    loss, m = kernels.linear_cross_entropy(hidden_MD, weight_VD, batch.targets_T, group=group)
+    return loss, m.num_rows, {"nll": m.nll_sum, "entropy": m.entropy_sum}
+
+
+def policy(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group):
+    f = batch.fields
+    loss, m = kernels.linear_policy_loss(
+        hidden_MD, weight_VD, batch.targets_T, f["old_logp"], f["advantage"], group=group
+    )
+    return loss, m.num_rows, {}
+
+
+def dpo(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group):
+    loss, m = kernels.linear_dpo(
+        hidden_MD, weight_VD, batch.targets_T, batch.fields["sequence"], batch.fields["reference_logp"],
+        nll_weight=0.2, group=group, sequence_group=batch.context_group,
+    )  # fmt: skip
+    return batch.once(loss), batch.once(m.num_pairs), {"margin": batch.once(m.margin_sum)}
+
+
+HEADS = {"cross_entropy": cross_entropy, "policy": policy, "dpo": dpo}
+
+
+def reference_losses() -> dict[str, tuple[float, dict[str, Tensor]]]:
+    out = {}
+    for name in HEADS:
+        model = Phi4Mini(config())
+        model.init_weights(0)
+        model.double()
+        loss, count = torch.zeros((), dtype=torch.float64), 0.0
+        for batch in map(batch_of, PAIRS):
+            hidden = model(batch.tokens_T[None], cu_seqlens=batch.cu_seqlens)[0]
+            weight, targets, f = model.head_weight_VD, batch.targets_T, batch.fields
+            if name == "cross_entropy":
+                part, m = kernels.linear_cross_entropy_reference(hidden, weight, targets)
+                number = m.num_rows
+            elif name == "policy":
+                part, m = kernels.linear_policy_loss_reference(
+                    hidden, weight, targets, f["old_logp"].double(), f["advantage"].double()
+                )
+                number = m.num_rows
+            else:
+                part, m = kernels.linear_dpo_reference(
+                    hidden,
+                    weight,
+                    targets,
+                    f["sequence"],
+                    f["reference_logp"].double(),
+                    nll_weight=0.2,
+                )
+                number = m.num_pairs
+            loss, count = loss + part, count + float(number)
+        (loss / count).backward()
+        gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        out[name] = ((loss / count).item(), gradients)
+    return out
+
+
+@pytest.fixture(scope="module")
+def want() -> dict[str, tuple[float, dict[str, Tensor]]]:
+    return reference_losses()
+
+
+def losses_rank(layout: Layout, options: dict) -> dict[str, tuple[float, dict[str, Tensor]]]:
+    world = initialize(layout, config(), timeout_s=200)
+    model = build_model(config(), world, seed=0, **options)
+    n = len(PAIRS) // world.data_size
+    batches = [
+        batch_of(lengths) for lengths in PAIRS[world.data_rank * n : (world.data_rank + 1) * n]
+    ]
+    out = {}
+    for name, head in HEADS.items():
+        model.zero_grad()
+        result = forward_backward(model, batches, head)
+        out[name] = (result.loss, {k: v.clone() for k, v in gradients_to_hf(model)})
+    world.close()
+    return out
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_fused_losses_match_the_formula(name: str, want: dict) -> None:
+    world_size, layout, options = LAYOUTS[name]
+    for rank, got in enumerate(run_ranks(losses_rank, world_size, layout, options, timeout_s=240)):
+        for head, (loss, gradients) in want.items():
+            got_loss, got_gradients = got[head]
+            assert abs(got_loss - loss) <= LIMIT * abs(loss), (
+                f"rank {rank}, {head}: {got_loss}, want {loss}"
+            )
+            error, tensor = worst_error(got_gradients, gradients)
+            assert error <= LIMIT, (
+                f"rank {rank}, {head}: gradient of {tensor} is off by {error:.2e}"
+            )
