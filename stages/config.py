@@ -41,6 +41,8 @@ class DistillConfig:
     """`generator` (our own problems and teacher) or a JSONL file of rollouts"""
     num_problems: int = 1000
     """training questions that the teacher answers"""
+    level_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
+    """relative share of each level among the training questions"""
     rollouts_per_problem: int = 4
     """teacher rollouts of each question"""
     quick: float = 0.5

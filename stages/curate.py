@@ -1,6 +1,6 @@
 """Curate: what each stage trains on, out of the verified rollouts.
 
-Writes `curate/`: `midtrain.jsonl` (all verified-correct rollouts), `sft.jsonl` (a compact subset of
+Writes `curate/`: `midtrain.jsonl` (all verified-correct rollouts, repeated texts once), `sft.jsonl` (a compact subset of
 it, balanced over families and levels) and `pairs.jsonl` (a correct and a rejected teacher rollout of
 the same question, for the paper's way of building stage 3's pairs).
 """
@@ -22,7 +22,7 @@ def curate(run: RunConfig, *, redo: bool = False) -> Path:
         return stage.path
     stage.prepare(redo=redo)
     rollouts = read_rows(Path(run.out) / "distill" / "rollouts.jsonl", ROLLOUT_FIELDS)
-    correct = [row for row in rollouts if row["correct"]]
+    correct = distinct([row for row in rollouts if row["correct"]])
     if not correct:
         raise ValueError(f"curate: none of the {len(rollouts)} rollouts is correct")
     subset = balanced_subset(correct, run.curate, derive(run.seed, "curate"))
@@ -32,6 +32,12 @@ def curate(run: RunConfig, *, redo: bool = False) -> Path:
     write_rows(stage.path / "pairs.jsonl", pairs)
     stage.finish({"midtrain": len(correct), "sft": len(subset), "pairs": len(pairs)})
     return stage.path
+
+
+def distinct(rows: list[dict]) -> list[dict]:
+    """The rows without a second copy of the same response to the same question."""
+    first = {(row["problem_id"], row["response"]): row for row in reversed(rows)}
+    return [row for row in rows if first[row["problem_id"], row["response"]] is row]
 
 
 def balanced_subset(rows: list[dict], config: CurateConfig, seed: int) -> list[dict]:

@@ -63,7 +63,10 @@ def _generate(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[
     prompts = generate_problems(derive(run.seed, "prompts"), config.num_prompts, exclude_keys=taken)
     taken |= {p.key for p in prompts}
     training = generate_problems(
-        derive(run.seed, "training"), config.num_problems, exclude_keys=taken
+        derive(run.seed, "training"),
+        config.num_problems,
+        level_weights=config.level_weights,
+        exclude_keys=taken,
     )
     return (
         [_rollout_row(run, p, k) for p in training for k in range(config.rollouts_per_problem)],

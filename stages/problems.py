@@ -47,11 +47,11 @@ def _sum(rng: random.Random, level: int) -> tuple[str, Plan]:
 
 
 def _product(rng: random.Random, level: int) -> tuple[str, Plan]:
-    """Two digits by one, three by one, two by two."""
+    """Two digits by one, three digits by a small one, three digits by a large one."""
     (low, high), (least, most) = [
         ((11, 99), (3, 9)),
-        ((101, 999), (3, 9)),
-        ((11, 99), (11, 49)),
+        ((101, 299), (2, 5)),
+        ((300, 999), (6, 9)),
     ][level]
     a, b = rng.randint(low, high), rng.randint(least, most)
     question = rng.choice(["Compute {} * {}.", "What is {} times {}?", "Multiply {} by {}."])
@@ -60,7 +60,7 @@ def _product(rng: random.Random, level: int) -> tuple[str, Plan]:
 
 def _division(rng: random.Random, level: int) -> tuple[str, Plan]:
     """The quotient or the remainder of a division by one digit."""
-    low, high = [(20, 199), (200, 999), (1000, 4999)][level]
+    low, high = [(100, 199), (200, 499), (500, 999)][level]
     a, b = rng.randint(low, high), rng.randint(3, 9)
     op: Op = rng.choice(["quotient", "remainder"])
     if op == "remainder":

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from phimini.stages.config import (
     CurateConfig,
     DistillConfig,
-    EvaluateConfig,
     MidtrainConfig,
     OptimizerSettings,
     RlvrConfig,
@@ -22,36 +21,44 @@ def tiny() -> RunConfig:
         out="runs/tiny",
         processes=2,
         distill=DistillConfig(
-            num_problems=3000, rollouts_per_problem=6, quick=0.5, slip=0.2, num_prompts=1500
+            num_problems=5000,
+            level_weights=(3.0, 3.0, 2.0),
+            rollouts_per_problem=4,
+            quick=0.45,
+            slip=0.15,
+            num_prompts=2200,
         ),
-        curate=CurateConfig(sft_examples=8000, level_weights=(1.0, 2.0, 2.0)),
+        curate=CurateConfig(sft_examples=5000, level_weights=(1.0, 2.0, 2.0)),
         midtrain=MidtrainConfig(
-            optimizer=OptimizerSettings(lr=4e-3, warmup_ratio=0.03, min_lr_ratio=0.05),
+            optimizer=OptimizerSettings(lr=2.5e-3, warmup_ratio=0.03, min_lr_ratio=0.2),
             sequence_length=256,
-            rows_per_step=6,
-            micro_rows=3,
-            steps=1400,
+            rows_per_step=4,
+            micro_rows=2,
+            steps=2200,
+            loss_on_question=False,
         ),
         sft=SftConfig(
-            optimizer=OptimizerSettings(lr=3e-3, warmup_ratio=0.03, min_lr_ratio=0.05),
+            optimizer=OptimizerSettings(lr=1.2e-3, warmup_ratio=0.03),
             sequence_length=256,
             examples_per_step=32,
             micro_examples=16,
-            epochs=2.0,
+            epochs=4.0,
         ),
         rollout_dpo=RolloutDpoConfig(
-            optimizer=OptimizerSettings(lr=1.5e-4, warmup_ratio=0.1, weight_decay=0.0),
-            nll_weight=6.0,
+            optimizer=OptimizerSettings(lr=2e-4, warmup_ratio=0.1, weight_decay=0.0),
+            num_prompts=700,
+            nll_weight=3.0,
             micro_pairs=16,
             epochs=2.0,
         ),
         rlvr=RlvrConfig(
             optimizer=OptimizerSettings(
-                lr=1.5e-4, decay="constant", warmup_ratio=0.1, weight_decay=0.0
+                lr=3e-4, decay="constant", warmup_ratio=0.12, weight_decay=0.0
             ),
-            steps=36,
+            steps=40,
+            prompts_per_step=48,
+            probe_prompts=1500,
         ),
-        evaluate=EvaluateConfig(max_new_tokens=160),
     )
 
 
