@@ -55,6 +55,15 @@ def test_rms_norm_add(shape: tuple[int, ...], dtype: torch.dtype, backend: Backe
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_fused_add_is_the_add_and_then_the_norm(backend: Backend) -> None:
+    x, residual = torch.randn(2, 33, 123, device=DEVICE).bfloat16()
+    weight = torch.randn(123, device=DEVICE).bfloat16()
+    y, h = rms_norm_add(x, residual, weight, _backend=backend)
+    assert torch.equal(h, x + residual)
+    assert torch.equal(y, rms_norm(h, weight, _backend=backend))  # of the rounded sum
+
+
 @pytest.mark.parametrize("used", [0, 1], ids=["only y is used", "only h is used"])
 def test_rms_norm_add_with_one_output_unused(used: int) -> None:
     inputs = {name: torch.randn(6, 16, device=DEVICE) for name in ("x", "residual")}
