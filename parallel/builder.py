@@ -86,6 +86,7 @@ def _transformer_config(
     layout = world.layout
     # Two sends and two receives between the same pair of ranks in one batch are matched wrongly, in silence.
     two_stages_interleaved = layout.pipeline == 2 and layout.virtual_pipeline > 1
+    layers = layout.layers_of_chunks(config)
     values: dict[str, Any] = dict(
         num_layers=config.num_layers,
         hidden_size=config.model_dim,
@@ -130,6 +131,11 @@ def _transformer_config(
         gradient_accumulation_fusion=False,
         cross_entropy_loss_fusion=False,
     )
+    if len(set(layers)) > 1:
+        rows = [["decoder"] * n for n in layers]
+        rows[0].insert(0, "embedding")
+        rows[-1].append("loss")
+        values["pipeline_model_parallel_layout"] = rows
     if recompute == "full":
         values |= dict(
             recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1

@@ -73,14 +73,38 @@ class Layout:
                     f"Layout.tensor: {self.tensor} does not divide the model's {field} {value}; "
                     f"tensor in {_tensor_sizes(model)} would fit"
                 )
-        stages = self.pipeline * self.virtual_pipeline
-        if model.num_layers % stages:
-            divisors = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
+        chunks = self.pipeline * self.virtual_pipeline
+        if chunks > model.num_layers:
             raise ValueError(
-                f"Layout: {model.num_layers} layers do not divide into pipeline {self.pipeline} x virtual_pipeline "
-                f"{self.virtual_pipeline} = {stages} chunks; a product in {divisors} would fit"
+                f"Layout: pipeline {self.pipeline} x virtual_pipeline {self.virtual_pipeline} = {chunks} chunks, but the "
+                f"model has {model.num_layers} layers; a product of at most {model.num_layers} would fit"
             )
         return replace(self, data=data)
+
+    def layers_of_chunks(self, model: ModelConfig) -> tuple[int, ...]:
+        """How many layers each chunk gets, in the order of the layers: chunk i is on stage i % pipeline.
+
+        The head costs as much as head_cost layers (matmul FLOPs of a token, forward and backward alike), so the last
+        chunk gets fewer: the split whose most expensive chunk is cheapest. What the others cannot share equally goes
+        to the later ones, which keep fewer micro-batches' activations than the earlier.
+        """
+        chunks = self.pipeline * self.virtual_pipeline
+        if chunks == 1:
+            return (model.num_layers,)
+        head_cost = model.vocab_size * model.model_dim / _layer_weights(model)
+
+        def worst(last: int) -> float:
+            return max(-(-(model.num_layers - last) // (chunks - 1)), last + head_cost)
+
+        last = min(range(1, model.num_layers - chunks + 2), key=lambda n: (worst(n), -n))
+        each, more = divmod(model.num_layers - last, chunks - 1)
+        return (*(each + (i >= chunks - 1 - more) for i in range(chunks - 1)), last)
+
+
+def _layer_weights(model: ModelConfig) -> int:
+    """Weights of one layer's matrices."""
+    attention = 2 * model.head_dim * (model.num_heads + model.num_kv_heads)
+    return model.model_dim * (attention + 3 * model.mlp_dim)
 
 
 def _tensor_sizes(model: ModelConfig) -> list[int]:

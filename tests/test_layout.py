@@ -25,8 +25,8 @@ def test_data_is_what_the_world_leaves() -> None:
         (Layout(tensor=4), 2, "world sizes 4 would fit|world sizes 4 or"),
         (Layout(data=3), 4, "Layout.data: 3 was asked for, but world size 4 .* leaves 4"),
         (Layout(tensor=3), 3, r"tensor: 3 does not divide the model's num_kv_heads 8; tensor in \[1, 2, 4, 8\]"),
-        (Layout(pipeline=5), 5, r"32 layers do not divide into pipeline 5 .* a product in \[1, 2, 4, 8, 16, 32\]"),
-        (Layout(pipeline=8, virtual_pipeline=3), 8, "= 24 chunks"),
+        (Layout(pipeline=33), 33, "33 chunks, but the model has 32 layers; a product of at most 32 would fit"),
+        (Layout(pipeline=8, virtual_pipeline=5), 8, "virtual_pipeline 5 = 40 chunks"),
     ],
     ids=["world", "small-world", "data", "heads", "layers", "chunks"],
 )  # fmt: skip
@@ -70,3 +70,24 @@ def test_nonsense_is_refused(fields: dict, says: str) -> None:
 )
 def test_tokens_are_padded_to_what_divides(layout: Layout, multiple: int) -> None:
     assert layout.token_multiple == multiple
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "layers"),
+    [
+        (Layout(), PHI, (32,)),
+        # The head is worth 6.1 layers: 19 = 12.9 + 6.1.
+        (Layout(pipeline=2), PHI, (19, 13)),
+        (Layout(pipeline=4), PHI, (9, 10, 10, 3)),
+        (Layout(pipeline=2, virtual_pipeline=2), PHI, (9, 10, 10, 3)),
+        (Layout(pipeline=8), PHI, (4, 4, 4, 4, 5, 5, 5, 1)),
+        (Layout(pipeline=2), TINY, (2, 2)),
+        (Layout(pipeline=4), TINY, (1, 1, 1, 1)),
+        (Layout(pipeline=2), dataclasses.replace(TINY, num_layers=5), (3, 2)),
+        (Layout(pipeline=32), PHI, (1,) * 32),
+    ],
+    ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else "",
+)
+def test_the_last_stage_gets_fewer_layers_because_it_has_the_head(layout, model, layers) -> None:
+    split = layout.layers_of_chunks(model)
+    assert split == layers and sum(split) == model.num_layers

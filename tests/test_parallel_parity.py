@@ -221,6 +221,14 @@ def test_four_interleaved_stages_match_the_reference() -> None:
     )
 
 
+def test_unequal_stages_match_the_reference() -> None:
+    """A vocabulary so large that the last stage gets one layer of four."""
+    wide = config(vocab_size=2048)
+    layout = Layout(pipeline=2)
+    assert layout.layers_of_chunks(wide) == (3, 1)
+    check(run(layout, 2, wide), reference(wide, GROUPS))
+
+
 def test_short_table_matches_the_reference() -> None:
     short = config(rope_factors="short")
     check(run(Layout(), 1, short), reference(short, GROUPS))
