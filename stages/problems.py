@@ -51,7 +51,7 @@ def _product(rng: random.Random, level: int) -> tuple[str, Plan]:
     (low, high), (least, most) = [
         ((11, 99), (3, 9)),
         ((101, 299), (2, 5)),
-        ((300, 999), (6, 9)),
+        ((300, 499), (6, 9)),
     ][level]
     a, b = rng.randint(low, high), rng.randint(least, most)
     question = rng.choice(["Compute {} * {}.", "What is {} times {}?", "Multiply {} by {}."])
@@ -60,8 +60,12 @@ def _product(rng: random.Random, level: int) -> tuple[str, Plan]:
 
 def _division(rng: random.Random, level: int) -> tuple[str, Plan]:
     """The quotient or the remainder of a division by one digit."""
-    low, high = [(100, 199), (200, 499), (500, 999)][level]
-    a, b = rng.randint(low, high), rng.randint(3, 9)
+    (low, high), (least, most) = [
+        ((300, 499), (2, 5)),
+        ((500, 999), (2, 5)),
+        ((500, 999), (6, 9)),
+    ][level]
+    a, b = rng.randint(low, high), rng.randint(least, most)
     op: Op = rng.choice(["quotient", "remainder"])
     if op == "remainder":
         question = rng.choice(["Find {} mod {}.", "What is the remainder of {} divided by {}?"])

@@ -26,19 +26,19 @@ def tiny() -> RunConfig:
             rollouts_per_problem=4,
             quick=0.45,
             slip=0.15,
-            num_prompts=2200,
+            num_prompts=3000,
         ),
         curate=CurateConfig(sft_examples=5000, level_weights=(1.0, 2.0, 2.0)),
         midtrain=MidtrainConfig(
-            optimizer=OptimizerSettings(lr=2.5e-3, warmup_ratio=0.03, min_lr_ratio=0.2),
+            optimizer=OptimizerSettings(lr=1.2e-3, warmup_ratio=0.03, min_lr_ratio=0.2),
             sequence_length=256,
             rows_per_step=4,
             micro_rows=2,
-            steps=2200,
+            steps=3200,
             loss_on_question=False,
         ),
         sft=SftConfig(
-            optimizer=OptimizerSettings(lr=1.2e-3, warmup_ratio=0.03),
+            optimizer=OptimizerSettings(lr=8e-4, warmup_ratio=0.03),
             sequence_length=256,
             examples_per_step=32,
             micro_examples=16,
@@ -53,11 +53,11 @@ def tiny() -> RunConfig:
         ),
         rlvr=RlvrConfig(
             optimizer=OptimizerSettings(
-                lr=3e-4, decay="constant", warmup_ratio=0.12, weight_decay=0.0
+                lr=1.2e-4, decay="constant", warmup_ratio=0.12, weight_decay=0.0
             ),
             steps=40,
-            prompts_per_step=48,
-            probe_prompts=1500,
+            prompts_per_step=64,
+            probe_prompts=2300,
         ),
     )
 
