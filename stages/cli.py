@@ -1,4 +1,4 @@
-"""The command `phimini`.
+"""The command `phimini` (and `phimini bench`, see `phimini.bench.cli`).
 
     phimini recipe tiny                      all four stages, evaluation and report
     phimini recipe tiny seed=1 out=runs/s1   any field of the config can be set

@@ -266,8 +266,7 @@ def curves_section(metrics: Mapping[str, list[Row]]) -> str:
             )
     return section(
         "How each stage went",
-        "Pale: every step. Strong: running mean. Stage 1's loss counts the questions' own numbers, "
-        "which nobody can predict: the validation curve is the one to read.",
+        "Pale: every step. Strong: running mean. Validation loss is on rollouts that no stage trained on.",
         "".join(parts),
     )
 

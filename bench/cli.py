@@ -1,0 +1,28 @@
+"""The command `phimini`: `bench` is answered here, every other verb by `phimini.stages.cli`.
+
+    phimini bench kernels [op ...] [--static] [--traffic] [--quick] [--json PATH]
+"""
+
+import importlib
+import sys
+
+from phimini.stages.cli import main as stages_main
+
+# A bench is imported when it is asked for: some decide at import whether Triton interprets or compiles.
+BENCHES = {"kernels": "phimini.bench.kernels"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status; 2 for an unknown bench."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] != "bench":
+        return stages_main(arguments)
+    if len(arguments) < 2 or arguments[1] not in BENCHES:
+        named = repr(arguments[1]) if len(arguments) > 1 else "nothing"
+        print(f"phimini: bench: expected one of {', '.join(BENCHES)}, got {named}", file=sys.stderr)
+        return 2
+    return importlib.import_module(BENCHES[arguments[1]]).main(arguments[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
