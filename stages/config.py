@@ -188,10 +188,26 @@ class EvaluateConfig:
 class RolloutConfig:
     """Who samples."""
 
-    engine: Literal["local"] = "local"
-    """the reference model's sampler, embedded in the training ranks"""
+    engine: Literal["local", "vllm"] = "local"
+    """`local`: the reference model's sampler, embedded in the training ranks"""
     max_batch: int = 256
-    """sequences decoded at once by one rank of the local engine"""
+    """sequences decoded at once by one engine"""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """vLLM in the training ranks, or in processes of its own"""
+    max_model_len: int | None = None
+    """longest prompt and answer together, in tokens; none: the longest sequence_length of stages 3 and 4"""
+    engine_tensor_parallel: int = 1
+    """GPUs (or ranks) that share one vLLM engine"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """vLLM's; auto: bfloat16 on a GPU, float32 on a CPU"""
+    quantization: Literal["none", "fp8"] = "none"
+    """vLLM quantises the weights when they arrive"""
+    memory_share: float = 0.5
+    """of a GPU's memory, for one colocated vLLM engine"""
+    bucket_mib: int | None = None
+    """weights travel in buckets of this size; none: what the largest tensor needs, at least 64"""
+    deadline_s: float = 120.0
+    """a weight sync or a silent engine is an error after this long"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,288 @@
+"""Weights from the trainer to the rollout engines, with proof: vLLM's four phases init, start, update, finish.
+
+    pause -> start -> (gather -> pack -> update: transfer, load) per bucket -> finish: verify -> resume
+
+The trainer streams whole tensors by their Hugging Face names and packs them into one bucket of fixed size; how a
+bucket travels is the transport's business (`weight_sync_transport.py`: inproc, shm, gloo; `weight_sync_cuda.py`:
+vLLM's ipc and nccl). Peak extra memory of a trainer rank is two buckets: the bucket, and one tensor being gathered.
+
+Every tensor carries a checksum that the engine's workers compare twice: with the bytes that arrived, before anything
+of that bucket is loaded, and with what stands in the model after `finish` (`weight_sync_receiver.py`). A sync that
+fails before its first bucket is loaded leaves the engine on its old version, whole; a later failure leaves it
+refusing to sample until a whole sync has succeeded. Nothing is ever sampled from mixed weights.
+Every wait has the sync's deadline; an error names rank or engine, tensor and phase.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from phimini.model.config import ModelConfig
+from phimini.parallel.weight_names import hf_names
+from phimini.parallel.weight_sync_checksum import checksum, fingerprint
+from phimini.parallel.weight_sync_wait import Receiver, Wait, Watchdog, WeightSyncError
+
+__all__ = ["Entry", "Receiver", "SyncReport", "Transport", "Wait", "WeightSync", "WeightSyncError"]
+
+ALIGNMENT = 16
+"""bytes; tensors of a bucket start at multiples of it, so that any dtype can be viewed in place"""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a bucket."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """bytes from the bucket's start"""
+    num_bytes: int
+    checksum: int
+
+    def view(self, bucket: Tensor) -> Tensor:
+        """The tensor within a bucket's bytes, without a copy."""
+        data = bucket[self.offset : self.offset + self.num_bytes]
+        return data.view(getattr(torch, self.dtype)).view(self.shape)
+
+
+def entry_of(fields: dict[str, Any]) -> Entry:
+    return Entry(**{**fields, "shape": tuple(fields["shape"])})
+
+
+class Transport(Protocol):
+    """How a bucket gets to the receivers."""
+
+    name: str
+
+    def open(self, receivers: Sequence[Receiver], info: dict[str, Any], wait: "Wait") -> None:
+        """The init phase; `info` is what every receiver needs whatever the transport."""
+        ...
+
+    def buffer(self) -> Tensor | None:
+        """The bucket's bytes, to be filled before `send`; None if tensors travel by reference."""
+        ...
+
+    def send(
+        self,
+        receivers: Sequence[Receiver],
+        update: dict[str, Any],
+        tensors: list[Tensor],
+        wait: "Wait",
+    ) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class SyncReport:
+    """Seconds and bytes of one sync; equal to a row of `bench weight-sync` but for layout."""
+
+    version: int
+    transport: str
+    tensors: int
+    parameters: int
+    bytes: int
+    fingerprint: str
+    """of the trainer's tensors, and so of the engines'"""
+    gather_s: float = 0.0
+    pack_s: float = 0.0
+    """copies into the bucket, or nothing where tensors travel by reference"""
+    transfer_s: float = 0.0
+    load_s: float = 0.0
+    verify_s: float = 0.0
+    """checksums on both sides, the engines' slowest worker"""
+    total_s: float = 0.0
+    checksums: dict[str, int] = field(default_factory=dict, repr=False)
+
+
+class WeightSync:
+    """Brings tensors of one model to engines; one per sending rank.
+
+    merging: at tensor parallel > 1, gathering a tensor that is not split by rows takes twice its size.
+    Raises ValueError if the bucket is smaller than what gathering any one tensor takes.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        transport: Transport,
+        receivers: Sequence[Receiver],
+        *,
+        bucket_bytes: int,
+        deadline_s: float,
+        dtype: torch.dtype = torch.float32,
+        merging: bool = False,
+        where: str = "trainer rank 0",
+    ) -> None:
+        self.config, self.transport, self.receivers = config, transport, list(receivers)
+        self.bucket_bytes, self.deadline_s, self.where = bucket_bytes, deadline_s, where
+        self.shapes = hf_names(config)
+        for name, shape in self.shapes.items():
+            whole = math.prod(shape) * dtype.itemsize
+            by_rows = len(shape) == 1 or name.endswith(("embed_tokens.weight", "lm_head.weight"))
+            needed = whole if by_rows or not merging else 2 * whole
+            if transport.buffer() is not None and needed + ALIGNMENT > bucket_bytes:
+                raise ValueError(
+                    f"weight sync: bucket_bytes: {name} needs {needed + ALIGNMENT} bytes while it is gathered, "
+                    f"more than a bucket of {bucket_bytes}"
+                )
+        self._open = False
+
+    def sync(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
+        """Sends every tensor of the model; `tensors` may be collective and is exhausted even if the sync fails.
+
+        Raises WeightSyncError; the engines then keep the old version or refuse to sample (`.whole`).
+        """
+        wait = Wait(self.deadline_s, self.where)
+        with Watchdog(wait):
+            try:
+                return self._sync(tensors, version, wait)
+            except WeightSyncError as error:
+                whole = self._abort()
+                for _ in tensors:  # the other ranks are still gathering
+                    pass
+                raise WeightSyncError(**{**error.fields(), "whole": whole}) from error
+
+    def close(self) -> None:
+        self.transport.close()
+
+    def _sync(self, tensors: Iterator[tuple[str, Tensor]], version: int, wait: Wait) -> SyncReport:
+        started = time.perf_counter()
+        if not self._open:
+            info = {"config": dataclasses.asdict(self.config), "deadline_s": self.deadline_s}
+            self.transport.open(self.receivers, info, wait)
+            self._open = True
+        wait.at("pause")
+        wait.call(self.receivers, "pause")
+        wait.at("start")
+        wait.call(self.receivers, "start", {"version": str(version)})
+        report = SyncReport(version, self.transport.name, 0, 0, 0, "")
+        packer = _Packer(self, wait, report)
+        names = iter(self.shapes)
+        while True:
+            expected = next(names, None)
+            wait.at("gather", expected)
+            clock = time.perf_counter()
+            pair = next(tensors, None)
+            report.gather_s += time.perf_counter() - clock
+            if pair is None or expected is None:
+                break
+            packer.add(*pair)
+        if pair is not None or expected is not None:
+            got = "the end" if pair is None else pair[0]
+            raise wait.error(f"expected {expected or 'the end'} from the trainer, got {got}")
+        packer.flush()
+        wait.at("finish")
+        finished = wait.call(self.receivers, "finish", {"version": str(version)})
+        wait.at("verify")
+        self._verify(finished, report, wait)
+        wait.call(self.receivers, "resume")
+        report.fingerprint = fingerprint(report.checksums)
+        report.total_s = time.perf_counter() - started
+        return report
+
+    def _verify(self, finished: list[list[dict[str, Any]]], report: SyncReport, wait: Wait) -> None:
+        """Both sides' checksums, tensor by tensor; and the seconds that the slowest worker spent."""
+        for receiver, workers in zip(self.receivers, finished, strict=True):
+            for worker in workers:
+                where = f"{receiver.name}, {worker['where']}"
+                for name, sent in report.checksums.items():
+                    got = worker["checksums"].get(name)
+                    if got != sent:
+                        wait.at("verify", name)
+                        raise wait.error(f"checksum {got}, the trainer's is {sent}", where)
+        workers = [worker for workers in finished for worker in workers]
+        slowest = {key: max(w[key] for w in workers) for key in ("receive_s", "load_s", "verify_s")}
+        report.load_s = slowest["load_s"]
+        report.transfer_s = max(0.0, report.transfer_s - slowest["load_s"] - slowest["verify_s"])
+        report.verify_s += slowest["verify_s"]
+
+    def _abort(self) -> bool | None:
+        """Ends the update at every engine that still answers; whether all of them kept their old weights."""
+        self._open = False
+        self.transport.close()
+        wait = Wait(min(5.0, self.deadline_s), self.where)
+        whole: bool | None = True
+        for receiver in self.receivers:
+            try:
+                workers = wait.call([receiver], "abort")[0]
+            except WeightSyncError:
+                whole = None
+                continue
+            if whole is not None:
+                whole = whole and all(worker["whole"] for worker in workers)
+        return whole
+
+
+class _Packer:
+    """Fills the transport's buffer with tensors and sends it when the next one would not fit."""
+
+    def __init__(self, sync: WeightSync, wait: Wait, report: SyncReport) -> None:
+        self.sync, self.wait, self.report = sync, wait, report
+        self.buffer = sync.transport.buffer()
+        self.entries: list[tuple[str, Tensor, int]] = []  # name, tensor or its copy, offset
+        self.used, self.number = 0, 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        sync, report = self.sync, self.report
+        if tuple(tensor.shape) != sync.shapes.get(name):
+            raise self.wait.error(
+                f"{name} has shape {tuple(tensor.shape)}, expected {sync.shapes.get(name)}"
+            )
+        num_bytes = tensor.numel() * tensor.element_size()
+        if self.buffer is None:
+            self.entries.append((name, tensor, 0))
+            self.used = num_bytes
+            self.flush()
+            return
+        if self.used + num_bytes > sync.bucket_bytes:
+            self.flush()
+        self.wait.at("pack", name)
+        clock = time.perf_counter()
+        place = self.buffer[self.used : self.used + num_bytes].view(tensor.dtype).view(tensor.shape)
+        place.copy_(tensor)
+        self.entries.append((name, place, self.used))
+        self.used += num_bytes + -num_bytes % ALIGNMENT
+        report.pack_s += time.perf_counter() - clock
+
+    def flush(self) -> None:
+        if not self.entries:
+            return
+        sync, report, wait = self.sync, self.report, self.wait
+        wait.at("pack", self.entries[0][0])
+        clock = time.perf_counter()
+        sums = torch.stack([checksum(tensor) for _, tensor, _ in self.entries]).tolist()
+        report.verify_s += time.perf_counter() - clock
+        entries = [
+            Entry(
+                name,
+                str(t.dtype).removeprefix("torch."),
+                tuple(t.shape),
+                offset,
+                t.numel() * t.element_size(),
+                value,
+            )
+            for (name, t, offset), value in zip(self.entries, sums, strict=True)
+        ]
+        end = entries[-1].offset + entries[-1].num_bytes
+        update = {
+            "bucket": self.number,
+            "num_bytes": end,
+            "entries": [dataclasses.asdict(entry) for entry in entries],
+        }
+        wait.at("transfer", entries[0].name)
+        clock = time.perf_counter()
+        sync.transport.send(sync.receivers, update, [t for _, t, _ in self.entries], wait)
+        report.transfer_s += time.perf_counter() - clock
+        report.tensors += len(entries)
+        report.parameters += sum(t.numel() for _, t, _ in self.entries)
+        report.bytes += sum(entry.num_bytes for entry in entries)
+        report.checksums.update({entry.name: entry.checksum for entry in entries})
+        self.entries, self.used, self.number = [], 0, self.number + 1

@@ -1,0 +1,381 @@
+"""The engines' side of a weight sync: weight-transfer engines for vLLM, and what its workers answer the trainer.
+
+Imported only in a process that runs a vLLM engine (`worker_extension_cls` names `WorkerExtension`, and vLLM imports
+it before it loads a model); importing it registers the transports inproc, shm and gloo with vLLM's factory.
+
+vLLM loads layer by layer: a layer is put on the meta device, filled, processed (on a CPU its weight is packed for
+oneDNN and the parameter is left with shape (0,)) and copied to where its old weights were. So a bucket is checked
+before anything of it is loaded, and after `finish` every parameter is read back: by checksum where its numbers are
+still there, otherwise through its own kernel: a one-hot input returns a column of the weight bit for bit.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.platforms import current_platform
+
+from phimini.model.config import ModelConfig
+from phimini.parallel.weight_names import hf_names
+from phimini.parallel.weight_sync import Entry, entry_of
+from phimini.parallel.weight_sync_checksum import checksum
+from phimini.parallel.weight_sync_transport import (
+    IN_THIS_PROCESS,
+    broadcast,
+    first_line,
+    join_gloo,
+    map_segment,
+)
+from phimini.parallel.weight_sync_wait import WeightSyncError
+
+COLUMNS = 4
+"""of a packed weight that are read back; an optimizer step changes all of them"""
+QUANTISED_TOLERANCE = 0.125
+"""of a column's largest element, for a weight that the engine stores in fewer bits than it was sent"""
+
+
+@dataclass
+class SyncInit(WeightTransferInitInfo):
+    config: dict[str, Any]
+    deadline_s: float
+    link: dict[str, Any]
+
+
+@dataclass
+class SyncUpdate(WeightTransferUpdateInfo):
+    bucket: int
+    num_bytes: int
+    entries: list[dict[str, Any]]
+
+
+@dataclass
+class _Expected:
+    """What a module must hold once the update is finished."""
+
+    checksum: int
+    columns_CN: Tensor
+    """COLUMNS columns of this worker's part, for a weight that cannot be read back"""
+    columns: Tensor
+
+
+@dataclass
+class _Update:
+    """One update, from start to finish."""
+
+    loading: bool = False
+    """something was loaded: the old weights are not whole any more"""
+    checksums: dict[str, int] = field(default_factory=dict)
+    expected: dict[str, _Expected] = field(default_factory=dict)
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("receive_s", "load_s", "verify_s"), 0.0)
+    )
+
+
+class SyncEngine(WeightTransferEngine[SyncInit, SyncUpdate]):
+    """What the three transports share; they differ in `_receive`."""
+
+    init_info_cls = SyncInit
+    update_info_cls = SyncUpdate
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.whole = True
+        self.update = _Update()
+        self._deadline_s = 60.0
+
+    @property
+    def where(self) -> str:
+        return f"worker {self.parallel_config.rank}"
+
+    def error(self, phase: str, tensor: str | None, detail: str) -> WeightSyncError:
+        return WeightSyncError(phase, self.where, tensor, detail)
+
+    # --- the four phases, called by vLLM's worker -------------------------------------------------
+    def init_transfer_engine(self, init_info: SyncInit) -> None:
+        self.config = ModelConfig(**_tuples(init_info.config))
+        self._shapes = hf_names(self.config)
+        self._deadline_s = init_info.deadline_s
+        self._link(init_info.link)
+
+    def start_weight_update(self) -> None:
+        self.update = _Update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # The base class synchronises an accelerator, which a CPU does not have.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: SyncUpdate) -> None:
+        entries = [entry_of(e) for e in update_info.entries]
+        for entry in entries:
+            if entry.offset + entry.num_bytes > update_info.num_bytes:
+                raise self.error(
+                    "transfer",
+                    entry.name,
+                    f"bucket {update_info.bucket} is truncated: {update_info.num_bytes} bytes, the tensor ends at "
+                    f"{entry.offset + entry.num_bytes}",
+                )
+        clock = time.perf_counter()
+        tensors = self._receive(update_info, entries)
+        clock = self._spent("receive_s", clock)
+        self._check(entries, tensors)
+        clock = self._spent("verify_s", clock)
+        self._expect(entries, tensors)
+        clock = self._spent("verify_s", clock)
+        if not self.update.loading:
+            self.update.loading, self.whole = True, False
+            initialize_layerwise_reload(self.model)
+        self.model.load_weights(zip((e.name for e in entries), tensors, strict=True))  # pyright: ignore[reportCallIssue]
+        if current_platform.is_cuda():
+            torch.cuda.synchronize()  # the trainer may fill its bucket again
+        self._spent("load_s", clock)
+
+    def finish_weight_update(self) -> None:
+        missing = [name for name in self._shapes if name not in self.update.checksums]
+        if missing:
+            detail = f"{len(missing)} of the model's tensors did not come"
+            raise self.error("finish", missing[0], detail)
+        clock = time.perf_counter()
+        finalize_layerwise_reload(self.model, self.model_config)
+        repack_tied_head(self.model)
+        clock = self._spent("load_s", clock)
+        self._read_back()
+        self._spent("verify_s", clock)
+        self.update.expected.clear()
+        self.whole = True
+
+    def shutdown(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        """Ends an update that failed; vLLM's bookkeeping is put right even if the weights are mixed."""
+        if self.update.loading and not self.whole:
+            finalize_layerwise_reload(self.model, self.model_config)
+        self.update = _Update()
+
+    # --- what differs -----------------------------------------------------------------------------
+    def _link(self, link: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _receive(self, update: SyncUpdate, entries: list[Entry]) -> list[Tensor]:
+        raise NotImplementedError
+
+    # --- checks -----------------------------------------------------------------------------------
+    def _spent(self, key: str, since: float) -> float:
+        now = time.perf_counter()
+        self.update.seconds[key] += now - since
+        return now
+
+    def _check(self, entries: list[Entry], tensors: list[Tensor]) -> None:
+        for entry in entries:
+            if entry.shape != self._shapes.get(entry.name):
+                detail = f"no tensor of this model has this name and shape {entry.shape}"
+                raise self.error("transfer", entry.name, detail)
+            if entry.name in self.update.checksums:
+                raise self.error("transfer", entry.name, "came twice")
+        for entry, value in zip(entries, self._arrived(entries, tensors), strict=True):
+            if value != entry.checksum:
+                detail = f"checksum {value}, the trainer's is {entry.checksum}"
+                raise self.error("transfer", entry.name, detail)
+            self.update.checksums[entry.name] = value
+
+    def _arrived(self, entries: list[Entry], tensors: list[Tensor]) -> list[int]:
+        return torch.stack([checksum(t) for t in tensors]).tolist()
+
+    def _expect(self, entries: list[Entry], tensors: list[Tensor]) -> None:
+        """Notes what this worker's modules must hold, from tensors whose checksums were right."""
+        for entry, tensor in zip(entries, tensors, strict=True):
+            for name in self._modules_of(entry.name):
+                module = self.model.get_submodule(name)
+                part = self._part(entry.name, module, tensor)
+                same = part.numel() == tensor.numel()
+                value = entry.checksum if same else int(checksum(part))
+                columns = _some_columns(part)
+                taken = part[:, columns].T.clone() if part.ndim == 2 else part[:0].clone()
+                self.update.expected[name] = _Expected(value, taken, columns)
+
+    def _modules_of(self, tensor_name: str) -> list[str]:
+        """The vLLM modules that a tensor ends in: a tied head has a kernel of its own."""
+        module = tensor_name.removesuffix(".weight")
+        if self.config.tie_embeddings and module == "model.embed_tokens":
+            return [module, "lm_head"]
+        return [module]
+
+    def _part(self, tensor_name: str, module: nn.Module, whole: Tensor) -> Tensor:
+        """This worker's rows or columns of a tensor, as vLLM splits it."""
+        indices = getattr(module, "shard_indices", None)
+        if indices is not None:  # embedding and head: padded rows
+            return whole[indices.org_vocab_start_index : indices.org_vocab_end_index]
+        size, rank = getattr(module, "tp_size", 1), getattr(module, "tp_rank", 0)
+        if size == 1 or whole.ndim == 1:
+            return whole
+        if tensor_name.endswith(("o_proj.weight", "down_proj.weight")):
+            return whole.chunk(size, 1)[rank]
+        config = self.config
+        sizes = [config.mlp_dim] * 2
+        if tensor_name.endswith("qkv_proj.weight"):
+            kv = config.num_kv_heads * config.head_dim
+            sizes = [config.num_heads * config.head_dim, kv, kv]
+        return torch.cat([part.chunk(size, 0)[rank] for part in whole.split(sizes)])
+
+    def _read_back(self) -> None:
+        for name, expected in self.update.expected.items():
+            module = self.model.get_submodule(name)
+            parameter = module.weight
+            assert isinstance(parameter, Tensor), f"{name} has no weight"
+            packed = parameter.numel() == 0 or hasattr(module, "cpu_linear")
+            if packed:
+                self._read_through_kernel(name, module, expected)
+                continue
+            data = parameter.data
+            indices = getattr(module, "shard_indices", None)
+            if indices is not None:
+                data = data[: indices.org_vocab_end_index - indices.org_vocab_start_index]
+            if data.dtype != expected.columns_CN.dtype:  # quantised on load
+                self._read_through_kernel(name, module, expected, QUANTISED_TOLERANCE)
+            elif (got := int(checksum(data))) != expected.checksum:
+                detail = f"the engine holds checksum {got}, it was sent {expected.checksum}"
+                raise self.error("verify", f"{name}.weight", detail)
+
+    def _read_through_kernel(
+        self, name: str, module: nn.Module, expected: _Expected, tolerance: float = 0.0
+    ) -> None:
+        """Columns of a weight that is packed for its kernel: the layer's output for one-hot inputs, bit for bit."""
+        columns_CN, columns = expected.columns_CN, expected.columns
+        width = getattr(module, "input_size_per_partition", None) or self.config.model_dim
+        one_hot = torch.zeros(len(columns), width, dtype=columns_CN.dtype, device=columns_CN.device)
+        one_hot[torch.arange(len(columns)), columns] = 1
+        got_CN = module.quant_method.apply(module, one_hot)[:, : columns_CN.shape[1]]  # pyright: ignore
+        if torch.equal(got_CN, columns_CN):
+            return
+        limit_C1 = tolerance * columns_CN.abs().amax(1, keepdim=True)
+        wrong = ((got_CN - columns_CN).abs() > limit_C1) | got_CN.isnan()
+        if wrong.any():
+            number, row = (int(i) for i in wrong.nonzero()[0])
+            detail = (
+                f"the engine computes with {got_CN[number, row].item():.9g} at row {row}, column "
+                f"{int(columns[number])}; it was sent {columns_CN[number, row].item():.9g}"
+            )
+            raise self.error("verify", f"{name}.weight", detail)
+
+
+def _some_columns(part: Tensor) -> Tensor:
+    if part.ndim < 2:
+        return torch.zeros(0, dtype=torch.int64)
+    width = part.shape[1]
+    return torch.linspace(0, width - 1, min(COLUMNS, width)).round().long()
+
+
+class InprocEngine(SyncEngine):
+    def _link(self, link: dict[str, Any]) -> None:
+        self._key = link["key"]
+
+    def _receive(self, update: SyncUpdate, entries: list[Entry]) -> list[Tensor]:
+        return IN_THIS_PROCESS[self._key]
+
+    def _arrived(self, entries: list[Entry], tensors: list[Tensor]) -> list[int]:
+        return [entry.checksum for entry in entries]  # nothing travelled
+
+
+class ShmEngine(SyncEngine):
+    def _link(self, link: dict[str, Any]) -> None:
+        self._segment = map_segment(link["path"], link["num_bytes"])
+
+    def _receive(self, update: SyncUpdate, entries: list[Entry]) -> list[Tensor]:
+        return [entry.view(self._segment) for entry in entries]
+
+
+class GlooEngine(SyncEngine):
+    def _link(self, link: dict[str, Any]) -> None:
+        try:
+            self._group = join_gloo(link, self.parallel_config.rank, self._deadline_s)
+        except RuntimeError as error:
+            raise self.error("init", None, f"gloo: {first_line(error)}") from error
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def _receive(self, update: SyncUpdate, entries: list[Entry]) -> list[Tensor]:
+        assert self._group is not None, "init comes first"
+        if self._buffer.numel() < update.num_bytes:
+            self._buffer = torch.empty(update.num_bytes, dtype=torch.uint8)
+        try:
+            broadcast(self._group, self._buffer[: update.num_bytes], self._deadline_s)
+        except RuntimeError as error:
+            raise self.error("transfer", entries[0].name, f"gloo: {first_line(error)}") from error
+        return [entry.view(self._buffer) for entry in entries]
+
+    def shutdown(self) -> None:
+        self._group = None
+
+
+ENGINES: dict[str, type[SyncEngine]] = {
+    "inproc": InprocEngine,
+    "shm": ShmEngine,
+    "gloo": GlooEngine,
+}
+
+
+def register() -> None:
+    """Tells vLLM's factory of the transports; a second call changes nothing."""
+    for name, engine in ENGINES.items():
+        if name not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(name, engine)
+
+
+def repack_tied_head(model: nn.Module) -> None:
+    """On a CPU, vLLM 0.32 leaves a tied head's packed copy of the embedding on the old weights; packs it anew."""
+    head = getattr(model, "lm_head", None)
+    if head is None or not current_platform.is_cpu() or not hasattr(head, "cpu_linear"):
+        return
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples."""
+    return {
+        key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+    }
+
+
+class WorkerExtension:
+    """Methods that vLLM adds to its worker (`worker_extension_cls`); called with `collective_rpc`."""
+
+    def phimini_sync(self, phase: str, info: dict[str, Any]) -> dict[str, Any]:
+        """One phase of a sync; what went wrong comes back as fields, so that the trainer can say where it was."""
+        worker: Any = self
+        engine = worker.weight_transfer_engine
+        try:
+            if phase == "init":
+                worker.init_weight_transfer_engine(info)
+            elif phase == "start":
+                worker.start_weight_update()
+            elif phase == "update":
+                worker.update_weights(info)
+            elif phase == "finish":
+                worker.finish_weight_update()
+            elif phase == "abort":
+                engine.abort()
+                worker._weight_update_active = False
+            else:
+                raise ValueError(f"phimini_sync: unknown phase {phase!r}")
+        except WeightSyncError as error:
+            return {"error": error.fields()}
+        answer = {"where": engine.where, "whole": engine.whole}
+        if phase == "finish":
+            answer |= {"checksums": engine.update.checksums, **engine.update.seconds}
+        return answer
+
+
+register()
