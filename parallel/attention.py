@@ -97,17 +97,22 @@ _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _heads_first(x_THK: Tensor, begin: int, end: int) -> Tensor:
-    """One document as a view (1, H, L, K)."""
-    return x_THK[begin:end].transpose(0, 1)[None]
-
-
 def _later_keys(piece: Piece, like: Tensor) -> Tensor | None:
     """What to add to a piece's scores: -inf where a key comes after the query; None if `is_causal` says it."""
     if piece.is_whole:
         return None
     shape = (piece.query_end - piece.query_begin, piece.key_end - piece.key_begin)
     return like.new_full(shape, -torch.inf).triu_(shape[1] - shape[0] + 1)
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """(T, H, K) each -> views (1, H, T, K), as the flash kernel wants them."""
+    return [x.transpose(0, 1)[None] for x in tensors]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """(1, H, L, K) each -> (sum of L, H, K)"""
+    return torch.cat([x.transpose(1, 2) for x in parts], 1)[0]
 
 
 class _CpuAttention(torch.autograd.Function):
@@ -123,41 +128,44 @@ class _CpuAttention(torch.autograd.Function):
         pieces: tuple[Piece, ...],
         scale: float,
     ) -> Tensor:
+        q_1HTK, k_1GSK, v_1GSK = _heads_first(q_THK, k_SGK, v_SGK)
         outs, lses = [], []
         for p in pieces:
-            q = _heads_first(q_THK, p.query_begin, p.query_end)
-            k, v = (_heads_first(x, p.key_begin, p.key_end) for x in (k_SGK, v_SGK))
+            q = q_1HTK[:, :, p.query_begin : p.query_end]
+            k, v = (x[:, :, p.key_begin : p.key_end] for x in (k_1GSK, v_1GSK))
             mask = _later_keys(p, q)
             out, lse = _flash_forward(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
             outs.append(out)
             lses.append(lse)
         ctx.save_for_backward(q_THK, k_SGK, v_SGK, *outs, *lses)
         ctx.pieces, ctx.scale = pieces, scale
-        return torch.cat([out[0].transpose(0, 1) for out in outs])
+        return _joined(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_THK, k_SGK, v_SGK, *saved = ctx.saved_tensors
         pieces: tuple[Piece, ...] = ctx.pieces
+        q_1HTK, k_1GSK, v_1GSK, dout_1HTK = _heads_first(q_THK, k_SGK, v_SGK, grads[0])
         dqs, dks, dvs = [], [], []
-        for i, p in enumerate(pieces):
-            dout, q = (_heads_first(x, p.query_begin, p.query_end) for x in (grads[0], q_THK))
-            k, v = (_heads_first(x, p.key_begin, p.key_end) for x in (k_SGK, v_SGK))
-            out, lse, mask = saved[i], saved[len(pieces) + i], _later_keys(p, q)
+        for p, out, lse in zip(pieces, saved[: len(pieces)], saved[len(pieces) :], strict=True):
+            q, dout = (x[:, :, p.query_begin : p.query_end] for x in (q_1HTK, dout_1HTK))
+            k, v = (x[:, :, p.key_begin : p.key_end] for x in (k_1GSK, v_1GSK))
+            mask = _later_keys(p, q)
             dq, dk, dv = _flash_backward(
                 dout, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask, scale=ctx.scale
             )
-            for part, d in zip((dqs, dks, dvs), (dq, dk, dv), strict=True):
-                part.append(d[0].transpose(0, 1))
+            dqs.append(dq)
+            dks.append(dk)
+            dvs.append(dv)
         if len(k_SGK) == len(
             q_THK
         ):  # this rank holds all tokens: pieces are the documents, one after the other
-            return torch.cat(dqs), torch.cat(dks), torch.cat(dvs), None, None
-        dk_SGK, dv_SGK = torch.zeros_like(k_SGK), torch.zeros_like(v_SGK)
+            return _joined(dqs), _joined(dks), _joined(dvs), None, None
+        dk_1GSK, dv_1GSK = torch.zeros_like(k_1GSK), torch.zeros_like(v_1GSK)
         for p, dk, dv in zip(pieces, dks, dvs, strict=True):
-            dk_SGK[p.key_begin : p.key_end] += dk
-            dv_SGK[p.key_begin : p.key_end] += dv
-        return torch.cat(dqs), dk_SGK, dv_SGK, None, None
+            dk_1GSK[:, :, p.key_begin : p.key_end] += dk
+            dv_1GSK[:, :, p.key_begin : p.key_end] += dv
+        return _joined(dqs), dk_1GSK[0].transpose(0, 1), dv_1GSK[0].transpose(0, 1), None, None
 
 
 def attend(
