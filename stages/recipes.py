@@ -45,9 +45,9 @@ def tiny() -> RunConfig:
             epochs=4.0,
         ),
         rollout_dpo=RolloutDpoConfig(
-            optimizer=OptimizerSettings(lr=2e-4, warmup_ratio=0.1, weight_decay=0.0),
+            optimizer=OptimizerSettings(lr=1.2e-4, warmup_ratio=0.1, weight_decay=0.0),
             num_prompts=700,
-            nll_weight=3.0,
+            nll_weight=6.0,
             micro_pairs=16,
             epochs=2.0,
         ),
