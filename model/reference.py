@@ -12,6 +12,7 @@ Three ways to call `forward`:
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,6 @@ class KVCache:
         # Zeros: a hidden slot still meets its weight of 0 in a product, and 0 * NaN is NaN.
         self.k_LBGSK = torch.zeros(shape, device=device, dtype=dtype)
         self.v_LBGSK = torch.zeros(shape, device=device, dtype=dtype)
-        self.rows_B1 = torch.arange(batch, device=device)[:, None]
         self.lengths_B = torch.zeros(batch, dtype=torch.long, device=device)
         self.longest = 0
         """max(lengths_B), known without asking the device"""
@@ -51,28 +51,25 @@ class KVCache:
         self.lengths_B = torch.tensor(lengths, device=self.lengths_B.device)
         self.longest = max(lengths)
 
-    def keep_first(self, num_rows: int) -> None:
-        """Drops the rows from `num_rows` on, without copying."""
-        self.k_LBGSK, self.v_LBGSK = self.k_LBGSK[:, :num_rows], self.v_LBGSK[:, :num_rows]
-        self.rows_B1, self.lengths_B = self.rows_B1[:num_rows], self.lengths_B[:num_rows]
 
-    def move_row(self, source: int, target: int) -> None:
-        """Copies one row's keys, values and length over another's."""
-        live = slice(0, self.longest)
-        self.k_LBGSK[:, target, :, live] = self.k_LBGSK[:, source, :, live]
-        self.v_LBGSK[:, target, :, live] = self.v_LBGSK[:, source, :, live]
-        self.lengths_B[target] = self.lengths_B[source]
+@dataclass(frozen=True, slots=True)
+class CachedKeys:
+    """Where in a cache this call's tokens go, and which of its keys each of them may see."""
+
+    cache: KVCache
+    positions_BT: Tensor
+    mask_BTS: Tensor
+    """0 or -inf, added to the scores"""
 
 
+@dataclass(frozen=True, slots=True)
 class Context:
-    """What one forward call tells every layer: rope tables, and which keys each query may see."""
+    """What one forward call tells every layer."""
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self.cos, self.sin = cos[..., None, :], sin[..., None, :]  # one table for all heads
-        self.documents: list[int] | None = None
-        self.cache: KVCache | None = None
-        self.positions_BT = torch.empty(0)
-        self.mask_BTS = torch.empty(0)
+    cos: Tensor  # (T, 1, R/2) or (B, T, 1, R/2): one table for all heads
+    sin: Tensor
+    documents: list[slice] | None
+    cached: CachedKeys | None
 
 
 class RMSNorm(nn.Module):
@@ -100,14 +97,13 @@ class Attention(nn.Module):
         heads = self.qkv_proj(x_BTD).unflatten(-1, (-1, self.K))
         qk, v_BTGK = heads.split([self.H + self.G, self.G], dim=-2)
         q_BTHK, k_BTGK = apply_rope(qk, context.cos, context.sin).split([self.H, self.G], dim=-2)
-        if context.cache is not None:
-            y_BTHK = self._attend_cached(q_BTHK, k_BTGK, v_BTGK, context, context.cache)
+        if context.cached is not None:
+            y_BTHK = self._attend_cached(q_BTHK, k_BTGK, v_BTGK, context.cached)
         elif context.documents is not None:
-            cuts = context.documents
             y_BTHK = torch.cat(
                 [
-                    _attend_causal(q_BTHK[:, a:b], k_BTGK[:, a:b], v_BTGK[:, a:b])
-                    for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+                    _attend_causal(q_BTHK[:, d], k_BTGK[:, d], v_BTGK[:, d])
+                    for d in context.documents
                 ],
                 dim=1,
             )
@@ -116,17 +112,18 @@ class Attention(nn.Module):
         return self.o_proj(y_BTHK.flatten(-2))
 
     def _attend_cached(
-        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: Context, cache: KVCache
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, cached: CachedKeys
     ) -> Tensor:
         B, T = q_BTHK.shape[:2]
-        S = context.mask_BTS.shape[-1]
+        S = cached.mask_BTS.shape[-1]
+        cache, rows_B1 = cached.cache, torch.arange(B, device=q_BTHK.device)[:, None]
         k_BGSK, v_BGSK = cache.k_LBGSK[self.layer], cache.v_LBGSK[self.layer]
-        k_BGSK[cache.rows_B1, :, context.positions_BT] = k_BTGK
-        v_BGSK[cache.rows_B1, :, context.positions_BT] = v_BTGK
+        k_BGSK[rows_B1, :, cached.positions_BT] = k_BTGK
+        v_BGSK[rows_B1, :, cached.positions_BT] = v_BTGK
         # The H / G heads of a group become rows of one query block, so keys are never repeated.
         q = q_BTHK.transpose(1, 2).reshape(B, self.G, -1, self.K)
         group = self.H // self.G
-        mask = context.mask_BTS[:, None].expand(B, group, T, S).reshape(B, 1, group * T, S)
+        mask = cached.mask_BTS[:, None].expand(B, group, T, S).reshape(B, 1, group * T, S)
         y = F.scaled_dot_product_attention(q, k_BGSK[:, :, :S], v_BGSK[:, :, :S], attn_mask=mask)
         return y.reshape(B, self.H, T, self.K).transpose(1, 2)
 
@@ -234,42 +231,42 @@ class Phi4Mini(nn.Module):
     ) -> Context:
         B, T = tokens_BT.shape
         device = tokens_BT.device
-        columns_T = torch.arange(T, device=device)
+        own_positions = torch.arange(T, device=device)
+        longest, documents, cached = T, None, None
         if cu_seqlens is not None and cache is not None:
             raise ValueError("Phi4Mini: expected cu_seqlens or cache, got both")
-        cuts = None if cu_seqlens is None else _document_cuts(cu_seqlens, B, T)
-        if positions is None:
-            if cache is not None:
-                positions = cache.lengths_B[:, None] + columns_T
-            elif cuts is not None:
-                positions = torch.cat(
-                    [columns_T[: b - a] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-                )
-            else:
-                positions = columns_T
-        longest = T if cache is None else cache.longest + T
+        if cu_seqlens is not None:
+            documents = _documents(cu_seqlens, B, T)
+            lengths = [d.stop - d.start for d in documents]
+            longest = max(lengths)
+            own_positions = torch.cat([own_positions[:n] for n in lengths])
+        if cache is not None:
+            longest = cache.longest + T
+            own_positions = cache.lengths_B[:, None] + own_positions
+            cached = CachedKeys(
+                cache, own_positions, self._cache_mask(cache, own_positions, longest)
+            )
         if longest > self.config.max_positions:
             raise ValueError(
                 f"Phi4Mini: expected at most max_positions = {self.config.max_positions} tokens, got {longest}"
             )
         dtype = torch.promote_types(self.head_weight_VD.dtype, torch.float32)
-        context = Context(*rope_at(self.config, positions, dtype))
-        context.documents = cuts
-        if cache is not None:
-            if longest > cache.k_LBGSK.shape[3]:
-                raise ValueError(
-                    f"KVCache: expected at most capacity = {cache.k_LBGSK.shape[3]} tokens, got {longest}"
-                )
-            context.cache = cache
-            context.positions_BT = cache.lengths_B[:, None] + columns_T
-            hidden_BTS = torch.arange(longest, device=device) > context.positions_BT[..., None]
-            context.mask_BTS = torch.zeros(
-                hidden_BTS.shape, device=device, dtype=self.head_weight_VD.dtype
-            ).masked_fill_(hidden_BTS, -torch.inf)
-        return context
+        cos, sin = rope_at(self.config, own_positions if positions is None else positions, dtype)
+        return Context(cos[..., None, :], sin[..., None, :], documents, cached)
+
+    def _cache_mask(self, cache: KVCache, positions_BT: Tensor, longest: int) -> Tensor:
+        """(B, T, S) with S = longest: a key is visible up to the query's own position."""
+        capacity = cache.k_LBGSK.shape[3]
+        if longest > capacity:
+            raise ValueError(
+                f"KVCache: expected at most capacity = {capacity} tokens, got {longest}"
+            )
+        keys_S = torch.arange(longest, device=positions_BT.device)
+        mask_BTS = cache.k_LBGSK.new_zeros(*positions_BT.shape, longest)
+        return mask_BTS.masked_fill_(keys_S > positions_BT[..., None], -torch.inf)
 
 
-def _document_cuts(cu_seqlens: Tensor | list[int], batch: int, num_tokens: int) -> list[int]:
+def _documents(cu_seqlens: Tensor | list[int], batch: int, num_tokens: int) -> list[slice]:
     cuts = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
     rising = all(a < b for a, b in zip(cuts[:-1], cuts[1:], strict=True))
     if batch != 1 or len(cuts) < 2 or cuts[0] != 0 or cuts[-1] != num_tokens or not rising:
@@ -277,4 +274,4 @@ def _document_cuts(cu_seqlens: Tensor | list[int], batch: int, num_tokens: int) 
             f"Phi4Mini: expected one row (B = 1) and cu_seqlens rising from 0 to T = {num_tokens}, "
             f"got B = {batch} and {cuts}"
         )
-    return cuts
+    return [slice(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]

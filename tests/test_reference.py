@@ -22,7 +22,9 @@ from phimini.model.reference import KVCache, Phi4Mini, RMSNorm
 _device_constructors()
 
 LIMIT = 1e-5  # relative to the largest
-SMALL = dataclasses.replace(preset("tiny"), num_layers=2, mlp_dim=192, vocab_size=96)
+SMALL = dataclasses.replace(
+    preset("tiny"), num_layers=2, mlp_dim=192, vocab_size=96, initializer_range=0.02
+)
 
 
 def build(config: ModelConfig = SMALL, seed: int = 0, width: float = 4.0) -> Phi4Mini:
@@ -257,6 +259,14 @@ def test_norm_is_computed_in_fp32() -> None:
 def test_wrong_calls_say_what_is_wrong(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Phi4Mini(SMALL)(torch.zeros(1, 8, dtype=torch.long), **arguments)
+
+
+def test_the_position_limit_is_each_documents() -> None:
+    model = Phi4Mini(SMALL)
+    tokens_BT = torch.zeros(1, 700, dtype=torch.long)
+    assert model(tokens_BT, cu_seqlens=[0, 300, 700]).shape == (1, 700, 128)
+    with pytest.raises(ValueError, match="at most max_positions = 512 tokens, got 513"):
+        model(tokens_BT, cu_seqlens=[0, 513, 700])
 
 
 def test_wrong_batch_and_length() -> None:

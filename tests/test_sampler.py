@@ -54,7 +54,7 @@ def test_a_sample_does_not_depend_on_its_batch(params: SamplingParams) -> None:
     prompts[4] = prompts[5] = prompts[6]  # prefilled once
     seeds = list(range(100, 121))
     want = [c.tokens for c in sample(model, prompts, params, seeds)]
-    assert len({len(t) for t in want}) > 5, "expected completions of many lengths"
+    assert len({len(t) for t in want}) > 3, "expected completions of many lengths"
     for max_batch in (1, 4, 8):
         assert [
             c.tokens for c in sample(model, prompts, params, seeds, max_batch=max_batch)
