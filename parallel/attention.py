@@ -168,22 +168,22 @@ class _CpuAttention(torch.autograd.Function):
         return _joined(dqs), dk_1GSK[0].transpose(0, 1), dv_1GSK[0].transpose(0, 1), None, None
 
 
-def attend(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: PackedDocuments, scale: float
+def _attend_cpu(
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, documents: PackedDocuments, scale: float
 ) -> Tensor:
-    """Causal attention inside each document -> (T, H, K)."""
-    k_SGK, v_SGK = k_TGK, v_TGK
-    if documents.context_group is not None:
-        k_SGK, v_SGK = gather_keys(k_TGK, v_TGK, documents.context_group)
-    if q_THK.device.type == "cpu":
-        return _CpuAttention.apply(q_THK, k_SGK, v_SGK, documents.pieces, scale)  # pyright: ignore[reportReturnType]
+    return _CpuAttention.apply(q_THK, k_SGK, v_SGK, documents.pieces, scale)  # pyright: ignore[reportReturnType]
+
+
+def _attend_cuda(
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, documents: PackedDocuments, scale: float
+) -> Tensor:
+    """flash-attn's kernel, or torch's own build of it. Both align a piece's last query with its last key."""
     if documents.key_rows is not None:
-        # The flash kernel wants each piece's keys in a row; two pieces of one document both begin at its start.
+        # The kernel wants each piece's keys in a row; two pieces of one document both begin at its start.
         k_SGK, v_SGK = (x.index_select(0, documents.key_rows) for x in (k_SGK, v_SGK))
     lengths = (
         documents.cu_seqlens_q, documents.cu_seqlens_kv, documents.max_seqlen_q, documents.max_seqlen_kv,
     )  # fmt: skip
-    # Both kernels align a piece's last query with its last key.
     if flash_attn_varlen_func is not None:
         return flash_attn_varlen_func(
             q_THK, k_SGK, v_SGK, *lengths, softmax_scale=scale, causal=True
@@ -193,6 +193,17 @@ def attend(
     return varlen_attn(
         q_THK, k_SGK, v_SGK, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=True
     )  # pyright: ignore[reportReturnType]
+
+
+def attend(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: PackedDocuments, scale: float
+) -> Tensor:
+    """Causal attention inside each document -> (T, H, K)."""
+    k_SGK, v_SGK = k_TGK, v_TGK
+    if documents.context_group is not None:
+        k_SGK, v_SGK = gather_keys(k_TGK, v_TGK, documents.context_group)
+    kernel = _attend_cpu if q_THK.device.type == "cpu" else _attend_cuda
+    return kernel(q_THK, k_SGK, v_SGK, documents, scale)
 
 
 class CoreAttention(MegatronModule):

@@ -1,7 +1,9 @@
 """Attention over packed documents against the formula, in fp64, document by document."""
 
 import dataclasses
+import inspect
 import math
+import types
 from collections.abc import Sequence
 
 import pytest
@@ -11,7 +13,9 @@ from torch import Tensor
 
 from phimini.model.config import ModelConfig, preset
 from phimini.model.rope import apply_rope, rope_at
+from phimini.parallel import attention
 from phimini.parallel.attention import PackedDocuments, attend, packed_documents
+from phimini.parallel.context import rows_of_rank
 from phimini.parallel.rotary import apply_rotary, rotary_tables
 
 CONFIG = dataclasses.replace(preset("tiny"), num_heads=6, num_kv_heads=2)
@@ -135,3 +139,66 @@ def test_a_document_longer_than_the_table_is_refused() -> None:
         ValueError, match="a document of 513 tokens is longer than .* max_positions 512"
     ):
         documents_of([4, 513])
+
+
+def flash_attn_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=1.0,
+    causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+    return_attn_probs=False, block_table=None,
+) -> Tensor:  # fmt: skip
+    """flash-attn 2.8's signature and meaning, in plain torch: the last query sees the last key."""
+    assert causal and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert cu_seqlens_q[-1] == len(q) and cu_seqlens_k[-1] == len(k) == len(v)
+    group, outs = q.shape[1] // k.shape[1], []
+    for i in range(len(cu_seqlens_q) - 1):
+        qi = q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]]
+        ki, vi = (
+            x[cu_seqlens_k[i] : cu_seqlens_k[i + 1]].repeat_interleave(group, 1) for x in (k, v)
+        )
+        assert len(qi) <= max_seqlen_q and len(ki) <= max_seqlen_k
+        scores = torch.einsum("qhk,shk->hqs", qi, ki) * softmax_scale
+        hidden = torch.ones(len(qi), len(ki), dtype=torch.bool).triu(len(ki) - len(qi) + 1)
+        p = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        outs.append(torch.einsum("hqs,shk->qhk", p, vi))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_pieces_and_cuda_arguments_give_the_whole_attention(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both kernels on every context rank's rows, with the keys of all, put together: without a process group."""
+    lengths = [3, 1, 17, 64, 2, 9]
+    q, k, v = qkv(96, torch.float32)
+    want = attend_reference(q.double(), k.double(), v.double(), lengths, 0.2)
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_attn_varlen)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    seen = []
+    for rank in range(size):
+        group = types.SimpleNamespace(rank=lambda r=rank: r, size=lambda: size)
+        documents = packed_documents(
+            cu_seqlens,
+            CONFIG,
+            torch.device("cpu"),
+            group if size > 1 else None,  # pyright: ignore[reportArgumentType]
+        )
+        rows = rows_of_rank(96, rank, size)
+        seen.append(rows)
+        for kernel in (attention._attend_cpu, attention._attend_cuda):
+            got = kernel(q[rows], k, v, documents, 0.2)
+            assert (got - want[rows]).abs().max() <= 1e-5 * want.abs().max(), (
+                kernel.__name__,
+                rank,
+            )
+    assert torch.cat(seen).sort().values.equal(torch.arange(96))
+
+
+def test_torch_s_own_flash_kernel_takes_our_arguments() -> None:
+    """What we call it with where flash-attn is not installed; the call itself needs a GPU."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    x = torch.zeros(4, 2, 8)
+    bound = inspect.signature(varlen_attn).bind(
+        x, x, x, x, x, 4, 4, scale=1.0, window_size=(-1, 0), enable_gqa=True
+    )
+    assert list(bound.arguments)[3:7] == ["cu_seq_q", "cu_seq_k", "max_q", "max_k"]

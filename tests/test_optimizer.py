@@ -196,3 +196,28 @@ def test_model_and_optimizer_must_agree() -> None:
         return "refused"
 
     assert run_ranks(rank, 1, timeout_s=200) == ["refused"]
+
+
+def bf16_rank(distributed: bool) -> tuple[list[float], list[float], set[torch.dtype]]:
+    world = initialize(Layout(), config())
+    model = build_model(config(), world, dtype=torch.bfloat16, distributed_optimizer=distributed)
+    optimizer = build_optimizer(model, ADAMW, distributed=distributed)
+    losses, norms = [], []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        batches = share_of(GROUPS, world.data_rank, world.data_size)
+        losses.append(forward_backward(model, batches, cross_entropy_head).loss)
+        norms.append(optimizer.step().grad_norm)
+    gradients = {p.main_grad.dtype for _, p in model.named_parameters()}  # pyright: ignore[reportAttributeAccessIssue]
+    world.close()
+    return losses, norms, gradients
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["plain", "zero1"])
+def test_bf16_parameters_train_through_fp32_masters(distributed: bool, want: tuple) -> None:
+    for losses, norms, gradients in run_ranks(bf16_rank, 2, distributed, timeout_s=240):
+        assert gradients == {torch.float32}
+        assert norms == pytest.approx(
+            want[0], rel=0.03
+        )  # eight bits of mantissa through four layers
+        assert losses[2] < losses[1] < losses[0]

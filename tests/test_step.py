@@ -227,3 +227,17 @@ def test_gradients_add_up_until_they_are_zeroed() -> None:
 
     ((once, zero, again),) = on_ranks(Layout(), 1, job)
     assert once.abs().max() > 0 and not zero.any() and F.mse_loss(once, again) == 0
+
+
+def test_a_frozen_reference_stands_beside_the_model_it_judges() -> None:
+    def job(model, batches):
+        frozen = build_model(config(), model.world, seed=0, trainable=False)
+        before = forward_only(frozen, batches, log_probs)
+        forward_backward(model, batches, cross_entropy_head)
+        same = all(
+            a["logp"].equal(b["logp"])
+            for a, b in zip(before, forward_only(model, batches, log_probs), strict=True)
+        )
+        return same, any(p.grad is not None for _, p in frozen.named_parameters())
+
+    assert on_ranks(Layout(pipeline=2), 2, job) == [(True, False)] * 2
