@@ -241,7 +241,7 @@ def previous_loads(directory: Path, step: int) -> None:
     run_ranks(run, 2)
 
 
-@pytest.mark.parametrize("when", ["first write", "second write", "publish", "pointer"])
+@pytest.mark.parametrize("when", ["first write", "second write", "publish", "rename", "pointer"])
 def test_kill_in_the_middle_of_a_save(when: str, tmp_path: Path) -> None:
     def die(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -261,6 +261,8 @@ def test_kill_in_the_middle_of_a_save(when: str, tmp_path: Path) -> None:
             FileSystemWriterAsync.write_preloaded_data = write_or_die
         elif when == "publish":
             checkpoint_files.write_manifest = die
+        elif when == "rename":
+            Path.rename = die  # pyright: ignore[reportAttributeAccessIssue]
         elif when == "pointer":
             checkpoint_files.move_pointer = die
         save_checkpoint(tmp_path, 2, model, optimizer)
@@ -441,17 +443,29 @@ def test_damaged_files_are_named_and_the_previous_checkpoint_loads(
         "latest.json: names 'step-00000002'": (latest / "manifest.json").unlink,
         "latest.json: not JSON": lambda: (directory / "latest.json").write_text("{"),
     }
-    for message, damage in damages.items():
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.copytree(saved / "run", directory)
-        damage()
-        assert message in load_error(directory), message
 
-    def previous() -> None:
-        model, optimizer = build(Layout())
+    def run() -> list[str]:
+        model, optimizer = build(Layout(pipeline=2))
+        before = fake_steps(model, optimizer, range(2))
+        messages = []
+        for damage in damages.values():
+            dist.barrier()
+            if dist.get_rank() == 0:
+                shutil.rmtree(directory, ignore_errors=True)
+                shutil.copytree(saved / "run", directory)
+                damage()
+            dist.barrier()
+            with pytest.raises(ValueError) as e:
+                load_checkpoint(directory, model, optimizer)
+            messages.append(str(e.value))
+        assert all(torch.equal(before[name], t) for name, t in to_hf(model)), "nothing was changed"
         assert load_checkpoint(directory, model, optimizer, step=1)[0] == 1
+        return messages
 
-    run_ranks(previous, 1)
+    of_ranks = run_ranks(run, 2)
+    assert of_ranks[0] == of_ranks[1]
+    for expected, message in zip(damages, of_ranks[0], strict=True):
+        assert expected in message, expected
 
 
 def test_nothing_but_torch_metadata_is_unpickled(saved: Path, tmp_path: Path) -> None:

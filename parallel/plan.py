@@ -1,0 +1,399 @@
+"""Will it fit, and how long will it take: memory, FLOPs and the best few layouts of a stage, before the first GPU second.
+
+    plan = plan_stage(preset("phi-4-mini"), Workload(stage="midtrain", ...), GPUS["h100"], world_size=8)
+    plan.to_json()      {"fits": ..., "layouts": [...], "assumptions": [...]}
+
+Memory is arithmetic over what the code keeps (`plan_memory.py`), held by tests to bytes measured on a CPU.
+Time is stated as what a given MFU would mean, never predicted.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+from phimini.model.config import ModelConfig
+from phimini.model.flops import attention_flops, head_flops_per_token, layer_flops_per_token
+from phimini.parallel.layout import Layout
+from phimini.parallel.plan_memory import (
+    CUDA_BYTES,
+    GIB,
+    GPUS,
+    NCCL_BYTES_PER_GROUP,
+    Fp8,
+    Gpu,
+    MemoryOptions,
+    Recompute,
+    memory_bytes,
+)
+
+RESERVE = 0.05
+"""share of a GPU's memory left to fragmentation and to what this plan does not know"""
+MFUS = (0.40, 0.45, 0.50)
+GPUS_PER_NODE = 8
+# Only for the order in which layouts that fit are listed: estimates of what each choice costs, from
+# the usual advice (data parallel first; tensor, context and pipeline only when memory asks for it).
+_RECOMPUTE_COST = {"none": 0.0, "selective": 0.02, "full": 1 / 3}
+_TENSOR_COST_PER_DOUBLING = 0.06
+_CONTEXT_COST_PER_DOUBLING = 0.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One stage's step, in rows: packed rows, single sequences, or the two answers of a pair."""
+
+    stage: str
+    sequence_length: int
+    """tokens of a row"""
+    rows_per_step: int
+    """rows in the global batch"""
+    micro_rows: int = 1
+    """rows that one rank computes at once"""
+    document_length: int | None = None
+    """tokens of a document inside a packed row, for attention's FLOPs; None: it fills the row"""
+    trained_share: float = 1.0
+    """share of the tokens with a loss; the head computes no other"""
+    extra_forwards: float = 0.0
+    """forward passes beside forward and backward (a DPO reference: 1), counted as model FLOPs"""
+    reference_model: bool = False
+    """a frozen model in memory"""
+    rollout_sequences: int = 0
+    """sequences in flight of a rollout engine that shares the GPU; 0: it runs elsewhere"""
+    fp8: Fp8 = "none"
+    zero1: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "rows_per_step", "micro_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Workload.{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 < self.trained_share <= 1:
+            raise ValueError(
+                f"Workload.trained_share: expected a share in (0, 1], got {self.trained_share}"
+            )
+        if self.fp8 not in get_args(Fp8):
+            raise ValueError(f"Workload.fp8: expected one of {get_args(Fp8)}, got {self.fp8!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedLayout:
+    layout: Layout
+    recompute: Recompute
+    num_microbatches: int
+    memory_bytes: dict[str, int]
+    fits: bool
+    relative_cost: float
+    """of a step, beside a layout without communication or recomputation; for the order only"""
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory_bytes.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    workload: Workload
+    gpu: Gpu
+    world_size: int
+    flops_per_token: float
+    layouts: list[PlannedLayout]
+    """best first; those that do not fit only if none does"""
+    because: str | None
+    """why nothing fits, and what would"""
+    assumptions: list[str]
+
+    @property
+    def fits(self) -> bool:
+        return self.because is None
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.workload.rows_per_step * self.workload.sequence_length
+
+    def tokens_per_second_per_gpu(self, mfu: float) -> float:
+        return mfu * self.gpu.peak_flops / self.flops_per_token
+
+    def seconds_per_step(self, mfu: float) -> float:
+        return self.tokens_per_step / (self.tokens_per_second_per_gpu(mfu) * self.world_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """The shape that `phimini plan --json` writes."""
+        speed = {f"{mfu:.2f}": round(self.tokens_per_second_per_gpu(mfu)) for mfu in MFUS}
+        seconds = {f"{mfu:.2f}": round(self.seconds_per_step(mfu), 3) for mfu in MFUS}
+        return {
+            "fits": self.fits,
+            "because": self.because,
+            "stage": self.workload.stage,
+            "gpu": self.gpu.name,
+            "gpus": self.world_size,
+            "tokens_per_step": self.tokens_per_step,
+            "layouts": [
+                {
+                    "layout": asdict(planned.layout)
+                    | {"recompute": planned.recompute, "zero1": self.workload.zero1},
+                    "fits": planned.fits,
+                    "num_microbatches": planned.num_microbatches,
+                    "memory_bytes": planned.memory_bytes,
+                    "peak_bytes": planned.peak_bytes,
+                    "flops_per_token": self.flops_per_token,
+                    "tokens_per_second_per_gpu_at_mfu": speed,
+                    "seconds_per_step_at_mfu": seconds,
+                }
+                for planned in self.layouts
+            ],
+            "assumptions": self.assumptions,
+        }
+
+
+def flops_per_token(config: ModelConfig, workload: Workload) -> float:
+    """Model FLOPs of a step per token of a row: forward, backward (twice forward) and extra forwards."""
+    length = min(workload.document_length or workload.sequence_length, workload.sequence_length)
+    forward = (
+        layer_flops_per_token(config)
+        + workload.trained_share * head_flops_per_token(config)
+        + attention_flops(config, [0, length]) / length
+    )
+    return (3 + workload.extra_forwards) * forward
+
+
+def plan_stage(
+    config: ModelConfig,
+    workload: Workload,
+    gpu: Gpu,
+    world_size: int,
+    *,
+    layouts: list[Layout] | None = None,
+    best: int = 5,
+) -> Plan:
+    """The best few layouts of `world_size` GPUs for `workload`, or, if nothing fits, the nearest misses and why.
+
+    layouts: consider only these (as given, or with `data` None). Raises ValueError if one does not
+    divide the world or the model, or if the global batch cannot be divided over any layout's replicas.
+    """
+    if world_size < 1:
+        raise ValueError(f"plan: expected at least 1 GPU, got {world_size}")
+    candidates = _planned(config, workload, gpu, world_size, layouts)
+    if not candidates:
+        raise ValueError(
+            f"plan: rows_per_step {workload.rows_per_step} cannot be divided into micro-batches of "
+            f"{workload.micro_rows} rows over the replicas of any layout of {world_size} GPUs"
+        )
+    fitting = sorted((c for c in candidates if c.fits), key=lambda c: c.relative_cost)
+    because = None
+    if not fitting:
+        candidates.sort(key=lambda c: c.peak_bytes)
+        because = _why_not(config, workload, gpu, world_size, candidates[0], layouts)
+    return Plan(
+        workload=workload,
+        gpu=gpu,
+        world_size=world_size,
+        flops_per_token=flops_per_token(config, workload),
+        layouts=(fitting or candidates)[:best],
+        because=because,
+        assumptions=_assumptions(workload, gpu),
+    )
+
+
+def _planned(
+    config: ModelConfig,
+    workload: Workload,
+    gpu: Gpu,
+    world_size: int,
+    layouts: list[Layout] | None,
+) -> list[PlannedLayout]:
+    resolved = (
+        [layout.resolve(world_size, config) for layout in layouts]
+        if layouts is not None
+        else _possible_layouts(config, world_size)
+    )
+    planned = []
+    for layout, recompute in product(resolved, get_args(Recompute)):
+        assert layout.data is not None, "resolve fills it in"
+        num_microbatches, rest = divmod(workload.rows_per_step, layout.data * workload.micro_rows)
+        if rest or (layout.virtual_pipeline > 1 and num_microbatches % layout.pipeline):
+            continue
+        options = MemoryOptions(
+            recompute=recompute,
+            zero1=workload.zero1,
+            fp8=workload.fp8,
+            reference_model=workload.reference_model,
+            rollout_sequences=workload.rollout_sequences,
+        )
+        parts = memory_bytes(
+            config, layout, options,
+            tokens=workload.micro_rows * workload.sequence_length,
+            sequence_length=workload.sequence_length,
+            num_microbatches=num_microbatches,
+        )  # fmt: skip
+        planned.append(
+            PlannedLayout(
+                layout=layout,
+                recompute=recompute,
+                num_microbatches=num_microbatches,
+                memory_bytes=parts,
+                fits=sum(parts.values()) <= (1 - RESERVE) * gpu.memory_bytes,
+                relative_cost=_relative_cost(config, workload, layout, recompute, num_microbatches),
+            )
+        )
+    return planned
+
+
+def _possible_layouts(config: ModelConfig, world_size: int) -> list[Layout]:
+    """Tensor parallelism inside a node, and what divides; one chunk per pipeline stage."""
+    found = []
+    for tensor, pipeline, context in product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16)):
+        layout = Layout(
+            tensor=tensor, pipeline=pipeline, context=context, sequence_parallel=tensor > 1
+        )
+        if tensor > min(GPUS_PER_NODE, world_size):
+            continue
+        try:
+            found.append(layout.resolve(world_size, config))
+        except ValueError:
+            continue  # not a layout of this world and model
+    return found
+
+
+def _relative_cost(
+    config: ModelConfig,
+    workload: Workload,
+    layout: Layout,
+    recompute: Recompute,
+    num_microbatches: int,
+) -> float:
+    tensor = _TENSOR_COST_PER_DOUBLING * (layout.tensor.bit_length() - 1)
+    context = _CONTEXT_COST_PER_DOUBLING * (layout.context.bit_length() - 1)
+    # The last pipeline stage has its share of the layers and the whole head; the others wait for it.
+    head = workload.trained_share * head_flops_per_token(config) * (3 + workload.extra_forwards)
+    imbalance = (layout.pipeline - 1) * head / flops_per_token(config, workload)
+    bubble = (layout.pipeline - 1) / (num_microbatches * layout.virtual_pipeline)
+    factors = (_RECOMPUTE_COST[recompute], tensor, context, imbalance, bubble)
+    return math.prod(1 + factor for factor in factors)
+
+
+def _why_not(
+    config: ModelConfig,
+    workload: Workload,
+    gpu: Gpu,
+    world_size: int,
+    nearest: PlannedLayout,
+    layouts: list[Layout] | None,
+) -> str:
+    usable = (1 - RESERVE) * gpu.memory_bytes
+    largest = sorted(nearest.memory_bytes.items(), key=lambda part: -part[1])[:3]
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
+    text = (
+        f"the smallest layout still needs {nearest.peak_bytes / GIB:.1f} GiB per GPU and a {gpu.name} has "
+        f"{usable / GIB:.1f} to give; its largest parts are {parts} GiB"
+    )
+    if layouts is not None:
+        return text
+    for more in (world_size * 2**i for i in range(1, 8)):
+        if any(c.fits for c in _planned(config, workload, gpu, more, None)):
+            return f"{text}; {more} GPUs would fit"
+    if workload.micro_rows > 1:
+        smaller = replace(workload, micro_rows=1)
+        if any(c.fits for c in _planned(config, smaller, gpu, world_size, None)):
+            return f"{text}; micro-batches of 1 row would fit"
+    return text
+
+
+def _assumptions(workload: Workload, gpu: Gpu) -> list[str]:
+    stated = [
+        "bf16 weights and activations, fp32 gradients, masters and moments",
+        f"{gpu.name}: {gpu.memory_bytes / GIB:.1f} GiB, of which {RESERVE:.0%} stay free; "
+        f"{gpu.peak_flops / 1e12:.0f} TFLOP/s dense bf16, also the base of MFU in fp8 runs",
+        "FLOPs: multiply-add is 2, causal attention within documents, recomputation not counted",
+        "speeds are what the stated MFU means, not predictions; layouts are ordered by estimated overheads",
+        f"estimates: {NCCL_BYTES_PER_GROUP / GIB:.2f} GiB per NCCL group, {CUDA_BYTES / GIB:.1f} GiB for "
+        "CUDA's context and libraries",
+        "recompute: none; selective (norm outputs and the SwiGLU product); full (whole layers)",
+    ]
+    if workload.zero1:
+        stated.append("optimizer state divided over data x context ranks (ZeRO-1)")
+    if workload.fp8 != "none":
+        stated.append("fp8: two one-byte copies of every linear in the layers; the head stays bf16")
+    if workload.rollout_sequences:
+        stated.append(
+            f"a rollout engine on the same GPU: its own bf16 weights, and keys and values of "
+            f"{workload.rollout_sequences} sequences of {workload.sequence_length} tokens"
+        )
+    return stated
+
+
+def describe(plan: Plan) -> str:
+    """For a person: one line per layout, GiB per part."""
+    lines = [
+        f"{plan.workload.stage}: {plan.tokens_per_step} tokens per step on {plan.world_size} x {plan.gpu.name}, "
+        f"{plan.flops_per_token / 1e9:.2f} GFLOP per token",
+        *(
+            f"  at {mfu:.0%} MFU: {plan.tokens_per_second_per_gpu(mfu):,.0f} tokens/s per GPU, "
+            f"{plan.seconds_per_step(mfu):.1f} s per step"
+            for mfu in MFUS
+        ),
+        "fits:" if plan.fits else f"does not fit: {plan.because}",
+    ]
+    for planned in plan.layouts:
+        shape = " ".join(
+            f"{name}={value}"
+            for name, value in asdict(planned.layout).items()
+            if value not in (1, False)
+        )
+        parts = ", ".join(
+            f"{name} {size / GIB:.1f}" for name, size in planned.memory_bytes.items() if size
+        )
+        lines.append(
+            f"  {shape or 'one GPU'} recompute={planned.recompute}: {planned.peak_bytes / GIB:.1f} GiB ({parts})"
+        )
+    lines += ["assumptions:", *(f"  {a}" for a in plan.assumptions)]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str], config: ModelConfig, workloads: Mapping[str, Workload]) -> int:
+    """`[stage=NAME] gpu=NAME gpus=N [--json PATH]` for a recipe's model and stages; 0 if all fits, else 1.
+
+    Without `stage` every stage is planned; the JSON is then that of the stage that needs the most memory,
+    fits if all do, and has each one's under "stages". Raises ValueError for unknown words and values.
+    """
+    values, path = _parse(arguments)
+    gpu_name, stage = values.get("gpu", "h100"), values.get("stage")
+    if gpu_name not in GPUS:
+        raise ValueError(f"plan gpu={gpu_name}: expected one of {', '.join(GPUS)}")
+    if stage is not None and stage not in workloads:
+        raise ValueError(f"plan stage={stage}: expected one of {', '.join(workloads)}")
+    if not values.get("gpus", "8").isdigit():
+        raise ValueError(f"plan gpus={values['gpus']}: expected a number")
+    world_size = int(values.get("gpus", "8"))
+    chosen = [workloads[stage]] if stage is not None else list(workloads.values())
+    plans = [plan_stage(config, w, GPUS[gpu_name], world_size) for w in chosen]
+    for plan in plans:
+        print(describe(plan))
+    fits = all(plan.fits for plan in plans)
+    if path is not None:
+        largest = max(plans, key=lambda plan: plan.layouts[0].peak_bytes)
+        document = largest.to_json() | {"fits": fits}
+        if len(plans) > 1:
+            document["stages"] = {plan.workload.stage: plan.to_json() for plan in plans}
+        path.write_text(json.dumps(document, indent=1) + "\n")
+    return 0 if fits else 1
+
+
+def _parse(arguments: list[str]) -> tuple[dict[str, str], Path | None]:
+    values, path = {}, None
+    words = iter(arguments)
+    for word in words:
+        key, separator, value = word.partition("=")
+        if word == "--json":
+            following = next(words, None)
+            if following is None:
+                raise ValueError("plan --json: expected a path after it")
+            path = Path(following)
+        elif separator and key in ("stage", "gpu", "gpus"):
+            values[key] = value
+        else:
+            raise ValueError(
+                f"plan: unknown argument {word!r}; expected stage=, gpu=, gpus= or --json PATH"
+            )
+    return values, path
