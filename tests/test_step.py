@@ -234,8 +234,9 @@ def test_a_frozen_reference_stands_beside_the_model_it_judges() -> None:
         frozen = build_model(config(), model.world, seed=0, trainable=False)
         before = forward_only(frozen, batches, log_probs)
         forward_backward(model, batches, cross_entropy_head)
+        # Not bit for bit: DDP lays the weights out anew, and a product rounds by alignment.
         same = all(
-            a["logp"].equal(b["logp"])
+            a["logp"].allclose(b["logp"], rtol=1e-5)
             for a, b in zip(before, forward_only(model, batches, log_probs), strict=True)
         )
         return same, any(p.grad is not None for _, p in frozen.named_parameters())
