@@ -28,6 +28,7 @@ from phimini.parallel.plan_memory import (
     MemoryOptions,
     Recompute,
     memory_bytes,
+    stage_layers,
 )
 
 RESERVE = 0.05
@@ -265,9 +266,12 @@ def _relative_cost(
 ) -> float:
     tensor = _TENSOR_COST_PER_DOUBLING * (layout.tensor.bit_length() - 1)
     context = _CONTEXT_COST_PER_DOUBLING * (layout.context.bit_length() - 1)
-    # The last pipeline stage has its share of the layers and the whole head; the others wait for it.
+    # The other pipeline stages wait for the slowest; the last one has the head.
     head = workload.trained_share * head_flops_per_token(config) * (3 + workload.extra_forwards)
-    imbalance = (layout.pipeline - 1) * head / flops_per_token(config, workload)
+    whole = flops_per_token(config, workload)
+    costs = [n * (whole - head) / config.num_layers for n in stage_layers(config, layout)]
+    costs[-1] += head
+    imbalance = max(costs) * layout.pipeline / whole - 1
     bubble = (layout.pipeline - 1) / (num_microbatches * layout.virtual_pipeline)
     factors = (_RECOMPUTE_COST[recompute], tensor, context, imbalance, bubble)
     return math.prod(1 + factor for factor in factors)

@@ -60,18 +60,20 @@ class MemoryOptions:
     """sequences in flight of a rollout engine on the same GPU, at full length; 0: no engine here"""
 
 
+def stage_layers(config: ModelConfig, layout: Layout) -> list[int]:
+    """How many layers each pipeline stage has, over its virtual chunks."""
+    chunks = layout.layers_of_chunks(config)
+    return [sum(chunks[stage :: layout.pipeline]) for stage in range(layout.pipeline)]
+
+
 def stage_parameters(config: ModelConfig, layout: Layout) -> list[int]:
     """Parameters on one rank of each pipeline stage, a tied head's copy on the last stage included."""
-    per_stage = [0] * layout.pipeline
-    chunks = layout.pipeline * layout.virtual_pipeline
+    layer = 0
     for name, shape in hf_names(config).items():
-        if name.startswith("model.layers."):
-            number, suffix = name.removeprefix("model.layers.").split(".", 1)
-            stage = (int(number) * chunks // config.num_layers) % layout.pipeline
-            size = math.prod(shape)
-            if _SPLIT_OF[suffix] != "whole":
-                size //= layout.tensor
-            per_stage[stage] += size
+        if name.startswith("model.layers.0."):
+            whole = _SPLIT_OF[name.removeprefix("model.layers.0.")] == "whole"
+            layer += math.prod(shape) // (1 if whole else layout.tensor)
+    per_stage = [layer * layers for layers in stage_layers(config, layout)]
     vocabulary = config.vocab_size * config.model_dim // layout.tensor
     per_stage[0] += vocabulary
     per_stage[-1] += config.model_dim  # the final norm
@@ -187,7 +189,7 @@ def _activation_bytes(
     elif options.recompute == "full":
         kept = options.element_bytes * elements["norm inputs"] / 2
         working = whole_layer
-    layers = config.num_layers // layout.pipeline
+    layers = stage_layers(config, layout)[stage]
     in_flight = _micro_batches_in_flight(layout, stage, num_microbatches)
     return math.ceil(tokens / layout.context * (kept * layers * in_flight + working))
 

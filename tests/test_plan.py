@@ -53,10 +53,9 @@ def parts_of(layout: Layout, recompute: Recompute = "none", tokens: int = 16384)
         (Layout(tensor=2, data=4), 16.1),
         (Layout(tensor=4, data=2), 10.7),
         (Layout(tensor=8, data=1), 8.0),
-        (Layout(pipeline=2, data=4), 18.7),
         (Layout(context=2, data=4), 26.8),
     ],
-    ids=["dp8", "tp2", "tp4", "tp8", "pp2", "cp2"],
+    ids=["dp8", "tp2", "tp4", "tp8", "cp2"],
 )
 def test_weights_gradients_and_optimizer_on_eight_gpus(layout: Layout, gib: float) -> None:
     """bf16 weights 2 B, fp32 gradients 4 B, 12 B of masters and moments over data x context."""
