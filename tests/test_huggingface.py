@@ -188,7 +188,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def edit_shard(directory: Path, name: str, edit: Callable[[dict], None]) -> str:
+def edit_shard(directory: Path, name: str, edit: Callable[[dict], object]) -> str:
     """Rewrites the shard that holds a tensor -> its file name."""
     file = json.loads((directory / tensor_files.INDEX_FILE).read_text())["weight_map"][name]
     tensors = load_file(directory / file)
@@ -200,7 +200,7 @@ def edit_shard(directory: Path, name: str, edit: Callable[[dict], None]) -> str:
 NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
 
 
-def edit_index(directory: Path, edit: Callable[[dict], None]) -> None:
+def edit_index(directory: Path, edit: Callable[[dict], object]) -> None:
     path = directory / tensor_files.INDEX_FILE
     index = json.loads(path.read_text())
     edit(index["weight_map"])

@@ -120,7 +120,7 @@ def chat(question: str) -> str:
 def test_it_speaks(model: Phi4Mini, tokenizer: Tokenizer) -> None:
     questions = ["What is the capital of France?", "Write one sentence about the sea."]
     params = SamplingParams(
-        temperature=0.0, max_new_tokens=40, stop_ids=(tokenizer.token_to_id("<|im_end|>"),)
+        temperature=0.0, max_new_tokens=40, stop_ids=tuple(tokenizer.encode("<|im_end|>").ids)
     )
     prompts = [tokenizer.encode(chat(q)).ids for q in questions]
     answers = [tokenizer.decode(c.tokens) for c in sample(model, prompts, params, [0, 0])]
