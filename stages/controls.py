@@ -1,6 +1,6 @@
 """Control arms: what else could have made the accuracy rise after stage 2?
 
-Each starts from the stage-2 model and gets the training and sampling time of stages 3 and 4 together:
+Each starts from the stage-2 model and gets the processor time of stages 3 and 4 together, sampling included:
 
 - `sft_continued`: stage 2 goes on, on its own data;
 - `rejection_sft`: fine-tuning on the stage-2 model's own verified-correct rollouts (those of stage 3);
@@ -32,13 +32,13 @@ def controls(run: RunConfig, world: World, *, redo: bool = False) -> None:
         stage = Stage.begin(run, name, world, redo=redo)
         if not stage.complete:
             spent = {s: read_json(out / s / "summary.json") for s in ("sft", "rollout_dpo", "rlvr")}
-            budget = spent["rollout_dpo"]["seconds"] + spent["rlvr"]["seconds"]
+            budget = spent["rollout_dpo"]["cpu_seconds"] + spent["rlvr"]["cpu_seconds"]
             if arm == "rl_without_dpo":
-                steps = round(spent["rlvr"]["steps"] * budget / spent["rlvr"]["seconds"])
+                steps = round(spent["rlvr"]["steps"] * budget / spent["rlvr"]["cpu_seconds"])
                 longer = dataclasses.replace(run, rlvr=dataclasses.replace(run.rlvr, steps=steps))
                 reinforce(longer, world, stage, "sft")
             else:
-                steps = round(spent["sft"]["steps"] * budget / spent["sft"]["seconds"])
+                steps = round(spent["sft"]["steps"] * budget / spent["sft"]["cpu_seconds"])
                 rows = out / "curate" / "sft.jsonl"
                 if arm == "rejection_sft":
                     rows = stage.path / "correct.jsonl"
@@ -80,6 +80,7 @@ def summary(run: RunConfig) -> dict:
                 "pass_at_8": after["pass_at_8"],
                 "steps": stage["steps"],
                 "seconds": stage["seconds"],
+                "cpu_seconds": stage["cpu_seconds"],
             }
         )
     return {"seed": run.seed, "arms": rows}

@@ -83,6 +83,7 @@ def write_results(run: RunConfig, evaluations: list[dict], peak_rss: int, second
             "steps": summary.get("steps", 0),
             "tokens": summary.get("tokens", 0),
             "seconds": summary.get("seconds", 0.0),
+            "cpu_seconds": summary.get("cpu_seconds", 0.0),
             "evaluation_seconds": evaluation["seconds"],
         }
         if index:

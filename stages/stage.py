@@ -17,8 +17,9 @@ import json
 import shutil
 import signal
 import sys
+import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -52,6 +53,9 @@ class Stage:
     name: str
     path: Path
     complete: bool
+    started_s: float = field(default_factory=time.perf_counter)
+    """wall clock and processor time of this process when the stage was opened"""
+    started_cpu_s: float = field(default_factory=time.process_time)
 
     @classmethod
     def open(cls, run: RunConfig, name: str, *, redo: bool = False) -> "Stage":

@@ -78,11 +78,10 @@ class Progress:
         self.stage, self.world, self.model, self.optimizer = stage, world, model, optimizer
         self.every, self.state = every, state
         self.path = stage.path / "checkpoints"
-        self._started = time.perf_counter()
 
     def resume(self) -> int:
         """The step to go on from: 0, or that of the newest checkpoint, which is loaded."""
-        self.state.setdefault("seconds", 0.0)
+        self.state |= {"seconds": 0.0, "cpu_seconds": 0.0}
         if latest_step(self.path) is None:
             return 0
         step, state = load_checkpoint(self.path, self.model, self.optimizer)
@@ -95,25 +94,29 @@ class Progress:
         """Save when due. Raises Stopped, after saving, when the run was asked to stop."""
         asked = interrupt.requested(self.world)
         if not last and (asked or step % self.every == 0):
-            extra = self.state | {"seconds": self.seconds}
+            extra = self.state | self.time_spent()
             save_checkpoint(self.path, step, self.model, self.optimizer, extra=extra)
         if asked and not last:
             raise Stopped(
                 f"{self.stage.name} stopped after step {step} and saved; the same command goes on from there"
             )
 
-    @property
-    def seconds(self) -> float:
-        """Time spent in this stage, that of earlier, interrupted processes included."""
-        return self.state["seconds"] + time.perf_counter() - self._started
+    def time_spent(self) -> dict[str, float]:
+        """Wall seconds, and processor seconds of all ranks, in this stage; those of interrupted processes included."""
+        cpu = sum(self.world.all_gather_objects(time.process_time() - self.stage.started_cpu_s))
+        return {
+            "seconds": self.state["seconds"] + time.perf_counter() - self.stage.started_s,
+            "cpu_seconds": self.state["cpu_seconds"] + cpu,
+        }
 
     def finish(self, tokenizer: Tokenizer, summary: Row) -> None:
         """Export the model as a Hugging Face folder and mark the stage complete."""
         directory = self.stage.path / "model"
         export_hf(self.model, directory)
+        spent = self.time_spent()
         if self.world.is_main:
             tokenizer.save(directory)
-            self.stage.finish(self.state | {"seconds": self.seconds} | summary)
+            self.stage.finish(self.state | spent | summary)
         self.world.barrier()
 
 

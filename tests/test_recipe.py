@@ -129,9 +129,9 @@ def test_tensor_parallel_under_torchrun_gives_the_same_first_losses(
         for name in inputs:
             os.symlink(finished / name, run / name)
         process = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
+            [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
              "-m", "phimini.stages.cli", stage, "tiny", f"out={run}", "tensor_parallel=2", *MICRO],
-            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
+            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900,
         )  # fmt: skip
         assert process.returncode == 0, process.stderr[-3000:]
         assert metrics(run, stage)[0]["loss"] == pytest.approx(
