@@ -162,7 +162,7 @@ def generate_problems(
     seed: int,
     count: int,
     *,
-    level_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    level_weights: tuple[float, ...] = (1.0, 1.0, 1.0),
     exclude_keys: Collection[str] = frozenset(),
     balanced: bool = False,
 ) -> list[Problem]:

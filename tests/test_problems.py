@@ -18,6 +18,7 @@ from phimini.stages.problems import (
     number_key,
     teach,
 )
+from phimini.stages.recipes import recipe_config
 from phimini.stages.teacher import Ref, Step, carry_out, work_aloud
 
 BOXED = re.compile(r"\\boxed\{(-?\d+)\}$")
@@ -112,6 +113,28 @@ def test_what_a_teacher_without_slips_writes_is_true_arithmetic(problems: list[P
             rollout = teach(p, 1, quick=quick, slip=0.0)
             assert re.fullmatch(r"<think>[-+*/=:;,r\d\n]+</think>\\boxed\{\d+\}", rollout), rollout
             assert not false_equations(rollout), rollout
+
+
+def read_columns(op: str, steps: list[str]) -> int | tuple[int, int]:
+    """The result that the digits of written columns spell, units first (a division's from the front)."""
+    values = [step.split("=")[1] for step in steps]
+    if op == "/":
+        digits, rests = zip(*(value.split("r") for value in values), strict=True)
+        return int("".join(digits)), int(rests[-1])
+    assert op != "-" or all(len(value) == 1 for value in values), steps
+    return int(values[-1] + "".join(value[-1] for value in reversed(values[:-1])))
+
+
+def test_columns_spell_their_result(problems: list[Problem]) -> None:
+    ops = Counter()
+    for p in problems:
+        thought = teach(p, 1, quick=0.0, slip=0.0).removeprefix("<think>").split("</think>")[0]
+        for question, columns, shown in re.findall(r"(.+):(.+);(.+)", thought):
+            op = re.sub(r"\d", "", question)
+            result = int(shown) if op != "/" else tuple(map(int, shown.split("r")))
+            assert read_columns(op, columns.split(",")) == result, f"{question}:{columns};{shown}"
+            ops[op] += 1
+    assert min(ops[op] for op in "+-*/") > 100, ops
 
 
 def test_a_slip_writes_false_arithmetic(problems: list[Problem]) -> None:
@@ -209,6 +232,19 @@ def test_sets_kept_apart_share_no_numbers() -> None:
     # The same draw without the ban does collide: the test above can fail.
     free = generate_problems(1, 6000, level_weights=(3, 3, 2))
     assert any(p.key in banned for p in free)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_number_ranges_are_wide_enough_for_the_demo(seed: int) -> None:
+    """All sets of the demo at once, without using up a cell."""
+    demo = recipe_config("tiny").distill
+    taken = {p.key for p in generate_problems(demo.heldout_seed, demo.num_heldout, balanced=True)}
+    for k, count in enumerate((demo.num_validation, demo.num_prompts)):
+        taken |= {p.key for p in generate_problems(10 * seed + k, count, exclude_keys=taken)}
+    training = generate_problems(
+        10 * seed + 2, demo.num_problems, level_weights=demo.level_weights, exclude_keys=taken
+    )
+    assert len(training) == demo.num_problems and not taken & {p.key for p in training}
 
 
 def test_a_key_is_the_same_in_any_order_and_wording() -> None:
