@@ -102,11 +102,26 @@ class SyncReport:
     checksums: dict[str, int] = field(default_factory=dict, repr=False)
 
 
+def smallest_bucket(config: ModelConfig, dtype: torch.dtype, *, merging: bool) -> dict[str, int]:
+    """Bytes that the bucket must have for each tensor: itself, and what `to_hf` needs while it puts it together.
+
+    Rows come out as they are; interleaved q, k and v are copied twice; tensor-parallel shards once more (merging).
+    """
+    needed = {}
+    for name, shape in hf_names(config).items():
+        copies = 1 + merging
+        if name.endswith("qkv_proj.weight"):
+            copies = 2 + merging
+        elif len(shape) == 1 or name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            copies = 1
+        needed[name] = copies * math.prod(shape) * dtype.itemsize + ALIGNMENT
+    return needed
+
+
 class WeightSync:
     """Brings tensors of one model to engines; one per sending rank.
 
-    merging: at tensor parallel > 1, gathering a tensor that is not split by rows takes twice its size.
-    Raises ValueError if the bucket is smaller than what gathering any one tensor takes.
+    merging: the trainer is tensor parallel. Raises ValueError if the bucket is smaller than `smallest_bucket`.
     """
 
     def __init__(
@@ -120,19 +135,19 @@ class WeightSync:
         dtype: torch.dtype = torch.float32,
         merging: bool = False,
         where: str = "trainer rank 0",
+        pause: str = "keep",
     ) -> None:
         self.config, self.transport, self.receivers = config, transport, list(receivers)
         self.bucket_bytes, self.deadline_s, self.where = bucket_bytes, deadline_s, where
+        self._pause = pause
         self.shapes = hf_names(config)
-        for name, shape in self.shapes.items():
-            whole = math.prod(shape) * dtype.itemsize
-            by_rows = len(shape) == 1 or name.endswith(("embed_tokens.weight", "lm_head.weight"))
-            needed = whole if by_rows or not merging else 2 * whole
-            if transport.buffer() is not None and needed + ALIGNMENT > bucket_bytes:
-                raise ValueError(
-                    f"weight sync: bucket_bytes: {name} needs {needed + ALIGNMENT} bytes while it is gathered, "
-                    f"more than a bucket of {bucket_bytes}"
-                )
+        smallest = smallest_bucket(config, dtype, merging=merging)
+        if transport.buffer() is not None and bucket_bytes < max(smallest.values()):
+            name = max(smallest, key=lambda name: smallest[name])
+            raise ValueError(
+                f"weight sync: bucket_bytes: {name} needs {smallest[name]} bytes while it is gathered, more than a "
+                f"bucket of {bucket_bytes}"
+            )
         self._open = False
 
     def sync(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
@@ -150,6 +165,11 @@ class WeightSync:
                     pass
                 raise WeightSyncError(**{**error.fields(), "whole": whole}) from error
 
+    def set_receivers(self, receivers: Sequence[Receiver]) -> None:
+        """The engines that are left; the next sync makes their acquaintance."""
+        if list(receivers) != self.receivers:
+            self.receivers, self._open = list(receivers), False
+
     def close(self) -> None:
         self.transport.close()
 
@@ -160,14 +180,17 @@ class WeightSync:
             self.transport.open(self.receivers, info, wait)
             self._open = True
         wait.at("pause")
-        wait.call(self.receivers, "pause")
+        wait.call(self.receivers, "pause", {"mode": self._pause})
         wait.at("start")
         wait.call(self.receivers, "start", {"version": str(version)})
         report = SyncReport(version, self.transport.name, 0, 0, 0, "")
         packer = _Packer(self, wait, report)
         names = iter(self.shapes)
         while True:
-            expected = next(names, None)
+            expected, pair = (
+                next(names, None),
+                None,
+            )  # the last tensor is gone before the next one is gathered
             wait.at("gather", expected)
             clock = time.perf_counter()
             pair = next(tensors, None)

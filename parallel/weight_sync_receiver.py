@@ -9,6 +9,10 @@ before anything of it is loaded, and after `finish` every parameter is read back
 still there, otherwise through its own kernel: a one-hot input returns a column of the weight bit for bit.
 """
 
+import ctypes
+import os
+import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +46,7 @@ from phimini.parallel.weight_sync_wait import WeightSyncError
 
 COLUMNS = 4
 """of a packed weight that are read back; an optimizer step changes all of them"""
+_PR_SET_PDEATHSIG = 1
 QUANTISED_TOLERANCE = 0.125
 """of a column's largest element, for a weight that the engine stores in fewer bits than it was sent"""
 
@@ -351,6 +356,12 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 class WorkerExtension:
     """Methods that vLLM adds to its worker (`worker_extension_cls`); called with `collective_rpc`."""
+
+    def phimini_guard(self, server: int) -> int:
+        """Answers, and makes sure that this process does not outlive the engine server that forked it."""
+        if sys.platform == "linux" and os.getppid() == server:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        return os.getpid()
 
     def phimini_sync(self, phase: str, info: dict[str, Any]) -> dict[str, Any]:
         """One phase of a sync; what went wrong comes back as fields, so that the trainer can say where it was."""

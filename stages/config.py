@@ -194,6 +194,19 @@ class RolloutConfig:
     """sequences decoded at once by one engine"""
     placement: Literal["colocated", "separate"] = "colocated"
     """vLLM in the training ranks, or in processes of its own"""
+    addresses: tuple[str, ...] = ()
+    """separate: host:port of running engines; none: rank 0 starts `num_engines` on its machine"""
+    num_engines: int = 1
+    """separate: engines to start"""
+    devices: tuple[str, ...] = ()
+    """separate: CUDA_VISIBLE_DEVICES of each engine to start, e.g. 4,5"""
+    trainer_host: str = "127.0.0.1"
+    """separate: the address of rank 0's machine as the engines see it"""
+    transport: Literal["auto", "inproc", "shm", "gloo", "ipc", "nccl"] = "auto"
+    """how weights travel; auto: inproc when colocated, else shm or gloo on a CPU, ipc or nccl on GPUs"""
+    pause: Literal["keep", "wait", "abort"] = "keep"
+    """separate: what a sync does to requests under way: they go on with the new weights, finish first, or are cut
+    short and continued"""
     max_model_len: int | None = None
     """longest prompt and answer together, in tokens; none: the longest sequence_length of stages 3 and 4"""
     engine_tensor_parallel: int = 1

@@ -28,13 +28,13 @@ from phimini.model.huggingface import check_tensors, read_tensors, save_config
 from phimini.model.sampler import SamplingParams
 from phimini.parallel.builder import Model
 from phimini.parallel.weight_names import hf_names
-from phimini.parallel.weight_sync import ALIGNMENT, SyncReport, WeightSync
+from phimini.parallel.weight_sync import SyncReport, WeightSync, smallest_bucket
 from phimini.parallel.weight_sync_transport import InprocTransport
 from phimini.parallel.weight_sync_wait import WeightSyncError, completed
 from phimini.parallel.weights import to_hf
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig
-from phimini.stages.rollout import LOADED, Sampled, Span, check_prompts
+from phimini.stages.rollout_engine import LOADED, Sampled, Span, check_prompts
 
 WORKER_EXTENSION = "phimini.parallel.weight_sync_receiver.WorkerExtension"
 ENVIRONMENT = {
@@ -185,11 +185,11 @@ def sampled(output: Any) -> Sampled:
 
 
 def bucket_bytes(run: RunConfig, config: ModelConfig, dtype: torch.dtype) -> int:
-    """`rollout.bucket_mib`, or the smallest that holds every tensor while it is gathered, at least 64 MiB."""
+    """`rollout.bucket_mib`, or what the largest tensor needs, at least 64 MiB."""
     if run.rollout.bucket_mib is not None:
         return run.rollout.bucket_mib << 20
-    largest = max(torch.Size(shape).numel() for shape in hf_names(config).values())
-    return max(64 << 20, 2 * largest * dtype.itemsize + ALIGNMENT)
+    needed = smallest_bucket(config, dtype, merging=run.tensor_parallel > 1)
+    return max(64 << 20, *needed.values())
 
 
 def files_of(
@@ -243,6 +243,10 @@ class ColocatedVllm:
             self._llm.sleep(level=2)
             self.version, self._asleep = None, True
 
+    def reset_prefix_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vllm: the prefix cache is in use and was not reset")
+
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> list[Sampled]:
@@ -289,8 +293,7 @@ class ColocatedVllm:
         answers = self._llm.collective_rpc("phimini_sync", args=(phase, info))
         if phase == "finish" and not any("error" in answer for answer in answers):
             self._llm.update_weight_version(info["version"])
-            if not self._llm.reset_prefix_cache():
-                raise RuntimeError("vllm: the prefix cache is in use and was not reset")
+            self.reset_prefix_cache()
         return answers
 
 

@@ -50,7 +50,12 @@ def in_vllm(
 
 
 def _child(
-    send: Connection, parent: int, fn: Callable[..., Any], world_size: int, args: tuple, timeout_s: float
+    send: Connection,
+    parent: int,
+    fn: Callable[..., Any],
+    world_size: int,
+    args: tuple,
+    timeout_s: float,
 ) -> None:
     started = time.process_time()
     try:

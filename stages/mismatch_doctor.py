@@ -1,0 +1,267 @@
+"""Why do sampler and trainer differ? Asks one question after the other until one explains the difference.
+
+The arbiter is the reference model with the trainer's present weights: it is the definition of the policy, so
+whoever differs from it is wrong. Each hypothesis is a prediction of the sampler's log-probs; the one that predicts
+them is the cause. What can only be seen by sampling again (prefix cache, stale weights) is tried in the order
+that destroys least: as it is, after a prefix cache reset, after a new sync.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from phimini.model.reference import Phi4Mini
+from phimini.model.sampler import SamplingParams
+from phimini.model.tokenizer import Tokenizer
+from phimini.parallel.builder import Model
+from phimini.parallel.weight_sync_checksum import checksum
+from phimini.parallel.weights import to_hf
+from phimini.stages.rollout_engine import RolloutEngine
+
+TEMPERATURES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0)
+TOP_PS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+EXPLAINS = 0.2
+"""a hypothesis is the cause if it leaves less than this share of the difference"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One sampled answer as the sampler reported it."""
+
+    prompt: list[int]
+    response: list[int]
+    logprobs: list[float]
+    temperature: float
+    text: str = ""
+    """what the prompt was encoded from, if known"""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    hypothesis: str
+    mean_abs: float
+    """mean |predicted - reported| log-prob if the hypothesis is true"""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`cause` is one of: none, trainer kernel, weights, temperature, top-p, rope table, tokenizer, precision,
+    prefix cache, stale weights, engine."""
+
+    cause: str
+    detail: str
+    evidence: list[Evidence]
+
+    def page(self) -> str:
+        """One page for a person."""
+        lines = [
+            f"phimini doctor --mismatch: {self.cause}",
+            self.detail,
+            "",
+            f"  {'if the cause were':<44}{'mean |dlogp| left':>18}",
+        ]
+        for e in self.evidence:
+            lines.append(f"  {e.hypothesis:<44}{e.mean_abs:>18.3g}  {e.note}".rstrip())
+        return "\n".join(lines)
+
+
+class Arbiter:
+    """The reference model with the trainer's weights, asked for log-probs under changed circumstances. Collective."""
+
+    def __init__(self, model: Model) -> None:
+        self.weights = {name: tensor.clone() for name, tensor in to_hf(model)}
+        self.model = Phi4Mini(model.config).to(model.world.device).eval()
+        self.model.load_state_dict(self.weights, strict=False)
+
+    @torch.no_grad()
+    def logprobs(
+        self,
+        cases: Sequence[Case],
+        *,
+        model: Phi4Mini | None = None,
+        temperature: float | None = None,
+        top_p: float = 1.0,
+    ) -> Tensor:
+        """Of all cases' response tokens, one after the other."""
+        model = model or self.model
+        device = model.head_weight_VD.device
+        values = []
+        for case in cases:
+            tokens_1T = torch.tensor([case.prompt + case.response], device=device)
+            hidden_MD = model(tokens_1T[:, :-1])[0, len(case.prompt) - 1 :]
+            logits_MV = (hidden_MD @ model.head_weight_VD.T).float()
+            logits_MV = logits_MV / (temperature or case.temperature or 1.0)
+            p_MV = logits_MV.softmax(-1)
+            targets_M1 = tokens_1T[0, len(case.prompt) :, None]
+            p_M1 = p_MV.gather(1, targets_M1)
+            if top_p < 1:
+                sorted_MV = p_MV.sort(-1, descending=True).values
+                kept_MV = sorted_MV.where(sorted_MV.cumsum(-1) - sorted_MV < top_p, 0.0)
+                p_M1 = p_M1 / kept_MV.sum(-1, keepdim=True)
+            values.append(p_M1[:, 0].clamp_min(1e-30).log())
+        return torch.cat(values).cpu()
+
+    def with_other_table(self) -> Phi4Mini:
+        config = self.model.config
+        other = replace(config, rope_factors="short" if config.rope_factors == "long" else "long")
+        model = Phi4Mini(other).to(self.model.head_weight_VD.device).eval()
+        model.load_state_dict(self.weights, strict=False)
+        return model
+
+
+def diagnose(
+    engine: RolloutEngine,
+    model: Model,
+    cases: Sequence[Case],
+    *,
+    trainer_logprobs: Tensor
+    | None = None,  # of the cases' response tokens, as the trainer computed them
+    tolerance: float = 1e-4,
+    tokenizer: Tokenizer | None = None,
+    max_new_tokens: int = 32,
+) -> Verdict:
+    """Bisects. Collective; the engine is sampled from and, if need be, synced. ValueError without cases."""
+    if not cases:
+        raise ValueError("doctor: expected at least one sampled answer, got none")
+    arbiter = Arbiter(model)
+    reported = torch.tensor([x for case in cases for x in case.logprobs])
+    evidence: list[Evidence] = []
+
+    def left(hypothesis: str, predicted: Tensor, note: str = "") -> float:
+        size = (predicted - reported).abs().mean().item()
+        evidence.append(Evidence(hypothesis, size, note))
+        return size
+
+    truth = arbiter.logprobs(cases)
+    whole = left("nothing is wrong", truth)
+    if trainer_logprobs is not None:
+        own = (trainer_logprobs.cpu() - truth).abs().mean().item()
+        evidence.append(Evidence("(trainer against the reference model)", own))
+        if own > max(tolerance, whole):
+            return Verdict(
+                "trainer kernel",
+                "The sampler agrees with the reference model; the trainer does not.",
+                evidence,
+            )
+    if whole <= tolerance:
+        return Verdict("none", "Sampler and reference model agree on these answers.", evidence)
+    if found := _tokenizer(tokenizer, cases):
+        return Verdict("tokenizer", found, evidence)
+    if found := _other_weights(engine, arbiter):
+        return Verdict("weights" if "tensors" in found else "stale weights", found, evidence)
+    for cause, predictions in _predictions(arbiter, cases).items():
+        sizes = {name: left(name, predict()) for name, predict in predictions.items()}
+        best = min(sizes, key=lambda name: sizes[name])
+        if sizes[best] < EXPLAINS * whole:
+            return Verdict(cause, f"The sampler's log-probs are those of: {best}.", evidence)
+    if verdict := _sample_again(
+        engine, model, arbiter, cases, evidence, whole, tolerance, max_new_tokens
+    ):
+        return verdict
+    rounded = _in_bf16(arbiter)
+    size = (arbiter.logprobs(cases, model=rounded) - truth).abs().mean().item()
+    evidence.append(Evidence("(bfloat16 against float32, reference model)", size))
+    if size > whole / 4:
+        return Verdict(
+            "precision",
+            "The difference is of the size that bfloat16 makes in this model.",
+            evidence,
+        )
+    return Verdict(
+        "engine", "Nothing here explains it: the engine computes another function.", evidence
+    )
+
+
+def _predictions(
+    arbiter: Arbiter, cases: Sequence[Case]
+) -> dict[str, dict[str, Callable[[], Tensor]]]:
+    """cause -> hypothesis -> the sampler's log-probs if it is true."""
+    predictions: dict[str, dict[str, Callable[[], Tensor]]] = {}
+    if arbiter.model.config.long_factor is not None:
+        other = arbiter.with_other_table()
+        name = f"rope table {other.config.rope_factors}"
+        predictions["rope table"] = {name: lambda: arbiter.logprobs(cases, model=other)}
+    asked = {case.temperature for case in cases}
+    predictions["temperature"] = {
+        f"temperature {t:g}": lambda t=t: arbiter.logprobs(cases, temperature=t)
+        for t in TEMPERATURES
+        if asked != {t}
+    }
+    predictions["top-p"] = {
+        f"top-p {p:g}": lambda p=p: arbiter.logprobs(cases, top_p=p) for p in TOP_PS
+    }
+    return predictions
+
+
+def _tokenizer(tokenizer: Tokenizer | None, cases: Sequence[Case]) -> str:
+    for case in cases:
+        if tokenizer is not None and case.text and tokenizer.encode(case.text) != case.prompt:
+            return "A prompt's text does not encode to the tokens that the sampler was given."
+    return ""
+
+
+def _other_weights(engine: RolloutEngine, arbiter: Arbiter) -> str:
+    """What the engine was last sent against what the trainer has now, by checksum."""
+    last = getattr(engine, "last_sync", None)
+    if last is None:
+        return ""
+    now = {name: int(checksum(t)) for name, t in arbiter.weights.items()}
+    differ = [name for name, value in now.items() if last.checksums.get(name) != value]
+    if not differ:
+        return ""
+    if len(differ) > len(now) // 2:
+        return (
+            f"The engine has the weights of version {last.version}; the trainer has moved on since."
+        )
+    return f"The engine was sent something else for the tensors {', '.join(differ)}."
+
+
+def _sample_again(
+    engine: RolloutEngine,
+    model: Model,
+    arbiter: Arbiter,
+    cases: Sequence[Case],
+    evidence: list[Evidence],
+    whole: float,
+    tolerance: float,
+    max_new_tokens: int,
+) -> Verdict | None:
+    params = SamplingParams(
+        temperature=cases[0].temperature, max_new_tokens=max_new_tokens, stop_ids=()
+    )
+    prompts = [case.prompt for case in cases]
+
+    def again(name: str) -> float:
+        done = engine.generate(prompts, params, list(range(len(prompts))))
+        fresh = [
+            Case(prompt=p, response=c.tokens, logprobs=c.logprobs, temperature=params.temperature)
+            for p, c in zip(prompts, done, strict=True)
+        ]
+        reported = torch.tensor([x for case in fresh for x in case.logprobs])
+        size = (arbiter.logprobs(fresh) - reported).abs().mean().item()
+        evidence.append(Evidence(name, size))
+        return size
+
+    enough = max(tolerance, EXPLAINS * whole)
+    now = again("(sampled again, as it is)")
+    engine.reset_prefix_cache()
+    if again("(sampled again, prefix cache reset)") <= enough < now:
+        return Verdict(
+            "prefix cache", "Cached keys and values of older weights were used.", evidence
+        )
+    engine.sync(model)
+    if again("(sampled again, after a new sync)") <= enough:
+        detail = "A new sync makes the difference go away: the engine had other weights."
+        return Verdict("stale weights", detail, evidence)
+    return None
+
+
+def _in_bf16(arbiter: Arbiter) -> Phi4Mini:
+    """The same model with weights rounded to bfloat16; a matrix product in bfloat16 is 40 times slower on a CPU."""
+    model = Phi4Mini(arbiter.model.config).to(arbiter.model.head_weight_VD.device).eval()
+    rounded = {name: t.bfloat16().to(t.dtype) for name, t in arbiter.weights.items()}
+    model.load_state_dict(rounded, strict=False)
+    return model

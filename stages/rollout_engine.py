@@ -1,0 +1,69 @@
+"""What a rollout engine is: token ids in, sampled token ids, their log-probs and the weights' version out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from phimini.model.sampler import Completion, SamplingParams
+from phimini.parallel.builder import Model
+
+LOADED = -1
+"""version of weights that came from a folder"""
+
+
+class Span(NamedTuple):
+    """Tokens start to end - 1 of a completion were sampled from the weights of `version`."""
+
+    version: int
+    """how many updates the trainer had made; LOADED for weights from a folder"""
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled(Completion):
+    """A completion that says whose it is; several spans if weights changed while it was sampled."""
+
+    versions: tuple[Span, ...]
+
+
+class RolloutEngine(Protocol):
+    """Who samples. Every method is called by all ranks together and returns the same on each."""
+
+    def load(self, directory: Path) -> None:
+        """Take the weights of a Hugging Face folder."""
+        ...
+
+    def sync(self, model: Model) -> None:
+        """Take the trainer's weights; their version is `model.num_updates`. Raises WeightSyncError."""
+        ...
+
+    def rest(self) -> None:
+        """Training comes next: give up what it needs. After it, `sync` comes before `generate`."""
+        ...
+
+    def reset_prefix_cache(self) -> None:
+        """Forget keys and values of earlier prompts; `sync` and `load` do so by themselves."""
+        ...
+
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
+    ) -> list[Sampled]:
+        """One completion per prompt, in order. It depends on prompt, params, seed and weights, on nothing else."""
+        ...
+
+
+def check_prompts(
+    prompts: list[list[int]], params: SamplingParams, vocab_size: int, max_model_len: int
+) -> None:
+    """ValueError names the first prompt that is empty, too long for the engine or has an unknown token."""
+    for i, prompt in enumerate(prompts):
+        if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise ValueError(
+                f"prompt {i}: expected token ids from 0 to {vocab_size - 1}, got {prompt[:8]}"
+            )
+        if len(prompt) + params.max_new_tokens > max_model_len:
+            raise ValueError(
+                f"prompt {i}: {len(prompt)} tokens and {params.max_new_tokens} new ones exceed the engine's "
+                f"{max_model_len}; raise rollout.max_model_len"
+            )

@@ -1,0 +1,234 @@
+"""vLLM engines in processes of their own, as one rollout engine: rank 0 talks to them, every rank gets the result.
+
+rollout.addresses names engines that run somewhere (`phimini serve`); without it rank 0 starts `rollout.num_engines`
+on its machine. Weights travel by rollout.transport: shm and gloo on a CPU, ipc and nccl on GPUs.
+"""
+
+import multiprocessing
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from phimini.model.config import ModelConfig
+from phimini.model.sampler import SamplingParams
+from phimini.parallel.builder import Model
+from phimini.parallel.weight_sync import SyncReport, Transport, WeightSync
+from phimini.parallel.weight_sync_transport import GlooTransport, ShmTransport
+from phimini.parallel.weight_sync_wait import WeightSyncError
+from phimini.parallel.weights import to_hf
+from phimini.parallel.world import World
+from phimini.stages.config import RunConfig
+from phimini.stages.rollout_client import EngineClient, launch_engine
+from phimini.stages.rollout_engine import LOADED, Sampled, check_prompts
+from phimini.stages.rollout_service import Request, RolloutError, RolloutService
+from phimini.stages.rollout_vllm import EngineSettings, bucket_bytes, engine_settings, files_of
+from phimini.stages.rollout_wire import split_address
+
+T = TypeVar("T")
+START_S = 600.0
+"""an engine that is not up after this long is an error"""
+
+
+class SeparateVllm:
+    """Engines behind sockets. Every method is collective but `generate_here`, which is rank 0's."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        config: ModelConfig,
+        settings: EngineSettings,
+        world: World,
+        *,
+        context: Any = None,
+    ) -> None:
+        self.config, self.settings, self._world = config, settings, world
+        self._dtype = getattr(torch, settings.dtype)
+        self._service: RolloutService | None = None
+        self._sync: WeightSync | None = None
+        self.last_sync: SyncReport | None = None
+        self._on_main(lambda: self._open(run, context))
+
+    def load(self, directory: Path) -> None:
+        self._take(files_of(directory, self.config, self._dtype), LOADED)
+
+    def sync(self, model: Model) -> None:
+        self._take(to_hf(model, every_rank=False, dtype=self._dtype), model.num_updates)
+
+    def rest(self) -> None:
+        pass
+
+    def reset_prefix_cache(self) -> None:
+        def reset() -> None:
+            for engine in self.service.alive:
+                engine.ask("reset").result(self.service.deadline_s)
+
+        self._on_main(reset)
+
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
+    ) -> list[Sampled]:
+        return self._on_main(lambda: self.generate_here(prompts, params, seeds))
+
+    def generate_here(
+        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
+    ) -> list[Sampled]:
+        """On rank 0 alone; may run in a thread while the ranks train."""
+        check_prompts(prompts, params, self.config.vocab_size, self.settings.max_model_len)
+        requests = [
+            Request(id=str(i), prompt=prompt, params=params, seed=seed)
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+        done = self.service.run(requests)
+        return [done[request.id] for request in requests]
+
+    def close(self) -> None:
+        if self._service is not None:
+            for engine in self._service.engines:
+                engine.close()
+
+    @property
+    def service(self) -> RolloutService:
+        assert self._service is not None, "rank 0 has the service"
+        return self._service
+
+    def _open(self, run: RunConfig, context: Any) -> None:
+        rollout = run.rollout
+        if rollout.addresses:
+            engines = [
+                EngineClient(address, name=f"engine {i}")
+                for i, address in enumerate(rollout.addresses)
+            ]
+        else:
+            context = context or multiprocessing.get_context("spawn")
+            devices = rollout.devices or ("",) * rollout.num_engines
+            if len(devices) != rollout.num_engines:
+                raise ValueError(
+                    f"rollout.devices: expected one entry for each of {rollout.num_engines} engines, got {devices}"
+                )
+            started = [
+                launch_engine(self.config, self.settings, devices=d, context=context)
+                for d in devices
+            ]
+            engines = [
+                EngineClient(f"127.0.0.1:{wait(START_S)}", name=f"engine {i}", process=process)
+                for i, (process, wait) in enumerate(started)
+            ]
+        for engine in engines:
+            engine.hello(self.config, self.settings, rollout.deadline_s)
+        per_engine = 2 * self.settings.max_num_seqs
+        self._service = RolloutService(
+            engines, deadline_s=rollout.deadline_s, per_engine=per_engine
+        )
+        self._sync = WeightSync(
+            self.config,
+            _transport(run, self.config, self.settings),
+            engines,
+            bucket_bytes=bucket_bytes(run, self.config, self._dtype),
+            deadline_s=rollout.deadline_s,
+            dtype=self._dtype,
+            merging=self._world.layout.tensor > 1,
+            pause=rollout.pause,
+        )
+
+    def _take(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
+        if not self._world.is_main:
+            for _ in tensors:
+                pass
+        self.last_sync = self._on_main(lambda: self._send(tensors, version))
+
+    def _send(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
+        assert self._sync is not None, "rank 0 has the sync"
+        alive = self.service.alive
+        if not alive:
+            for _ in tensors:
+                pass
+            raise RolloutError("no vLLM engine is left to sync with")
+        self._sync.set_receivers(alive)
+        return self._sync.sync(tensors, version)
+
+    def _on_main(self, action: Callable[[], T]) -> T:
+        """`action()` on rank 0, what it returned on every rank; what it raised too. Collective."""
+        outcome: tuple[T | None, Exception | None] = (None, None)
+        if self._world.is_main:
+            try:
+                outcome = (action(), None)
+            except (WeightSyncError, RuntimeError, ValueError, OSError) as error:
+                outcome = (None, error)
+        result, error = self._world.broadcast_object(outcome)
+        if error is not None:
+            raise error
+        return result  # pyright: ignore[reportReturnType]
+
+
+class Background(Generic[T]):
+    """Rank 0 does something in a thread while all ranks train; `result` is collective.
+
+    What it does may not communicate with the other ranks.
+    """
+
+    def __init__(self, world: World, action: Callable[[], T]) -> None:
+        self._world, self._action = world, action
+        self._outcome: tuple[T | None, Exception | None] = (None, None)
+        self._thread: threading.Thread | None = None
+        if world.is_main:
+            self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._outcome = (self._action(), None)
+        except (WeightSyncError, RuntimeError, ValueError, OSError) as error:
+            self._outcome = (None, error)
+
+    def result(self) -> T:
+        """What `action` returned on rank 0, on every rank; what it raised too."""
+        if self._thread is not None:
+            self._thread.join()
+        result, error = self._world.broadcast_object(self._outcome)
+        if error is not None:
+            raise error
+        return result  # pyright: ignore[reportReturnType]
+
+
+def _transport(run: RunConfig, config: ModelConfig, settings: EngineSettings) -> Transport:
+    size = bucket_bytes(run, config, getattr(torch, settings.dtype))
+    if settings.transport == "shm":
+        return ShmTransport(size)
+    if settings.transport == "gloo":
+        host = run.rollout.trainer_host
+        return GlooTransport(size, host=host, workers_per_engine=settings.tensor_parallel)
+    raise ValueError(
+        f"rollout.transport: expected shm or gloo for engines of their own on a CPU, got {settings.transport!r}"
+    )
+
+
+def transport_of(run: RunConfig) -> str:
+    """`rollout.transport`, or what fits: ipc or shm on one machine, nccl or gloo between several."""
+    rollout, on_gpu = run.rollout, torch.cuda.is_available()
+    if rollout.transport != "auto":
+        return rollout.transport
+    if rollout.addresses:
+        local = all(split_address(a)[0] in ("127.0.0.1", "localhost") for a in rollout.addresses)
+    else:
+        local = True
+    return ("ipc" if local else "nccl") if on_gpu else ("shm" if local else "gloo")
+
+
+_engines: SeparateVllm | None = None
+
+
+def separate_vllm(run: RunConfig, config: ModelConfig, world: World) -> SeparateVllm:
+    """This job's engines, started or connected by the first call. ValueError if a later one asks for others."""
+    global _engines
+    settings = engine_settings(run, config, transport_of(run))
+    if _engines is None:
+        _engines = SeparateVllm(run, config, settings, world)
+    if (_engines.config, _engines.settings) != (config, settings):
+        raise ValueError(
+            f"vllm: this job's engines were started for {_engines.settings}; asked for {settings}"
+        )
+    return _engines
