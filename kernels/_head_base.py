@@ -87,11 +87,13 @@ class ChunkedHead:
     ) -> None:
         """`temperature` as a tensor has one value per row that counts."""
         V, D = weight_VD.shape
+        self.rows = rows
         self.dtype = compute_dtype(weight_VD.dtype)
         self.weight_VD = weight_VD
         self.group = group
         self.num_classes = V if group is None else V * group.size()
         self.targets_M = rows.targets_M if group is None else rows.targets_M - V * group.rank()
+        self.has_all_targets = group is None and rows.active_M is None
         self.with_entropy = with_entropy or entropy_gradient
         self.entropy_gradient = entropy_gradient
         self.inverse_temperature_M = None
@@ -101,10 +103,9 @@ class ChunkedHead:
             self.inverse_temperature_M = torch.full_like(
                 rows.targets_M, 1 / temperature, dtype=self.dtype
             )
-        M = rows.targets_M.shape[0]
-        self.dx_MD = (
-            torch.empty(M, D, dtype=self.dtype, device=weight_VD.device) if needs_dx else None
-        )
+        self.dx_MD = None
+        if needs_dx:
+            self.dx_MD = torch.empty(len(rows), D, dtype=self.dtype, device=weight_VD.device)
         self.dw_VD = dw_VD
         self.local_mean_D = self.mean_D = self.mean_gradient_D = None
         if with_mean_logit:
@@ -124,28 +125,37 @@ class ChunkedHead:
         raise NotImplementedError
 
     def forward(self, rows: slice) -> RowStats:
-        local = self.logits(rows)
-        merged = (
-            local
-            if self.group is None
-            else _merge_ranks(local, self.weight_VD.shape[0], self.group)
-        )
-        log_sum_M = merged.sum_M.log()
+        """Statistics of a chunk; 0 for rows that do not count."""
+        local = self._finite(self.logits(rows), rows)
+        merged = local
+        if self.group is not None:
+            merged = _merge_ranks(local, self.weight_VD.shape[0], self.group)
+        self.local_max_M, self.max_M, self.log_sum_M = local.max_M, merged.max_M, merged.sum_M.log()
         target_M = merged.target_logit_M - merged.max_M
-        self.local_max_M, self.max_M, self.lse_M = (
-            local.max_M,
-            merged.max_M,
-            merged.max_M + log_sum_M,
-        )
-        self.log_sum_M, self.mean_shift_M = log_sum_M, None
+        self.logp_M = target_M - self.log_sum_M
+        self.mean_shift_M = self.entropy_M = None
         if merged.weighted_M is not None:
             self.mean_shift_M = merged.weighted_M / merged.sum_M
+            self.entropy_M = self.log_sum_M - self.mean_shift_M
         return RowStats(
-            logp_M=target_M - log_sum_M,
-            lse_M=self.lse_M,
-            entropy_M=None if self.mean_shift_M is None else log_sum_M - self.mean_shift_M,
+            logp_M=self.logp_M,
+            lse_M=merged.max_M + self.log_sum_M,
+            entropy_M=self.entropy_M,
             mean_logit_M=None if self.mean_D is None else self.scaled_rows(rows) @ self.mean_D,
             is_top_M=target_M >= 0,
+        )
+
+    def _finite(self, local: LocalStats, rows: slice) -> LocalStats:
+        """For rows that do not count, which back-ends may leave out: a softmax over one class with logit 0."""
+        if self.rows.active_M is None:
+            return local
+        active_M = self.rows.active_M[rows]
+        has_the_class = self.group is None or self.group.rank() == 0
+        return LocalStats(
+            max_M=local.max_M.where(active_M, 0),
+            sum_M=local.sum_M.where(active_M, 1.0 if has_the_class else 0.0),
+            target_logit_M=local.target_logit_M.where(active_M, 0),
+            weighted_M=None if local.weighted_M is None else local.weighted_M.where(active_M, 0),
         )
 
     def backward(self, rows: slice, grads: RowGrads) -> None:
@@ -219,7 +229,7 @@ def _merge_ranks(local: LocalStats, num_local_classes: int, group: dist.ProcessG
 def _check_equal_shares(num_classes_R: Tensor) -> None:
     """V not divisible by TP shows as ranks with unequal numbers of weight rows. On CUDA checked on the device."""
     equal = (num_classes_R == num_classes_R[0]).all()
-    if num_classes_R.is_cuda:
+    if num_classes_R.device.type != "cpu":
         torch.ops.aten._assert_async.msg(
             equal, "head: weight_VD must have the same number of rows on every rank of group"
         )

@@ -12,8 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from phimini.kernels._head_base import ChunkedHead
 from phimini.kernels._head_call import HeadCall, name_of
-from phimini.kernels._head_rows import compute_dtype
+from phimini.kernels._head_errors import raise_pending
+from phimini.kernels._head_rows import HeadRows, compute_dtype
+from phimini.kernels._launch import Backend
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,7 +31,7 @@ class LossCall(HeadCall):
     def needs_gradient(self) -> bool:
         return self.needs_dx or self.dw_VD is not None
 
-    def open_for_loss(self, rows, **options):
+    def open_for_loss(self, rows: HeadRows, **options) -> ChunkedHead:
         return self.open(rows, needs_dx=self.needs_dx, dw_VD=self.dw_VD, **options)
 
 
@@ -47,7 +50,7 @@ class HeadLoss:
         self, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, *,
         row_values: Sequence[Tensor | None], numbers: Sequence[float], words: str,
         temperature: float | Tensor, ignore_index: int, group: dist.ProcessGroup | None, sequence_parallel: bool,
-        main_grad: Tensor | None, chunk_bytes: int | None, backend: str,
+        main_grad: Tensor | None, chunk_bytes: int | None, max_rows: int | None, backend: Backend | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(loss, metrics), the loss with gradients for hidden_MD and, unless main_grad takes it, weight_VD."""
         needs_dx = torch.is_grad_enabled() and hidden_MD.requires_grad
@@ -56,7 +59,8 @@ class HeadLoss:
         common = (
             list(row_values), list(numbers), words,
             temperature if is_row_wise else None, 1.0 if is_row_wise else float(temperature), ignore_index,
-            name_of(group), sequence_parallel, chunk_bytes or 0, backend, needs_dx,
+            name_of(group), sequence_parallel, chunk_bytes or 0, -1 if max_rows is None else max_rows, backend or "",
+            needs_dx,
         )  # fmt: skip
         if main_grad is None or not needs_dw:
             loss, metrics, _dx, _dw = self.op(hidden_MD, weight_VD, targets_M, *common, needs_dw)
@@ -68,12 +72,12 @@ class HeadLoss:
 
 
 def _call(name: str, hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index,
-          group_name, sequence_parallel, chunk_bytes, backend, needs_dx, dw_VD) -> LossCall:  # fmt: skip
+          group_name, sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, dw_VD) -> LossCall:  # fmt: skip
     return LossCall(
         op=name, hidden_MD=hidden, weight_VD=weight, targets_M=targets, row_values=row_values, numbers=numbers,
         words=words, temperature_M=temperature_M, temperature=temperature, ignore_index=ignore_index,
-        group_name=group_name, sequence_parallel=sequence_parallel, chunk_bytes=chunk_bytes, backend=backend,
-        needs_dx=needs_dx, dw_VD=dw_VD,
+        group_name=group_name, sequence_parallel=sequence_parallel, chunk_bytes=chunk_bytes,
+        max_rows=max_rows, backend=backend, needs_dx=needs_dx, dw_VD=dw_VD,
     )  # fmt: skip
 
 
@@ -82,7 +86,7 @@ def _functional_op(name: str, num_metrics: int, run: Run):
     def op(
         hidden: Tensor, weight: Tensor, targets: Tensor, row_values: Sequence[Tensor | None],
         numbers: Sequence[float], words: str, temperature_M: Tensor | None, temperature: float,
-        ignore_index: int, group_name: str, sequence_parallel: bool, chunk_bytes: int, backend: str, needs_dx: bool,
+        ignore_index: int, group_name: str, sequence_parallel: bool, chunk_bytes: int, max_rows: int, backend: str, needs_dx: bool,
         needs_dw: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         dw_VD = (
@@ -91,13 +95,13 @@ def _functional_op(name: str, num_metrics: int, run: Run):
             else None
         )
         call = _call(name, hidden, weight, targets, row_values, numbers, words, temperature_M, temperature,
-                     ignore_index, group_name, sequence_parallel, chunk_bytes, backend, needs_dx, dw_VD)  # fmt: skip
+                     ignore_index, group_name, sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, dw_VD)  # fmt: skip
         loss, metrics, dx = run(call)
         return loss, metrics, dx, weight.new_empty(0) if dw_VD is None else dw_VD
 
     @op.register_fake
     def _(hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index, group_name,
-          sequence_parallel, chunk_bytes, backend, needs_dx, needs_dw):  # fmt: skip
+          sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, needs_dw):  # fmt: skip
         dtype = compute_dtype(weight.dtype)
         dw = weight.new_empty(weight.shape, dtype=dtype) if needs_dw else weight.new_empty(0)
         return *_fake_outputs(hidden, dtype, num_metrics, needs_dx), dw
@@ -111,17 +115,17 @@ def _into_op(name: str, num_metrics: int, run: Run):
     def op(
         hidden: Tensor, weight: Tensor, targets: Tensor, row_values: Sequence[Tensor | None],
         numbers: Sequence[float], words: str, temperature_M: Tensor | None, temperature: float,
-        ignore_index: int, group_name: str, sequence_parallel: bool, chunk_bytes: int, backend: str, needs_dx: bool,
+        ignore_index: int, group_name: str, sequence_parallel: bool, chunk_bytes: int, max_rows: int, backend: str, needs_dx: bool,
         main_grad: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         return run(_call(
             name, hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index,
-            group_name, sequence_parallel, chunk_bytes, backend, needs_dx, main_grad,
+            group_name, sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, main_grad,
         ))  # fmt: skip
 
     @op.register_fake
     def _(hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index, group_name,
-          sequence_parallel, chunk_bytes, backend, needs_dx, main_grad):  # fmt: skip
+          sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, main_grad):  # fmt: skip
         return _fake_outputs(hidden, compute_dtype(weight.dtype), num_metrics, needs_dx)
 
     return op
@@ -151,6 +155,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dloss: Tensor | None, *_):
+    raise_pending()
     if torch.is_grad_enabled():
         raise RuntimeError(
             "a fused head loss has no second derivative: its gradients are made in the forward"
@@ -162,7 +167,7 @@ def _backward(ctx, dloss: Tensor | None, *_):
         _scaled(dw, dloss, dw_dtype),
         None,
         ctx.no_row_gradients,
-        *(None,) * 11,
+        *(None,) * 12,
     )
 
 

@@ -3,35 +3,68 @@
 Letters: M rows (tokens), D model width, V vocabulary rows of this rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from phimini.kernels._head_errors import check_later
+
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1536 << 20}
 """Logits of one chunk. CPU: 32 MiB, so that the whole op stays near the size of dW. CUDA: 4,096 rows of a
 200,064-word vocabulary in bf16; at 256 rows (Liger's choice there) the dW GEMM moves 4.9 GB for 0.31 TFLOP."""
+NO_TARGET = -1
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadRows:
-    """The rows that count, and where they came from."""
+    """The rows that count, and where they came from.
+
+    On a CPU there are no others. On a GPU their number is not known to the host: `active_M` then says which rows
+    count, the others stand behind them (within each chunk), are zero, and have no target (-1).
+    """
 
     x_MD: Tensor
     targets_M: Tensor
     kept_M: Tensor | None
-    """indices of these rows among all rows; None when every row counts"""
+    """indices of these rows among all rows; None when they are all rows, in order"""
     num_total: int
+    active_M: Tensor | None = None
 
-    def select(self, value_M: Tensor | None) -> Tensor | None:
-        """A per-row argument, for the rows that count."""
-        return (
-            value_M
-            if value_M is None or self.kept_M is None
-            else value_M.index_select(0, self.kept_M)
-        )
+    def __len__(self) -> int:
+        return self.targets_M.shape[0]
+
+    def select(self, value_M: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """A per-row argument for these rows; 0 where they do not count."""
+        if value_M is None:
+            return None
+        value_M = value_M.to(self.targets_M.device, dtype)
+        if self.kept_M is not None:
+            value_M = value_M.index_select(0, self.kept_M)
+        return value_M if self.active_M is None else value_M.where(self.active_M, 0)
+
+    def weights(self, weight_M: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Row weights, 1 without; 0 for rows that do not count."""
+        selected_M = self.select(weight_M, dtype)
+        if selected_M is not None:
+            return selected_M
+        if self.active_M is not None:
+            return self.active_M.to(dtype)
+        return torch.ones_like(self.targets_M, dtype=dtype)
+
+    def sum(self, values_KM: Tensor, rows: slice) -> Tensor:
+        """(K,) sums over the rows of a chunk that count."""
+        if self.active_M is not None:
+            values_KM = values_KM.where(self.active_M[rows], 0)
+        return values_KM.sum(1)
+
+    def count(self, rows: slice) -> Tensor:
+        """(1,) int32: how many rows of a chunk count; they come first."""
+        if self.active_M is None:
+            return self.targets_M.new_full((1,), rows.stop - rows.start, dtype=torch.int32)
+        return self.active_M[rows].sum(0, dtype=torch.int32)[None]
 
     def expand(self, value_M: Tensor) -> Tensor:
         """Per-row results put back in their places; rows that do not count give 0."""
@@ -105,40 +138,64 @@ def check_main_grad(op: str, main_grad: Tensor | None, weight_VD: Tensor) -> Non
         )
 
 
-def check_targets(op: str, targets_M: Tensor, kept_M: Tensor | None, vocab_size: int) -> None:
+def check_targets(op: str, targets_M: Tensor, counts_M: Tensor, vocab_size: int) -> None:
     """ValueError with the index and the value of the first target outside [0, vocab_size)."""
-    if targets_M.numel() == 0:
-        return
-    low, high = targets_M.aminmax()
-    if low >= 0 and high < vocab_size:
-        return
-    at = int(((targets_M < 0) | (targets_M >= vocab_size)).nonzero()[0])
-    row = at if kept_M is None else int(kept_M[at])
-    raise ValueError(
-        f"{op}: targets_M[{row}] is {int(targets_M[at])}, expected a class in [0, {vocab_size}) or ignore_index"
+    bad_M = ((targets_M < 0) | (targets_M >= vocab_size)) & counts_M
+    message = "{}: targets_M[{}] is {}, expected a class in [0, {}) or ignore_index"
+    if targets_M.device.type != "cpu":
+        check_later(bad_M, targets_M, lambda at, value: message.format(op, at, value, vocab_size))
+    elif bool(bad_M.any()):
+        at = int(bad_M.nonzero()[0])
+        raise ValueError(message.format(op, at, int(targets_M[at]), vocab_size))
+
+
+def keep_counting_rows(hidden_MD: Tensor, targets_M: Tensor, counts_M: Tensor) -> HeadRows:
+    """The rows that `counts_M` names, on a CPU; the others cost nothing from here on."""
+    if bool(counts_M.all()):
+        return HeadRows(
+            x_MD=hidden_MD.contiguous(), targets_M=targets_M, kept_M=None, num_total=len(targets_M)
+        )
+    kept_M = counts_M.nonzero()[:, 0]
+    return rows_at(hidden_MD, targets_M, kept_M)
+
+
+def rows_at(hidden_MD: Tensor, targets_M: Tensor, kept_M: Tensor) -> HeadRows:
+    return HeadRows(
+        x_MD=hidden_MD.index_select(0, kept_M),
+        targets_M=targets_M.index_select(0, kept_M),
+        kept_M=kept_M,
+        num_total=len(targets_M),
     )
 
 
-def keep_counting_rows(
-    op: str,
+def move_counting_rows_first(
     hidden_MD: Tensor,
     targets_M: Tensor,
-    weights_M: Tensor | None,
-    ignore_index: int,
-    vocab_size: int,
+    counts_M: Tensor,
+    segment_M: Tensor | None,
+    max_rows: int | None,
 ) -> HeadRows:
-    """Rows whose target is not `ignore_index` and whose weight is not 0; the others cost nothing from here on."""
-    counts_M = targets_M != ignore_index
-    if weights_M is not None:
-        counts_M &= weights_M != 0
-    kept_M = None if bool(counts_M.all()) else counts_M.nonzero()[:, 0]
-    if kept_M is not None:
-        targets_M = targets_M.index_select(0, kept_M)
-        rows_MD = hidden_MD.index_select(0, kept_M)
-    else:
-        rows_MD = hidden_MD.contiguous()
-    check_targets(op, targets_M, kept_M, vocab_size)
-    return HeadRows(x_MD=rows_MD, targets_M=targets_M, kept_M=kept_M, num_total=hidden_MD.shape[0])
+    """The same without the host knowing how many there are: a stable partition, per segment if there are any.
+
+    `max_rows`: what the caller knows their number not to exceed.
+    """
+    M = len(targets_M)
+    key_M = (~counts_M).to(torch.int64) if segment_M is None else 2 * segment_M + ~counts_M
+    kept_M = key_M.argsort(stable=True)
+    if max_rows is not None and max_rows < M:
+        torch.ops.aten._assert_async.msg(
+            counts_M.sum() <= max_rows, f"more rows count than max_rows {max_rows}"
+        )
+        kept_M = kept_M[:max_rows]
+    active_M = counts_M.index_select(0, kept_M)
+    rows = rows_at(hidden_MD, targets_M, kept_M)
+    # Rows that do not count are multiplied by zeros later: whatever they hold, not a NaN.
+    return replace(
+        rows,
+        x_MD=rows.x_MD.masked_fill_(~active_M[:, None], 0),
+        targets_M=rows.targets_M.where(active_M, NO_TARGET),
+        active_M=active_M,
+    )
 
 
 def chunk_slices(num_rows: int, rows_at_most: int, multiple: int = 8) -> list[slice]:

@@ -1,4 +1,4 @@
-"""The head's CPU back-end: plain torch, one reused fp32 buffer of logits.
+"""The head in plain torch, one reused fp32 buffer of logits: for CPUs, and for fp32 and fp64 on any device.
 
 The buffer holds E = exp(z - max) after the forward. dz = c E + g onehot with one c per row, so c never touches
 the buffer: it scales the rows of dX after their GEMM and the rows of X before dW's, and g / c is added to the
@@ -17,9 +17,18 @@ from torch import Tensor
 from phimini.kernels._head_base import ChunkedHead, LocalStats, LogitGrads
 from phimini.kernels._head_rows import HeadRows
 
-BLOCK_ELEMENTS = 1 << 17
-"""512 KiB of fp32 logits: a quarter of a 2 MiB L2 cache, which also holds the block of exponentials."""
 TINY = 1e-30
+
+
+def _block_elements(device: torch.device) -> int:
+    """How much of a chunk is worked on at a time.
+
+    One thread: 512 KiB of fp32, a quarter of a 2 MiB L2 cache, which also holds the block of exponentials.
+    Several: 8 MiB. Each operation is then a parallel region, and on a shared machine its end is waited for.
+    """
+    if device.type != "cpu":
+        return 1 << 60
+    return 1 << 17 if torch.get_num_threads() == 1 else 1 << 21
 
 
 class TorchHead(ChunkedHead):
@@ -30,11 +39,11 @@ class TorchHead(ChunkedHead):
         if self.inverse_temperature_M is not None:
             self.x_MD = self.x_MD * self.inverse_temperature_M[:, None]
         V = weight_VD.shape[0]
-        self.logits_MV = torch.empty(chunk_rows, V, dtype=self.dtype)
-        self.block_rows = max(1, BLOCK_ELEMENTS // V)
+        self.logits_MV = torch.empty(chunk_rows, V, dtype=self.dtype, device=weight_VD.device)
+        self.block_rows = max(1, _block_elements(weight_VD.device) // V)
         self.block_MV = None
         if self.with_entropy:
-            self.block_MV = torch.empty(min(self.block_rows, chunk_rows), V, dtype=self.dtype)
+            self.block_MV = torch.empty_like(self.logits_MV[: self.block_rows])
 
     def scaled_rows(self, rows: slice) -> Tensor:
         return self.x_MD[rows]
@@ -42,7 +51,7 @@ class TorchHead(ChunkedHead):
     def _local_targets(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """(column to read or write, whether this rank has the target), each (M, 1); None: it has them all."""
         targets = self.targets_M[rows, None]
-        if self.group is None:
+        if self.has_all_targets:
             return targets, None
         V = self.weight_VD.shape[0]
         return targets.clamp(0, V - 1), (targets >= 0) & (targets < V)
@@ -55,9 +64,8 @@ class TorchHead(ChunkedHead):
         target_M1 = z_MV.gather(1, column)
         if is_here is not None:
             target_M1 = target_M1.where(is_here, 0)
-        max_M1 = torch.empty(M, 1, dtype=self.dtype)
-        sum_M = torch.empty(M, dtype=self.dtype)
-        weighted_M = torch.empty(M, dtype=self.dtype) if self.with_entropy else None
+        max_M1, sum_M = torch.empty_like(target_M1), torch.empty_like(target_M1[:, 0])
+        weighted_M = torch.empty_like(sum_M) if self.with_entropy else None
         for a in range(0, M, self.block_rows):
             block = slice(a, min(a + self.block_rows, M))
             z = z_MV[block]
@@ -100,7 +108,7 @@ class TorchHead(ChunkedHead):
     def _entropy_pass(self, z_MV: Tensor, grads: LogitGrads) -> None:
         """z - max -> exp(z - max) * (softmax - entropy * (z - max + shift)), in place."""
         assert self.block_MV is not None, "entropy_gradient allocates the block"
-        minus_M1 = torch.zeros(z_MV.shape[0], 1, dtype=self.dtype)
+        minus_M1 = torch.zeros_like(grads.softmax_M)[:, None]
         offset_M1 = grads.softmax_M[:, None]
         if grads.entropy_M is not None and grads.shift_M is not None:
             minus_M1 = -grads.entropy_M[:, None]

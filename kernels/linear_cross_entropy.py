@@ -20,6 +20,7 @@ from torch import Tensor
 from phimini.kernels._head_base import RowGrads
 from phimini.kernels._head_loss_op import HeadLoss, LossCall
 from phimini.kernels._head_rows import check_head, check_main_grad, check_rows, compute_dtype
+from phimini.kernels._launch import Backend
 
 
 class CrossEntropyMetrics(NamedTuple):
@@ -79,13 +80,10 @@ def _run(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
     (row_weight_M,) = call.row_values
     smoothing, z_loss, with_entropy = call.numbers
     rows = call.counting_rows(row_weight_M)
-    weight_M = rows.select(row_weight_M)
-    if weight_M is None:
-        weight_M = torch.ones_like(rows.targets_M, dtype=call.dtype)
-    weight_M = weight_M.to(call.dtype)
+    weight_M = rows.weights(row_weight_M, call.dtype)
     head = call.open_for_loss(rows, with_entropy=with_entropy != 0, with_mean_logit=smoothing != 0)
-    sums_4 = weight_M.new_zeros(4)
-    for chunk in call.chunks(rows):
+    sums_5 = weight_M.new_zeros(5)
+    for chunk in call.chunks(rows, call.needs_gradient):
         stats, w_M = head.forward(chunk), weight_M[chunk]
         nll_M = ce_M = -stats.logp_M
         dlogp_M, dlse_M, dmean_M = -w_M, None, None
@@ -99,9 +97,15 @@ def _run(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
         if call.needs_gradient:
             head.backward(chunk, RowGrads(dlogp_M, dlse_M, mean_logit_M=dmean_M))
         entropy_M = torch.zeros_like(nll_M) if stats.entropy_M is None else stats.entropy_M
-        sums_4 += torch.stack([w_M * ce_M, nll_M, stats.is_top_M.to(nll_M.dtype), entropy_M]).sum(1)
-    metrics_4 = torch.cat([sums_4[1:], sums_4.new_full((1,), rows.targets_M.shape[0])])
-    return sums_4[0].clone(), metrics_4, call.close(head, rows)
+        values = [
+            w_M * ce_M,
+            nll_M,
+            stats.is_top_M.to(nll_M.dtype),
+            entropy_M,
+            torch.ones_like(nll_M),
+        ]
+        sums_5 += rows.sum(torch.stack(values), chunk)
+    return sums_5[0].clone(), sums_5[1:].clone(), call.close(head, rows)
 
 
 _cross_entropy = HeadLoss("linear_cross_entropy", len(CrossEntropyMetrics._fields), _run)
@@ -123,7 +127,8 @@ def linear_cross_entropy(
     main_grad: Tensor | None = None,
     with_entropy: bool = True,
     chunk_bytes: int | None = None,
-    _backend: str = "",
+    max_rows: int | None = None,
+    _backend: Backend | None = None,
 ) -> tuple[Tensor, CrossEntropyMetrics]:
     """(sum over rows of row_weight * cross-entropy, metrics); fp32 scalars (fp64 for fp64 input).
 
@@ -131,7 +136,7 @@ def linear_cross_entropy(
     row_weight_M (M,): put normalisers here (1 / tokens of the global batch); rows of weight 0 are not computed.
     main_grad (V, D) fp32: dW is added to it during the forward and weight_VD gets no gradient. Then the loss
     must be backpropagated with gradient 1 (checked), once, and not recomputed by activation checkpointing.
-    temperature, group, sequence_parallel, chunk_bytes: as in `linear_logprob`. with_entropy: False saves work.
+    temperature, group, sequence_parallel, chunk_bytes, max_rows: as in `linear_logprob`. with_entropy: False saves work.
     Raises ValueError for shapes, dtypes, strides and targets that do not fit.
     """
     op = "linear_cross_entropy"
@@ -147,6 +152,6 @@ def linear_cross_entropy(
         hidden_MD, weight_VD, targets_M, row_values=[row_weight_M],
         numbers=[label_smoothing, z_loss, float(with_entropy)], words="",
         temperature=temperature, ignore_index=ignore_index, group=group, sequence_parallel=sequence_parallel,
-        main_grad=main_grad, chunk_bytes=chunk_bytes, backend=_backend,
+        main_grad=main_grad, chunk_bytes=chunk_bytes, max_rows=max_rows, backend=_backend,
     )  # fmt: skip
     return loss, CrossEntropyMetrics(*metrics_4.unbind())

@@ -8,7 +8,8 @@
 All rows of a pair share one unknown number, the derivative by h, known when the pair's last logit is. Rows are put in the
 order of their sequences and chunks hold whole pairs, so the logits are still there when it is. A pair too long for a
 chunk is computed in several with coefficient 1 into a dW of its own, which is scaled into the sum afterwards:
-three GEMMs again, at the price of one pass over V * D numbers (two with nll_weight) per such pair.
+three GEMMs again, at the price of one pass over V * D numbers (two with nll_weight) per such pair. Only where the host
+cannot know the pairs' rows (`sequence_M` on a GPU, or context parallel there) and they do not fit one chunk, it is four.
 
 Deterministic. Bound: compute, 6 * M * V * D FLOPs. Memory: chunk_bytes of logits, dW in fp32 (two or three of them if a
 pair is longer than a chunk), dX.
@@ -16,7 +17,6 @@ pair is longer than a chunk), dX.
 Letters: M rows (tokens), D model width, V vocabulary (or this rank's V/TP rows), P pairs, S = 2P sequences.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,14 +27,9 @@ from torch import Tensor
 from phimini.kernels._head_base import ChunkedHead, RowGrads
 from phimini.kernels._head_call import group_of, name_of
 from phimini.kernels._head_loss_op import HeadLoss, LossCall
-from phimini.kernels._head_rows import (
-    HeadRows,
-    check_head,
-    check_main_grad,
-    check_rows,
-    check_targets,
-    chunk_slices,
-)
+from phimini.kernels._head_pairs import PairGroup, plan_pairs
+from phimini.kernels._head_rows import check_head, check_main_grad, check_rows, chunk_slices
+from phimini.kernels._launch import Backend
 from phimini.kernels.linear_logprob import linear_logprob_reference
 
 
@@ -76,7 +71,7 @@ def linear_dpo_reference(
     ).logp_M
     counts_M = targets_M != ignore_index
     zeros_S = logp_M.new_zeros(reference_logp_S.shape)
-    index_M = sequence_M.where(counts_M, 0)
+    index_M = sequence_M.to(targets_M.device).where(counts_M, 0)
     logp_S = zeros_S.index_add(0, index_M, logp_M)
     length_S = zeros_S.index_add(0, index_M, counts_M.to(logp_M.dtype))
     weight_P = (
@@ -108,70 +103,6 @@ def _loss_of_pairs(
     return loss, DpoMetrics(*(value_P.detach().where(counts_P, 0).sum() for value_P in values))
 
 
-# --- which rows go together ------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class _PairGroup:
-    """Pairs [first, last) that are computed together, and their rows among the sorted ones."""
-
-    first: int
-    last: int
-    rows: slice
-    chosen_rows: int
-    """of the first pair: where its rejected rows begin"""
-
-
-def _sorted_rows(
-    call: LossCall, sequence_M: Tensor, weight_P: Tensor | None
-) -> tuple[HeadRows, Tensor]:
-    """(rows that count, in the order of their sequences; the sequence of each)."""
-    num_sequences = call.row_values[1].shape[0]  # pyright: ignore[reportOptionalMemberAccess]
-    counts_M = call.targets_M != call.ignore_index
-    index_M = sequence_M.where(counts_M, 0)
-    bad_M = (index_M < 0) | (index_M >= num_sequences)
-    if bool(bad_M.any()):
-        at = int(bad_M.nonzero()[0])
-        raise ValueError(
-            f"{call.op}: sequence_M[{at}] is {int(sequence_M[at])}, expected a sequence in [0, {num_sequences})"
-        )
-    if weight_P is not None:
-        counts_M = counts_M & (weight_P[index_M // 2] != 0)
-    kept_M = counts_M.nonzero()[:, 0]
-    sequence_M = sequence_M[kept_M]
-    if bool((sequence_M.diff() < 0).any()):
-        sequence_M, order_M = sequence_M.sort(stable=True)
-        kept_M = kept_M[order_M]
-    is_all = kept_M.shape[0] == counts_M.shape[0] and bool((kept_M.diff() > 0).all())
-    kept_M = None if is_all else kept_M
-    targets_M = call.targets_M if kept_M is None else call.targets_M[kept_M]
-    num_classes = call.weight_VD.shape[0] * (1 if call.group is None else call.group.size())
-    check_targets(call.op, targets_M, kept_M, num_classes)
-    x_MD = call.hidden_MD.contiguous() if kept_M is None else call.hidden_MD[kept_M]
-    return HeadRows(
-        x_MD=x_MD, targets_M=targets_M, kept_M=kept_M, num_total=counts_M.shape[0]
-    ), sequence_M
-
-
-def _pair_groups(
-    length_S: Tensor, rows_at_most: int, sequence_group: dist.ProcessGroup | None
-) -> list[_PairGroup]:
-    """As many whole pairs as fit. All ranks of a sequence group form the same groups: they sum logp group by group."""
-    largest_P = length_S.view(-1, 2).sum(1)
-    if sequence_group is not None:
-        largest_P = largest_P.clone()
-        dist.all_reduce(largest_P, op=dist.ReduceOp.MAX, group=sequence_group)
-    lengths, largest = length_S.tolist(), largest_P.tolist()
-    groups, first, start = [], 0, 0
-    while first < len(largest):
-        last, budget = first + 1, rows_at_most - largest[first]
-        while last < len(largest) and largest[last] <= budget:
-            budget -= largest[last]
-            last += 1
-        stop = start + sum(lengths[2 * first : 2 * last])
-        groups.append(_PairGroup(first, last, slice(start, stop), lengths[2 * first]))
-        first, start = last, stop
-    return groups
-
-
 # --- forward with gradients, custom op ------------------------------------------------------------
 class _Dpo:
     """The loss over one call: log-probs of sequences, and the coefficients they give."""
@@ -181,14 +112,16 @@ class _Dpo:
         self.beta, self.smoothing, self.nll_weight = call.numbers
         self.sequence_group = group_of(call.words)
         sequence_M, reference_S, weight_P = call.row_values
-        assert sequence_M is not None and reference_S is not None
-        self.rows, self.sequence_M = _sorted_rows(call, sequence_M, weight_P)
+        assert sequence_M is not None and reference_S is not None, "not optional"
+        self.plan = plan_pairs(call, sequence_M, weight_P, len(reference_S), self.sequence_group)
+        self.rows, self.sequence_M = self.plan.rows, self.plan.sequence_M
         self.reference_S = reference_S.to(call.dtype)
         self.weight_P = (
             torch.ones_like(self.reference_S[::2]) if weight_P is None else weight_P.to(call.dtype)
         )
-        self.local_length_S = torch.bincount(self.sequence_M, minlength=reference_S.shape[0])
-        self.length_S = self.local_length_S.to(call.dtype)
+        # sums of ones are exact in any order
+        ones_M = self.rows.weights(None, call.dtype)
+        self.length_S = torch.zeros_like(self.reference_S).index_add_(0, self.sequence_M, ones_M)
         if self.sequence_group is not None:
             dist.all_reduce(self.length_S, group=self.sequence_group)
         self.logp_S = torch.zeros_like(self.reference_S)
@@ -196,7 +129,9 @@ class _Dpo:
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         head = self.call.open_for_loss(self.rows)
-        for group in _pair_groups(self.local_length_S, self.call.chunk_rows, self.sequence_group):
+        if self.plan.groups is None:
+            self._twice(head)
+        for group in self.plan.groups or []:
             if group.rows.stop - group.rows.start <= self.call.chunk_rows:
                 self._whole_pairs(head, group)
             else:
@@ -212,46 +147,56 @@ class _Dpo:
         )
         return loss, torch.stack(metrics), self.call.close(head, self.rows)
 
-    def _add_logp(self, group: _PairGroup, logp_M: Tensor) -> None:
-        """Sums in fp64: an answer has thousands of tokens."""
-        sums_S = torch.zeros_like(
-            self.logp_S[2 * group.first : 2 * group.last], dtype=torch.float64
-        )
-        sums_S.index_add_(0, self.sequence_M[group.rows] - 2 * group.first, logp_M.double())
+    def _sequence_within(self, sequences: slice, rows: slice) -> Tensor:
+        """Rows that do not count have sequence 0 and log-prob 0: they may be anywhere."""
+        return (self.sequence_M[rows] - sequences.start).clamp_min(0)
+
+    def _add_logp(self, sequences: slice, rows: slice, logp_M: Tensor) -> None:
+        """Sums in fp64: an answer has thousands of tokens. Without atomics on a GPU."""
+        sequence_M = self._sequence_within(sequences, rows)
+        num = sequences.stop - sequences.start
+        if logp_M.device.type != "cpu":
+            is_of_SM = sequence_M == torch.arange(num, device=logp_M.device)[:, None]
+            sums_S = torch.where(is_of_SM, logp_M.double(), 0).sum(1)
+        else:
+            sums_S = torch.zeros(num, dtype=torch.float64).index_add_(
+                0, sequence_M, logp_M.double()
+            )
         if self.sequence_group is not None:
             dist.all_reduce(sums_S, group=self.sequence_group)
-        self.logp_S[2 * group.first : 2 * group.last] = sums_S
+        self.logp_S[sequences] = sums_S.to(self.logp_S.dtype)
 
-    def _coefficients(self, group: _PairGroup) -> Tensor:
-        """d loss / d logp of a token, for the group's sequences, (2 pairs,)."""
-        pairs, sequences = slice(group.first, group.last), slice(2 * group.first, 2 * group.last)
-        rewards_P2 = self.beta * (self.logp_S - self.reference_S)[sequences].view(-1, 2)
-        margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    def _coefficients(self, sequences: slice) -> Tensor:
+        """d loss / d logp of a token of each of these sequences."""
+        reward_P2 = self.beta * (self.logp_S - self.reference_S)[sequences].view(-1, 2)
+        margin_P = reward_P2[:, 0] - reward_P2[:, 1]
         dh_P = self.beta * (
             self.smoothing * torch.sigmoid(margin_P)
             - (1 - self.smoothing) * torch.sigmoid(-margin_P)
         )
         chosen_P = dh_P - self.nll_weight / self.length_S[sequences][::2].clamp_min(1)
-        return (self.weight_P[pairs, None] * torch.stack([chosen_P, -dh_P], 1)).flatten()
+        weight_P1 = self.weight_P[sequences.start // 2 : sequences.stop // 2, None]
+        return (weight_P1 * torch.stack([chosen_P, -dh_P], 1)).flatten()
 
-    def _whole_pairs(self, head: ChunkedHead, group: _PairGroup) -> None:
-        has_rows = group.rows.stop > group.rows.start
-        logp_M = head.forward(group.rows).logp_M if has_rows else self.logp_S.new_empty(0)
-        self._add_logp(group, logp_M)
+    def _whole_pairs(self, head: ChunkedHead, group: PairGroup) -> None:
+        rows, sequences = group.rows, slice(2 * group.first, 2 * group.last)
+        has_rows = rows.stop > rows.start
+        logp_M = head.forward(rows).logp_M if has_rows else self.logp_S[:0]
+        self._add_logp(sequences, rows, logp_M)
         if self.call.needs_gradient and has_rows:
-            of_row_M = self._coefficients(group)[self.sequence_M[group.rows] - 2 * group.first]
-            head.backward(group.rows, RowGrads(of_row_M))
+            of_row_M = self._coefficients(sequences)[self._sequence_within(sequences, rows)]
+            head.backward(rows, RowGrads(of_row_M))
 
-    def _long_pair(self, head: ChunkedHead, group: _PairGroup) -> None:
+    def _long_pair(self, head: ChunkedHead, group: PairGroup) -> None:
         """Unit gradients into scratch dWs, scaled when the pair's coefficient is known."""
         middle = group.rows.start + group.chosen_rows
         halves = (slice(group.rows.start, middle), slice(middle, group.rows.stop))
         # Without an nll term the two halves' coefficients differ in sign only: one scratch does.
         signs = (1.0, 1.0) if self.nll_weight else (1.0, -1.0)
         dw_VD, scratch_VD = head.dw_VD, self._scratch(head, 2 if self.nll_weight else 1)
-        logps = []
+        logps = [self.logp_S[:0]]
         for half, sign, head.dw_VD in zip(
-            halves, signs, [scratch_VD[0], scratch_VD[-1]], strict=True
+            halves, signs, (scratch_VD[0], scratch_VD[-1]), strict=True
         ):
             for chunk in chunk_slices(half.stop - half.start, self.call.chunk_rows):
                 rows = slice(half.start + chunk.start, half.start + chunk.stop)
@@ -259,10 +204,11 @@ class _Dpo:
                 if self.call.needs_gradient:
                     head.backward(rows, RowGrads(torch.full_like(logps[-1], sign)))
         head.dw_VD = dw_VD
-        self._add_logp(group, torch.cat(logps) if logps else self.logp_S.new_empty(0))
+        sequences = slice(2 * group.first, 2 * group.last)
+        self._add_logp(sequences, group.rows, torch.cat(logps))
         if not self.call.needs_gradient:
             return
-        chosen, rejected = self._coefficients(group).unbind()
+        chosen, rejected = self._coefficients(sequences).unbind()
         for half, coefficient in zip(halves, (chosen * signs[0], rejected * signs[1]), strict=True):
             if head.dx_MD is not None:
                 head.dx_MD[half] *= coefficient
@@ -277,6 +223,22 @@ class _Dpo:
         while len(self.scratch_VD) < num:
             self.scratch_VD.append(torch.empty_like(head.dw_VD))
         return [scratch.zero_() for scratch in self.scratch_VD]
+
+    def _twice(self, head: ChunkedHead) -> None:
+        """Four GEMMs: log-probs first, by the kernel that keeps no logits, then everything with known coefficients."""
+        first = self.call.open(self.rows)
+        logps = [self.logp_S[:0]]
+        logps += [
+            first.forward(chunk).logp_M
+            for chunk in self.call.chunks(self.rows, with_gradient=False)
+        ]
+        sequences = slice(0, len(self.logp_S))
+        self._add_logp(sequences, slice(0, len(self.rows)), torch.cat(logps))
+        if self.call.needs_gradient:
+            of_row_M = self._coefficients(sequences)[self.sequence_M]
+            for chunk in self.call.chunks(self.rows, with_gradient=True):
+                head.forward(chunk)
+                head.backward(chunk, RowGrads(of_row_M[chunk]))
 
 
 _dpo = HeadLoss("linear_dpo", len(DpoMetrics._fields), lambda call: _Dpo(call).run())
@@ -300,12 +262,13 @@ def linear_dpo(
     sequence_group: dist.ProcessGroup | None = None,
     main_grad: Tensor | None = None,
     chunk_bytes: int | None = None,
-    _backend: str = "",
+    max_rows: int | None = None,
+    _backend: Backend | None = None,
 ) -> tuple[Tensor, DpoMetrics]:
     """(sum over pairs of weight * loss, metrics); fp32 scalars (fp64 for fp64 input).
 
     sequence_M (M,) int64: row -> sequence, 2i the chosen and 2i+1 the rejected answer of pair i; rows may come in any
-    order. reference_logp_S (2P,): the reference model's sums. pair_weight_P (P,): rows of a pair of weight 0 are
+    order. Best on the CPU, whatever the device of the others: the host plans chunks of whole pairs with it. reference_logp_S (2P,): the reference model's sums. pair_weight_P (P,): rows of a pair of weight 0 are
     not computed. nll_weight: adds that times the mean token nll of the chosen answer.
     sequence_group: context parallel, each rank has some rows of each sequence: log-probs are summed over the group,
     every rank returns the whole loss, and the ranks' gradients add up to the loss's gradient.
@@ -334,6 +297,6 @@ def linear_dpo(
         hidden_MD, weight_VD, targets_M, row_values=[sequence_M, reference_logp_S, pair_weight_P],
         numbers=[beta, label_smoothing, nll_weight], words=name_of(sequence_group),
         temperature=1.0, ignore_index=ignore_index, group=group, sequence_parallel=sequence_parallel,
-        main_grad=main_grad, chunk_bytes=chunk_bytes, backend=_backend,
+        main_grad=main_grad, chunk_bytes=chunk_bytes, max_rows=max_rows, backend=_backend,
     )  # fmt: skip
     return loss, DpoMetrics(*metrics_9.unbind())

@@ -20,6 +20,7 @@ from torch import Tensor
 from phimini.kernels._head_base import RowGrads
 from phimini.kernels._head_call import HeadCall, name_of
 from phimini.kernels._head_rows import check_head, compute_dtype
+from phimini.kernels._launch import Backend
 
 
 class LinearLogprob(NamedTuple):
@@ -55,28 +56,29 @@ def linear_logprob_reference(
 
 # --- custom op + autograd ------------------------------------------------------------------------
 def _call(hidden, weight, targets, temperature_M, temperature, ignore_index, group_name, sequence_parallel,
-          chunk_bytes, backend) -> HeadCall:  # fmt: skip
+          chunk_bytes, max_rows, backend) -> HeadCall:  # fmt: skip
     return HeadCall(
         op="linear_logprob", hidden_MD=hidden, weight_VD=weight, targets_M=targets, temperature_M=temperature_M,
         temperature=temperature, ignore_index=ignore_index, group_name=group_name,
-        sequence_parallel=sequence_parallel, chunk_bytes=chunk_bytes, backend=backend,
+        sequence_parallel=sequence_parallel, chunk_bytes=chunk_bytes, max_rows=max_rows,
+        backend=backend,
     )  # fmt: skip
 
 
 @torch.library.custom_op("phimini::linear_logprob", mutates_args=())
 def _logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature_M: Tensor | None, temperature: float,
-    ignore_index: int, group_name: str, sequence_parallel: bool, chunk_bytes: int, backend: str,
+    ignore_index: int, group_name: str, sequence_parallel: bool, chunk_bytes: int, max_rows: int, backend: str,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     call = _call(hidden, weight, targets, temperature_M, temperature, ignore_index, group_name, sequence_parallel,
-                 chunk_bytes, backend)  # fmt: skip
+                 chunk_bytes, max_rows, backend)  # fmt: skip
     rows = call.counting_rows(None)
     head = call.open(rows, with_entropy=with_entropy)
     logp_M, entropy_M, lse_M = (
         torch.zeros_like(rows.targets_M, dtype=call.dtype) for _ in range(3)
     )
-    for chunk in call.chunks(rows):
+    for chunk in call.chunks(rows, with_gradient=False):
         stats = head.forward(chunk)
         logp_M[chunk], lse_M[chunk] = stats.logp_M, stats.lse_M
         if stats.entropy_M is not None:
@@ -96,17 +98,17 @@ def _(hidden, weight, targets, *_) -> tuple[Tensor, Tensor, Tensor]:
 def _logprob_bwd(
     dlogp: Tensor | None, dentropy: Tensor | None, dlse: Tensor | None, hidden: Tensor, weight: Tensor,
     targets: Tensor, temperature_M: Tensor | None, temperature: float, ignore_index: int, group_name: str,
-    sequence_parallel: bool, chunk_bytes: int, backend: str, needs_dx: bool, needs_dw: bool,
+    sequence_parallel: bool, chunk_bytes: int, max_rows: int, backend: str, needs_dx: bool, needs_dw: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _call(hidden, weight, targets, temperature_M, temperature, ignore_index, group_name, sequence_parallel,
-                 chunk_bytes, backend)  # fmt: skip
+                 chunk_bytes, max_rows, backend)  # fmt: skip
     rows = call.counting_rows(None)
     dw_VD = call.new_weight_gradient(needs_dw)
     head = call.open(rows, needs_dx=needs_dx, dw_VD=dw_VD, entropy_gradient=dentropy is not None)
-    dlogp_M, dlse_M, dentropy_M = rows.select(dlogp), rows.select(dlse), rows.select(dentropy)
+    dlogp_M, dlse_M, dentropy_M = (rows.select(d, call.dtype) for d in (dlogp, dlse, dentropy))
     if dlogp_M is None:
         dlogp_M = torch.zeros_like(rows.targets_M, dtype=call.dtype)
-    for chunk in call.chunks(rows):
+    for chunk in call.chunks(rows, with_gradient=True):
         head.forward(chunk)
         grads = (None if value_M is None else value_M[chunk] for value_M in (dlse_M, dentropy_M))
         head.backward(chunk, RowGrads(dlogp_M[chunk], *grads))
@@ -115,7 +117,7 @@ def _logprob_bwd(
 
 @_logprob_bwd.register_fake
 def _(dlogp, dentropy, dlse, hidden, weight, targets, temperature_M, temperature, ignore_index, group_name,
-      sequence_parallel, chunk_bytes, backend, needs_dx, needs_dw):  # fmt: skip
+      sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, needs_dw):  # fmt: skip
     return hidden.new_empty(hidden.shape if needs_dx else 0), weight.new_empty(
         weight.shape if needs_dw else 0
     )
@@ -124,7 +126,7 @@ def _(dlogp, dentropy, dlse, hidden, weight, targets, temperature_M, temperature
 def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:4])
-    ctx.numbers, ctx.num_inputs = inputs[4:10], len(inputs)
+    ctx.numbers, ctx.num_inputs = inputs[4:11], len(inputs)
 
 
 def _backward(ctx, dlogp: Tensor | None, dentropy: Tensor | None, dlse: Tensor | None):
@@ -152,7 +154,8 @@ def linear_logprob(
     sequence_parallel: bool = False,
     with_entropy: bool = True,
     chunk_bytes: int | None = None,
-    _backend: str = "",
+    max_rows: int | None = None,
+    _backend: Backend | None = None,
 ) -> LinearLogprob:
     """logp, entropy and lse of each row's target, fp32; differentiable in all three; ignored rows give 0.
 
@@ -161,6 +164,7 @@ def linear_logprob(
     group: weight_VD is this rank's V/TP rows of the vocabulary, targets stay global, hidden is the same on all
     ranks; its gradient is summed over them. sequence_parallel: hidden_MD is instead this rank's M/TP rows.
     with_entropy: False saves work; entropy_M is then 0. chunk_bytes: logits held at a time.
+    max_rows: on a GPU, how many rows count at most, if the host knows; the others are then not even padding.
     Raises ValueError for shapes, dtypes, strides and targets that do not fit.
     """
     check_head(
@@ -178,6 +182,7 @@ def linear_logprob(
         *_logprob(
             hidden_MD, weight_VD, targets_M,
             temperature if is_row_wise else None, 1.0 if is_row_wise else float(temperature), ignore_index,
-            name_of(group), sequence_parallel, chunk_bytes or 0, _backend, with_entropy,
+            name_of(group), sequence_parallel, chunk_bytes or 0, -1 if max_rows is None else max_rows,
+            _backend or "", with_entropy,
         )
     )  # fmt: skip

@@ -28,6 +28,7 @@ from torch import Tensor
 from phimini.kernels._head_base import RowGrads, RowStats
 from phimini.kernels._head_loss_op import HeadLoss, LossCall
 from phimini.kernels._head_rows import check_head, check_main_grad, check_rows, compute_dtype
+from phimini.kernels._launch import Backend
 from phimini.kernels.linear_logprob import linear_logprob_reference
 
 MAX_EXPONENT = 20.0
@@ -140,7 +141,7 @@ def _clamped(d_M: Tensor) -> tuple[Tensor, Tensor]:
 def _policy_rows(
     stats: RowStats, inputs: _RowInputs, settings: _Settings
 ) -> tuple[Tensor, RowGrads]:
-    """((9, M): weighted loss, then the metrics but the count; gradients of the weighted loss)."""
+    """((10, M): weighted loss, then the metrics; gradients of the weighted loss)."""
     difference_M = stats.logp_M - inputs.old_logp_M
     log_ratio_M, inside_M = _clamped(difference_M)
     ratio_M = log_ratio_M.exp()
@@ -170,11 +171,11 @@ def _policy_rows(
             loss_M - settings.entropy_coef * entropy_M,
             -settings.entropy_coef * inputs.weight_M,
         )
-    values_9M = torch.stack(
+    values_10M = torch.stack(
         [loss_M * inputs.weight_M, policy_M, kl_M, entropy_M, ratio_M, is_clipped_M, difference_M, stats.logp_M,
-         stats.is_top_M.to(policy_M.dtype)]
+         stats.is_top_M.to(policy_M.dtype), torch.ones_like(policy_M)]
     )  # fmt: skip
-    return values_9M, RowGrads(dlogp_M * inputs.weight_M, entropy_M=dentropy_M)
+    return values_10M, RowGrads(dlogp_M * inputs.weight_M, entropy_M=dentropy_M)
 
 
 def _kl_value(d_M: Tensor, kl: str) -> Tensor:
@@ -196,25 +197,22 @@ def _run(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
     settings = _Settings(clip_low, clip_high, kl_coef, entropy_coef, kl, kl_gradient)
     row_weight_M = call.row_values[0]
     rows = call.counting_rows(row_weight_M)
-    if row_weight_M is None:
-        row_weight_M = torch.ones_like(call.targets_M, dtype=call.dtype)
-    selected = (rows.select(value_M) for value_M in (row_weight_M, *call.row_values[1:]))
-    inputs = [None if value_M is None else value_M.to(call.dtype) for value_M in selected]
+    inputs = [rows.weights(row_weight_M, call.dtype)]
+    inputs += [rows.select(value_M, call.dtype) for value_M in call.row_values[1:]]
     head = call.open_for_loss(
         rows,
         with_entropy=with_entropy != 0 or entropy_coef != 0,
         entropy_gradient=entropy_coef != 0 and call.needs_gradient,
     )
-    sums_9 = torch.zeros(9, dtype=call.dtype, device=call.weight_VD.device)
-    for chunk in call.chunks(rows):
+    sums_10 = torch.zeros(10, dtype=call.dtype, device=call.weight_VD.device)
+    for chunk in call.chunks(rows, call.needs_gradient):
         stats = head.forward(chunk)
         chunk_inputs = _chunk_inputs(inputs, chunk)
-        values_9M, grads = _policy_rows(stats, chunk_inputs, settings)
+        values_10M, grads = _policy_rows(stats, chunk_inputs, settings)
         if call.needs_gradient:
             head.backward(chunk, grads)
-        sums_9 += values_9M.sum(1)
-    metrics_9 = torch.cat([sums_9[1:], sums_9.new_full((1,), rows.targets_M.shape[0])])
-    return sums_9[0].clone(), metrics_9, call.close(head, rows)
+        sums_10 += rows.sum(values_10M, chunk)
+    return sums_10[0].clone(), sums_10[1:].clone(), call.close(head, rows)
 
 
 _policy_loss = HeadLoss("linear_policy_loss", len(PolicyMetrics._fields), _run)
@@ -244,7 +242,8 @@ def linear_policy_loss(
     main_grad: Tensor | None = None,
     with_entropy: bool = True,
     chunk_bytes: int | None = None,
-    _backend: str = "",
+    max_rows: int | None = None,
+    _backend: Backend | None = None,
 ) -> tuple[Tensor, PolicyMetrics]:
     """(sum over rows of row_weight * token loss, metrics); fp32 scalars (fp64 for fp64 input).
 
@@ -277,6 +276,6 @@ def linear_policy_loss(
         hidden_MD, weight_VD, targets_M, row_values=list(row_values.values()),
         numbers=[clip_low, clip_high, kl_coef, entropy_coef, float(with_entropy)], words=f"{kl} {kl_gradient}",
         temperature=temperature, ignore_index=ignore_index, group=group, sequence_parallel=sequence_parallel,
-        main_grad=main_grad, chunk_bytes=chunk_bytes, backend=_backend,
+        main_grad=main_grad, chunk_bytes=chunk_bytes, max_rows=max_rows, backend=_backend,
     )  # fmt: skip
     return loss, PolicyMetrics(*metrics_9.unbind())

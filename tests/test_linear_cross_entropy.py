@@ -211,20 +211,9 @@ def test_is_deterministic_and_chunks_do_not_show() -> None:
 def test_opcheck() -> None:
     hidden, weight, targets = make_head(9, 8, 20)
     for row_values in ([None], [torch.rand(9)]):
-        args = (
-            targets,
-            row_values,
-            [0.1, 1e-3, 1.0],
-            "",
-            None,
-            1.0,
-            IGNORE,
-            "",
-            False,
-            0,
-            "",
-            True,
-        )
+        numbers, words = [0.1, 1e-3, 1.0], ""
+        rest = (None, 1.0, IGNORE, "", False, 0, -1, "", True)
+        args = (targets, row_values, numbers, words, *rest)
         torch.library.opcheck(
             _cross_entropy.op, (hidden.requires_grad_(), weight.requires_grad_(), *args, True)
         )

@@ -222,7 +222,7 @@ def test_opcheck() -> None:
         row_values,
         [0.1, 0.0, 0.2],
     )
-    torch.library.opcheck(_dpo.op, (*args, "", None, 1.0, IGNORE, "", False, 0, "", True, True))
+    torch.library.opcheck(_dpo.op, (*args, "", None, 1.0, IGNORE, "", False, 0, -1, "", True, True))
 
 
 @pytest.mark.parametrize(

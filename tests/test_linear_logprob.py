@@ -109,7 +109,7 @@ def test_second_derivative_is_refused() -> None:
 
 def test_opcheck() -> None:
     hidden, weight, targets = make_head(9, 8, 20)
-    numbers = (1.0, IGNORE, "", False, 0, "")
+    numbers = (1.0, IGNORE, "", False, 0, -1, "")
     for temperature_M in (None, torch.rand(9) + 0.5):
         head = (hidden.requires_grad_(), weight.requires_grad_(), targets, temperature_M)
         torch.library.opcheck(_logprob, (*head, *numbers, True))

@@ -232,7 +232,7 @@ def test_opcheck() -> None:
     row_values = [None, *(torch.rand(9) for _ in range(3)), None]
     numbers = [0.2, 0.28, 0.1, 0.01, 1.0]
     args = (hidden.requires_grad_(), weight.requires_grad_(), targets, row_values, numbers)
-    rest = ("k3 estimator", None, 1.0, IGNORE, "", False, 0, "", True, True)
+    rest = ("k3 estimator", None, 1.0, IGNORE, "", False, 0, -1, "", True, True)
     torch.library.opcheck(_policy_loss.op, (*args, *rest))
 
 

@@ -1,0 +1,70 @@
+"""Block sizes of the head's kernels per GPU generation, and why.
+
+Found by compiling offline (`phimini bench kernels --static`); not yet timed on a GPU. What decided:
+
+sm_90, sm_100: 128 x 256 x 64, 8 warps. 85 FLOP per byte fetched from L2; 128 x 128 has 64, which at 600 TFLOP/s asks
+    for 9.4 TB/s. Four stages fill 192 KiB of the 227 KiB of shared memory; a second program would not fit with
+    three either. TMA descriptors made on the host: the pointer arithmetic of the same tile costs 64 registers.
+    4 warps spill 600 times. Warp specialisation: no effect on sm_90 in triton 3.7, spills on sm_100.
+sm_80: 128 x 128 x 64, 8 warps, cp.async through pointers: there is no TMA, and descriptors are lowered to
+    16-bit accesses without a pipeline. 128 x 256 spills 280 times.
+merge and gradient kernels: bound by memory. 128-bit accesses, no spills, at least half of the warps resident.
+
+The gradient kernel's column block is the logit tile's: one maximum belongs to one such tile.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatmulBlocks:
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    use_tma: bool
+
+
+MATMUL = {
+    80: MatmulBlocks(
+        block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3, use_tma=False
+    ),
+    90: MatmulBlocks(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, use_tma=True),
+    100: MatmulBlocks(
+        block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, use_tma=True
+    ),
+}
+MERGE_SPLITS, MERGE_ROWS, MERGE_WARPS = 32, 32, 4
+GRADIENT_ROWS, GRADIENT_WARPS = 16, 4
+GRADIENT_TILES = 8
+"""Tiles a program goes through: the row's numbers (24 bytes) are then read once per 8 KB of logits."""
+
+
+def generation(device: torch.device) -> int:
+    """80, 90 or 100: the newest generation of the table that is not newer than the GPU. 90 in the interpreter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise ValueError(f"head kernels need compute capability 8.0 or newer, got {major}.{minor}")
+    # sm_120 has neither tcgen05 nor sm_100's shared memory: it runs sm_80's plan
+    return 80 if major in (8, 12) else min(100, 10 * major)
+
+
+def vocabulary_splits(num_row_blocks: int, num_tiles: int, num_sms: int) -> int:
+    """Into how many parts the forward-only kernel cuts the vocabulary: the fewest that keep 90 % of the SMs busy.
+
+    One program per SM and row block; with P programs, ceil(P / SMs) rounds take as long as P / SMs would at best.
+    """
+    best, best_use = 1, 0.0
+    for splits in range(1, min(num_tiles, 32) + 1):
+        programs = num_row_blocks * splits
+        use = programs / (-(-programs // num_sms) * num_sms)
+        if use >= 0.9:
+            return splits
+        if use > best_use:
+            best, best_use = splits, use
+    return best
