@@ -47,7 +47,8 @@ def base(run: RunConfig, *, redo: bool = False) -> Path:
         tokenizer = Tokenizer.load(run.base)
         files = read_tensors(run.base)
         check_tensors(config, files)
-        save_config(config, directory, stop_ids=tokenizer.stop_ids)
+        dtype = files[next(iter(files))].dtype
+        save_config(config, directory, stop_ids=tokenizer.stop_ids, dtype=dtype)
         write_tensors(((name, files[name]) for name in files), directory)
     tokenizer.save(directory, chat_template=TEMPLATES[run.chat_template])
     stage.finish({"parameters": config.num_parameters, "vocabulary": tokenizer.vocab_size})

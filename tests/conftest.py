@@ -10,6 +10,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is decorated
 torch.set_num_threads(1)
+# torch.device("meta") remembers the constructors it finds at its first use: let it find the real ones.
+torch.utils._device._device_constructors()
 
 
 @pytest.fixture(autouse=True)
