@@ -168,8 +168,16 @@ class RlvrConfig:
     anneal: bool = True
     start_temperature: float = 1.0
     end_temperature: float = 0.6
-    max_mismatch: float = 0.02
-    """the run stops when sampler and trainer differ by more than this in mean |log-prob|"""
+    max_mismatch: float | None = None
+    """the run stops when sampler and trainer differ by more than this in mean |log-prob|; none: 1e-3 for a sampler
+    in float32, 0.02 in bfloat16, 0.06 in FP8"""
+    importance: Literal[
+        "off", "token_truncated", "token_masked", "sequence_truncated", "sequence_masked"
+    ] = "off"
+    """weights that correct what is left of the difference, and for older weights; see `mismatch.py`"""
+    importance_cap: float = 2.0
+    importance_low: float = 0.5
+    """masked: tokens (or sequences) whose weight is outside [low, cap] are left out"""
     checkpoint_every: int = 500
 
 
@@ -217,6 +225,15 @@ class RolloutConfig:
     """vLLM quantises the weights when they arrive"""
     memory_share: float = 0.5
     """of a GPU's memory, for one colocated vLLM engine"""
+    oversample: float = 1.0
+    """separate: stage 4 asks for so many times rollouts_per_prompt and stops a group once it has enough; above 1,
+    quick answers are favoured"""
+    asynchronous: bool = False
+    """separate: stage 4 samples the next step while it trains on this one"""
+    partial: bool = False
+    """asynchronous: weights are synced while answers are under way, which then go on with the new ones"""
+    max_staleness: int = 1
+    """stage 4 drops answers with a token that is older than so many updates"""
     bucket_mib: int | None = None
     """weights travel in buckets of this size; none: what the largest tensor needs, at least 64"""
     deadline_s: float = 120.0

@@ -30,8 +30,8 @@ from phimini.parallel.world import World
 THRESHOLDS = (0.01, 0.1, 1.0)
 ALARM_LEVELS = {"float32": 1e-3, "bfloat16": 0.02, "fp8": 0.06}
 """mean |d|, by what the sampler computes in"""
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-"""|d| up to this is no difference"""
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.02, "fp8": 0.05}
+"""|d| of a token up to this is no difference, and gets importance weight 1"""
 MAX_EXPONENT = 20.0
 
 
@@ -135,7 +135,7 @@ def importance_weights(
     documents_M: Tensor,  # int64, which sequence a row is of
     num_documents: int,
     context_group: dist.ProcessGroup | None = None,  # ranks that hold the sequences' other rows
-    rounding: float | None = None,
+    rounding: float,  # |d| up to this counts as 0
 ) -> Tensor:
     """(M,) factors of the policy loss: `level_kind` with level token or sequence, kind truncated or masked."""
     level, _, kind = mode.partition("_")
@@ -143,8 +143,7 @@ def importance_weights(
         raise ValueError(
             f"importance: expected token or sequence, truncated or masked, got {mode!r}"
         )
-    limit = ROUNDING.get(d_M.dtype, ROUNDING[torch.float32]) if rounding is None else rounding
-    d_M = d_M.float().where(counts_M & (d_M.abs() > limit), 0.0)
+    d_M = d_M.float().where(counts_M & (d_M.abs() > rounding), 0.0)
     if level == "sequence":
         sums_N = d_M.new_zeros(num_documents).index_add_(0, documents_M, d_M)
         if context_group is not None:

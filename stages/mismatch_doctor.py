@@ -8,20 +8,35 @@ that destroys least: as it is, after a prefix cache reset, after a new sync.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from phimini.kernels import linear_logprob
+from phimini.model.chat import encode_prompt
 from phimini.model.reference import Phi4Mini
 from phimini.model.sampler import SamplingParams
 from phimini.model.tokenizer import Tokenizer
+from phimini.parallel.batch import IGNORE, Document, PackedBatch, pack
 from phimini.parallel.builder import Model
+from phimini.parallel.step import forward_only
 from phimini.parallel.weight_sync_checksum import checksum
 from phimini.parallel.weights import to_hf
+from phimini.parallel.world import World
+from phimini.stages.config import RunConfig
+from phimini.stages.distill import PROBLEM_FIELDS
+from phimini.stages.jsonl import read_rows
+from phimini.stages.mismatch import alarm_level, precision_of
+from phimini.stages.rollout import build_engine
 from phimini.stages.rollout_engine import RolloutEngine
+from phimini.stages.seeds import derive
+from phimini.stages.training import load_model
 
 TEMPERATURES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0)
 TOP_PS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+EXAMINED = 16
+"""answers that the doctor looks at"""
 EXPLAINS = 0.2
 """a hypothesis is the cause if it leaves less than this share of the difference"""
 
@@ -173,6 +188,62 @@ def diagnose(
     return Verdict(
         "engine", "Nothing here explains it: the engine computes another function.", evidence
     )
+
+
+def trainer_logprobs(model: Model, cases: Sequence[Case]) -> Tensor:
+    """Of all cases' response tokens, one after the other, by the trainer at its layout. Collective."""
+    documents = [
+        Document(
+            tokens=(case.prompt + case.response)[:-1],
+            targets=[IGNORE] * (len(case.prompt) - 1) + case.response,
+            document_fields={"temperature": case.temperature or 1.0},
+        )
+        for case in cases
+    ]
+
+    def logprobs(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
+        temperature_M = batch.fields["temperature"][batch.document_ids_T]
+        return linear_logprob(
+            hidden_MD, weight_VD, batch.targets_T, temperature=temperature_M, group=group
+        ).logp_M
+
+    batch = pack(documents, multiple_of=model.world.layout.token_multiple)
+    return forward_only(model, [batch], logprobs)[0].cpu()[batch.targets_T != IGNORE]
+
+
+def doctor(run: RunConfig, world: World, *, samples: int = EXAMINED) -> Verdict:
+    """`phimini doctor NAME --mismatch`: this run's latest model, a fresh sync, new answers; prints and returns.
+
+    Collective. What only lived in an engine that has ended since (stale weights, its prefix cache) was written to
+    the stage's `mismatch.txt` when the run stopped.
+    """
+    out = Path(run.out)
+    stages = [s for s in ("rlvr", "rollout_dpo", "sft", "midtrain") if (out / s / "model").exists()]
+    if not stages:
+        raise ValueError(
+            f"doctor: {out} has no trained model yet; run `phimini recipe {run.name}` first"
+        )
+    model, tokenizer = load_model(run, world, stages[0])
+    engine = build_engine(run, model.config, world)
+    engine.sync(model)
+    problems = read_rows(out / "distill" / "prompts.jsonl", PROBLEM_FIELDS)[:samples]
+    prompts = [encode_prompt(tokenizer, p["question"], run.chat_template) for p in problems]
+    params = SamplingParams(
+        temperature=run.rlvr.start_temperature,
+        max_new_tokens=run.rlvr.max_new_tokens,
+        stop_ids=tokenizer.stop_ids,
+    )
+    done = engine.generate(prompts, params, [derive(run.seed, "doctor", p["id"]) for p in problems])
+    cases = [
+        Case(prompt=p, response=c.tokens, logprobs=c.logprobs, temperature=params.temperature)
+        for p, c in zip(prompts, done, strict=True)
+    ]
+    precision = precision_of(run.rollout, world.device.type == "cuda")
+    tolerance = alarm_level(run.rlvr.max_mismatch, precision)
+    verdict = diagnose(engine, model, cases, tolerance=tolerance)
+    if world.is_main:
+        print(f"{stages[0]}, {run.rollout.engine} engine, {len(cases)} answers\n{verdict.page()}")
+    return verdict
 
 
 def _predictions(

@@ -3,22 +3,24 @@
 Group-relative policy gradient (GRPO, arXiv 2402.03300) with asymmetric clipping and a token-level
 normaliser (DAPO, arXiv 2503.14476) and the paper's three remedies, each a function in `remedies.py`
 with a switch in the config. Groups are keyed by prompt id. The sampling temperature is stored with
-each rollout and divides the trainer's logits too, so that old and new log-probs are of one policy.
+each rollout and divides the trainer's logits too, so that old and new log-probs are of one policy;
+`mismatch.py` measures at every step whether they are.
+
+With rollout.asynchronous the next step's answers are sampled while this step trains.
 """
 
 import dataclasses
 import random
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from phimini.kernels import linear_logprob, linear_policy_loss
-from phimini.model.chat import encode_prompt
-from phimini.model.sampler import SamplingParams
 from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import Document, PackedBatch, pack
 from phimini.parallel.builder import Model
@@ -28,40 +30,31 @@ from phimini.stages.config import RlvrConfig, RunConfig
 from phimini.stages.distill import PROBLEM_FIELDS
 from phimini.stages.jsonl import read_json, read_rows, write_json, write_rows
 from phimini.stages.metrics import MetricsLog
+from phimini.stages.mismatch import (
+    ROUNDING,
+    Mismatch,
+    MismatchError,
+    MismatchMeter,
+    alarm_level,
+    importance_weights,
+    precision_of,
+)
+from phimini.stages.mismatch_doctor import EXAMINED, Case, diagnose
 from phimini.stages.packing import EpochSampler, Example, chunks, shares
 from phimini.stages.remedies import (
     advantages,
-    is_hard,
     keeps_prompt,
     rebalance,
     select_uniform_length,
     temperature_at,
 )
-from phimini.stages.rollout import RolloutEngine, build_engine
+from phimini.stages.rollout import build_engine
+from phimini.stages.rollout_ahead import Background, OnMain
+from phimini.stages.rollout_engine import RolloutEngine
+from phimini.stages.rollout_groups import Rollout, Sampler
 from phimini.stages.seeds import derive
 from phimini.stages.stage import Interrupt, Stage
 from phimini.stages.training import Progress, load_model, start_optimizer
-from phimini.stages.verify import verify
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """One sampled answer. `advantage` is set once its group is complete."""
-
-    id: str
-    prompt_id: str
-    step: int
-    prompt: list[int]
-    response: list[int]
-    logprobs: list[float]
-    """of the response's tokens, as sampled"""
-    temperature: float
-    reward: float
-    truncated: bool
-    advantage: float = 0.0
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.response) - 1
 
 
 def rlvr(run: RunConfig, world: World, *, redo: bool = False) -> None:
@@ -87,7 +80,12 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
         len(pool), min(config.prompts_per_step, len(pool)), derive(run.seed, "rlvr")
     )
     optimizer = start_optimizer(run, model, config.optimizer, config.steps)
-    head = policy_head(config)
+    meter = MismatchMeter()
+    precision = precision_of(run.rollout, world.device.type == "cuda")
+    head = policy_head(config, meter, ROUNDING[precision])
+    # Rank 0's own, for a thread beside the training: it talks to the engines and to no other rank.
+    beside = Sampler(run, world, OnMain(engine), tokenizer, problems)
+    ahead: Background[list[list[Rollout]]] | None = None
 
     state = {"tokens": 0, "sampled_tokens": 0, "waiting": []}
     progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
@@ -99,40 +97,49 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
     log = MetricsLog(stage.path / "metrics.jsonl", config.steps, stage.name, world.is_main)
     with log, Interrupt() as interrupt:
         while step < config.steps:
-            temperature = config.start_temperature
-            if config.anneal:
-                temperature = temperature_at(
-                    step, config.steps, config.start_temperature, config.end_temperature
-                )
-            groups = sampler.sample_groups(
-                [pool[i] for i in prompts.batch(step)], step, temperature
-            )
+            now = plan(step, config, pool, prompts)
+            groups = ahead.result() if ahead is not None else sampler.sample_groups(*now)
+            ahead = None
+            if run.rollout.asynchronous and step + 1 < config.steps:
+                later = plan(step + 1, config, pool, prompts)
+                ahead = Background(world, lambda later=later: beside.sample_groups(*later))
             fresh = [rollout for group in groups for rollout in group]
             waiting = [Rollout(**row) for row in state["waiting"]]
             chosen = waiting + choose(groups, config, derive(run.seed, "rlvr", "choose", step))
-            row = describe(groups, chosen, config, temperature)
+            young = [r for r in chosen if r.age(model.num_updates) <= run.rollout.max_staleness]
+            row = describe(groups, young, config, now.temperature)
+            row["too_stale"] = len(chosen) - len(young)
+            chosen = young
             state["sampled_tokens"] += sum(len(r.response) for r in fresh)
             state["waiting"] = []
             if len(chosen) < config.min_rollouts:
                 state["waiting"] = [dataclasses.asdict(rollout) for rollout in chosen]
             else:
+                engine.rest()
                 optimizer.zero_grad()
-                microbatches = rollout_batches(chosen, config, world)
+                microbatches = rollout_batches(chosen, model.num_updates, config, world)
                 if frozen is not None:
                     microbatches = with_reference_logps(frozen, microbatches)
                 metrics = forward_backward(model, microbatches, head)
+                mismatch = meter.take(world)
+                if mismatch.exceeds(alarm_level(config.max_mismatch, precision)):
+                    if ahead is not None:
+                        ahead.result()  # the engine is free for the doctor
+                    stop_on_mismatch(mismatch, chosen, engine, model, stage)
                 info = optimizer.step()
+                if ahead is not None and not run.rollout.partial:
+                    ahead.result()  # its answers are of one set of weights
                 engine.sync(model)
                 state["tokens"] += sum(map(len, chosen))
                 rows = metrics.metrics.pop("rows")
                 row |= {name: total / rows for name, total in metrics.metrics.items()}
+                row |= mismatch.row()
                 row |= {
                     "loss": metrics.loss,
                     "lr": info.lr,
                     "grad_norm": info.grad_norm,
                     "tokens": sum(map(len, chosen)),
                 }
-                check_mismatch(row["mismatch"], waiting, config)
             step += 1
             if world.is_main:
                 write_rollouts(stage.path / "rollouts" / f"{step:06d}.jsonl", fresh, tokenizer)
@@ -142,77 +149,22 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
     progress.finish(tokenizer, {"steps": config.steps, "pool": len(pool)})
 
 
-class Sampler:
-    """Prompts by id to scored rollouts, identical on every rank."""
+class Plan(NamedTuple):
+    """What a step samples."""
 
-    def __init__(
-        self,
-        run: RunConfig,
-        world: World,
-        engine: RolloutEngine,
-        tokenizer: Tokenizer,
-        problems: dict[str, dict],
-    ) -> None:
-        self.run, self.config, self.world = run, run.rlvr, world
-        self.engine, self.tokenizer, self.problems = engine, tokenizer, problems
-        self.prompts = {
-            id: encode_prompt(tokenizer, p["question"], run.chat_template)
-            for id, p in problems.items()
-        }
+    ids: list[str]
+    step: int
+    temperature: float
 
-    def sample(
-        self, asked: list[tuple[str, int]], step: int, temperature: float, purpose: str
-    ) -> list[Rollout]:
-        """One rollout for each (prompt id, index within its group)."""
-        params = SamplingParams(
-            temperature=temperature,
-            max_new_tokens=self.config.max_new_tokens,
-            stop_ids=self.tokenizer.stop_ids,
+
+def plan(step: int, config: RlvrConfig, pool: list[str], prompts: EpochSampler) -> Plan:
+    """The step's prompts, and remedy 3's temperature."""
+    temperature = config.start_temperature
+    if config.anneal:
+        temperature = temperature_at(
+            step, config.steps, config.start_temperature, config.end_temperature
         )
-        seeds = [derive(self.run.seed, "rlvr", purpose, step, id, k) for id, k in asked]
-        completions = self.engine.generate([self.prompts[id] for id, _ in asked], params, seeds)
-        return [
-            Rollout(
-                id=f"{purpose}/{step}/{id}/{k}",
-                prompt_id=id,
-                step=step,
-                prompt=self.prompts[id],
-                response=completion.tokens,
-                logprobs=completion.logprobs,
-                temperature=temperature,
-                reward=reward(
-                    self.tokenizer.decode(completion.tokens),
-                    completion.finish_reason,
-                    self.problems[id],
-                ),
-                truncated=completion.finish_reason == "length",
-            )
-            for (id, k), completion in zip(asked, completions, strict=True)
-        ]
-
-    def sample_groups(self, ids: list[str], step: int, temperature: float) -> list[list[Rollout]]:
-        """A group per prompt; with remedy 2, groups that prove hard are oversampled."""
-        first = self.config.rollouts_per_prompt
-        groups: dict[str, list[Rollout]] = defaultdict(list)
-        for rollout in self.sample(
-            [(id, k) for id in ids for k in range(first)], step, temperature, "rollout"
-        ):
-            groups[rollout.prompt_id].append(rollout)
-        if self.config.rebalance and self.config.oversample_to > first:
-            hard = [
-                id
-                for id in ids
-                if is_hard([r.reward for r in groups[id]], self.config.max_accuracy)
-            ]
-            more = [(id, k) for id in hard for k in range(first, self.config.oversample_to)]
-            for rollout in self.sample(more, step, temperature, "rollout"):
-                groups[rollout.prompt_id].append(rollout)
-        return list(groups.values())
-
-
-def reward(response: str, finish_reason: str, problem: dict) -> float:
-    """+1 for a response that ended by itself with the right answer, -1 for any other."""
-    return 1.0 if finish_reason == "stop" and verify(response, problem["answer"]) else -1.0
+    return Plan([pool[i] for i in prompts.batch(step)], step, temperature)
 
 
 def select_prompts(stage: Stage, sampler: Sampler, config: RlvrConfig, world: World) -> list[str]:
@@ -270,18 +222,23 @@ def choose(groups: list[list[Rollout]], config: RlvrConfig, seed: int) -> list[R
     return chosen
 
 
-def rollout_batches(rollouts: list[Rollout], config: RlvrConfig, world: World) -> list[PackedBatch]:
+def rollout_batches(
+    rollouts: list[Rollout], version: int, config: RlvrConfig, world: World
+) -> list[PackedBatch]:
     """This rank's micro-batches; the same number on each rank, shares of nearly equal tokens."""
     mine = shares([len(r) for r in rollouts], world.data_size)[world.data_rank]
     number = -(-len(rollouts) // (config.micro_rollouts * world.data_size))
     size = max(1, -(-len(mine) // number))
     return [
-        rollout_batch([rollouts[i] for i in part], config, world) for part in chunks(mine, size)
+        rollout_batch([rollouts[i] for i in part], version, config, world)
+        for part in chunks(mine, size)
     ]
 
 
-def rollout_batch(rollouts: list[Rollout], config: RlvrConfig, world: World) -> PackedBatch:
-    """Per position: old log-prob, advantage, weight and temperature (those of the token it predicts)."""
+def rollout_batch(
+    rollouts: list[Rollout], version: int, config: RlvrConfig, world: World
+) -> PackedBatch:
+    """Per position: old log-prob, advantage, weight, temperature and age (those of the token it predicts)."""
     pieces = []
     for rollout in rollouts:
         example = Example(rollout.id, rollout.prompt + rollout.response, len(rollout.prompt))
@@ -296,6 +253,7 @@ def rollout_batch(rollouts: list[Rollout], config: RlvrConfig, world: World) -> 
                     "advantage": [0.0] * before + [rollout.advantage] * length,
                     "weight": [0.0] * before + [weight] * length,
                     "temperature": [1.0] * before + [rollout.temperature] * length,
+                    "age": [0] * before + rollout.ages(version),
                 },
             )
         )
@@ -321,20 +279,48 @@ def with_reference_logps(frozen: Model, microbatches: list[PackedBatch]) -> list
     ]
 
 
-def policy_head(config: RlvrConfig):
-    """The clipped policy loss; the count is trained tokens, or rollouts where each weighs the same."""
+def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float):
+    """The clipped policy loss; the count is trained tokens, or rollouts where each weighs the same.
+
+    The trainer's log-probs of the sampled tokens are computed first, for the mismatch and the importance weights.
+    """
 
     def head(
         hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        weight_M = batch.fields["weight"]
+        weight_M, old_logp_M = batch.fields["weight"], batch.fields["old_logp"]
+        with torch.no_grad():
+            logp_M = linear_logprob(
+                hidden_MD,
+                weight_VD,
+                batch.targets_T,
+                temperature=batch.fields["temperature"],
+                group=group,
+                with_entropy=False,
+            ).logp_M
+        counts_M, importance_M = weight_M != 0, None
+        meter.add(logp_M - old_logp_M, batch.fields["age"], counts_M)
+        if config.importance != "off":
+            importance_M = importance_weights(
+                logp_M - old_logp_M,
+                counts_M,
+                config.importance,
+                cap=config.importance_cap,
+                low=config.importance_low,
+                documents_M=batch.document_ids_T,
+                num_documents=batch.num_documents,
+                context_group=batch.context_group,
+                rounding=rounding,
+            )
+            old_logp_M = logp_M
         loss, metrics = linear_policy_loss(
             hidden_MD,
             weight_VD,
             batch.targets_T,
-            batch.fields["old_logp"],
+            old_logp_M,
             batch.fields["advantage"],
             row_weight_M=weight_M,
+            importance_weight_M=importance_M,
             temperature=batch.fields["temperature"],
             clip_low=config.clip_low,
             clip_high=config.clip_high,
@@ -347,20 +333,29 @@ def policy_head(config: RlvrConfig):
             "entropy": metrics.entropy_sum,
             "clipped": metrics.clipped_sum,
             "kl": metrics.kl_sum,
-            "mismatch": metrics.logp_diff_sum,
         }
         return loss, weight_M.sum(), sums
 
     return head
 
 
-def check_mismatch(mismatch: float, waiting: list[Rollout], config: RlvrConfig) -> None:
-    """Sampler and trainer hold the same weights, so their log-probs agree but for rounding."""
-    if not waiting and not mismatch <= config.max_mismatch:
-        raise RuntimeError(
-            f"rlvr: sampler and trainer differ by {mismatch:.4f} in mean |log-prob|, more than rlvr.max_mismatch="
-            f"{config.max_mismatch}: stale weights, another rope table, or another temperature"
-        )
+def stop_on_mismatch(
+    mismatch: Mismatch, rollouts: list[Rollout], engine: RolloutEngine, model: Model, stage: Stage
+) -> NoReturn:
+    """Before the update: finds out why sampler and trainer differ, writes `mismatch.txt` and raises MismatchError."""
+    cases = [
+        Case(prompt=r.prompt, response=r.response, logprobs=r.logprobs, temperature=r.temperature)
+        for r in rollouts
+        if r.age(model.num_updates) == 0
+    ]
+    page = diagnose(engine, model, cases[:EXAMINED]).page()
+    if model.world.is_main:
+        (stage.path / "mismatch.txt").write_text(page + "\n")
+    raise MismatchError(
+        f"rlvr: sampler and trainer differ by {mismatch.mean_abs:.4g} in mean |log-prob| (max {mismatch.max_abs:.4g}, "
+        f"KL {mismatch.kl:.4g}) over {mismatch.tokens} tokens, more than the alarm level (rlvr.max_mismatch)",
+        page,
+    )
 
 
 def describe(

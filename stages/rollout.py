@@ -75,10 +75,30 @@ class LocalEngine:
         everyone = {index: completion for part in parts for index, completion in part.items()}
         return [everyone[i] for i in range(len(prompts))]
 
+    def generate_groups(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        groups: list[str],
+        wanted: int | None,
+    ) -> list[Sampled]:
+        return self.generate(prompts, params, seeds)
+
 
 def build_engine(run: RunConfig, config: ModelConfig, world: World) -> RolloutEngine:
     """Raises ValueError where the config asks for what is not there, e.g. vLLM."""
-    if run.rollout.engine == "vllm" and run.rollout.placement == "separate":
+    alone = run.rollout.engine == "vllm" and run.rollout.placement == "separate"
+    for name in ("oversample", "asynchronous", "partial"):
+        if getattr(run.rollout, name) not in (False, 1.0) and not alone:
+            raise ValueError(
+                f"rollout.{name}={getattr(run.rollout, name)}: needs rollout.engine=vllm rollout.placement=separate"
+            )
+    if run.rollout.asynchronous and run.rollout.max_staleness < 1:
+        raise ValueError(
+            f"rollout.max_staleness={run.rollout.max_staleness}: what is sampled one step ahead is 1 update old"
+        )
+    if alone:
         from phimini.stages.rollout_separate import separate_vllm
 
         return separate_vllm(run, config, world)

@@ -64,9 +64,14 @@ class EngineClient:
         return future
 
     def hello(self, config: ModelConfig, settings: EngineSettings, timeout_s: float) -> Message:
-        """Raises RuntimeError if the engine was started for another model or other settings."""
+        """The engine's process ids and version. Raises RuntimeError if it was started for another model or settings."""
         fields = {"config": dataclasses.asdict(config), "settings": dataclasses.asdict(settings)}
-        return self.ask("hello", **fields).result(timeout_s)
+        try:
+            return self.ask("hello", **fields).result(timeout_s)
+        except TimeoutError as error:
+            raise RuntimeError(
+                f"{self.name}: no answer within {timeout_s:g} s; has it another trainer?"
+            ) from error
 
     def call(self, phase: str, info: dict[str, Any]) -> "Future[list[dict[str, Any]]]":
         workers: Future[list[dict[str, Any]]] = Future()

@@ -1,5 +1,6 @@
 """What a rollout engine is: token ids in, sampled token ids, their log-probs and the weights' version out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -50,6 +51,17 @@ class RolloutEngine(Protocol):
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> list[Sampled]:
         """One completion per prompt, in order. It depends on prompt, params, seed and weights, on nothing else."""
+        ...
+
+    def generate_groups(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        groups: list[str],
+        wanted: int | None,
+    ) -> Sequence[Sampled | None]:
+        """As `generate`; an engine that can stop early leaves None for what a group of `wanted` did without."""
         ...
 
 

@@ -5,10 +5,9 @@ on its machine. Weights travel by rollout.transport: shm and gloo on a CPU, ipc 
 """
 
 import multiprocessing
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,17 +72,38 @@ class SeparateVllm:
     ) -> list[Sampled]:
         return self._on_main(lambda: self.generate_here(prompts, params, seeds))
 
+    def generate_groups(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        groups: list[str],
+        wanted: int | None,
+    ) -> Sequence[Sampled | None]:
+        return self._on_main(lambda: self.groups_here(prompts, params, seeds, groups, wanted))
+
     def generate_here(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> list[Sampled]:
-        """On rank 0 alone; may run in a thread while the ranks train."""
+        """`generate` on rank 0 alone; may run in a thread while the ranks train."""
+        done = self.groups_here(prompts, params, seeds, [""] * len(prompts), None)
+        return [completion for completion in done if completion is not None]
+
+    def groups_here(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        groups: list[str],
+        wanted: int | None,
+    ) -> Sequence[Sampled | None]:
         check_prompts(prompts, params, self.config.vocab_size, self.settings.max_model_len)
         requests = [
-            Request(id=str(i), prompt=prompt, params=params, seed=seed)
-            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+            Request(id=str(i), prompt=prompt, params=params, seed=seed, group=group)
+            for i, (prompt, seed, group) in enumerate(zip(prompts, seeds, groups, strict=True))
         ]
-        done = self.service.run(requests)
-        return [done[request.id] for request in requests]
+        done = self.service.run(requests, wanted=wanted)
+        return [done.get(request.id) for request in requests]
 
     def close(self) -> None:
         if self._service is not None:
@@ -159,36 +179,6 @@ class SeparateVllm:
             except (WeightSyncError, RuntimeError, ValueError, OSError) as error:
                 outcome = (None, error)
         result, error = self._world.broadcast_object(outcome)
-        if error is not None:
-            raise error
-        return result  # pyright: ignore[reportReturnType]
-
-
-class Background(Generic[T]):
-    """Rank 0 does something in a thread while all ranks train; `result` is collective.
-
-    What it does may not communicate with the other ranks.
-    """
-
-    def __init__(self, world: World, action: Callable[[], T]) -> None:
-        self._world, self._action = world, action
-        self._outcome: tuple[T | None, Exception | None] = (None, None)
-        self._thread: threading.Thread | None = None
-        if world.is_main:
-            self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
-            self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._outcome = (self._action(), None)
-        except (WeightSyncError, RuntimeError, ValueError, OSError) as error:
-            self._outcome = (None, error)
-
-    def result(self) -> T:
-        """What `action` returned on rank 0, on every rank; what it raised too."""
-        if self._thread is not None:
-            self._thread.join()
-        result, error = self._world.broadcast_object(self._outcome)
         if error is not None:
             raise error
         return result  # pyright: ignore[reportReturnType]

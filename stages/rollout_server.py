@@ -76,6 +76,7 @@ class _Server:
         """of before the sync under way"""
         self.engine: Any = None
         self.stop = asyncio.Event()
+        self.seat = asyncio.Lock()
         self.tasks: set[asyncio.Task] = set()
         self.requests: set[str] = set()
         self.writer: asyncio.StreamWriter | None = None
@@ -98,10 +99,10 @@ class _Server:
         self.engine.shutdown()
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.writer is not None:
-            writer.write(encode({"id": 0, "error": "this engine has a trainer already"}))
-            writer.close()
-            return
+        async with self.seat:  # a second trainer is not answered before the first has gone
+            await self.serve(reader, writer)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writer = writer
         while (message := await read(reader)) is not None:
             task = asyncio.create_task(self.answer(message))
@@ -165,7 +166,8 @@ class _Server:
                 theirs = message[kind].get(name)
                 if theirs != value:
                     raise ValueError(f"{kind}.{name}: the engine has {value}, the trainer {theirs}")
-        return {"pid": os.getpid(), "version": self.version}
+        workers = await self.engine.collective_rpc("phimini_guard", args=(os.getpid(),))
+        return {"pid": os.getpid(), "workers": workers, "version": self.version}
 
     async def generate(self, message: Message) -> Message:
         if self.version is None and self.old_version is None:

@@ -269,6 +269,16 @@ class ColocatedVllm:
         everyone = {i: c for part in self._world.all_gather_objects(done) for i, c in part.items()}
         return [everyone[i] for i in range(len(prompts))]
 
+    def generate_groups(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        groups: list[str],
+        wanted: int | None,
+    ) -> list[Sampled]:
+        return self.generate(prompts, params, seeds)
+
     def _take(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         old, self.version = self.version, None
         if self._asleep:

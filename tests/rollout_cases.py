@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,14 @@ from phimini.model.config import ModelConfig, preset
 from phimini.model.reference import Phi4Mini
 from phimini.model.sampler import SamplingParams, sample
 from phimini.parallel.batch import Document, pack
-from phimini.parallel.builder import Model
+from phimini.parallel.builder import Model, build_model
+from phimini.parallel.layout import Layout
 from phimini.parallel.step import forward_only
 from phimini.parallel.weight_names import hf_names
-from phimini.stages.rollout_engine import Sampled
+from phimini.parallel.weights import from_hf
+from phimini.parallel.world import initialize
+from phimini.stages.mismatch_doctor import Case
+from phimini.stages.rollout_engine import RolloutEngine, Sampled
 from phimini.stages.rollout_vllm import EngineSettings
 
 BOUNDARY = 64
@@ -25,7 +30,10 @@ SETTINGS = EngineSettings(
     max_model_len=256, max_num_seqs=16, dtype="float32", transport="inproc", kv_cache_bytes=1 << 25
 )
 STOP = 7
+LIMIT = 1e-4
+"""largest difference between two fp32 implementations, in log-prob"""
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24, stop_ids=(STOP,))
+SAMPLING = SamplingParams(temperature=0.8, max_new_tokens=24, stop_ids=())
 # Prompts that end before the boundary, answers that cross it, prompts beyond it, one that fills cached blocks.
 LENGTHS = (1, 9, 33, 50, 62, 64, 65, 90, 150)
 
@@ -99,3 +107,42 @@ def greedy_agrees(model: Phi4Mini, asked: list[list[int]], done: Sequence[Sample
         for i, (e, c) in enumerate(zip(expected, done, strict=True))
         if (e.tokens, e.finish_reason) != (c.tokens, c.finish_reason)
     ]
+
+
+def trainer(config: ModelConfig, layout: Layout, seed: int) -> Model:
+    model = build_model(config, initialize(layout, config), seed=None)
+    from_hf(model, weights(seed, config))
+    return model
+
+
+def move(model: Model, seed: int) -> None:
+    """What an optimizer step does, seen from the outside: other weights, one version further."""
+    from_hf(model, weights(seed, model.config))
+    model.num_updates += 1
+
+
+def cases(asked: list[list[int]], done, temperature: float) -> list[Case]:
+    return [
+        Case(prompt=p, response=c.tokens, logprobs=c.logprobs, temperature=temperature)
+        for p, c in zip(asked, done, strict=True)
+    ]
+
+
+def parity(engine: RolloutEngine, model: Model, seed: int) -> dict[str, Any]:
+    asked, expected = prompts(), reference(model.config, seed)
+    done = engine.generate(asked, GREEDY, [0] * len(asked))
+    return {
+        "other tokens": greedy_agrees(expected, asked, done),
+        "reference": difference(expected, asked, done),
+        "trainer": trainer_difference(model, asked, done),
+        "versions": {span.version for c in done for span in c.versions},
+        "spans": all(
+            c.versions[0].start == 0 and c.versions[-1].end == len(c.tokens) for c in done
+        ),
+    }
+
+
+def assert_parity(found: dict[str, Any], version: int) -> None:
+    assert found["other tokens"] == [], "prompts whose greedy answer differs"
+    assert found["reference"] <= LIMIT and found["trainer"] <= LIMIT
+    assert found["versions"] == {version} and found["spans"]

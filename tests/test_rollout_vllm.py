@@ -14,82 +14,48 @@ from rollout_cases import (
     BOUNDARY,
     GREEDY,
     LENGTHS,
+    LIMIT,
     LONG,
+    SAMPLING,
     SETTINGS,
     SHORT,
     UNTIED,
+    assert_parity,
+    cases,
     difference,
-    greedy_agrees,
+    move,
+    parity,
     prompts,
     reference,
-    trainer_difference,
-    weights,
+    trainer,
 )
 from vllm_process import in_vllm
 
-from phimini.model.config import ModelConfig
 from phimini.model.huggingface import save_reference
-from phimini.model.sampler import SamplingParams
-from phimini.parallel.builder import Model, build_model
+from phimini.parallel.builder import Model
 from phimini.parallel.layout import Layout
 from phimini.parallel.weight_sync_wait import WeightSyncError
-from phimini.parallel.weights import from_hf
-from phimini.parallel.world import initialize
 from phimini.stages.config import override
-from phimini.stages.mismatch_doctor import Case, diagnose
+from phimini.stages.mismatch_doctor import diagnose
 from phimini.stages.recipes import tiny
 from phimini.stages.rollout_vllm import ColocatedVllm, EngineSettings, engine_settings
 
 pytestmark = pytest.mark.vllm
-LIMIT = 1e-4
-SAMPLING = SamplingParams(temperature=0.8, max_new_tokens=24, stop_ids=())
-
-
-def trainer(config: ModelConfig, layout: Layout, seed: int) -> Model:
-    model = build_model(config, initialize(layout, config), seed=None)
-    from_hf(model, weights(seed, config))
-    return model
-
-
-def move(model: Model, seed: int) -> None:
-    """What an optimizer step does, seen from the outside: other weights, one version further."""
-    from_hf(model, weights(seed, model.config))
-    model.num_updates += 1
 
 
 def engine_for(model: Model, settings: EngineSettings = SETTINGS) -> ColocatedVllm:
     return ColocatedVllm(model.config, settings, model.world, 60.0)
 
 
-def cases(asked: list[list[int]], done, temperature: float) -> list[Case]:
-    return [
-        Case(prompt=p, response=c.tokens, logprobs=c.logprobs, temperature=temperature)
-        for p, c in zip(asked, done, strict=True)
-    ]
-
-
-def parity(engine: ColocatedVllm, model: Model, seed: int) -> dict[str, Any]:
-    asked, expected = prompts(), reference(model.config, seed)
-    done = engine.generate(asked, GREEDY, [0] * len(asked))
-    return {
-        "other tokens": greedy_agrees(expected, asked, done),
-        "reference": difference(expected, asked, done),
-        "trainer": trainer_difference(model, asked, done),
-        "versions": {span.version for c in done for span in c.versions},
-        "spans": all(
-            c.versions[0].start == 0 and c.versions[-1].end == len(c.tokens) for c in done
-        ),
-    }
-
-
 # --- tied, long table, and everything that can be broken -------------------------------------------
 def tied_and_long(folder: str) -> dict[str, Any]:
     from phimini.parallel import weight_sync_receiver
 
-    results: dict[str, Any] = {"rng": torch.get_rng_state()}
+    results: dict[str, Any] = {}
     model = trainer(LONG, Layout(), 1)
+    before = torch.get_rng_state()
     engine = engine_for(model)
-    results["rng kept"] = torch.equal(results.pop("rng"), torch.get_rng_state())
+    results["rng kept"] = torch.equal(before, torch.get_rng_state())
     results["threads"] = torch.get_num_threads(), torch.set_num_threads.__name__
     try:
         engine.generate(prompts((3,)), GREEDY, [0])
@@ -202,12 +168,6 @@ def failure(action) -> Exception | None:
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return in_vllm(tied_and_long, str(tmp_path_factory.mktemp("model")))[0]
-
-
-def assert_parity(found: dict[str, Any], version: int) -> None:
-    assert found["other tokens"] == [], "prompts whose greedy answer differs"
-    assert found["reference"] <= LIMIT and found["trainer"] <= LIMIT
-    assert found["versions"] == {version} and found["spans"]
 
 
 def test_prompts_lie_on_both_sides_of_the_boundary() -> None:

@@ -1,0 +1,128 @@
+"""Prompts by id to groups of scored rollouts: what stage 4 trains on."""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+from phimini.model.chat import encode_prompt
+from phimini.model.sampler import SamplingParams
+from phimini.model.tokenizer import Tokenizer
+from phimini.parallel.world import World
+from phimini.stages.config import RunConfig
+from phimini.stages.remedies import is_hard
+from phimini.stages.rollout_engine import RolloutEngine
+from phimini.stages.seeds import derive
+from phimini.stages.verify import verify
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled answer. `advantage` is set once its group is complete."""
+
+    id: str
+    prompt_id: str
+    step: int
+    prompt: list[int]
+    response: list[int]
+    logprobs: list[float]
+    """of the response's tokens, as sampled"""
+    temperature: float
+    reward: float
+    truncated: bool
+    versions: list[list[int]]
+    """[version, start, end]: which of the trainer's updates each span of the response was sampled after"""
+    advantage: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response) - 1
+
+    def age(self, version: int) -> int:
+        """Updates since its oldest token was sampled."""
+        return version - min(v for v, _, _ in self.versions)
+
+    def ages(self, version: int) -> list[int]:
+        """Of each token of the response: updates since it was sampled."""
+        return [version - v for v, start, end in self.versions for _ in range(start, end)]
+
+
+class Sampler:
+    """Prompts by id to scored rollouts, identical on every rank."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        world: World,
+        engine: RolloutEngine,
+        tokenizer: Tokenizer,
+        problems: dict[str, dict],
+    ) -> None:
+        self.run, self.config, self.world = run, run.rlvr, world
+        self.engine, self.tokenizer, self.problems = engine, tokenizer, problems
+        self.prompts = {
+            id: encode_prompt(tokenizer, p["question"], run.chat_template)
+            for id, p in problems.items()
+        }
+
+    def sample(
+        self,
+        asked: list[tuple[str, int]],
+        step: int,
+        temperature: float,
+        purpose: str,
+        wanted: int | None = None,
+    ) -> list[Rollout]:
+        """One rollout for each (prompt id, index within its group); with `wanted`, a group may stop at so many."""
+        params = SamplingParams(
+            temperature=temperature,
+            max_new_tokens=self.config.max_new_tokens,
+            stop_ids=self.tokenizer.stop_ids,
+        )
+        seeds = [derive(self.run.seed, "rlvr", purpose, step, id, k) for id, k in asked]
+        completions = self.engine.generate_groups(
+            [self.prompts[id] for id, _ in asked], params, seeds, [id for id, _ in asked], wanted
+        )
+        return [
+            Rollout(
+                id=f"{purpose}/{step}/{id}/{k}",
+                prompt_id=id,
+                step=step,
+                prompt=self.prompts[id],
+                response=completion.tokens,
+                logprobs=completion.logprobs,
+                temperature=temperature,
+                reward=reward(
+                    self.tokenizer.decode(completion.tokens),
+                    completion.finish_reason,
+                    self.problems[id],
+                ),
+                truncated=completion.finish_reason == "length",
+                versions=[list(span) for span in completion.versions],
+            )
+            for (id, k), completion in zip(asked, completions, strict=True)
+            if completion is not None
+        ]
+
+    def sample_groups(self, ids: list[str], step: int, temperature: float) -> list[list[Rollout]]:
+        """A group per prompt; with remedy 2, groups that prove hard are oversampled."""
+        first = self.config.rollouts_per_prompt
+        asked = math.ceil(first * self.run.rollout.oversample)
+        groups: dict[str, list[Rollout]] = defaultdict(list)
+        for rollout in self.sample(
+            [(id, k) for id in ids for k in range(asked)], step, temperature, "rollout", first
+        ):
+            groups[rollout.prompt_id].append(rollout)
+        if self.config.rebalance and self.config.oversample_to > first:
+            hard = [
+                id
+                for id in ids
+                if is_hard([r.reward for r in groups[id]], self.config.max_accuracy)
+            ]
+            more = [(id, k) for id in hard for k in range(asked, self.config.oversample_to)]
+            for rollout in self.sample(more, step, temperature, "rollout"):
+                groups[rollout.prompt_id].append(rollout)
+        return list(groups.values())
+
+
+def reward(response: str, finish_reason: str, problem: dict) -> float:
+    """+1 for a response that ended by itself with the right answer, -1 for any other."""
+    return 1.0 if finish_reason == "stop" and verify(response, problem["answer"]) else -1.0

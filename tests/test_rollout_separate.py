@@ -1,0 +1,399 @@
+"""vLLM engines in processes of their own: synced over shm and gloo, interrupted, overtaken, frozen and killed.
+
+Two engines serve the whole module (3 CPU seconds each); what a test does to one, the next finds repaired or is told.
+"""
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from rollout_cases import (
+    GREEDY,
+    LIMIT,
+    LONG,
+    SAMPLING,
+    SETTINGS,
+    assert_parity,
+    difference,
+    logprobs,
+    move,
+    parity,
+    prompts,
+    reference,
+    trainer,
+    weights,
+)
+from torch import Tensor
+from vllm_process import context
+
+from phimini.model.sampler import SamplingParams
+from phimini.parallel.launch import RankFailure, run_ranks
+from phimini.parallel.layout import Layout
+from phimini.parallel.weight_sync import SyncReport, WeightSync
+from phimini.parallel.weight_sync_transport import GlooTransport, ShmTransport
+from phimini.parallel.weight_sync_wait import WeightSyncError
+from phimini.stages.config import override
+from phimini.stages.recipes import tiny
+from phimini.stages.rollout_client import EngineClient, launch_engine
+from phimini.stages.rollout_engine import Sampled
+from phimini.stages.rollout_separate import SeparateVllm
+from phimini.stages.rollout_service import Request, RolloutError, RolloutService
+
+pytestmark = pytest.mark.vllm
+TRANSPORTS = ("shm", "gloo")
+BUCKET = 1 << 19
+LONG_ANSWERS = SamplingParams(temperature=0.9, max_new_tokens=200, stop_ids=())
+
+
+class Engine:
+    """A running engine: its address, and who it is made of."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.settings = dataclasses.replace(SETTINGS, transport=name)
+        self.process, self._wait = launch_engine(
+            LONG, self.settings, owned=False, context=context()
+        )
+        self.address = ""
+
+    def up(self) -> None:
+        self.address = f"127.0.0.1:{self._wait(300)}"
+
+    def connect(self) -> EngineClient:
+        client = EngineClient(self.address, name=f"engine {self.name}")
+        self.core = client.hello(LONG, self.settings, 30)["workers"][0]
+        return client
+
+    def sync(
+        self, client: EngineClient, deadline_s: float = 30.0, pause: str = "keep"
+    ) -> WeightSync:
+        make = ShmTransport if self.name == "shm" else GlooTransport
+        return WeightSync(
+            LONG, make(BUCKET), [client], bucket_bytes=BUCKET, deadline_s=deadline_s, pause=pause
+        )
+
+    def give(self, client: EngineClient, seed: int, **options: Any) -> SyncReport:
+        """Weights `seed`, as version `seed`."""
+        return self.sync(client, **options).sync(iter(weights(seed).items()), seed)
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[dict[str, Engine]]:
+    running = {name: Engine(name) for name in TRANSPORTS}
+    try:
+        for engine in running.values():
+            engine.up()
+        yield running
+    finally:
+        for engine in running.values():
+            engine.process.kill()
+            engine.process.join(10)
+
+
+@pytest.fixture
+def connected(engines: dict[str, Engine]) -> Iterator[list[EngineClient]]:
+    clients = [engine.connect() for engine in engines.values()]
+    yield clients
+    for client in clients:
+        client.close()
+
+
+def requests(number: int, params: SamplingParams, groups: int = 1) -> list[Request]:
+    asked = prompts([3 + i % 40 for i in range(number)], seed=7)
+    return [
+        Request(id=f"r{i}", prompt=p, params=params, seed=1000 + i, group=str(i % groups))
+        for i, p in enumerate(asked)
+    ]
+
+
+def in_thread(action) -> tuple[threading.Thread, list[Any]]:
+    box: list[Any] = []
+    thread = threading.Thread(target=lambda: box.append(action()), daemon=True)
+    thread.start()
+    return thread, box
+
+
+def span_differences(asked: list[Request], done: dict[str, Sampled]) -> float:
+    """max |log-prob - that of the weights that each span says it is from|."""
+    models = {v: reference(LONG, v) for c in done.values() for v in {s.version for s in c.versions}}
+    worst = 0.0
+    for request in asked:
+        c = done[request.id]
+        assert c.versions[0].start == 0 and c.versions[-1].end == len(c.tokens)
+        for span in c.versions:
+            expected = logprobs(
+                models[span.version], request.prompt, c.tokens, request.params.temperature
+            )
+            got = torch.tensor(c.logprobs)
+            part = slice(span.start, span.end)
+            worst = max(worst, (expected[part] - got[part]).abs().max().item())
+    return worst
+
+
+# --- the same tokens and log-probs, from any trainer -----------------------------------------------
+def from_trainer(layout: Layout, address: str, transport: str) -> list[dict[str, Any]]:
+    model = trainer(LONG, layout, 1)
+    run = override(
+        tiny(), ["rollout.engine=vllm", f"rollout.addresses={address}", "rollout.deadline_s=60"]
+    )
+    settings = dataclasses.replace(SETTINGS, transport=transport)
+    engine = SeparateVllm(run, LONG, settings, model.world)
+    engine.sync(model)
+    results = [parity(engine, model, 1)]
+    move(model, 2)
+    engine.sync(model)
+    results.append(parity(engine, model, 2))
+    engine.close()
+    return results
+
+
+@pytest.mark.parametrize(
+    "transport, layout",
+    [
+        ("shm", Layout()),
+        ("shm", Layout(tensor=2)),
+        ("gloo", Layout(tensor=2)),
+        ("gloo", Layout(pipeline=2)),
+    ],
+    ids=["shm-tp1", "shm-tp2", "gloo-tp2", "gloo-pp2"],
+)
+def test_parity_over_each_transport_from_any_trainer(
+    engines: dict[str, Engine], transport: str, layout: Layout
+) -> None:
+    address = engines[transport].address
+    for rank in run_ranks(
+        from_trainer, layout.model_size, layout, address, transport, timeout_s=240
+    ):
+        assert_parity(rank[0], 0)
+        assert_parity(rank[1], 1)
+
+
+def test_another_model_is_refused_by_name(engines: dict[str, Engine]) -> None:
+    client = EngineClient(engines["shm"].address, name="engine")
+    other = dataclasses.replace(LONG, rope_factors="short")
+    with pytest.raises(
+        RuntimeError, match=r"config\.rope_factors: the engine has long, the trainer short"
+    ):
+        client.hello(other, engines["shm"].settings, 30)
+    client.close()
+
+
+# --- the service -----------------------------------------------------------------------------------
+def test_an_answer_does_not_depend_on_engine_or_company(
+    engines: dict[str, Engine], connected: list[EngineClient]
+) -> None:
+    for engine, client in zip(engines.values(), connected, strict=True):
+        engine.give(client, 3)
+    asked = requests(24, SAMPLING)
+    both = RolloutService(connected, deadline_s=30, per_engine=8).run(asked)
+    one = RolloutService(connected[1:], deadline_s=30, per_engine=99).run(asked[::-1])
+    assert both.keys() == one.keys() == {r.id for r in asked}
+    assert all(both[id].tokens == one[id].tokens for id in both)
+    assert span_differences(asked, both) <= LIMIT
+
+
+def test_oversampled_groups_stop_once_filled(
+    engines: dict[str, Engine], connected: list[EngineClient]
+) -> None:
+    engines["shm"].give(connected[0], 3)
+    short = requests(12, SAMPLING, groups=4)
+    late = [dataclasses.replace(r, id=f"late {r.id}", params=LONG_ANSWERS) for r in short]
+    service = RolloutService(connected[:1], deadline_s=30, per_engine=99)
+    done = service.run([*late, *short], wanted=3)
+    groups = [r.group for r in [*late, *short] if r.id in done]
+    assert {group: groups.count(group) for group in groups} == {str(g): 3 for g in range(4)}
+    assert service.report.called_back == len(late) and not any(id.startswith("late") for id in done)
+    again = service.run(short)
+    assert len(again) == len(short), "the engine is free again"
+
+
+@pytest.mark.parametrize("pause", ["keep", "abort", "wait"])
+def test_answers_go_on_over_a_sync_and_say_which_weights(
+    engines: dict[str, Engine], connected: list[EngineClient], pause: str
+) -> None:
+    engine, client = engines["shm"], connected[0]
+    engine.give(client, 3)
+    asked = requests(12, LONG_ANSWERS)
+    service = RolloutService([client], deadline_s=30, per_engine=99)
+    thread, box = in_thread(lambda: service.run(asked))
+    time.sleep(0.5)
+    engine.give(client, 4, pause=pause)
+    thread.join(120)
+    done = box[0]
+    assert all(len(done[r.id].tokens) == LONG_ANSWERS.max_new_tokens for r in asked)
+    versions = {tuple(s.version for s in c.versions) for c in done.values()}
+    if pause == "wait":
+        assert versions <= {(3,), (4,)} and (3,) in versions
+    else:
+        assert (3, 4) in versions, "the sync came between the first token and the last"
+    assert (service.report.continued > 0) == (pause == "abort")
+    assert span_differences(asked, done) <= LIMIT
+
+
+def test_a_greedy_answer_continued_is_the_answer_uninterrupted(
+    engines: dict[str, Engine], connected: list[EngineClient]
+) -> None:
+    engine, client = engines["shm"], connected[0]
+    engine.give(client, 3)
+    asked = requests(8, dataclasses.replace(GREEDY, max_new_tokens=200, stop_ids=()))
+    service = RolloutService([client], deadline_s=30, per_engine=99)
+    whole = service.run(asked)
+    thread, box = in_thread(lambda: service.run(asked))
+    time.sleep(0.4)
+    engine.give(client, 3, pause="abort")
+    thread.join(120)
+    assert service.report.continued > 0
+    assert {id: c.tokens for id, c in box[0].items()} == {id: c.tokens for id, c in whole.items()}
+
+
+# --- faults ----------------------------------------------------------------------------------------
+def slowly(seed: int, seconds: float, after: int) -> Iterator[tuple[str, Tensor]]:
+    for i, pair in enumerate(weights(seed).items()):
+        if i == after:
+            time.sleep(seconds)
+        yield pair
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_a_trainer_killed_in_a_sync_leaves_an_engine_that_refuses_until_the_next(
+    engines: dict[str, Engine], name: str
+) -> None:
+    engine = engines[name]
+    client = engine.connect()
+    engine.give(client, 3)
+    client.close()
+
+    def doomed() -> None:
+        mine = engine.connect()
+        threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        engine.sync(mine).sync(slowly(4, 30.0, after=9), 4)
+
+    with pytest.raises(RankFailure, match="SIGKILL"):
+        run_ranks(doomed, 1, timeout_s=60)
+    client = engine.connect()
+    service = RolloutService([client], deadline_s=30, per_engine=99)
+    with pytest.raises(RuntimeError, match="no whole set of weights"):
+        service.run(requests(2, SAMPLING))
+    engine.give(client, 5)
+    asked = requests(6, SAMPLING)
+    done = service.run(asked)
+    assert span_differences(asked, done) <= LIMIT
+    assert (
+        difference(reference(LONG, 5), [r.prompt for r in asked], list(done.values()), 0.8) <= LIMIT
+    )
+    client.close()
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_a_frozen_receiver_is_an_error_at_the_deadline(
+    engines: dict[str, Engine], name: str
+) -> None:
+    engine = engines[name]
+    client = engine.connect()
+    engine.give(client, 3)
+    os.kill(engine.core, signal.SIGSTOP)
+    started = time.monotonic()
+    try:
+        with pytest.raises(WeightSyncError) as e:
+            engine.give(client, 4, deadline_s=2.0)
+        assert time.monotonic() - started < 20
+        assert f"engine {name}" in e.value.where and e.value.phase in (
+            "init",
+            "pause",
+            "start",
+            "transfer",
+        )
+    finally:
+        os.kill(engine.core, signal.SIGCONT)
+    client.close()
+    client = engine.connect()
+    engine.give(client, 4)
+    asked = requests(4, SAMPLING)
+    done = RolloutService([client], deadline_s=30, per_engine=99).run(asked)
+    assert {s.version for c in done.values() for s in c.versions} == {4}
+    client.close()
+
+
+def test_a_truncated_bucket_and_a_flipped_bit_are_refused_whole(engines: dict[str, Engine]) -> None:
+    """Found before anything of the bucket is loaded; here it is the first, so the old weights stay."""
+    engine = engines["shm"]
+    client = engine.connect()
+    engine.give(client, 3)
+
+    class Truncates(ShmTransport):
+        def send(self, receivers, update, tensors, wait) -> None:
+            super().send(receivers, update | {"num_bytes": update["num_bytes"] - 8}, tensors, wait)
+
+    class Flips(ShmTransport):
+        def send(self, receivers, update, tensors, wait) -> None:
+            buffer = self.buffer()
+            assert buffer is not None
+            buffer[update["entries"][2]["offset"] + 5] ^= 16
+            super().send(receivers, update, tensors, wait)
+
+    for make, word in ((Truncates, "is truncated"), (Flips, "checksum")):
+        sync = WeightSync(LONG, make(BUCKET), [client], bucket_bytes=BUCKET, deadline_s=30)
+        with pytest.raises(WeightSyncError, match=word) as e:
+            sync.sync(iter(weights(4).items()), 4)
+        assert (e.value.phase, e.value.whole) == ("transfer", True)
+        assert e.value.tensor in weights(4) and "worker 0" in e.value.where
+    asked = requests(4, SAMPLING)
+    done = RolloutService([client], deadline_s=30, per_engine=99).run(asked)
+    assert {s.version for c in done.values() for s in c.versions} == {3}
+    assert span_differences(asked, done) <= LIMIT
+    client.close()
+
+
+def test_a_frozen_engine_is_noticed_and_its_requests_go_to_the_other(
+    engines: dict[str, Engine], connected: list[EngineClient]
+) -> None:
+    for engine, client in zip(engines.values(), connected, strict=True):
+        engine.give(client, 3)
+    asked = requests(16, LONG_ANSWERS)
+    service = RolloutService(connected, deadline_s=3.0, per_engine=8)
+    os.kill(engines["gloo"].core, signal.SIGSTOP)
+    try:
+        done = service.run(asked)
+    finally:
+        os.kill(engines["gloo"].core, signal.SIGCONT)
+    assert done.keys() == {r.id for r in asked} and service.report.requeued == 8
+    assert service.alive == connected[:1]
+    assert span_differences(asked, done) <= LIMIT
+
+
+def test_an_engine_killed_while_it_samples_loses_nothing(
+    engines: dict[str, Engine], connected: list[EngineClient]
+) -> None:
+    for engine, client in zip(engines.values(), connected, strict=True):
+        engine.give(client, 3)
+    asked = requests(24, LONG_ANSWERS)
+    expected = RolloutService(connected[:1], deadline_s=30, per_engine=99).run(asked)
+    service = RolloutService(connected, deadline_s=30, per_engine=12)
+    thread, box = in_thread(lambda: service.run(asked))
+    time.sleep(0.4)
+    os.kill(engines["gloo"].core, signal.SIGKILL)
+    thread.join(120)
+    assert box[0].keys() == expected.keys() and 0 < service.report.requeued <= 12
+    assert all(box[0][id].tokens == expected[id].tokens for id in expected)
+    engines["gloo"].process.join(30)
+    assert engines["gloo"].process.exitcode is not None, "a server does not outlive its engine"
+
+
+def test_an_engine_killed_in_a_sync_is_named_and_none_is_left(engines: dict[str, Engine]) -> None:
+    engine = engines["shm"]
+    client = engine.connect()
+    engine.give(client, 3)
+    threading.Timer(0.5, lambda: os.kill(engine.core, signal.SIGKILL)).start()
+    started = time.monotonic()
+    with pytest.raises(WeightSyncError, match="engine shm.*(is gone|EngineDead)") as e:
+        engine.sync(client).sync(slowly(4, 1.5, after=9), 4)
+    assert time.monotonic() - started < 20 and e.value.whole is None
+    with pytest.raises(RolloutError, match="no vLLM engine is left; 2 of 2 requests"):
+        RolloutService([client], deadline_s=30, per_engine=9).run(requests(2, SAMPLING))
+    client.close()
