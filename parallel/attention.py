@@ -54,7 +54,8 @@ def packed_documents(
 
     Raises ValueError for a document longer than the model's `max_positions`.
     """
-    lengths = cu_seqlens.diff().tolist()
+    cuts = cu_seqlens.tolist()
+    lengths = [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
     longest = max(lengths)
     if longest > config.max_positions:
         raise ValueError(
@@ -62,7 +63,6 @@ def packed_documents(
         )
     positions = torch.arange(longest)
     positions_S = torch.cat([positions[:n] for n in lengths])
-    cuts = cu_seqlens.tolist()
     key_rows = None
     if context_group is None:
         pieces = pieces_of_rank(cuts, 0, 1)

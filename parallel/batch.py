@@ -68,7 +68,8 @@ class PackedBatch:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each document."""
-        return self.cu_seqlens.diff().tolist()
+        cuts = self.cu_seqlens.tolist()
+        return [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
     @property
     def document_ids_T(self) -> Tensor:

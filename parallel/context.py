@@ -35,24 +35,24 @@ class Piece:
         return self.query_end - self.query_begin == self.key_end - self.key_begin
 
 
-def rows_of_rank(num_tokens: int, rank: int, size: int) -> Tensor:
-    """(T / C,) int64: the tokens of the whole micro-batch that context rank `rank` of `size` holds, in its order."""
+def spans_of_rank(num_tokens: int, rank: int, size: int) -> list[tuple[int, int]]:
+    """The ranges of the micro-batch's tokens that context rank `rank` of `size` holds, in its order."""
     if size == 1:
-        return torch.arange(num_tokens)
+        return [(0, num_tokens)]
     assert num_tokens % (2 * size) == 0, f"{num_tokens} tokens do not divide into 2 x {size} chunks"
-    chunks = torch.arange(num_tokens).chunk(2 * size)
-    return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
+    chunk = num_tokens // (2 * size)
+    return [(i * chunk, (i + 1) * chunk) for i in (rank, 2 * size - 1 - rank)]
+
+
+def rows_of_rank(num_tokens: int, rank: int, size: int) -> Tensor:
+    """(T / C,) int64: `spans_of_rank`, token by token."""
+    return torch.cat([torch.arange(a, b) for a, b in spans_of_rank(num_tokens, rank, size)])
 
 
 def pieces_of_rank(cuts: list[int], rank: int, size: int) -> tuple[Piece, ...]:
     """The parts of documents (boundaries `cuts`, from 0 to T) that a rank's two chunks hold; whole ones if C is 1."""
-    num_tokens = cuts[-1]
-    chunk = num_tokens // (2 * size)
-    spans = [(0, num_tokens)]
-    if size > 1:
-        spans = [(i * chunk, (i + 1) * chunk) for i in (rank, 2 * size - 1 - rank)]
     pieces, row = [], 0
-    for begin, end in spans:
+    for begin, end in spans_of_rank(cuts[-1], rank, size):
         for a, b in zip(cuts[:-1], cuts[1:], strict=True):
             first, last = max(a, begin), min(b, end)
             if first < last:

@@ -152,6 +152,7 @@ def build_optimizer(
             **only_known(megatron_optimizer.OptimizerConfig, values)
         ),
         model.chunks,  # pyright: ignore[reportArgumentType]
+        use_gloo_process_groups=False,
     )
     assert isinstance(megatron, megatron_optimizer.ChainedOptimizer), type(megatron)
     # Not optional: only the scheduler writes weight_decay 0 into the group of vectors.

@@ -18,7 +18,7 @@ from torch import Tensor
 from phimini.parallel.attention import PackedDocuments, packed_documents
 from phimini.parallel.batch import PackedBatch
 from phimini.parallel.builder import Model
-from phimini.parallel.context import rows_of_rank
+from phimini.parallel.context import spans_of_rank
 
 
 class NonFiniteError(RuntimeError):
@@ -209,11 +209,13 @@ def _prepare(model: Model, batch: PackedBatch, longest: int) -> _Prepared:
     group = world.context_group if world.layout.context > 1 else None
     head_rows: Tensor | slice = slice(batch.num_tokens)
     if group is not None:
-        rows = rows_of_rank(total, group.rank(), group.size())
-        tokens_T = tokens_T[rows]
-        is_real = rows < batch.num_tokens
-        head_rows = is_real.nonzero()[:, 0].to(world.device)
-        batch = batch.take(rows[is_real], group)
+        spans = spans_of_rank(total, group.rank(), group.size())
+        tokens_T = torch.cat([tokens_T[a:b] for a, b in spans])
+        real = [(a, max(a, min(b, batch.num_tokens))) for a, b in spans]
+        chunk = total // (2 * group.size())
+        head_rows = torch.cat([i * chunk + torch.arange(b - a) for i, (a, b) in enumerate(real)])
+        head_rows = head_rows.to(world.device)
+        batch = batch.take(torch.cat([torch.arange(a, b) for a, b in real]), group)
     return _Prepared(
         batch=batch.to(world.device),
         head_rows=head_rows,

@@ -113,6 +113,7 @@ def initialize(
         if layout.virtual_pipeline > 1
         else None,
         context_parallel_size=layout.context,
+        create_gloo_process_groups=False,  # a second set of groups beside NCCL's, for checkpoints that we do not write
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
