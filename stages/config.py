@@ -48,7 +48,7 @@ class DistillConfig:
     quick: float = 0.5
     """share of operations that the generator's teacher does in its head"""
     slip: float = 0.2
-    """share of rollouts in which the generator's teacher slips once"""
+    """share of the operations done in the head (facts of one digit excepted) that come out wrong"""
     num_prompts: int = 2000
     """questions without a teacher rollout, kept for stages 3 and 4"""
     num_heldout: int = 504
