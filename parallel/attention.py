@@ -21,7 +21,7 @@ from torch import Tensor
 
 from phimini.model.config import ModelConfig
 from phimini.parallel.context import Piece, gather_keys, pieces_of_rank, rows_of_rank
-from phimini.parallel.rotary import apply_rotary, rotary_tables
+from phimini.parallel.rotary import apply_rotary, rotary_tables, rotate
 
 try:
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
@@ -74,7 +74,7 @@ def packed_documents(
         cu_queries = _cumulated([p.query_end - p.query_begin for p in pieces])
         cu_keys = _cumulated([p.key_end - p.key_begin for p in pieces])
         key_rows = torch.cat([torch.arange(p.key_begin, p.key_end) for p in pieces])
-    scale_T1K, sin_T1R2 = rotary_tables(config, positions_T)
+    scale_T1K, sin_T1R2 = rotary_tables(config, positions_T, longest)
     return PackedDocuments(
         qkv_format="thd",
         cu_seqlens_q=cu_queries.to(device, non_blocking=True),
@@ -117,17 +117,16 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 class _CpuAttention(torch.autograd.Function):
     """F.scaled_dot_product_attention per document, but one autograd node: slicing under autograd would allocate a
-    gradient of the whole pack for every slice."""
+    gradient of the whole pack for every slice. `tables`: rotates q and k first; nodes are what small steps pay for."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q_THK: Tensor,
-        k_SGK: Tensor,
-        v_SGK: Tensor,
-        pieces: tuple[Piece, ...],
-        scale: float,
-    ) -> Tensor:
+        ctx: Any, q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, pieces: tuple[Piece, ...], scale: float,
+        tables: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        if tables is not None:
+            scale_T1K, sin_T1R2 = tables
+            q_THK, k_SGK = (rotate(x, scale_T1K, sin_T1R2, 1) for x in (q_THK, k_SGK))
         q_1HTK, k_1GSK, v_1GSK = _heads_first(q_THK, k_SGK, v_SGK)
         outs, lses = [], []
         for p in pieces:
@@ -138,7 +137,7 @@ class _CpuAttention(torch.autograd.Function):
             outs.append(out)
             lses.append(lse)
         ctx.save_for_backward(q_THK, k_SGK, v_SGK, *outs, *lses)
-        ctx.pieces, ctx.scale = pieces, scale
+        ctx.pieces, ctx.scale, ctx.tables = pieces, scale, tables
         return _joined(outs)
 
     @staticmethod
@@ -157,21 +156,26 @@ class _CpuAttention(torch.autograd.Function):
             dqs.append(dq)
             dks.append(dk)
             dvs.append(dv)
+        dq_THK = _joined(dqs)
         if len(k_SGK) == len(
             q_THK
         ):  # this rank holds all tokens: pieces are the documents, one after the other
-            return _joined(dqs), _joined(dks), _joined(dvs), None, None
-        dk_1GSK, dv_1GSK = torch.zeros_like(k_1GSK), torch.zeros_like(v_1GSK)
-        for p, dk, dv in zip(pieces, dks, dvs, strict=True):
-            dk_1GSK[:, :, p.key_begin : p.key_end] += dk
-            dv_1GSK[:, :, p.key_begin : p.key_end] += dv
-        return _joined(dqs), dk_1GSK[0].transpose(0, 1), dv_1GSK[0].transpose(0, 1), None, None
+            dk_SGK, dv_SGK = _joined(dks), _joined(dvs)
+        else:
+            dk_SGK, dv_SGK = torch.zeros_like(k_SGK), torch.zeros_like(v_SGK)
+            for p, dk, dv in zip(pieces, dks, dvs, strict=True):
+                dk_SGK[p.key_begin : p.key_end] += dk[0].transpose(0, 1)
+                dv_SGK[p.key_begin : p.key_end] += dv[0].transpose(0, 1)
+        if ctx.tables is not None:
+            scale_T1K, sin_T1R2 = ctx.tables
+            dq_THK, dk_SGK = (rotate(d, scale_T1K, sin_T1R2, -1) for d in (dq_THK, dk_SGK))
+        return dq_THK, dk_SGK, dv_SGK, None, None, None
 
 
 def _attend_cpu(
     q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, documents: PackedDocuments, scale: float
 ) -> Tensor:
-    return _CpuAttention.apply(q_THK, k_SGK, v_SGK, documents.pieces, scale)  # pyright: ignore[reportReturnType]
+    return _CpuAttention.apply(q_THK, k_SGK, v_SGK, documents.pieces, scale, None)  # pyright: ignore[reportReturnType]
 
 
 def _attend_cuda(
@@ -195,14 +199,20 @@ def _attend_cuda(
     )  # pyright: ignore[reportReturnType]
 
 
-def attend(
+def rotate_and_attend(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: PackedDocuments, scale: float
 ) -> Tensor:
-    """Causal attention inside each document -> (T, H, K)."""
-    k_SGK, v_SGK = k_TGK, v_TGK
+    """Rotates queries and keys, then causal attention inside each document -> (T, H, K)."""
+    assert documents.scale_T1K is not None and documents.sin_T1R2 is not None, "no rope tables"
+    tables = documents.scale_T1K, documents.sin_T1R2
+    on_cpu = q_THK.device.type == "cpu"
+    if on_cpu and documents.context_group is None:
+        return _CpuAttention.apply(q_THK, k_TGK, v_TGK, documents.pieces, scale, tables)  # pyright: ignore[reportReturnType]
+    q_THK, k_SGK = (apply_rotary(x, *tables) for x in (q_THK, k_TGK))
+    v_SGK = v_TGK
     if documents.context_group is not None:
-        k_SGK, v_SGK = gather_keys(k_TGK, v_TGK, documents.context_group)
-    kernel = _attend_cpu if q_THK.device.type == "cpu" else _attend_cuda
+        k_SGK, v_SGK = gather_keys(k_SGK, v_SGK, documents.context_group)
+    kernel = _attend_cpu if on_cpu else _attend_cuda
     return kernel(q_THK, k_SGK, v_SGK, documents, scale)
 
 
@@ -235,7 +245,4 @@ class CoreAttention(MegatronModule):
         assert isinstance(packed_seq_params, PackedDocuments), (
             "the model runs on packed documents only"
         )
-        scale, sin = packed_seq_params.scale_T1K, packed_seq_params.sin_T1R2
-        assert scale is not None and sin is not None, "PackedDocuments without rope tables"
-        query, key = apply_rotary(query, scale, sin), apply_rotary(key, scale, sin)
-        return attend(query, key, value, packed_seq_params, self.scale)
+        return rotate_and_attend(query, key, value, packed_seq_params, self.scale)

@@ -3,6 +3,7 @@
 T tokens, H heads, K head size, R rotated dimensions of K. `model/rope.py` defines the angles.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,17 +13,26 @@ from phimini.model.config import ModelConfig
 from phimini.model.rope import rope_at
 
 
-def rotary_tables(config: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale_T1K, sin_T1R2): what multiplies each dimension in place, and what multiplies its partner.
-
-    scale is [cos, cos, 1 for the dimensions that are not rotated]; the attention factor is in cos and sin.
-    """
-    cos, sin = rope_at(config, positions_T)
-    rest = cos.new_ones(cos.shape[0], config.head_dim - config.rotary_dim)
+@lru_cache(maxsize=4)
+def _table(config: ModelConfig, num_positions: int) -> tuple[Tensor, Tensor]:
+    """Of positions 0 to num_positions - 1."""
+    cos, sin = rope_at(config, torch.arange(num_positions))
+    rest = cos.new_ones(num_positions, config.head_dim - config.rotary_dim)
     return torch.cat((cos, cos, rest), -1)[:, None], sin[:, None]
 
 
-def _rotate(x_THK: Tensor, scale_T1K: Tensor, sin_T1R2: Tensor, sign: int) -> Tensor:
+def rotary_tables(config: ModelConfig, positions_T: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """(scale_T1K, sin_T1R2) of positions below `longest`, fp32: what multiplies each dimension in place, and what
+    multiplies its partner.
+
+    scale is [cos, cos, 1 for the dimensions that are not rotated]; the attention factor is in cos and sin.
+    """
+    # Rows of a table that is kept: sine and cosine of every token anew would cost a tenth of a small step.
+    scale, sin = _table(config, 1 << (longest - 1).bit_length())
+    return scale[positions_T], sin[positions_T]
+
+
+def rotate(x_THK: Tensor, scale_T1K: Tensor, sin_T1R2: Tensor, sign: int) -> Tensor:
     """The rotation by +angle (sign 1) or its transpose (sign -1). Products in fp32, one rounding for bf16."""
     half = sin_T1R2.shape[-1]
     y_THK = x_THK * scale_T1K
@@ -35,12 +45,12 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_THK: Tensor, scale_T1K: Tensor, sin_T1R2: Tensor) -> Tensor:
         ctx.save_for_backward(scale_T1K, sin_T1R2)
-        return _rotate(x_THK, scale_T1K, sin_T1R2, 1)
+        return rotate(x_THK, scale_T1K, sin_T1R2, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         scale_T1K, sin_T1R2 = ctx.saved_tensors
-        return _rotate(grads[0], scale_T1K, sin_T1R2, -1), None, None
+        return rotate(grads[0], scale_T1K, sin_T1R2, -1), None, None
 
 
 def apply_rotary(x_THK: Tensor, scale_T1K: Tensor, sin_T1R2: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from phimini.model.config import ModelConfig, preset
 from phimini.model.rope import apply_rope, rope_at
 from phimini.parallel import attention
-from phimini.parallel.attention import PackedDocuments, attend, packed_documents
+from phimini.parallel.attention import PackedDocuments, packed_documents, rotate_and_attend
 from phimini.parallel.context import rows_of_rank
 from phimini.parallel.rotary import apply_rotary, rotary_tables
 
@@ -63,6 +63,12 @@ def copies(inputs: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor
     return q, k, v
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: PackedDocuments, scale: float) -> Tensor:
+    """Attention alone."""
+    kernel = attention._attend_cpu if q.device.type == "cpu" else attention._attend_cuda
+    return kernel(q, k, v, documents, scale)
+
+
 def gradients(out: Tensor, dy: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, inputs, dy.to(out.dtype))]
 
@@ -80,6 +86,17 @@ def test_attention_and_gradients_match_the_formula(lengths: list[int]) -> None:
         # A document of one token has no gradient for q and k: 1 is the size of the inputs.
         error = (g - w).abs().max() / w.abs().max().clamp(min=1.0)
         assert error <= 1e-5 and g.shape == w.shape, f"{name}: {error:.1e}"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the CPU's short way")
+def test_rotating_inside_the_attention_is_rotating_before_it() -> None:
+    inputs, documents = qkv(27, torch.float32), documents_of([5, 20, 2])
+    dy = torch.randn(27, 6, 32)
+    got = gradients(rotate_and_attend(*inputs, documents, 0.2), dy, inputs)
+    assert documents.scale_T1K is not None and documents.sin_T1R2 is not None
+    q, k = (apply_rotary(x, documents.scale_T1K, documents.sin_T1R2) for x in inputs[:2])
+    want = gradients(attend(q, k, inputs[2], documents, 0.2), dy, inputs)
+    assert all(g.equal(w) for g, w in zip(got, want, strict=True))
 
 
 @pytest.mark.gpu
@@ -118,7 +135,7 @@ def test_rotary_is_the_model_s_rotation(rope_factors) -> None:
     mixed = torch.randn(7, 3, 100)
     x = mixed[..., 20:52].requires_grad_()  # heads are views of a wider projection
     dy = torch.randn(7, 3, 32)
-    got = gradients(apply_rotary(x, *rotary_tables(config, positions)), dy, [x])
+    got = gradients(apply_rotary(x, *rotary_tables(config, positions, 512)), dy, [x])
     cos, sin = rope_at(config, positions)
     exact = x.detach().double().requires_grad_()
     want = gradients(apply_rope(exact, cos[:, None].double(), sin[:, None].double()), dy, [exact])
@@ -128,7 +145,7 @@ def test_rotary_is_the_model_s_rotation(rope_factors) -> None:
 
 def test_positions_restart_at_each_document() -> None:
     documents = documents_of([3, 2])
-    scale, sin = rotary_tables(CONFIG, torch.tensor([0, 1, 2, 0, 1]))
+    scale, sin = rotary_tables(CONFIG, torch.tensor([0, 1, 2, 0, 1]), 3)
     assert documents.scale_T1K is not None and documents.scale_T1K.cpu().equal(scale)
     assert documents.sin_T1R2 is not None and documents.sin_T1R2.cpu().equal(sin)
     assert documents.max_seqlen_q == 3

@@ -261,8 +261,10 @@ def split_rank(batches: list[list[PackedBatch]]) -> tuple[float, dict[str, Tenso
 def drop_attention_factor(model: Model) -> None:
     right = attention.rotary_tables
 
-    def without_factor(model_config: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        scale, sin = right(model_config, positions_T)
+    def without_factor(
+        model_config: ModelConfig, positions_T: Tensor, longest: int
+    ) -> tuple[Tensor, Tensor]:
+        scale, sin = right(model_config, positions_T, longest)
         scale[..., : model_config.rotary_dim] /= model_config.attention_factor
         return scale, sin / model_config.attention_factor
 
