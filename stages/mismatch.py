@@ -27,7 +27,7 @@ from torch import Tensor
 
 from phimini.parallel.world import World
 
-THRESHOLDS = (0.01, 0.1, 1.0)
+THRESHOLDS = (0.01, 0.1)
 ALARM_LEVELS = {"float32": 1e-3, "bfloat16": 0.02, "fp8": 0.06}
 """mean |d|, by what the sampler computes in"""
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.02, "fp8": 0.05}

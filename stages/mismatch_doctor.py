@@ -132,8 +132,6 @@ def diagnose(
     model: Model,
     cases: Sequence[Case],
     *,
-    trainer_logprobs: Tensor
-    | None = None,  # of the cases' response tokens, as the trainer computed them
     tolerance: float = 1e-4,
     tokenizer: Tokenizer | None = None,
     max_new_tokens: int = 32,
@@ -152,15 +150,11 @@ def diagnose(
 
     truth = arbiter.logprobs(cases)
     whole = left("nothing is wrong", truth)
-    if trainer_logprobs is not None:
-        own = (trainer_logprobs.cpu() - truth).abs().mean().item()
-        evidence.append(Evidence("(trainer against the reference model)", own))
-        if own > max(tolerance, whole):
-            return Verdict(
-                "trainer kernel",
-                "The sampler agrees with the reference model; the trainer does not.",
-                evidence,
-            )
+    own = (trainer_logprobs(model, cases) - truth).abs().mean().item()
+    evidence.append(Evidence("(trainer against the reference model)", own))
+    if own > max(tolerance, whole):
+        detail = "The sampler agrees with the reference model; the trainer does not."
+        return Verdict("trainer kernel", detail, evidence)
     if whole <= tolerance:
         return Verdict("none", "Sampler and reference model agree on these answers.", evidence)
     if found := _tokenizer(tokenizer, cases):

@@ -89,10 +89,11 @@ class LocalEngine:
 def build_engine(run: RunConfig, config: ModelConfig, world: World) -> RolloutEngine:
     """Raises ValueError where the config asks for what is not there, e.g. vLLM."""
     alone = run.rollout.engine == "vllm" and run.rollout.placement == "separate"
-    for name in ("oversample", "asynchronous", "partial"):
-        if getattr(run.rollout, name) not in (False, 1.0) and not alone:
+    for name, off in (("oversample", 1.0), ("asynchronous", False), ("partial", False)):
+        value = getattr(run.rollout, name)
+        if value != off and not alone:
             raise ValueError(
-                f"rollout.{name}={getattr(run.rollout, name)}: needs rollout.engine=vllm rollout.placement=separate"
+                f"rollout.{name}={value}: needs rollout.engine=vllm rollout.placement=separate"
             )
     if run.rollout.asynchronous and run.rollout.max_staleness < 1:
         raise ValueError(

@@ -95,6 +95,8 @@ class _Server:
         announce(server.sockets[0].getsockname()[1])
         await self.stop.wait()
         beats.cancel()
+        if self.writer is not None:
+            self.writer.close()
         server.close()
         self.engine.shutdown()
 
@@ -134,10 +136,12 @@ class _Server:
         error = task.exception()
         if error is None:
             self.send({"id": id, **task.result()})
-            return
-        self.send({"id": id, "error": f"{type(error).__name__}: {error}"})
-        if self.engine.errored:
-            print(f"phimini: the engine died: {error}", file=sys.stderr, flush=True)
+        elif not self.engine.errored:
+            self.send({"id": id, "error": f"{type(error).__name__}: {error}"})
+        elif (
+            not self.stop.is_set()
+        ):  # no answer: a connection that ends says that the engine is gone
+            print(f"phimini: the vLLM engine died: {error}", file=sys.stderr, flush=True)
             self.stop.set()
 
     def send(self, message: Message) -> None:

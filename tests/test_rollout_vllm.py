@@ -276,7 +276,7 @@ def untied_and_short() -> dict[str, Any]:
     model = trainer(config, Layout(), 1)
     engine = engine_for(model)
     engine.sync(model)
-    results = {"before": parity(engine, model, 1)}
+    results: dict[str, Any] = {"before": parity(engine, model, 1)}
     move(model, 2)
     engine.sync(model)
     results["after"] = parity(engine, model, 2)

@@ -168,8 +168,9 @@ def test_two_tensors_swapped_in_the_engine_are_found_by_their_checksums() -> Non
 def test_a_byte_flipped_on_the_way_is_found_before_the_bucket_is_loaded() -> None:
     class Flips(ShmTransport):
         def send(self, receivers, update, tensors, wait) -> None:
-            if update["bucket"] == 1:
-                self.buffer()[update["entries"][1]["offset"] + 9] ^= 4
+            buffer = self.buffer()
+            if update["bucket"] == 1 and buffer is not None:
+                buffer[update["entries"][1]["offset"] + 9] ^= 4
             super().send(receivers, update, tensors, wait)
 
     engine = FakeEngine()

@@ -1,0 +1,99 @@
+"""Stage 4 with each rollout engine: the same policy on both sides at every step, and a stop when it is not."""
+
+from pathlib import Path
+
+import pytest
+from rl_run import make_run, reinforce, run_config
+from vllm_process import in_vllm
+
+from phimini.parallel.launch import RankFailure, run_ranks
+from phimini.parallel.layout import Layout
+from phimini.stages.rollout import LocalEngine
+
+VLLM = "rollout.engine=vllm"
+SEPARATE = (VLLM, "rollout.placement=separate")
+
+
+def assert_trained(rows: list[dict], steps: int = 3) -> None:
+    assert [row["step"] for row in rows] == list(range(steps))
+    updates = [row for row in rows if "mismatch" in row]
+    assert len(updates) >= 2, "this test wants updates"
+    for row in updates:
+        assert row["mismatch"] <= 1e-5 and row["mismatch_max"] <= 1e-4 and row["mismatch_kl"] < 1e-8
+
+
+def test_local_engine_agrees_at_every_step(tmp_path: Path) -> None:
+    run = run_config(make_run(tmp_path / "run"), "rlvr.importance=token_truncated")
+    rows = run_ranks(reinforce, 1, run)[0]
+    assert_trained(rows)
+    assert all(row["max_age"] == 0 and row["stale_tokens"] == 0 for row in rows if "max_age" in row)
+
+
+def test_a_sampler_left_behind_stops_the_run_with_the_cause(tmp_path: Path) -> None:
+    run = run_config(make_run(tmp_path / "run"))
+
+    def forgets() -> None:
+        sync, calls = LocalEngine.sync, []
+
+        def once(engine: LocalEngine, model) -> None:
+            calls.append(1)
+            if len(calls) == 1:
+                sync(engine, model)
+            engine._version = model.num_updates
+
+        LocalEngine.sync = once
+        reinforce(run)
+
+    with pytest.raises(RankFailure, match="MismatchError.*more than the alarm level") as e:
+        run_ranks(forgets, 1)
+    page = (Path(run.out) / "rlvr" / "mismatch.txt").read_text()
+    assert page.startswith("phimini doctor --mismatch: ") and page.strip() in str(e.value)
+    assert not (Path(run.out) / "rlvr" / "model").exists()
+
+
+def test_options_that_need_engines_of_their_own_say_so(tmp_path: Path) -> None:
+    run = run_config(make_run(tmp_path / "run"), "rollout.asynchronous=true")
+    with pytest.raises(
+        RankFailure,
+        match=r"rollout\.asynchronous=True: needs rollout\.engine=vllm rollout\.placement",
+    ):
+        run_ranks(reinforce, 1, run)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2)], ids=["1-rank", "2-ranks"])
+def test_colocated_vllm_agrees_at_every_step(tmp_path: Path, layout: Layout) -> None:
+    run = run_config(make_run(tmp_path / "run"), VLLM)
+    for rows in in_vllm(reinforce, run, layout, world_size=layout.model_size):
+        assert_trained(rows)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("partial", [False, True], ids=["one-step-off", "partial"])
+def test_one_step_ahead_with_an_engine_of_its_own(tmp_path: Path, partial: bool) -> None:
+    more = (
+        "rollout.asynchronous=true",
+        f"rollout.partial={partial}",
+        "rlvr.importance=token_truncated",
+        "rlvr.steps=4",
+    )
+    run = run_config(make_run(tmp_path / "run"), *SEPARATE, *more)
+    rows = in_vllm(asynchronous, run)[0]
+    updates = [row for row in rows if "max_age" in row]
+    assert len(rows) == 4 and len(updates) >= 3
+    assert updates[0]["max_age"] == 0 and updates[0]["mismatch_max"] <= 1e-4
+    assert all(row["max_age"] == 1 and row["stale_tokens"] > 0 for row in updates[1:])
+
+
+def asynchronous(run) -> list[dict]:
+    """The trainer's process starts the engine's by a fork: the imports are paid already."""
+    import multiprocessing
+
+    from phimini.stages import rollout_separate
+
+    get_context = multiprocessing.get_context
+    rollout_separate.multiprocessing.get_context = lambda method: get_context("fork")
+    rows = reinforce(run)
+    assert rollout_separate._engines is not None
+    rollout_separate._engines.close()
+    return rows
