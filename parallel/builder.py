@@ -30,7 +30,13 @@ from torch import Tensor, nn
 from phimini.model.config import ModelConfig
 from phimini.model.reference import Phi4Mini
 from phimini.parallel.attention import CoreAttention
-from phimini.parallel.layers import ColumnParallelLinear, RMSNorm, RowParallelLinear, SwiGLU
+from phimini.parallel.layers import (
+    ColumnParallelLinear,
+    HeadWeight,
+    RMSNorm,
+    RowParallelLinear,
+    SwiGLU,
+)
 from phimini.parallel.weights import from_hf
 from phimini.parallel.world import World
 
@@ -156,15 +162,19 @@ class PhiGPT(GPTModel):
     the whole one on each tensor-parallel rank: the head sums its vocabulary rows' parts itself.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            self.output_layer.__class__ = HeadWeight
+
     def _postprocess(self, hidden_states: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
         assert hidden_states is not None, "the decoder returned nothing"
         if not self.post_process:
             return hidden_states
+        hidden_T1D: Tensor = self.output_layer(hidden_states)
         if not self.config.sequence_parallel:
-            return hidden_states.squeeze(1)
-        whole = gather_from_sequence_parallel_region(
-            hidden_states, tensor_parallel_output_grad=False
-        )
+            return hidden_T1D.squeeze(1)
+        whole = gather_from_sequence_parallel_region(hidden_T1D, tensor_parallel_output_grad=False)
         assert whole is not None
         return whole.squeeze(1)
 

@@ -62,3 +62,11 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
         if self.config.tensor_model_parallel_size == 1:
             return F.linear(input_, self.weight), None
         return super().forward(input_)
+
+
+class HeadWeight(tensor_parallel.ColumnParallelLinear):
+    """The output layer's place: holds the head's weight, which the fused loss reads. Calling it with the hidden states
+    gives them back, but lets DDP's hook wait until the weight is gathered (ZeRO-1 with overlap)."""
+
+    def forward(self, input_: Tensor, *_: Any, **__: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return input_

@@ -94,6 +94,12 @@ LAYOUTS = {
     "pp2": (2, Layout(pipeline=2), {}),
     "dp2-zero1": (2, Layout(), dict(distributed_optimizer=True)),
     "dp2-zero1-overlap": (2, Layout(), dict(distributed_optimizer=True, overlap=True)),
+    # The last stage reads its copy of the embedding outside of any Megatron layer.
+    "pp2-dp2-zero1-overlap": (
+        4,
+        Layout(pipeline=2),
+        dict(distributed_optimizer=True, overlap=True),
+    ),
     "tp2-pp2-dp2-zero1": (8, Layout(tensor=2, pipeline=2), dict(distributed_optimizer=True)),
 }
 
