@@ -8,7 +8,8 @@ sm_90, sm_100: 128 x 256 x 64, 8 warps. 85 FLOP per byte fetched from L2; 128 x 
     4 warps spill 600 times. Warp specialisation: no effect on sm_90 in triton 3.7, spills on sm_100.
 sm_80: 128 x 128 x 64, 8 warps, cp.async through pointers: there is no TMA, and descriptors are lowered to
     16-bit accesses without a pipeline. 128 x 256 spills 280 times.
-merge and gradient kernels: bound by memory. 128-bit accesses, no spills, at least half of the warps resident.
+merge and gradient kernels: bound by memory. 128-bit accesses, no spills; the gradient kernel has two tiles in flight,
+    64 KB per SM at half of the warps resident (3/8 with an entropy gradient).
 
 The gradient kernel's column block is the logit tile's: one maximum belongs to one such tile.
 """
@@ -38,7 +39,7 @@ MATMUL = {
     ),
 }
 MERGE_SPLITS, MERGE_ROWS, MERGE_WARPS = 32, 32, 4
-GRADIENT_ROWS, GRADIENT_WARPS = 16, 4
+GRADIENT_ROWS, GRADIENT_WARPS = 8, 4
 GRADIENT_TILES = 8
 """Tiles a program goes through: the row's numbers (24 bytes) are then read once per 8 KB of logits."""
 

@@ -80,8 +80,8 @@ class TritonHead(ChunkedHead):
         num_row_blocks, num_tiles = cdiv(M, b.block_m), cdiv(V, b.block_n)
         if self.e_MV is None:
             num_splits = vocabulary_splits(num_row_blocks, num_tiles, num_sms(device))
-            cols_per_split = cdiv(num_tiles, num_splits) * b.block_n
-            num_splits = cdiv(V, cols_per_split)
+            tiles_per_split = cdiv(num_tiles, num_splits)
+            num_splits = cdiv(num_tiles, tiles_per_split)
         else:
             num_splits = num_tiles
         # Kernels write whole row blocks: no masks, so that the merge kernel reads 128 bits at a time.
@@ -105,12 +105,12 @@ class TritonHead(ChunkedHead):
         )  # fmt: skip
         grid = (num_row_blocks * num_splits,)
         if self.e_MV is None:
-            _head_fwd_kernel[grid](**common, cols_per_split=cols_per_split)  # pyright: ignore
+            _head_fwd_kernel[grid](**common, tiles_per_split=tiles_per_split)  # pyright: ignore
         else:
             e = _operand(self.e_MV[:M], b.block_m, b.block_n, b)
             _head_logits_kernel[grid](**common, e=e, stride_e_m=self.e_MV.stride(0))
-        self.tile_max, self.stride_s = part_max, parts.stride(1)
-        merged = self._merge(parts) if num_splits > 1 else parts[:, 0]
+        self.parts = parts
+        merged = self.merge() if num_splits > 1 else parts[:, 0]
         return LocalStats(
             max_M=merged[0, :M],
             sum_M=merged[1, :M],
@@ -118,7 +118,9 @@ class TritonHead(ChunkedHead):
             weighted_M=merged[2, :M] if self.with_entropy else None,
         )
 
-    def _merge(self, parts: Tensor) -> Tensor:
+    def merge(self) -> Tensor:
+        """(max, sum, weighted) per row out of the tiles' or splits' of the latest logits."""
+        parts = self.parts
         kinds, num_splits, M = parts.shape
         merged = torch.empty(kinds, M, dtype=parts.dtype, device=parts.device)
         _head_merge_kernel[(cdiv(M, MERGE_ROWS),)](
@@ -130,20 +132,27 @@ class TritonHead(ChunkedHead):
         return merged
 
     def gradients(self, rows: slice, grads: LogitGrads) -> None:
+        dz_MV = self.row_pass(rows, grads)
+        if not dz_MV.is_cuda:
+            dz_MV = dz_MV.to(self.dtype)  # no CPU GEMM widens its result
+        if self.dx_MD is not None:
+            _matmul(dz_MV, self.weight_VD, self.dx_MD[rows])
+        if self.dw_VD is not None:
+            _add_matmul(self.dw_VD, dz_MV.t(), self.x_MD[rows])
+
+    def row_pass(self, rows: slice, grads: LogitGrads) -> Tensor:
+        """E -> dz, in place."""
         assert self.e_MV is not None, "a head opened without gradients keeps no logits"
         M, V = rows.stop - rows.start, self.weight_VD.shape[0]
         dz_MV = self.e_MV[:M]
         per_row = self._per_row(rows, grads)
         grid = (cdiv(M, GRADIENT_ROWS), cdiv(cdiv(V, self.blocks.block_n), GRADIENT_TILES))
         _head_gradient_kernel[grid](
-            dz_MV, self.tile_max, self.targets_M[rows], self.count, *per_row,
-            M, V, dz_MV.stride(0), self.stride_s, GRADIENT_TILES,
+            dz_MV, self.parts[0], self.targets_M[rows], self.count, *per_row,
+            M, V, dz_MV.stride(0), self.parts.stride(1), GRADIENT_TILES,
             BLOCK_M=GRADIENT_ROWS, BLOCK_N=self.blocks.block_n, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
-        if self.dx_MD is not None:
-            _matmul(dz_MV, self.weight_VD, self.dx_MD[rows])
-        if self.dw_VD is not None:
-            _add_matmul(self.dw_VD, dz_MV.t(), self.x_MD[rows])
+        return dz_MV
 
     def _per_row(self, rows: slice, grads: LogitGrads) -> list[Tensor | None]:
         """max, scale, softmax, at_target, entropy, shift: the gradient kernel's numbers, divided by temperature.
