@@ -6,12 +6,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is decorated
 torch.set_num_threads(1)
 # torch.device("meta") remembers the constructors it finds at its first use: let it find the real ones.
-torch.utils._device._device_constructors()
+_device_constructors()
 
 
 @pytest.fixture(autouse=True)
