@@ -64,10 +64,6 @@ def head(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group):
 
 def cpu_seconds(micro_batches: list[PackedBatch]) -> tuple[float, float]:
     """(Megatron, plain): the best of REPEATS steps each, taken in turn."""
-    torch.empty = (
-        torch._C._VariableFunctions.empty
-    )  # without conftest's NaN filling, which is not part of a step
-    torch.empty_like = torch._C._VariableFunctions.empty_like
     world = initialize(Layout(), TINY)
     model = build_model(TINY, world, seed=0)
     optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3, total_steps=1000))
