@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import socket
 import statistics
 import sys
@@ -25,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -178,7 +180,10 @@ def _facts(device: torch.device) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    name = platform.processor() or platform.machine()
+    name = platform.machine()
+    cpus = Path("/proc/cpuinfo")
+    if cpus.exists() and (models := re.findall(r"model name\s*: (.*)", cpus.read_text())):
+        name = models[0]  # two kinds of CPU may round a product differently
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]
