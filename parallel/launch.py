@@ -26,6 +26,8 @@ _GRACE_S = 1.0
 _INTERRUPT_GRACE_S = 60.0
 """how long ranks may take to save after Ctrl-C"""
 _PR_SET_PDEATHSIG = 1
+process_group_joined = False
+"""set by `world.initialize`: gloo's threads do not survive a fork, and the children would wait for them for ever"""
 
 
 class RankFailure(RuntimeError):
@@ -57,6 +59,10 @@ def run_ranks(
     if torch.cuda.is_initialized():
         raise RuntimeError(
             "run_ranks: CUDA is in use and does not survive a fork; start ranks with torchrun"
+        )
+    if process_group_joined:
+        raise RuntimeError(
+            "run_ranks: this process has joined a process group before, whose threads do not survive a fork"
         )
     sys.stdout.flush()
     sys.stderr.flush()

@@ -11,6 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from phimini.model.config import ModelConfig
+from phimini.parallel import launch
 from phimini.parallel.layout import Layout
 
 T = TypeVar("T")
@@ -98,6 +99,7 @@ def initialize(
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    launch.process_group_joined = True
     if not dist.is_initialized():
         backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
         if world_size == 1:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from phimini.parallel.launch import run_ranks
 from phimini.stages.cli import main
 from phimini.stages.jsonl import read_json
 
@@ -25,6 +26,11 @@ MICRO = [
 ]  # fmt: skip
 
 
+def command(words: list[str]) -> int:
+    """`phimini WORDS` in a process of its own, forked: gloo's threads would not survive a later fork of this one."""
+    return run_ranks(main, 1, words)[0]
+
+
 def metrics(run: Path, stage: str) -> list[dict]:
     return [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
 
@@ -34,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete micro run up to stage 3; an untrained model has no prompt it sometimes answers, so no stage 4."""
     run = tmp_path_factory.mktemp("runs") / "micro"
     for verb in ("distill", "curate", "base", "midtrain", "sft", "rollout_dpo"):
-        assert main([verb, "tiny", f"out={run}", *MICRO]) == 0
+        assert command([verb, "tiny", f"out={run}", *MICRO]) == 0
     return run
 
 
@@ -62,20 +68,20 @@ def test_the_preference_loss_starts_at_ln_2(finished: Path) -> None:
 
 
 def test_stage_4_says_when_there_is_nothing_to_learn_from(
-    finished: Path, capsys: pytest.CaptureFixture
+    finished: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    assert main(["rlvr", "tiny", f"out={finished}", *MICRO]) == 2
-    assert "none is answered sometimes right and sometimes wrong" in capsys.readouterr().err
+    assert command(["rlvr", "tiny", f"out={finished}", *MICRO]) == 2
+    assert "none is answered sometimes right and sometimes wrong" in capfd.readouterr().err
 
 
 def test_a_complete_stage_returns_at_once(finished: Path) -> None:
     before = read_json(finished / "midtrain" / "summary.json")["id"]
-    assert main(["midtrain", "tiny", f"out={finished}", *MICRO]) == 0
+    assert command(["midtrain", "tiny", f"out={finished}", *MICRO]) == 0
     assert read_json(finished / "midtrain" / "summary.json")["id"] == before
 
 
 def test_evaluation_is_of_the_model_it_names(finished: Path) -> None:
-    assert main(["evaluate", "tiny", "stage=sft", f"out={finished}", *MICRO]) == 0
+    assert command(["evaluate", "tiny", "stage=sft", f"out={finished}", *MICRO]) == 0
     result = read_json(finished / "evaluate" / "sft.json")
     assert result["model_id"] == read_json(finished / "sft" / "summary.json")["id"]
     assert result["num_problems"] == 24 and len(result["per_problem_mean"]) == 24
@@ -109,7 +115,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(finished: Path, tmp_path:
     assert not (run / "midtrain" / "summary.json").exists()
     stopped_at = len(metrics(run, "midtrain"))
     assert 2 <= stopped_at < 6
-    assert main(words) == 0
+    assert command(words) == 0
     got, want = metrics(run, "midtrain"), metrics(finished, "midtrain")
     assert [row["step"] for row in got] == list(range(6))
     assert [row["loss"] for row in got] == pytest.approx([row["loss"] for row in want], abs=1e-5)
@@ -171,21 +177,21 @@ def test_bad_commands_end_with_one_clear_line(
 
 
 def test_a_document_longer_than_the_sequence_is_named(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     run = tmp_path / "short"
     run.mkdir()
     for name in ("distill", "curate", "base"):
         os.symlink(finished / name, run / name)
-    assert main(["midtrain", "tiny", f"out={run}", *MICRO, "midtrain.sequence_length=20"]) == 2
+    assert command(["midtrain", "tiny", f"out={run}", *MICRO, "midtrain.sequence_length=20"]) == 2
     assert re.search(
         r"midtrain.jsonl:\d+: \d+ tokens, but midtrain.sequence_length is 20",
-        capsys.readouterr().err,
+        capfd.readouterr().err,
     )
 
 
 def test_malformed_training_rows_name_file_and_line(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     run = tmp_path / "broken"
     (run / "curate").mkdir(parents=True)
@@ -195,5 +201,5 @@ def test_malformed_training_rows_name_file_and_line(
         (run / "curate" / file.name).write_text(file.read_text())
     with (run / "curate" / "midtrain.jsonl").open("a") as file:
         file.write('{"question": "unfinished\n')
-    assert main(["midtrain", "tiny", f"out={run}", *MICRO]) == 2
-    assert re.search(r"midtrain.jsonl.*line \d+", capsys.readouterr().err)
+    assert command(["midtrain", "tiny", f"out={run}", *MICRO]) == 2
+    assert re.search(r"midtrain.jsonl.*line \d+", capfd.readouterr().err)
