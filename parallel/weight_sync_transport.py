@@ -9,11 +9,9 @@
 
 import itertools
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +59,7 @@ class InprocTransport:
 
 
 class ShmTransport:
-    """One segment of shared memory that every worker of this machine maps; no name outlives the init phase."""
+    """One segment of shared memory that every worker of this machine maps."""
 
     name = "shm"
 
@@ -71,17 +69,17 @@ class ShmTransport:
 
     def open(self, receivers: Sequence[Receiver], info: dict[str, Any], wait: Wait) -> None:
         wait.at("init")
-        place = "/dev/shm" if Path("/dev/shm").is_dir() else None
-        handle, path = tempfile.mkstemp(prefix="phimini-weights-", dir=place)
+        handle = os.memfd_create(
+            "phimini-weights"
+        )  # a file without a name: nothing is left when a process dies
         try:
             os.ftruncate(handle, self._bucket_bytes)
+            path = f"/proc/{os.getpid()}/fd/{handle}"
             self._buffer = map_segment(path, self._bucket_bytes)
-            wait.call(
-                receivers, "init", info | {"link": {"path": path, "num_bytes": self._bucket_bytes}}
-            )
+            link = {"path": path, "num_bytes": self._bucket_bytes}
+            wait.call(receivers, "init", info | {"link": link})
         finally:
-            os.close(handle)
-            os.unlink(path)  # the mappings stay; nothing is left behind if a process dies
+            os.close(handle)  # the mappings stay
 
     def buffer(self) -> Tensor | None:
         return self._buffer

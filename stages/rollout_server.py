@@ -78,6 +78,7 @@ class _Server:
         self.stop = asyncio.Event()
         self.seat = asyncio.Lock()
         self.tasks: set[asyncio.Task] = set()
+        self.connections: set[asyncio.Task] = set()
         self.requests: set[str] = set()
         self.writer: asyncio.StreamWriter | None = None
         self.ops: dict[str, Callable[[Message], Awaitable[Message]]] = {
@@ -92,15 +93,22 @@ class _Server:
             await self.engine.collective_rpc("phimini_guard", args=(os.getpid(),))
         server = await asyncio.start_server(self.connection, host, port)
         beats = asyncio.create_task(self.beat())
+        beats.add_done_callback(self.beats_ended)
         announce(server.sockets[0].getsockname()[1])
         await self.stop.wait()
         beats.cancel()
         if self.writer is not None:
             self.writer.close()
+        if self.connections:
+            await asyncio.wait(list(self.connections), timeout=5)
         server.close()
         self.engine.shutdown()
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "a connection is served by a task"
+        self.connections.add(task)
+        task.add_done_callback(self.connections.discard)
         async with self.seat:  # a second trainer is not answered before the first has gone
             await self.serve(reader, writer)
 
@@ -114,7 +122,7 @@ class _Server:
         writer.close()
         if self.owned:
             self.stop.set()
-        else:
+        if not self.stop.is_set():
             await self.trainer_left()
 
     async def trainer_left(self) -> None:
@@ -156,6 +164,12 @@ class _Server:
             await self.engine.collective_rpc("phimini_guard", args=(os.getpid(),))
             number += 1
             self.send({"beat": number})
+
+    def beats_ended(self, task: asyncio.Task) -> None:
+        """The engine died while nobody was asking it for anything."""
+        if not task.cancelled() and not self.stop.is_set():
+            print(f"phimini: the vLLM engine died: {task.exception()}", file=sys.stderr, flush=True)
+            self.stop.set()
 
     # --- what a trainer can ask for ---------------------------------------------------------------
     async def hello(self, message: Message) -> Message:

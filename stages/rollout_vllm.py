@@ -8,11 +8,13 @@ length. Here the config.json that vLLM reads has the run's table under both name
 from the recipe.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import random
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -322,13 +324,40 @@ def _start_llm(config: ModelConfig, settings: EngineSettings, world: World) -> A
         arguments = engine_arguments(settings, folder)
         if world.world_size > 1:
             arguments["distributed_executor_backend"] = "external_launcher"
-        return _undisturbed(lambda: _llm(arguments))
+        with _own_shared_memory(settings, world):
+            return _undisturbed(lambda: _llm(arguments))
 
 
 def _llm(arguments: dict[str, Any]) -> Any:
     from vllm import LLM
 
     return LLM(**arguments)
+
+
+@contextlib.contextmanager
+def _own_shared_memory(settings: EngineSettings, world: World) -> Iterator[None]:
+    """On a CPU, ranks of one engine meet in shared memory whose name vLLM 0.32 makes from `env://`.
+
+    It is the same for every job of the machine and never removed: a second job, or one after a crash, fails to
+    start. Here it has a name of this job's own, which goes once the ranks have met.
+    """
+    if settings.tensor_parallel == 1 or torch.cuda.is_available():
+        yield
+        return
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    token = world.broadcast_object(uuid.uuid4().hex)
+    shared: Any = cpu_communicator._CPUSHMDistributed
+    make_group_name = shared.make_group_name
+    shared.make_group_name = staticmethod(lambda c: f"{token}-{make_group_name(c).lstrip('/')}")
+    try:
+        yield
+    finally:
+        shared.make_group_name = staticmethod(make_group_name)
+        world.barrier()
+        if world.is_main:
+            for path in Path("/dev/shm").glob(f"*{token}*"):
+                path.unlink()
 
 
 def _undisturbed(action: Callable[[], Any]) -> Any:

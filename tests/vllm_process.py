@@ -5,15 +5,18 @@ The pytest process itself never imports vLLM, and no engine outlives the test th
 
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from phimini.parallel.launch import run_ranks
 from phimini.stages.rollout_vllm import require_vllm
 
-PRELOADED = ["vllm_preload", "phimini.parallel.builder", "phimini.stages.rollout_vllm"]
+PRELOADED = ["vllm_preload"]
 
 
 def context() -> Any:
@@ -21,6 +24,13 @@ def context() -> Any:
     require_vllm()
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOADED)
+    # It inherits neither sys.path nor, on purpose, the interpreter that this session's kernels run in.
+    saved = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    os.environ.pop("TRITON_INTERPRET", None)
+    forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(saved)
     return server
 
 
@@ -45,7 +55,7 @@ def in_vllm(
         process.kill()
         process.join(10)
     if kind == "failed":
-        raise value
+        raise AssertionError(value)
     return value
 
 
@@ -64,7 +74,7 @@ def _child(
             run_ranks(fn, world_size, *args, timeout_s=timeout_s),
         )
     except BaseException as error:
-        message = ("failed", error)
+        message = ("failed", f"{type(error).__name__}: {error}")  # a RankFailure does not unpickle
     send.send(message)
     spent = time.process_time() - started + sum(os.times()[2:4])
     print(f"{fn.__name__}: {spent:.1f} CPU s of process {parent}'s forkserver", flush=True)

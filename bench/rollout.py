@@ -1,0 +1,152 @@
+"""`phimini bench rollout [--model NAME] [--rounds N] [--quick] [--json PATH]`.
+
+Tokens per second of the local engine and of vLLM in one process, on the same prompts and weights, in turns; a row
+only where the engine's log-probs are those of the reference model (max |dlogp| is in the row). On a shared CPU read
+tokens_per_cpu_second: the process's CPU time, with one thread.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phimini.bench.weight_sync import MODELS
+from phimini.model.config import ModelConfig
+from phimini.model.reference import Phi4Mini
+from phimini.model.sampler import SamplingParams
+from phimini.parallel.builder import build_model
+from phimini.parallel.launch import run_ranks
+from phimini.parallel.layout import Layout
+from phimini.parallel.weights import to_hf
+from phimini.parallel.world import initialize
+from phimini.stages.config import override
+from phimini.stages.recipes import tiny
+from phimini.stages.rollout import LocalEngine, RolloutEngine, Sampled
+from phimini.stages.rollout_vllm import ColocatedVllm, engine_settings, require_vllm
+
+LIMIT = {"float32": 1e-4, "bfloat16": 0.5}
+"""of max |dlogp|, for a row to be timed"""
+SHAPES = ((1, 32, 64), (32, 32, 64), (128, 32, 64), (128, 128, 64))
+"""batch, prompt tokens, new tokens"""
+Row = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 1 where an engine's log-probs are not the reference model's."""
+    parser = argparse.ArgumentParser(prog="phimini bench rollout", description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="tiny")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one small shape, one round")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    args = parser.parse_args(argv)
+    require_vllm()
+    shapes, rounds = (SHAPES[1:2], 1) if args.quick else (SHAPES, args.rounds)
+    rows = run_ranks(measure, 1, MODELS[args.model], shapes, rounds)[0]
+    wrong = [row for row in rows if row["tokens_per_second"] is None]
+    for row in rows:
+        print(line(row))
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if wrong else 0
+
+
+def measure(
+    config: ModelConfig, shapes: tuple[tuple[int, int, int], ...], rounds: int
+) -> list[Row]:
+    largest = max(batch for batch, _, _ in shapes)
+    run = override(tiny(), ["rollout.engine=vllm", f"rollout.max_batch={largest}"])
+    world = initialize(Layout(), config)
+    model = build_model(config, world, seed=0)
+    settings = engine_settings(run, config, "inproc")
+    engines: dict[str, RolloutEngine] = {
+        "local": LocalEngine(config, world, largest),
+        "vllm": ColocatedVllm(config, settings, world, run.rollout.deadline_s),
+    }
+    for engine in engines.values():
+        engine.sync(model)
+    reference = Phi4Mini(config).to(world.device).eval()
+    reference.load_state_dict(dict(to_hf(model)), strict=False)
+    return [
+        row
+        for shape in shapes
+        for row in measure_shape(engines, reference, shape, rounds, LIMIT[settings.dtype])
+    ]
+
+
+def measure_shape(
+    engines: dict[str, RolloutEngine],
+    reference: Phi4Mini,
+    shape: tuple[int, int, int],
+    rounds: int,
+    limit: float,
+) -> list[Row]:
+    batch, prompt_tokens, new_tokens = shape
+    params = SamplingParams(temperature=1.0, max_new_tokens=new_tokens, stop_ids=())
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    errors: dict[str, float] = {}
+    for number in range(rounds + 1):  # the first round is checked, not timed
+        # Other prompts every round: no engine may live off what it cached.
+        generator = torch.Generator().manual_seed(number)
+        vocabulary = reference.config.vocab_size
+        prompts = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=generator).tolist()
+        order = list(engines)[:: 1 if number % 2 else -1]
+        for name in order:
+            wall, cpu = time.perf_counter(), time.process_time()
+            done = engines[name].generate(prompts, params, list(range(batch)))
+            spent = time.perf_counter() - wall, time.process_time() - cpu
+            assert sum(len(c.tokens) for c in done) == batch * new_tokens, "no answer stops early"
+            if number == 0:
+                errors[name] = error_of(reference, prompts, done)
+            else:
+                seconds[name].append(spent)
+    rows = []
+    for name in engines:
+        right = errors[name] <= limit
+        wall, cpu = (statistics.median(t[i] for t in seconds[name]) for i in range(2))
+        rows.append(
+            {
+                "engine": name,
+                "batch": batch,
+                "prompt_tokens": prompt_tokens,
+                "new_tokens": new_tokens,
+                "tokens_per_second": batch * new_tokens / wall if right else None,
+                "tokens_per_cpu_second": batch * new_tokens / cpu if right else None,
+                "max_abs_dlogp": errors[name],
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                "torch": torch.__version__,
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def error_of(reference: Phi4Mini, prompts: list[list[int]], done: list[Sampled]) -> float:
+    """max |log-prob reported - the reference model's|."""
+    device = reference.head_weight_VD.device
+    tokens_BT = torch.tensor(
+        [p + c.tokens for p, c in zip(prompts, done, strict=True)], device=device
+    )
+    first = len(prompts[0])
+    hidden_BTD = reference(tokens_BT[:, :-1])[:, first - 1 :]
+    logp_BTV = (hidden_BTD @ reference.head_weight_VD.T).float().log_softmax(-1)
+    expected = logp_BTV.gather(2, tokens_BT[:, first:, None])[..., 0].cpu()
+    return (expected - torch.tensor([c.logprobs for c in done])).abs().max().item()
+
+
+def line(row: Row) -> str:
+    name = f"{row['engine']:<6} batch {row['batch']:>4}  prompt {row['prompt_tokens']:>4}  new {row['new_tokens']:>4}"
+    if row["tokens_per_second"] is None:
+        return f"{name}  WRONG: max |dlogp| {row['max_abs_dlogp']:.2e}"
+    return (
+        f"{name}  {row['tokens_per_second']:>9.0f} tokens/s  {row['tokens_per_cpu_second']:>9.0f} tokens/CPU s  "
+        f"max |dlogp| {row['max_abs_dlogp']:.1e}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
