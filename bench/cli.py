@@ -1,6 +1,6 @@
 """The command `phimini`: `bench` is answered here, every other verb by `phimini.stages.cli`.
 
-    phimini bench kernels [op ...] [--static] [--traffic] [--quick] [--json PATH]
+phimini bench kernels [op ...] [--static] [--traffic] [--quick] [--json PATH]
 """
 
 import importlib

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phimini.kernels import linear_dpo, linear_logprob
-from phimini.model.chat import encode_example, encode_prompt
+from phimini.model.chat import TemplateName, encode_example, encode_prompt
 from phimini.model.sampler import SamplingParams
 from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import Document, PackedBatch, pack
@@ -186,7 +186,7 @@ def pair_up(rollouts: list[dict], pairs_per_prompt: int, seed: int) -> list[dict
     return pairs
 
 
-def read_pairs(path: Path, tokenizer: Tokenizer, template: str) -> list[Pair]:
+def read_pairs(path: Path, tokenizer: Tokenizer, template: TemplateName) -> list[Pair]:
     """Sampled answers keep the very tokens that were sampled; written ones are encoded with their end."""
     pairs = []
     for line, row in enumerate(read_rows(path, PAIR_FIELDS), 1):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phimini.kernels import linear_cross_entropy, linear_logprob
-from phimini.model.chat import encode_example
+from phimini.model.chat import TemplateName, encode_example
 from phimini.model.huggingface import load_config
 from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import PackedBatch
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def read_examples(
-    path: Path, tokenizer: Tokenizer, template: str, *, loss_on_question: bool = False
+    path: Path, tokenizer: Tokenizer, template: TemplateName, *, loss_on_question: bool = False
 ) -> list[Example]:
     """The rows' `question` and `response` as examples whose ids name file and line."""
     rows = read_rows(path, {"question": str, "response": str})
@@ -129,7 +129,7 @@ def cross_entropy_head(
     return loss, metrics.num_rows, sums
 
 
-def means(metrics: StepMetrics) -> dict[str, float]:
+def means(metrics: StepMetrics) -> Row:
     """The loss and every other sum of a step, divided by its count."""
     return {"loss": metrics.loss} | {
         name: total / metrics.count for name, total in metrics.metrics.items()

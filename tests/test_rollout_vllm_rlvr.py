@@ -41,7 +41,7 @@ def test_a_sampler_left_behind_stops_the_run_with_the_cause(tmp_path: Path) -> N
                 sync(engine, model)
             engine._version = model.num_updates
 
-        LocalEngine.sync = once
+        LocalEngine.sync = once  # pyright: ignore[reportAttributeAccessIssue]
         reinforce(run)
 
     with pytest.raises(RankFailure, match="MismatchError.*more than the alarm level") as e:
