@@ -17,7 +17,9 @@ LAYERS = ["kernels", "model", "parallel", "stages", "bench"]
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, unpacked as an installer would."""
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # setuptools leaves a build folder, and would ship what is stale in it
+    source = (
+        folder / "source"
+    )  # setuptools leaves a build folder, and would ship what is stale in it
     for name in LAYERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
