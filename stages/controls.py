@@ -1,12 +1,15 @@
-"""Control arms: what else could have made the accuracy rise after stage 2?
+"""Control arms: what else could have made the accuracy rise after stage 2, and what do stage 4's remedies add?
 
-Each starts from the stage-2 model and gets the processor time of stages 3 and 4 together, sampling included:
+Three start from the stage-2 model and get the processor time of stages 3 and 4 together, sampling included:
 
 - `sft_continued`: stage 2 goes on, on its own data;
 - `rejection_sft`: fine-tuning on the stage-2 model's own verified-correct rollouts (those of stage 3);
 - `rl_without_dpo`: stage 4 from the stage-2 model, with as many more steps as stage 3's time buys.
 
-Written to `controls/`: a folder per arm and `controls.json`, each arm's evaluation beside stages 2 and 4.
+Four are stage 4 again, from the stage-3 model and with as many steps, without one of the paper's three remedies or
+without all of them.
+
+Written to `controls/`: a folder per arm and `controls.json`, each arm's evaluation beside stages 2, 3 and 4.
 """
 
 import dataclasses
@@ -22,36 +25,49 @@ from phimini.stages.stage import Stage
 from phimini.stages.statistics import paired_gain
 
 ARMS = ("sft_continued", "rejection_sft", "rl_without_dpo")
+WITHOUT = {
+    "rl_without_uniform_length": {"uniform_length": False},
+    "rl_without_rebalance": {"rebalance": False},
+    "rl_without_anneal": {"anneal": False},
+    "rl_without_remedies": {"uniform_length": False, "rebalance": False, "anneal": False},
+}
 
 
 def controls(run: RunConfig, world: World, *, redo: bool = False) -> None:
     """Run what is missing. Raises ValueError when the run's four stages are not complete."""
-    out = Path(run.out)
-    for arm in ARMS:
+    for arm in (*ARMS, *WITHOUT):
         name = f"controls/{arm}"
         stage = Stage.begin(run, name, world, redo=redo)
         if not stage.complete:
-            spent = {s: read_json(out / s / "summary.json") for s in ("sft", "rollout_dpo", "rlvr")}
-            budget = spent["rollout_dpo"]["cpu_seconds"] + spent["rlvr"]["cpu_seconds"]
-            if arm == "rl_without_dpo":
-                steps = round(spent["rlvr"]["steps"] * budget / spent["rlvr"]["cpu_seconds"])
-                longer = dataclasses.replace(run, rlvr=dataclasses.replace(run.rlvr, steps=steps))
-                reinforce(longer, world, stage, "sft")
+            if arm in WITHOUT:
+                without = dataclasses.replace(run.rlvr, **WITHOUT[arm])
+                reinforce(dataclasses.replace(run, rlvr=without), world, stage, "rollout_dpo")
             else:
-                steps = round(spent["sft"]["steps"] * budget / spent["sft"]["cpu_seconds"])
-                rows = out / "curate" / "sft.jsonl"
-                if arm == "rejection_sft":
-                    rows = stage.path / "correct.jsonl"
-                    if world.is_main:
-                        rollouts = read_rows(
-                            out / "rollout_dpo" / "rollouts.jsonl", {"correct": bool}
-                        )
-                        write_rows(rows, [plain(r) for r in rollouts if r["correct"]])
-                    world.barrier()
-                fine_tune(run, world, stage, "sft", rows, steps=steps)
+                train_from_stage_2(run, world, stage, arm)
         evaluate(run, world, name, redo=redo)
     if world.is_main:
-        write_json(out / "controls" / "controls.json", summary(run))
+        write_json(Path(run.out) / "controls" / "controls.json", summary(run))
+
+
+def train_from_stage_2(run: RunConfig, world: World, stage: Stage, arm: str) -> None:
+    """As many steps as the processor time of stages 3 and 4 buys."""
+    out = Path(run.out)
+    spent = {s: read_json(out / s / "summary.json") for s in ("sft", "rollout_dpo", "rlvr")}
+    budget = spent["rollout_dpo"]["cpu_seconds"] + spent["rlvr"]["cpu_seconds"]
+    if arm == "rl_without_dpo":
+        steps = round(spent["rlvr"]["steps"] * budget / spent["rlvr"]["cpu_seconds"])
+        longer = dataclasses.replace(run, rlvr=dataclasses.replace(run.rlvr, steps=steps))
+        reinforce(longer, world, stage, "sft")
+        return
+    steps = round(spent["sft"]["steps"] * budget / spent["sft"]["cpu_seconds"])
+    rows = out / "curate" / "sft.jsonl"
+    if arm == "rejection_sft":
+        rows = stage.path / "correct.jsonl"
+        if world.is_main:
+            rollouts = read_rows(out / "rollout_dpo" / "rollouts.jsonl", {"correct": bool})
+            write_rows(rows, [plain(r) for r in rollouts if r["correct"]])
+        world.barrier()
+    fine_tune(run, world, stage, "sft", rows, steps=steps)
 
 
 def plain(rollout: dict) -> dict:
@@ -60,15 +76,17 @@ def plain(rollout: dict) -> dict:
 
 
 def summary(run: RunConfig) -> dict:
-    """Each arm and stage 4: mean@8, greedy, and the paired gain over the stage-2 model."""
+    """Each arm and stages 2 to 4: mean@8, greedy, the paired gains over the stage-2 model and against stage 4."""
     out = Path(run.out)
     read = lambda name: read_json(out / "evaluate" / f"{name}.json")
-    before = read("sft")
+    before, whole = read("sft"), read("rlvr")
     rows = []
-    for name in ("sft", "rlvr", *(f"controls/{arm}" for arm in ARMS)):
+    names = ("sft", "rollout_dpo", "rlvr", *(f"controls/{arm}" for arm in (*ARMS, *WITHOUT)))
+    for name in names:
         after = read(name)
         stage = read_json(out / name / "summary.json")
         gain, low, high = paired_gain(before["per_problem_mean"], after["per_problem_mean"])
+        against, worst, best = paired_gain(whole["per_problem_mean"], after["per_problem_mean"])
         rows.append(
             {
                 "arm": name,
@@ -76,6 +94,8 @@ def summary(run: RunConfig) -> dict:
                 "ci95": after["ci95"],
                 "gain_over_sft": gain,
                 "gain_ci95": [low, high],
+                "against_rlvr": against,
+                "against_rlvr_ci95": [worst, best],
                 "greedy": after["greedy"]["accuracy"],
                 "pass_at_8": after["pass_at_8"],
                 "steps": stage["steps"],

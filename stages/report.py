@@ -203,6 +203,7 @@ def controls_section(controls: Row) -> str:
             text(str(row["arm"]).removeprefix("controls/").replace("_", " ")),
             f"<strong>{percent(row['mean_at_8'])}</strong> <small>{interval(row['ci95'])}</small>",
             f"{100 * row['gain_over_sft']:+.1f} <small>{interval(row['gain_ci95'], sign='+')}</small>",
+            f"{100 * row['against_rlvr']:+.1f} <small>{interval(row['against_rlvr_ci95'], sign='+')}</small>",
             percent(row["greedy"]),
             percent(row["pass_at_8"]),
             f"{row['steps']:,}",
@@ -210,10 +211,11 @@ def controls_section(controls: Row) -> str:
         ]
         for row in controls["arms"]
     ]
-    head = ["Arm", "mean@8 [95 %]", "Gain over SFT [95 %]", "Greedy", "pass@8", "Steps", "Time"]
+    head = ["Arm", "mean@8 [95 %]", "Gain over SFT [95 %]", "Against stage 4 [95 %]", "Greedy", "pass@8", "Steps", "Time"]  # fmt: skip
     return section(
         "Controls",
-        "What else the time of stages 3 and 4 could have bought, each arm starting from the stage-2 model.",
+        "What else the time of stages 3 and 4 could have bought from the stage-2 model; and stage 4 again, from the "
+        "stage-3 model, without the remedy that the arm names.",
         table(head, rows),
     )
 

@@ -40,6 +40,10 @@ INPUTS = {
     "controls/sft_continued": ["sft", "curate", "rollout_dpo", "rlvr"],
     "controls/rejection_sft": ["sft", "rollout_dpo", "rlvr"],
     "controls/rl_without_dpo": ["sft", "distill", "rollout_dpo", "rlvr"],
+    "controls/rl_without_uniform_length": ["distill", "rollout_dpo", "rlvr"],
+    "controls/rl_without_rebalance": ["distill", "rollout_dpo", "rlvr"],
+    "controls/rl_without_anneal": ["distill", "rollout_dpo", "rlvr"],
+    "controls/rl_without_remedies": ["distill", "rollout_dpo", "rlvr"],
 }
 # Settings that decide what every stage computes, beside its own.
 SHARED = ("seed", "model", "base", "chat_template", "rope_factors")
@@ -110,11 +114,7 @@ class Stage:
 
 
 def settings(run: RunConfig, name: str) -> dict[str, Any]:
-    config_of = {
-        "controls/sft_continued": "sft",
-        "controls/rejection_sft": "sft",
-        "controls/rl_without_dpo": "rlvr",
-    }
+    config_of = {c: "rlvr" if "/rl_" in c else "sft" for c in INPUTS if c.startswith("controls/")}
     own = getattr(run, config_of.get(name, name), None)
     shared = {key: getattr(run, key) for key in SHARED}
     return json.loads(

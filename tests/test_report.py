@@ -261,11 +261,11 @@ def test_controls_and_a_stage_without_metrics(tmp_path: Path) -> None:
     make_run(tmp_path)
     (tmp_path / "sft" / "metrics.jsonl").unlink()
     arm = {"arm": "controls/rejection_sft", "mean_at_8": 0.5, "ci95": [0.4, 0.6], "gain_over_sft": 0.08,
-           "gain_ci95": [0.05, 0.11], "greedy": 0.5, "pass_at_8": 0.7, "steps": 300, "seconds": 60.0}  # fmt: skip
+           "gain_ci95": [0.05, 0.11], "against_rlvr": -0.03, "against_rlvr_ci95": [-0.05, -0.01], "greedy": 0.5, "pass_at_8": 0.7, "steps": 300, "seconds": 60.0}  # fmt: skip
     write_json(tmp_path / "controls" / "controls.json", {"seed": 0, "arms": [arm]})
     write_report(tmp_path)
     page = elements((tmp_path / "report.html").read_text())
-    assert "rejection sft 50.0" in words(page) and "+8.0 [+5.0, +11.0]" in words(page)
+    assert "rejection sft 50.0" in words(page) and "+8.0 [+5.0, +11.0] -3.0" in words(page)
     assert "SFT" not in [h.text for h in page.iter("h3")]
 
 
