@@ -28,7 +28,7 @@ def read_rows(
     integers too; an integer field does not take true or false. Empty lines are skipped.
     Raises ValueError naming file, line, field, what was expected and what came; OSError if unreadable.
     """
-    rows = [_checked(row, required, non_blank, at) for at, row in _parsed_lines(Path(path))]
+    rows = [_checked(row, required, non_blank, at) for at, row in parsed_lines(Path(path))]
     if not rows:
         raise ValueError(f"{path}: expected at least one row, got an empty file")
     return rows
@@ -70,7 +70,7 @@ def dump(value: Any, where: str, indent: int | None = None) -> str:
         raise ValueError(f"{where}: not writable as JSON: {error}") from error
 
 
-def _parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Pairs of `file, line N` and the parsed line."""
     # Lines end at \n alone: text mode would also break at the U+2028 that JSON strings may hold.
     with path.open("rb") as file:
