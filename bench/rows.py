@@ -61,6 +61,8 @@ class Environment:
     device: str
     slug: str
     """the device's name as a folder name: bench/baselines/<slug>/"""
+    kind: str
+    """cuda or cpu"""
     driver: str | None
     power_cap_w: float | None
     """driver and power cap: of a GPU, by nvidia-smi; None on a CPU"""
@@ -296,11 +298,13 @@ def _is_union(kind: Any) -> bool:
 # --- the environment -------------------------------------------------------------------------------
 def environment() -> Environment:
     """Of this process, now. A missing nvidia-smi leaves driver and power cap unknown, and says so."""
-    device, slug, driver, power = _gpu() if torch.cuda.is_available() else _cpu()
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device, driver, power = _gpu() if kind == "cuda" else (_cpu(), None, None)
     commit, dirty = _checkout()
     return Environment(
         device=device,
-        slug=slug,
+        slug=slug_of(device),
+        kind=kind,
         driver=driver,
         power_cap_w=power,
         threads=torch.get_num_threads(),
@@ -318,7 +322,7 @@ def slug_of(name: str) -> str:
 
 
 @functools.cache
-def _cpu() -> tuple[str, str, None, None]:
+def _cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     # A virtual machine may hide the name ("AMD EPYC"); family and model still tell the generation.
@@ -327,15 +331,13 @@ def _cpu() -> tuple[str, str, None, None]:
         for name in ("model name", "cpu family", "model")
     ]
     if not all(facts):
-        name = platform.processor() or platform.machine()
-    else:
-        words, family, model = (f.group(1).strip() for f in facts if f)
-        name = f"{words} family {family} model {model}"
-    return name, slug_of(name), None, None
+        return platform.processor() or platform.machine()
+    words, family, model = (f.group(1).strip() for f in facts if f)
+    return f"{words} family {family} model {model}"
 
 
 @functools.cache
-def _gpu() -> tuple[str, str, str | None, float | None]:
+def _gpu() -> tuple[str, str | None, float | None]:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     name = properties.name
     command = ["nvidia-smi", f"--id=GPU-{properties.uuid}", "--query-gpu=driver_version,power.limit",
@@ -351,8 +353,8 @@ def _gpu() -> tuple[str, str, str | None, float | None]:
             file=sys.stderr,
             flush=True,
         )
-        return name, slug_of(name), None, None
-    return name, slug_of(name), driver, float(power) if re.fullmatch(r"[\d.]+", power) else None
+        return name, None, None
+    return name, driver, float(power) if re.fullmatch(r"[\d.]+", power) else None
 
 
 def _version(distributions: Iterable[str]) -> str | None:
