@@ -61,7 +61,7 @@ class Environment:
     device: str
     slug: str
     """the device's name as a folder name: bench/baselines/<slug>/"""
-    kind: str
+    device_kind: str
     """cuda or cpu"""
     driver: str | None
     power_cap_w: float | None
@@ -298,13 +298,13 @@ def _is_union(kind: Any) -> bool:
 # --- the environment -------------------------------------------------------------------------------
 def environment() -> Environment:
     """Of this process, now. A missing nvidia-smi leaves driver and power cap unknown, and says so."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device, driver, power = _gpu() if kind == "cuda" else (_cpu(), None, None)
+    device_kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device, driver, power = _gpu() if device_kind == "cuda" else (_cpu(), None, None)
     commit, dirty = _checkout()
     return Environment(
         device=device,
         slug=slug_of(device),
-        kind=kind,
+        device_kind=device_kind,
         driver=driver,
         power_cap_w=power,
         threads=torch.get_num_threads(),
