@@ -1,6 +1,8 @@
 """The command `phimini`: `bench` is answered here, every other verb by `phimini.stages.cli`.
 
 phimini bench kernels [op ...] [--static] [--traffic] [--quick] [--json PATH]
+phimini bench compare [BASE] NEW
+phimini bench bless NEW --reason TEXT
 """
 
 import importlib
@@ -9,7 +11,11 @@ import sys
 from phimini.stages.cli import main as stages_main
 
 # A bench is imported when it is asked for: some decide at import whether Triton interprets or compiles.
-BENCHES = {"kernels": "phimini.bench.kernels"}
+BENCHES = {
+    "kernels": "phimini.bench.kernels",
+    "compare": "phimini.bench.compare",
+    "bless": "phimini.bench.bless",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
