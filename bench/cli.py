@@ -3,6 +3,8 @@
 phimini bench kernels [op ...] [--static] [--traffic] [--quick] [--json PATH]
 phimini bench compare [BASE] NEW
 phimini bench bless NEW --reason TEXT
+phimini bench rollout|weight-sync [--quick] [--json PATH]
+phimini bench ladder [RUN ...]
 """
 
 import importlib
@@ -15,6 +17,9 @@ BENCHES = {
     "kernels": "phimini.bench.kernels",
     "compare": "phimini.bench.compare",
     "bless": "phimini.bench.bless",
+    "ladder": "phimini.bench.ladder",
+    "rollout": "phimini.bench.rollout",
+    "weight-sync": "phimini.bench.weight_sync",
 }
 
 

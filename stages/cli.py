@@ -2,10 +2,21 @@
 
     phimini recipe tiny                      all four stages, evaluation and report
     phimini recipe tiny seed=1 out=runs/s1   any field of the config can be set
-    phimini sft tiny                         one stage of a run (data: distill, curate, base)
+    phimini sft tiny                         one stage of a run: midtrain, sft, rollout_dpo, rlvr
+                                             (data: distill, curate, base)
     phimini evaluate tiny stage=sft          evaluate one stage's model
     phimini controls tiny                    the control arms of a complete run
     phimini report tiny                      write the report again
+    phimini recipe phi4_mini_reasoning --dry-run [gpu=h100 gpus=8]
+                                             check paths, tokenizer and memory; steps, tokens, GPU hours
+    phimini plan phi4_mini_reasoning [stage=sft] gpu=h100 gpus=8 [--json PATH]
+                                             memory by part, FLOPs and the best layouts of its stages
+    phimini launch torchrun|slurm [nodes=2 ...] -- recipe phi4_mini_reasoning
+                                             print the script that starts a job on a cluster
+    phimini doctor --dist                    under torchrun: are these ranks fit to train together?
+    phimini doctor --mismatch tiny           why do sampler and trainer differ? (a run's config as above)
+    phimini doctor --gpu-checklist           what to run on the first GPU, and how it was checked without
+    phimini bench                            measuring; names its benches
     torchrun --nproc-per-node 2 -m phimini.stages.cli recipe tiny tensor_parallel=2
 
 A stage that is complete is not run again; `--redo` does.
@@ -15,27 +26,33 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from phimini.model.config import ModelConfig, preset
 from phimini.model.huggingface import load_config
+from phimini.parallel import doctor, launch_scripts, plan
 from phimini.parallel.launch import RankFailure, run_ranks
 from phimini.parallel.layout import Layout
 from phimini.parallel.world import World, initialize
-from phimini.stages.config import RunConfig, override
+from phimini.stages.config import RunConfig, override, parse_value
 from phimini.stages.controls import controls
+from phimini.stages.dry_run import dry_run
 from phimini.stages.evaluate import evaluate
+from phimini.stages.gpu_checklist import checklist
+from phimini.stages.mismatch_doctor import doctor as mismatch_doctor
 from phimini.stages.recipe import DATA, TRAINING, recipe
 from phimini.stages.recipes import recipe_config
 from phimini.stages.report import write_report
 from phimini.stages.stage import Stopped
+from phimini.stages.workloads import workloads
 
 # What a rank may raise that is no fault of the program, and the exit status that it gives.
 EXPECTED = {"ValueError": 2, "Stopped": 130, "KeyboardInterrupt": 130}
-VERBS = ("recipe", *DATA, *TRAINING, "evaluate", "controls", "report")
+VERBS = ("recipe", *DATA, *TRAINING, "evaluate", "controls", "report", "plan", "launch", "doctor")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 bad input, 130 stopped by the user."""
+    """Returns the exit status: 0 done, 1 a check or plan that says no, 2 bad input, 130 stopped by the user."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
@@ -59,34 +76,91 @@ def dispatch(arguments: list[str]) -> int:
     verb, *rest = arguments
     if verb not in VERBS:
         raise ValueError(f"unknown command {verb!r}; expected one of {', '.join(VERBS)}")
+    if verb == "launch":
+        return launch_scripts.main(rest)
+    if verb == "doctor":
+        return examine(rest)
+    if verb == "plan":
+        run, words = split(verb, rest, own=("stage", "gpu", "gpus"), options=("--json",))
+        there = run.base == "random" or Path(run.base).exists()  # else the preset will do
+        return plan.main(words, model_config(run) if there else preset(run.model), workloads(run))
+    if "--dry-run" in rest:
+        rest.remove("--dry-run")
+        run, words = split(verb, rest, own=("gpu", "gpus"))
+        if verb != "recipe":
+            raise ValueError(f"{verb}: --dry-run belongs to recipe")
+        return dry_run(run, **machine_of(words))
     redo = "--redo" in rest
-    words = [word for word in rest if word != "--redo"]
-    unknown = [word for word in words if word.startswith("-")]
-    if unknown:
-        raise ValueError(f"unknown option {unknown[0]}; expected --redo or key=value")
-    if not words:
-        raise ValueError(f"{verb}: name a recipe, e.g. `phimini {verb} tiny`")
-    name, *assignments = words
+    run, words = split(
+        verb,
+        [word for word in rest if word != "--redo"],
+        own=("stage",) if verb == "evaluate" else (),
+    )
     stage = None
     if verb == "evaluate":
-        named = [a for a in assignments if a.startswith("stage=")]
-        if len(named) != 1:
+        if len(words) != 1:
             raise ValueError(f"evaluate: expected stage=NAME, one of base, {', '.join(TRAINING)}")
-        stage = named[0].removeprefix("stage=")
-        assignments.remove(named[0])
-    run = override(recipe_config(name), assignments)
+        stage = words[0].removeprefix("stage=")
     if verb == "report":
         write_report(Path(run.out))
         return 0
     if verb in DATA:
         DATA[verb](run, redo=redo)
         return 0
+    start(run, verb, stage, redo)
+    return 0
+
+
+def split(
+    verb: str, rest: list[str], own: tuple[str, ...] = (), options: tuple[str, ...] = ()
+) -> tuple[RunConfig, list[str]]:
+    """`NAME key=value ...` as the recipe's config, and the words that are the verb's `own` keys and `options`."""
+    words, kept = [], []
+    remaining = iter(rest)
+    for word in remaining:
+        if word in options:
+            kept += [word, *([value] if (value := next(remaining, None)) is not None else [])]
+        elif word.partition("=")[0] in own and "=" in word:
+            kept.append(word)
+        elif word.startswith("-"):
+            expected = ", ".join((*options, "--redo", "key=value"))
+            raise ValueError(f"unknown option {word}; expected {expected}")
+        else:
+            words.append(word)
+    if not words or "=" in words[0]:
+        raise ValueError(f"{verb}: name a recipe, e.g. `phimini {verb} tiny`")
+    return override(recipe_config(words[0]), words[1:]), kept
+
+
+def machine_of(words: list[str]) -> dict[str, Any]:
+    """gpu= and gpus= as arguments of `dry_run`."""
+    values: dict[str, Any] = dict(word.split("=", 1) for word in words)
+    if "gpus" in values:
+        values["gpus"] = parse_value(values["gpus"], int, "gpus")
+    return values
+
+
+def examine(rest: list[str]) -> int:
+    """`phimini doctor`: one of its three examinations."""
+    if "--gpu-checklist" in rest:
+        print(checklist())
+        return 0
+    if "--mismatch" in rest:
+        run, _ = split("doctor --mismatch", [word for word in rest if word != "--mismatch"])
+        start(run, "doctor", None, redo=False)
+        return 0
+    if "--dist" in rest:
+        return doctor.main(rest)
+    raise ValueError("doctor: expected --dist, --mismatch NAME or --gpu-checklist")
+
+
+def start(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
+    """Run the verb in this rank of torchrun's, or in `run.processes` ranks of our own."""
     if "RANK" in os.environ or run.processes == 1:
         run_rank(run, verb, stage, redo)
     else:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the ranks save first
         run_ranks(run_rank, run.processes, run, verb, stage, redo)
-    return 0
 
 
 def run_rank(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
@@ -104,6 +178,8 @@ def run_rank(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
             recipe(run, world, redo=redo)
         elif verb == "controls":
             controls(run, world, redo=redo)
+        elif verb == "doctor":
+            mismatch_doctor(run, world)
         elif stage is not None:
             evaluate(run, world, stage, redo=redo)
         else:

@@ -80,8 +80,10 @@ class MidtrainConfig:
     """packed rows in the global batch"""
     micro_rows: int = 1
     """packed rows that one rank computes at once"""
-    steps: int
+    steps: int | None = None
     """step budget; training may stop earlier, see `stop`"""
+    epochs: float | None = None
+    """the budget in passes over the packed rows; either this or `steps`"""
     stop: Literal["budget", "saturation"] = "budget"
     """`saturation`: stop when the validation loss has not improved for `patience` validations"""
     patience: int = 3

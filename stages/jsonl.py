@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ def read_rows(
     path: str | Path,
     required: Mapping[str, type],  # field -> str, int, float, bool, list or dict
     non_blank: Collection[str] = ("question", "answer"),
+    limit: int | None = None,
 ) -> list[Row]:
-    """The rows of a JSON-lines file, each an object that has the `required` fields.
+    """The rows of a JSON-lines file (the first `limit`), each an object that has the `required` fields.
 
     Fields named in `non_blank` that are required must hold more than white space. A float field takes
     integers too; an integer field does not take true or false. Empty lines are skipped.
     Raises ValueError naming file, line, field, what was expected and what came; OSError if unreadable.
     """
-    rows = [_checked(row, required, non_blank, at) for at, row in parsed_lines(Path(path))]
+    lines = islice(parsed_lines(Path(path)), limit)
+    rows = [_checked(row, required, non_blank, at) for at, row in lines]
     if not rows:
         raise ValueError(f"{path}: expected at least one row, got an empty file")
     return rows

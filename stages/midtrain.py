@@ -5,12 +5,13 @@ budget, or when the held-out validation loss has stopped falling ("until perform
 validation dataset", arXiv 2504.21233).
 """
 
+import math
 from pathlib import Path
 
 from phimini.parallel.batch import pack
 from phimini.parallel.step import forward_backward
 from phimini.parallel.world import World
-from phimini.stages.config import RunConfig
+from phimini.stages.config import MidtrainConfig, RunConfig
 from phimini.stages.metrics import MetricsLog
 from phimini.stages.packing import EpochSampler, best_fit, check_lengths, chunks, documents
 from phimini.stages.seeds import derive
@@ -32,7 +33,6 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
     if stage.complete:
         return
     model, tokenizer = load_model(run, world, "base")
-    optimizer = start_optimizer(run, model, config.optimizer, config.steps)
 
     curated, distilled = Path(run.out) / "curate", Path(run.out) / "distill"
     read = lambda path: read_examples(
@@ -41,6 +41,8 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
     examples, held_out = read(curated / "midtrain.jsonl"), read(distilled / "validation.jsonl")
     check_lengths(examples + held_out, config.sequence_length, "midtrain.sequence_length")
     rows = best_fit([len(e) for e in examples], config.sequence_length)
+    steps = step_budget(config, len(rows))
+    optimizer = start_optimizer(run, model, config.optimizer, steps)
     sampler = EpochSampler(len(rows), config.rows_per_step, derive(run.seed, "midtrain"))
     if config.rows_per_step % world.data_size:
         raise ValueError(
@@ -62,7 +64,7 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
     state = {"tokens": 0, "best_validation_loss": None, "validations_since_best": 0}
     progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
     step = progress.resume()
-    log = MetricsLog(stage.path / "metrics.jsonl", config.steps, stage.name, world.is_main)
+    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main)
     with log, Interrupt() as interrupt:
         done = False
         while not done:
@@ -77,11 +79,11 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
                 "grad_norm": info.grad_norm,
                 "tokens": int(metrics.count),
             }
-            if step % config.validate_every == 0 or step == config.steps:
+            if step % config.validate_every == 0 or step == steps:
                 row["validation_loss"] = validation_loss(model, validation, world)
                 note_validation(state, row["validation_loss"])
             saturated = state["validations_since_best"] >= config.patience
-            done = step == config.steps or (config.stop == "saturation" and saturated)
+            done = step == steps or (config.stop == "saturation" and saturated)
             log.write(step - 1, **row)
             progress.after_step(step, done, interrupt)
     progress.finish(
@@ -93,6 +95,18 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
             "epochs": step * config.rows_per_step / len(rows),
         },
     )
+
+
+def step_budget(config: MidtrainConfig, num_rows: int) -> int:
+    """`steps`, or what `epochs` passes over the rows take. ValueError for both or neither."""
+    if (config.steps is None) == (config.epochs is None):
+        raise ValueError(
+            f"midtrain: expected either steps or epochs, got steps={config.steps} and epochs={config.epochs}"
+        )
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    return max(1, math.ceil(config.epochs * num_rows / config.rows_per_step))
 
 
 def note_validation(state: dict, loss: float) -> None:

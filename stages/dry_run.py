@@ -1,0 +1,220 @@
+"""Before the first GPU second: does everything that a run reads exist and fit together, and what will the run cost?
+
+`phimini recipe NAME --dry-run [gpu=h100] [gpus=8] [key=value ...]` checks base model, tokenizer, data and run
+directory, then plans every stage on the run's layout. It starts no rank and writes nothing.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from phimini.model.chat import encode_example
+from phimini.model.config import ModelConfig, preset
+from phimini.model.huggingface import check_tensors, load_config, read_tensors
+from phimini.model.tokenizer import Tokenizer
+from phimini.parallel.layout import Layout
+from phimini.parallel.plan import MFUS, Plan, plan_stage
+from phimini.parallel.plan_memory import GIB, GPUS, Gpu
+from phimini.stages.config import RunConfig
+from phimini.stages.distill import PROBLEM_FIELDS
+from phimini.stages.jsonl import read_rows
+from phimini.stages.midtrain import step_budget
+from phimini.stages.workloads import workloads
+
+# The model card of Phi-4-mini-reasoning: 128 H100, 2 days, 150 B tokens (30 B tokens, 5 epochs).
+CARD_TOKENS, CARD_GPU_HOURS, CARD_EPOCH_TOKENS = 150e9, 128 * 48.0, 30e9
+ASSUMED_PAIRS = 300_000
+"""of a teacher's rollouts, before there are any: the preference samples of the March report (arXiv 2503.01743)"""
+SAMPLED_ROWS = 200
+"""rows of each data file that are read, checked and tokenised"""
+DATA_FILES = {
+    "rollouts.jsonl": {"question": str, "answer": str, "response": str},
+    "validation.jsonl": {"question": str, "answer": str, "response": str},
+    "prompts.jsonl": PROBLEM_FIELDS,
+    "heldout.jsonl": PROBLEM_FIELDS,
+}
+CHECKPOINT_BYTES = 12
+"""per parameter: fp32 master, two moments"""
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """What a stage takes, at most: lengths are limits."""
+
+    stage: str
+    steps: int
+    tokens: float
+    plan: Plan
+    counted: str
+    """where the number of steps comes from"""
+
+    def gpu_hours(self, mfu: float) -> float:
+        return self.tokens / self.plan.tokens_per_second_per_gpu(mfu) / 3600
+
+
+def dry_run(run: RunConfig, gpu: str = "h100", gpus: int = 8) -> int:
+    """Prints what was found and planned. Returns 0 if the run can start, 1 if not."""
+    if gpu not in GPUS:
+        raise ValueError(f"dry run: gpu={gpu}: expected one of {', '.join(GPUS)}")
+    config = preset(run.model)
+    problems = check_inputs(run, config)
+    layout = Layout(
+        tensor=run.tensor_parallel,
+        pipeline=run.pipeline_parallel,
+        virtual_pipeline=run.virtual_pipeline,
+        context=run.context_parallel,
+        sequence_parallel=run.sequence_parallel,
+    ).resolve(gpus, config)
+    costs = stage_costs(run, config, layout, GPUS[gpu], gpus)
+    print(f"{run.name}: {run.model}, {config.num_parameters:,} parameters, on {gpus} x {gpu}")
+    for cost in costs:
+        print(describe(cost))
+    print(card(costs))
+    for cost in costs:
+        if not cost.plan.fits:
+            problems.append(f"{cost.stage} does not fit: {cost.plan.because}")
+    for problem in problems:
+        print(f"NOT READY: {problem}")
+    if not problems:
+        print("ready: every path, the tokenizer and every stage's memory were checked")
+    return 1 if problems else 0
+
+
+# --- inputs --------------------------------------------------------------------------------------
+def check_inputs(run: RunConfig, config: ModelConfig) -> list[str]:
+    """What is missing or wrong, each with its file or field; all of it, not just the first."""
+    found: list[str] = []
+    tokenizer = None
+    if run.base != "random":
+        base = Path(run.base)
+        if not base.is_dir():
+            found.append(f"base={run.base}: expected a Hugging Face folder, found none")
+        else:
+            found += _problems(lambda: _check_base(run, base, config))
+            try:
+                tokenizer = Tokenizer.load(base)
+            except (ValueError, OSError) as error:
+                found.append(str(error))
+            else:
+                if tokenizer.vocab_size > config.vocab_size:
+                    found.append(
+                        f"{base}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is "
+                        f"{config.vocab_size}"
+                    )
+    if run.distill.source != "generator":
+        found += _check_data(run, Path(run.distill.source), tokenizer)
+    return found + _check_out(run, config)
+
+
+def _check_base(run: RunConfig, base: Path, want: ModelConfig) -> None:
+    """Headers only: no tensor is read."""
+    config = load_config(base, run.rope_factors)
+    for name in ("num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size"):  # fmt: skip
+        if getattr(config, name) != getattr(want, name):
+            raise ValueError(
+                f"{base / 'config.json'}: {name} is {getattr(config, name)}, but model={run.model} has {getattr(want, name)}"
+            )
+    check_tensors(config, read_tensors(base))
+
+
+def _check_data(run: RunConfig, source: Path, tokenizer: Tokenizer | None) -> list[str]:
+    if not source.is_dir():
+        return [f"distill.source={source}: expected a folder with {', '.join(DATA_FILES)}, found none"]  # fmt: skip
+    found: list[str] = []
+    for name, fields in DATA_FILES.items():
+        if not (source / name).is_file():
+            found.append(f"{source / name}: missing")
+            continue
+        found += _problems(partial(_check_rows, run, source / name, fields, tokenizer))
+    return found
+
+
+def _check_rows(
+    run: RunConfig, path: Path, fields: dict[str, type], tokenizer: Tokenizer | None
+) -> None:
+    for row in read_rows(path, fields, limit=SAMPLED_ROWS):
+        if tokenizer is not None:
+            encode_example(tokenizer, row["question"], row.get("response", ""), run.chat_template)
+
+
+def _check_out(run: RunConfig, config: ModelConfig) -> list[str]:
+    """The nearest folder that exists must be writable and have room for two checkpoints."""
+    folder = Path(run.out).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    found = []
+    if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
+        found.append(f"out={run.out}: {folder} is not a folder that can be written")
+    need, free = 2 * CHECKPOINT_BYTES * config.num_parameters, shutil.disk_usage(folder).free
+    if free < need:
+        found.append(
+            f"out={run.out}: two checkpoints need {need / GIB:.0f} GiB, {folder} has {free / GIB:.0f} GiB free"
+        )
+    return found
+
+
+def _problems(check: Callable[[], None]) -> list[str]:
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    return []
+
+
+# --- costs ---------------------------------------------------------------------------------------
+def stage_costs(
+    run: RunConfig, config: ModelConfig, layout: Layout, gpu: Gpu, gpus: int
+) -> list[StageCost]:
+    costs = []
+    for stage, workload in workloads(run).items():
+        plan = plan_stage(config, workload, gpu, gpus, layouts=[layout])
+        steps, counted = number_of_steps(run, stage)
+        costs.append(StageCost(stage, steps, steps * plan.tokens_per_step, plan, counted))
+    return costs
+
+
+def number_of_steps(run: RunConfig, stage: str) -> tuple[int, str]:
+    """(steps, where they come from), as far as the config decides; stage 1's epochs need the data's size."""
+    if stage == "midtrain":
+        rows = math.ceil(CARD_EPOCH_TOKENS / run.midtrain.sequence_length)
+        counted = "midtrain.steps"
+        if run.midtrain.epochs is not None:
+            counted = f"midtrain.epochs={run.midtrain.epochs:g} over the model card's 30 B tokens"
+        return step_budget(run.midtrain, rows), counted
+    if stage == "sft":
+        steps = math.ceil(run.sft.epochs * run.curate.sft_examples / run.sft.examples_per_step)
+        return steps, f"sft.epochs={run.sft.epochs:g} over curate.sft_examples"
+    if stage == "rollout_dpo":
+        dpo = run.rollout_dpo
+        pairs, counted = dpo.num_prompts * dpo.pairs_per_prompt, "num_prompts x pairs_per_prompt"
+        if dpo.pairs == "teacher":
+            pairs, counted = ASSUMED_PAIRS, f"assuming {ASSUMED_PAIRS:,} pairs from the teacher"
+        return max(1, math.floor(dpo.epochs * pairs / dpo.pairs_per_step)), counted
+    return run.rlvr.steps, "rlvr.steps; sampling comes on top"
+
+
+def describe(cost: StageCost) -> str:
+    planned = cost.plan.layouts[0]
+    parts = ", ".join(f"{n} {b / GIB:.1f}" for n, b in planned.memory_bytes.items() if b)
+    hours = " / ".join(f"{cost.gpu_hours(mfu):,.0f}" for mfu in MFUS)
+    at = " / ".join(f"{mfu:.0%}" for mfu in MFUS)
+    return (
+        f"{cost.stage}: {cost.steps:,} steps ({cost.counted}), at most {cost.tokens / 1e9:,.2f} B tokens\n"
+        f"  {hours} GPU hours at {at} MFU; {planned.peak_bytes / GIB:.1f} of "
+        f"{cost.plan.gpu.memory_bytes / GIB:.1f} GiB: {parts}"
+    )
+
+
+def card(costs: Iterable[StageCost]) -> str:
+    """The model card's figure beside ours, as the MFU that it would mean."""
+    first = next(iter(costs))
+    flops = CARD_TOKENS * first.plan.flops_per_token
+    mfu = flops / (CARD_GPU_HOURS * 3600 * first.plan.gpu.peak_flops)
+    return (
+        f"model card of Phi-4-mini-reasoning: {CARD_TOKENS / 1e9:.0f} B tokens in {CARD_GPU_HOURS:,.0f} H100 hours (128 "
+        f"GPUs, 2 days); at stage 1's {first.plan.flops_per_token / 1e9:.1f} GFLOP per token that is {mfu:.0%} of a {first.plan.gpu.name}'s peak"
+    )

@@ -1,0 +1,46 @@
+"""What each training stage of a run asks of its GPUs, for the plan: rows, lengths, forwards, sequences in flight"""
+
+from phimini.parallel.plan import Workload
+from phimini.stages.config import RunConfig
+
+
+def workloads(run: RunConfig) -> dict[str, Workload]:
+    """By stage. Lengths are the configured limits: real answers are shorter, so memory is an upper bound."""
+    dpo, rl = run.rollout_dpo, run.rlvr
+    shares_gpu = run.rollout.placement == "colocated"
+    zero1 = run.distributed_optimizer
+    return {
+        "midtrain": Workload(
+            stage="midtrain",
+            sequence_length=run.midtrain.sequence_length,
+            rows_per_step=run.midtrain.rows_per_step,
+            micro_rows=run.midtrain.micro_rows,
+            zero1=zero1,
+        ),
+        "sft": Workload(
+            stage="sft",
+            sequence_length=run.sft.sequence_length,
+            rows_per_step=run.sft.examples_per_step,
+            micro_rows=run.sft.micro_examples,
+            zero1=zero1,
+        ),
+        # The reference's log-probs are computed once, before the first step: a forward, and no second model.
+        "rollout_dpo": Workload(
+            stage="rollout_dpo",
+            sequence_length=dpo.sequence_length,
+            rows_per_step=2 * dpo.pairs_per_step,
+            micro_rows=2 * dpo.micro_pairs,
+            extra_forwards=1 / max(1.0, dpo.epochs),
+            zero1=zero1,
+        ),
+        "rlvr": Workload(
+            stage="rlvr",
+            sequence_length=rl.sequence_length,
+            rows_per_step=rl.prompts_per_step * rl.rollouts_per_prompt,
+            micro_rows=rl.micro_rollouts,
+            extra_forwards=1.0 if rl.kl_coef else 0.0,
+            reference_model=rl.kl_coef > 0,
+            rollout_sequences=run.rollout.max_batch if shares_gpu else 0,
+            zero1=zero1,
+        ),
+    }

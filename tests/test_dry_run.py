@@ -1,0 +1,203 @@
+"""The dry run finds what is missing before any rank starts, and its costs are the model card's arithmetic."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from phimini.model.chat import TEMPLATES
+from phimini.model.config import preset
+from phimini.model.huggingface import save_reference
+from phimini.model.reference import Phi4Mini
+from phimini.model.tokenizer import train_tiny_tokenizer
+from phimini.parallel.layout import Layout
+from phimini.parallel.plan_memory import GPUS
+from phimini.stages.cli import main
+from phimini.stages.config import RunConfig, override
+from phimini.stages.dry_run import CARD_TOKENS, dry_run, stage_costs
+from phimini.stages.jsonl import write_rows
+from phimini.stages.recipes import RECIPES, phi4_mini_reasoning
+
+PAPER = [
+    ("midtrain.sequence_length", 16384), ("midtrain.rows_per_step", 128), ("midtrain.epochs", 5.0),
+    ("midtrain.optimizer.lr", 1e-5), ("midtrain.optimizer.warmup_ratio", 0.1),
+    ("sft.sequence_length", 20480), ("sft.optimizer.lr", 1e-5), ("sft.epochs", 5.0), ("sft.examples_per_step", 128),
+    ("rollout_dpo.sequence_length", 16384), ("rollout_dpo.optimizer.lr", 5e-7), ("rollout_dpo.epochs", 1.0),
+    ("rollout_dpo.pairs", "teacher"), ("rollout_dpo.nll_weight", 0.0),
+    ("rlvr.sequence_length", 25600), ("rlvr.optimizer.lr", 5e-7), ("rlvr.max_accuracy", 0.5),
+    ("rlvr.start_temperature", 1.0), ("rlvr.end_temperature", 0.6), ("rlvr.anneal", True), ("rlvr.rebalance", True),
+    ("rlvr.uniform_length", True), ("evaluate.temperature", 0.6), ("evaluate.top_p", 0.95), ("rope_factors", "long"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "want"), PAPER, ids=[key for key, _ in PAPER])
+def test_the_papers_values(key: str, want: object) -> None:
+    value = phi4_mini_reasoning()
+    for name in key.split("."):
+        value = getattr(value, name)
+    assert value == want
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> RunConfig:
+    """The paper's recipe with a tiny base model and data in place."""
+    source = tmp_path / "data"
+    row = {"id": "a", "question": "What is 1 + 2?", "answer": "3", "response": "\\boxed{3}"}
+    for name in ("rollouts", "validation", "prompts", "heldout"):
+        write_rows(source / f"{name}.jsonl", [row] * 3)
+    tokenizer = train_tiny_tokenizer([row["question"]] * 50, vocab_size=256)
+    base = tmp_path / "base"
+    save_reference(Phi4Mini(preset("tiny")), base, stop_ids=tokenizer.stop_ids)
+    tokenizer.save(base, chat_template=TEMPLATES["reasoning"])
+    return override(
+        phi4_mini_reasoning(),
+        ["model=tiny", f"base={base}", f"distill.source={source}", f"out={tmp_path / 'run'}",
+         "midtrain.sequence_length=256", "sft.sequence_length=256", "rollout_dpo.sequence_length=256",
+         "rlvr.sequence_length=256"],
+    )  # fmt: skip
+
+
+def test_a_run_that_is_ready_says_so_and_writes_nothing(
+    small: RunConfig, capsys: pytest.CaptureFixture
+) -> None:
+    assert dry_run(small) == 0
+    out = capsys.readouterr().out
+    assert "ready: every path" in out and "NOT READY" not in out
+    assert not Path(small.out).exists()
+
+
+def break_nothing_there(run: RunConfig) -> RunConfig:
+    return dataclasses.replace(run, base="nowhere", distill=dataclasses.replace(run.distill, source="nodata"))  # fmt: skip
+
+
+def break_other_model(run: RunConfig) -> RunConfig:
+    config = Path(run.base) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
+    return run
+
+
+def break_lost_tensor_file(run: RunConfig) -> RunConfig:
+    next(Path(run.base).glob("*.safetensors")).unlink()
+    return run
+
+
+def break_tokenizer(run: RunConfig) -> RunConfig:
+    (Path(run.base) / "tokenizer.json").unlink()
+    return run
+
+
+def break_row(run: RunConfig) -> RunConfig:
+    with (Path(run.distill.source) / "prompts.jsonl").open("a") as file:
+        file.write('{"id": "b", "question": "?", "answer": 3}\n')
+    return run
+
+
+def break_missing_file(run: RunConfig) -> RunConfig:
+    (Path(run.distill.source) / "heldout.jsonl").unlink()
+    return run
+
+
+def break_out(run: RunConfig) -> RunConfig:
+    blocked = Path(run.out).parent / "file"
+    blocked.write_text("")
+    return dataclasses.replace(run, out=str(blocked / "run"))
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (break_nothing_there, ["base=nowhere: expected a Hugging Face folder", "distill.source=nodata: expected a folder"]),
+        (break_other_model, ["config.json: num_layers is 3, but model=tiny has 4"]),
+        (break_lost_tensor_file, ["safetensors"]),
+        (break_tokenizer, ["tokenizer.json"]),
+        (break_row, ["prompts.jsonl, line 4", "answer"]),
+        (break_missing_file, ["heldout.jsonl: missing"]),
+        (break_out, ["is not a folder that can be written"]),
+    ],
+    ids=lambda x: x.__name__.removeprefix("break_") if callable(x) else "",
+)  # fmt: skip
+def test_everything_that_is_missing_or_wrong_is_named(
+    broken, words: list[str], small: RunConfig, capsys: pytest.CaptureFixture
+) -> None:
+    run = broken(small)
+    assert dry_run(run) == 1
+    out = capsys.readouterr().out
+    for word in words:
+        assert word in out, out
+
+
+@pytest.mark.parametrize("gpus", [8, 64, 128])
+def test_every_stage_fits_the_recipes_layout(gpus: int) -> None:
+    run = phi4_mini_reasoning()
+    config = preset(run.model)
+    layout = Layout(tensor=2, context=2, sequence_parallel=True).resolve(gpus, config)
+    costs = {c.stage: c for c in stage_costs(run, config, layout, GPUS["h100"], gpus)}
+    assert all(cost.plan.fits for cost in costs.values())
+    # 150 B tokens at 128 rows of 16,384 are 71.5 thousand steps.
+    assert costs["midtrain"].steps == 71_526
+    assert costs["midtrain"].tokens == pytest.approx(CARD_TOKENS, rel=1e-4)
+    # 128 H100 for two days mean 222 TFLOP/s per GPU, 22 % of its peak.
+    mfu = CARD_TOKENS * costs["midtrain"].plan.flops_per_token / (128 * 48 * 3600 * 989e12)
+    assert mfu == pytest.approx(0.224, abs=0.002)
+    assert costs["midtrain"].gpu_hours(mfu) == pytest.approx(128 * 48, rel=1e-3)
+
+
+def test_a_model_that_does_not_fit_is_not_ready(
+    small: RunConfig, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    words = ["recipe", "phi4_mini_reasoning", "--dry-run", f"distill.source={small.distill.source}",
+             f"out={tmp_path}", "tensor_parallel=1", "sequence_parallel=false", "context_parallel=1",
+             "midtrain.micro_rows=16", "base=random"]  # fmt: skip
+    assert main(words) == 1
+    assert "NOT READY: midtrain does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_plan_of_every_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "plan.json"
+    assert main(["plan", name, "gpu=h100", "gpus=8", "--json", str(file)]) == 0
+    plan = json.loads(file.read_text())
+    assert plan["fits"] and set(plan["stages"]) == {"midtrain", "sft", "rollout_dpo", "rlvr"}
+    best = plan["layouts"][0]
+    assert best["peak_bytes"] == sum(best["memory_bytes"].values())
+    assert plan["assumptions"]
+    assert "GFLOP per token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plan", "tiny", "gpu=v100"], "plan gpu=v100: expected one of a100"),
+        (["plan", "tiny", "stage=pretrain"], "plan stage=pretrain: expected one of midtrain"),
+        (["plan", "tiny", "--json"], "plan --json: expected a path"),
+        (["plan"], "plan: name a recipe"),
+        (["doctor"], "doctor: expected --dist, --mismatch NAME or --gpu-checklist"),
+        (["doctor", "--mismatch"], "doctor --mismatch: name a recipe"),
+        (["launch", "ssh"], "launch: expected torchrun or slurm, got ssh"),
+        (["sft", "tiny", "--dry-run"], "sft: --dry-run belongs to recipe"),
+        (["recipe", "tiny", "--dry-run", "gpus=many"], "gpus: expected int, got 'many'"),
+        (["recipe", "tiny", "--dry-run", "gpu=v100"], "dry run: gpu=v100: expected one of a100"),
+        (
+            ["recipe", "phi4_mini_reasoning", "midtrain.epochs=none", "--dry-run"],
+            "expected either steps or epochs",
+        ),
+    ],
+)
+def test_bad_words_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_launch_prints_a_script(capsys: pytest.CaptureFixture) -> None:
+    assert main(["launch", "slurm", "nodes=2", "--", "recipe", "phi4_mini_reasoning"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH" in script and "recipe phi4_mini_reasoning" in script
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture) -> None:
+    from phimini.stages.cli import VERBS
+
+    assert main(["--help"]) == 0
+    page = capsys.readouterr().out
+    assert all(verb in page for verb in VERBS)

@@ -1,0 +1,30 @@
+"""The list of what a GPU must still show names every test that needs one."""
+
+import ast
+from pathlib import Path
+
+from phimini.stages.gpu_checklist import CHECKS, checklist
+
+TESTS = Path(__file__).parent
+
+
+def gpu_tests() -> set[str]:
+    return {
+        f"tests/{file.name}::{node.name}"
+        for file in TESTS.glob("test_*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(d).startswith("pytest.mark.gpu") for d in node.decorator_list)
+    }
+
+
+def test_every_gpu_test_is_on_the_list_and_every_entry_exists() -> None:
+    listed = [test for check in CHECKS for test in check.tests]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == gpu_tests() and listed
+
+
+def test_the_list_says_what_to_run_and_how_it_was_checked() -> None:
+    page = checklist()
+    for check in CHECKS:
+        assert check.command in page and check.without_a_gpu in page
