@@ -51,6 +51,9 @@ CPU_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1"
 }  # a helper that is compiled even in eager mode: 20 s of g++
 
+STEP_TOKENS = 4096
+"""that an engine on a CPU computes at once, prompts and answers together"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
@@ -126,6 +129,7 @@ def engine_arguments(settings: EngineSettings, folder: str) -> dict[str, Any]:
     from phimini.parallel import weight_sync_receiver
 
     weight_sync_receiver.register()
+    on_gpu = torch.cuda.is_available()
     return {
         "model": folder,
         "skip_tokenizer_init": True,  # token ids in, token ids out
@@ -134,11 +138,14 @@ def engine_arguments(settings: EngineSettings, folder: str) -> dict[str, Any]:
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
+        # A prompt cut in two winds its request's generator back, which one on a CPU cannot do: vLLM 0.32 then dies.
+        "enable_chunked_prefill": on_gpu,
+        "max_num_batched_tokens": None if on_gpu else max(STEP_TOKENS, settings.max_model_len),
         "tensor_parallel_size": settings.tensor_parallel,
         "quantization": settings.quantization,
         "kv_cache_memory_bytes": settings.kv_cache_bytes,
         "gpu_memory_utilization": settings.memory_share,
-        "enforce_eager": not torch.cuda.is_available(),
+        "enforce_eager": not on_gpu,
         "enable_sleep_mode": settings.sleeps,
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,

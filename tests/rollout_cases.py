@@ -27,7 +27,7 @@ LONG = dataclasses.replace(preset("tiny"), num_layers=2, original_max_positions=
 SHORT = dataclasses.replace(LONG, rope_factors="short")
 UNTIED = dataclasses.replace(LONG, tie_embeddings=False)
 SETTINGS = EngineSettings(
-    max_model_len=256, max_num_seqs=16, dtype="float32", transport="inproc", kv_cache_bytes=1 << 25
+    max_model_len=256, max_num_seqs=32, dtype="float32", transport="inproc", kv_cache_bytes=1 << 25
 )
 STOP = 7
 LIMIT = 1e-4

@@ -38,7 +38,12 @@ from phimini.parallel.weight_sync_wait import WeightSyncError
 from phimini.stages.config import override
 from phimini.stages.mismatch_doctor import diagnose
 from phimini.stages.recipes import tiny
-from phimini.stages.rollout_vllm import ColocatedVllm, EngineSettings, engine_settings
+from phimini.stages.rollout_vllm import (
+    STEP_TOKENS,
+    ColocatedVllm,
+    EngineSettings,
+    engine_settings,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -86,6 +91,10 @@ def tied_and_long(folder: str) -> dict[str, Any]:
         a.tokens == t.tokens == b.tokens for a, t, b in zip(alone, together, back, strict=True)
     ]
     results["other seed"] = engine.generate([asked[3]] * 2, SAMPLING, [1, 2])
+    crowd = prompts((150,) * 32, seed=9)
+    one_step = dataclasses.replace(SAMPLING, max_new_tokens=3)
+    answers = engine.generate(crowd, one_step, list(range(32)))
+    results["crowd"] = len(crowd) * 150, difference(reference(LONG, 2), crowd, answers, 0.8)
     nucleus = engine.generate(asked, dataclasses.replace(SAMPLING, top_p=0.5), seeds)
     results["all"] = cases(asked, together, 0.8)
     results["verdict: nothing"] = diagnose(engine, model, results["all"])
@@ -208,6 +217,12 @@ def test_a_sample_depends_on_its_prompt_seed_and_temperature_alone(tied: dict[st
     assert tied["sampled"] <= LIMIT
     first, second = tied["other seed"]
     assert first.tokens != second.tokens
+
+
+def test_more_prompts_than_an_engine_takes_at_once(tied: dict[str, Any]) -> None:
+    tokens, worst = tied["crowd"]
+    assert tokens > STEP_TOKENS, "this test wants a prompt that does not fit the first step"
+    assert worst <= LIMIT
 
 
 # The six negative controls: each is seen, and named.
