@@ -27,7 +27,8 @@ from phimini.parallel.world import initialize
 from phimini.stages.config import override
 from phimini.stages.recipes import tiny
 from phimini.stages.rollout import LocalEngine, RolloutEngine, Sampled
-from phimini.stages.rollout_vllm import ColocatedVllm, engine_settings, require_vllm
+from phimini.stages.rollout_vllm import ColocatedVllm
+from phimini.stages.rollout_vllm_settings import engine_settings, require_vllm
 
 LIMIT = {"float32": 1e-4, "bfloat16": 0.5}
 """of max |dlogp|, for a row to be timed"""

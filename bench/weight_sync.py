@@ -35,7 +35,8 @@ from phimini.stages.config import RunConfig, override
 from phimini.stages.recipes import tiny
 from phimini.stages.rollout_client import launch_engine
 from phimini.stages.rollout_separate import SeparateVllm
-from phimini.stages.rollout_vllm import ColocatedVllm, EngineSettings, engine_settings, require_vllm
+from phimini.stages.rollout_vllm import ColocatedVllm
+from phimini.stages.rollout_vllm_settings import EngineSettings, engine_settings, require_vllm
 
 LAYOUTS = {"tp1": Layout(), "tp2": Layout(tensor=2), "pp2": Layout(pipeline=2)}
 TRANSPORTS = ("inproc", "shm", "gloo")

@@ -4,7 +4,7 @@
 
 The trainer streams whole tensors by their Hugging Face names and packs them into one bucket of fixed size; how a
 bucket travels is the transport's business (`weight_sync_transport.py`: inproc, shm, gloo; `weight_sync_cuda.py`:
-vLLM's ipc and nccl). Peak extra memory of a trainer rank is two buckets: the bucket, and one tensor being gathered.
+ipc and nccl). Peak extra memory of a trainer rank is two buckets: the bucket, and one tensor being gathered.
 
 Every tensor carries a checksum that the engine's workers compare twice: with the bytes that arrived, before anything
 of that bucket is loaded, and with what stands in the model after `finish` (`weight_sync_receiver.py`). A sync that
@@ -26,6 +26,7 @@ from torch import Tensor
 from phimini.model.config import ModelConfig
 from phimini.parallel.weight_names import hf_names
 from phimini.parallel.weight_sync_checksum import checksum, fingerprint
+from phimini.parallel.weight_sync_fp8 import is_quantised, quantised_names, working_bytes
 from phimini.parallel.weight_sync_wait import Receiver, Wait, Watchdog, WeightSyncError
 
 __all__ = ["Entry", "Receiver", "SyncReport", "Transport", "Wait", "WeightSync", "WeightSyncError"]
@@ -102,10 +103,13 @@ class SyncReport:
     checksums: dict[str, int] = field(default_factory=dict, repr=False)
 
 
-def smallest_bucket(config: ModelConfig, dtype: torch.dtype, *, merging: bool) -> dict[str, int]:
+def smallest_bucket(
+    config: ModelConfig, dtype: torch.dtype, *, merging: bool, fp8: bool = False
+) -> dict[str, int]:
     """Bytes that the bucket must have for each tensor: itself, and what `to_hf` needs while it puts it together.
 
     Rows come out as they are; interleaved q, k and v are copied twice; tensor-parallel shards once more (merging).
+    fp8: linear weights are quantised on the way.
     """
     needed = {}
     for name, shape in hf_names(config).items():
@@ -115,13 +119,15 @@ def smallest_bucket(config: ModelConfig, dtype: torch.dtype, *, merging: bool) -
         elif len(shape) == 1 or name.endswith(("embed_tokens.weight", "lm_head.weight")):
             copies = 1
         needed[name] = copies * math.prod(shape) * dtype.itemsize + ALIGNMENT
+        if fp8 and is_quantised(name):
+            needed[name] += working_bytes(shape)
     return needed
 
 
 class WeightSync:
     """Brings tensors of one model to engines; one per sending rank.
 
-    merging: the trainer is tensor parallel. Raises ValueError if the bucket is smaller than `smallest_bucket`.
+    merging: the trainer is tensor parallel. fp8: what it sends is a `quantise_stream`. Raises ValueError if the bucket is smaller than `smallest_bucket`.
     """
 
     def __init__(
@@ -134,14 +140,15 @@ class WeightSync:
         deadline_s: float,
         dtype: torch.dtype = torch.float32,
         merging: bool = False,
+        fp8: bool = False,
         where: str = "trainer rank 0",
         pause: str = "keep",
     ) -> None:
         self.config, self.transport, self.receivers = config, transport, list(receivers)
         self.bucket_bytes, self.deadline_s, self.where = bucket_bytes, deadline_s, where
-        self._pause = pause
-        self.shapes = hf_names(config)
-        smallest = smallest_bucket(config, dtype, merging=merging)
+        self._pause, self._fp8 = pause, fp8
+        self.shapes = quantised_names(config) if fp8 else hf_names(config)
+        smallest = smallest_bucket(config, dtype, merging=merging, fp8=fp8)
         if transport.buffer() is not None and bucket_bytes < max(smallest.values()):
             name = max(smallest, key=lambda name: smallest[name])
             raise ValueError(
@@ -176,7 +183,11 @@ class WeightSync:
     def _sync(self, tensors: Iterator[tuple[str, Tensor]], version: int, wait: Wait) -> SyncReport:
         started = time.perf_counter()
         if not self._open:
-            info = {"config": dataclasses.asdict(self.config), "deadline_s": self.deadline_s}
+            info = {
+                "config": dataclasses.asdict(self.config),
+                "fp8": self._fp8,
+                "deadline_s": self.deadline_s,
+            }
             self.transport.open(self.receivers, info, wait)
             self._open = True
         wait.at("pause")

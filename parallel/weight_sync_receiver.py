@@ -1,12 +1,11 @@
 """The engines' side of a weight sync: weight-transfer engines for vLLM, and what its workers answer the trainer.
 
 Imported only in a process that runs a vLLM engine (`worker_extension_cls` names `WorkerExtension`, and vLLM imports
-it before it loads a model); importing it registers the transports inproc, shm and gloo with vLLM's factory.
+it before it loads a model); importing it registers the transports with vLLM's factory.
 
 vLLM loads layer by layer: a layer is put on the meta device, filled, processed (on a CPU its weight is packed for
 oneDNN and the parameter is left with shape (0,)) and copied to where its old weights were. So a bucket is checked
-before anything of it is loaded, and after `finish` every parameter is read back: by checksum where its numbers are
-still there, otherwise through its own kernel: a one-hot input returns a column of the weight bit for bit.
+before anything of it is loaded, and after `finish` every parameter is read back (`weight_sync_readback.py`).
 """
 
 import ctypes
@@ -32,9 +31,12 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.platforms import current_platform
 
 from phimini.model.config import ModelConfig
+from phimini.parallel import weight_sync_cuda
 from phimini.parallel.weight_names import hf_names
 from phimini.parallel.weight_sync import Entry, entry_of
 from phimini.parallel.weight_sync_checksum import checksum
+from phimini.parallel.weight_sync_fp8 import SCALE_SUFFIX, quantised_names
+from phimini.parallel.weight_sync_readback import ReadBack
 from phimini.parallel.weight_sync_transport import (
     IN_THIS_PROCESS,
     broadcast,
@@ -44,16 +46,13 @@ from phimini.parallel.weight_sync_transport import (
 )
 from phimini.parallel.weight_sync_wait import WeightSyncError
 
-COLUMNS = 4
-"""of a packed weight that are read back; an optimizer step changes all of them"""
 _PR_SET_PDEATHSIG = 1
-QUANTISED_TOLERANCE = 0.125
-"""of a column's largest element, for a weight that the engine stores in fewer bits than it was sent"""
 
 
 @dataclass
 class SyncInit(WeightTransferInitInfo):
     config: dict[str, Any]
+    fp8: bool
     deadline_s: float
     link: dict[str, Any]
 
@@ -66,30 +65,19 @@ class SyncUpdate(WeightTransferUpdateInfo):
 
 
 @dataclass
-class _Expected:
-    """What a module must hold once the update is finished."""
-
-    checksum: int
-    columns_CN: Tensor
-    """COLUMNS columns of this worker's part, for a weight that cannot be read back"""
-    columns: Tensor
-
-
-@dataclass
 class _Update:
     """One update, from start to finish."""
 
     loading: bool = False
     """something was loaded: the old weights are not whole any more"""
     checksums: dict[str, int] = field(default_factory=dict)
-    expected: dict[str, _Expected] = field(default_factory=dict)
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("receive_s", "load_s", "verify_s"), 0.0)
     )
 
 
 class SyncEngine(WeightTransferEngine[SyncInit, SyncUpdate]):
-    """What the three transports share; they differ in `_receive`."""
+    """What the transports share; they differ in `_link` and `_receive`."""
 
     init_info_cls = SyncInit
     update_info_cls = SyncUpdate
@@ -98,6 +86,7 @@ class SyncEngine(WeightTransferEngine[SyncInit, SyncUpdate]):
         super().__init__(*args)
         self.whole = True
         self.update = _Update()
+        self._read_back: ReadBack
         self._deadline_s = 60.0
 
     @property
@@ -110,12 +99,13 @@ class SyncEngine(WeightTransferEngine[SyncInit, SyncUpdate]):
     # --- the four phases, called by vLLM's worker -------------------------------------------------
     def init_transfer_engine(self, init_info: SyncInit) -> None:
         self.config = ModelConfig(**_tuples(init_info.config))
-        self._shapes = hf_names(self.config)
+        self._shapes = quantised_names(self.config) if init_info.fp8 else hf_names(self.config)
         self._deadline_s = init_info.deadline_s
         self._link(init_info.link)
 
     def start_weight_update(self) -> None:
         self.update = _Update()
+        self._read_back = ReadBack(self.model, self.config)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         # The base class synchronises an accelerator, which a CPU does not have.
@@ -136,11 +126,14 @@ class SyncEngine(WeightTransferEngine[SyncInit, SyncUpdate]):
         clock = self._spent("receive_s", clock)
         self._check(entries, tensors)
         clock = self._spent("verify_s", clock)
-        self._expect(entries, tensors)
+        self._read_back.expect(entries, tensors)
         clock = self._spent("verify_s", clock)
         if not self.update.loading:
             self.update.loading, self.whole = True, False
             initialize_layerwise_reload(self.model)
+        tensors = [
+            self._kept(entry.name, tensor) for entry, tensor in zip(entries, tensors, strict=True)
+        ]
         self.model.load_weights(zip((e.name for e in entries), tensors, strict=True))  # pyright: ignore[reportCallIssue]
         if current_platform.is_cuda():
             torch.cuda.synchronize()  # the trainer may fill its bucket again
@@ -155,9 +148,11 @@ class SyncEngine(WeightTransferEngine[SyncInit, SyncUpdate]):
         finalize_layerwise_reload(self.model, self.model_config)
         repack_tied_head(self.model)
         clock = self._spent("load_s", clock)
-        self._read_back()
+        wrong = self._read_back.check()
         self._spent("verify_s", clock)
-        self.update.expected.clear()
+        if wrong is not None:
+            raise self.error("verify", *wrong)
+        self._read_back = ReadBack(self.model, self.config)
         self.whole = True
 
     def shutdown(self) -> None:
@@ -198,88 +193,10 @@ class SyncEngine(WeightTransferEngine[SyncInit, SyncUpdate]):
     def _arrived(self, entries: list[Entry], tensors: list[Tensor]) -> list[int]:
         return torch.stack([checksum(t) for t in tensors]).tolist()
 
-    def _expect(self, entries: list[Entry], tensors: list[Tensor]) -> None:
-        """Notes what this worker's modules must hold, from tensors whose checksums were right."""
-        for entry, tensor in zip(entries, tensors, strict=True):
-            for name in self._modules_of(entry.name):
-                module = self.model.get_submodule(name)
-                part = self._part(entry.name, module, tensor)
-                same = part.numel() == tensor.numel()
-                value = entry.checksum if same else int(checksum(part))
-                columns = _some_columns(part)
-                taken = part[:, columns].T.clone() if part.ndim == 2 else part[:0].clone()
-                self.update.expected[name] = _Expected(value, taken, columns)
-
-    def _modules_of(self, tensor_name: str) -> list[str]:
-        """The vLLM modules that a tensor ends in: a tied head has a kernel of its own."""
-        module = tensor_name.removesuffix(".weight")
-        if self.config.tie_embeddings and module == "model.embed_tokens":
-            return [module, "lm_head"]
-        return [module]
-
-    def _part(self, tensor_name: str, module: nn.Module, whole: Tensor) -> Tensor:
-        """This worker's rows or columns of a tensor, as vLLM splits it."""
-        indices = getattr(module, "shard_indices", None)
-        if indices is not None:  # embedding and head: padded rows
-            return whole[indices.org_vocab_start_index : indices.org_vocab_end_index]
-        size, rank = getattr(module, "tp_size", 1), getattr(module, "tp_rank", 0)
-        if size == 1 or whole.ndim == 1:
-            return whole
-        if tensor_name.endswith(("o_proj.weight", "down_proj.weight")):
-            return whole.chunk(size, 1)[rank]
-        config = self.config
-        sizes = [config.mlp_dim] * 2
-        if tensor_name.endswith("qkv_proj.weight"):
-            kv = config.num_kv_heads * config.head_dim
-            sizes = [config.num_heads * config.head_dim, kv, kv]
-        return torch.cat([part.chunk(size, 0)[rank] for part in whole.split(sizes)])
-
-    def _read_back(self) -> None:
-        for name, expected in self.update.expected.items():
-            module = self.model.get_submodule(name)
-            parameter = module.weight
-            assert isinstance(parameter, Tensor), f"{name} has no weight"
-            packed = parameter.numel() == 0 or hasattr(module, "cpu_linear")
-            if packed:
-                self._read_through_kernel(name, module, expected)
-                continue
-            data = parameter.data
-            indices = getattr(module, "shard_indices", None)
-            if indices is not None:
-                data = data[: indices.org_vocab_end_index - indices.org_vocab_start_index]
-            if data.dtype != expected.columns_CN.dtype:  # quantised on load
-                self._read_through_kernel(name, module, expected, QUANTISED_TOLERANCE)
-            elif (got := int(checksum(data))) != expected.checksum:
-                detail = f"the engine holds checksum {got}, it was sent {expected.checksum}"
-                raise self.error("verify", f"{name}.weight", detail)
-
-    def _read_through_kernel(
-        self, name: str, module: nn.Module, expected: _Expected, tolerance: float = 0.0
-    ) -> None:
-        """Columns of a weight that is packed for its kernel: the layer's output for one-hot inputs, bit for bit."""
-        columns_CN, columns = expected.columns_CN, expected.columns
-        width = getattr(module, "input_size_per_partition", None) or self.config.model_dim
-        one_hot = torch.zeros(len(columns), width, dtype=columns_CN.dtype, device=columns_CN.device)
-        one_hot[torch.arange(len(columns)), columns] = 1
-        got_CN = module.quant_method.apply(module, one_hot)[:, : columns_CN.shape[1]]  # pyright: ignore
-        if torch.equal(got_CN, columns_CN):
-            return
-        limit_C1 = tolerance * columns_CN.abs().amax(1, keepdim=True)
-        wrong = ((got_CN - columns_CN).abs() > limit_C1) | got_CN.isnan()
-        if wrong.any():
-            number, row = (int(i) for i in wrong.nonzero()[0])
-            detail = (
-                f"the engine computes with {got_CN[number, row].item():.9g} at row {row}, column "
-                f"{int(columns[number])}; it was sent {columns_CN[number, row].item():.9g}"
-            )
-            raise self.error("verify", f"{name}.weight", detail)
-
-
-def _some_columns(part: Tensor) -> Tensor:
-    if part.ndim < 2:
-        return torch.zeros(0, dtype=torch.int64)
-    width = part.shape[1]
-    return torch.linspace(0, width - 1, min(COLUMNS, width)).round().long()
+    def _kept(self, name: str, tensor: Tensor) -> Tensor:
+        """vLLM keeps a tensor until its layer is complete: one of a pair must not change with the next bucket."""
+        paired = name.endswith(SCALE_SUFFIX) or tensor.dtype == torch.float8_e4m3fn
+        return tensor.clone() if paired else tensor
 
 
 class InprocEngine(SyncEngine):
@@ -323,18 +240,69 @@ class GlooEngine(SyncEngine):
         self._group = None
 
 
+class IpcEngine(SyncEngine):
+    def _link(self, link: dict[str, Any]) -> None:
+        try:
+            handle = link["handles"][self.parallel_config.rank]
+            self._bucket = weight_sync_cuda.open_bucket(handle)
+        except RuntimeError as error:
+            raise self.error("init", None, f"ipc: {first_line(error)}") from error
+
+    def _receive(self, update: SyncUpdate, entries: list[Entry]) -> list[Tensor]:
+        return [entry.view(self._bucket) for entry in entries]
+
+
+class NcclEngine(SyncEngine):
+    _communicator: Any = None
+
+    def _link(self, link: dict[str, Any]) -> None:
+        self.shutdown()
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
+        rank = link["first_rank"] + self.parallel_config.rank
+        try:
+            self._communicator = weight_sync_cuda.within(
+                lambda: weight_sync_cuda.communicator(link, rank), self._deadline_s
+            )
+        except RuntimeError as error:
+            raise self.error("init", None, f"nccl: {first_line(error)}") from error
+
+    def _receive(self, update: SyncUpdate, entries: list[Entry]) -> list[Tensor]:
+        assert self._communicator is not None, "init comes first"
+        if self._buffer.numel() < update.num_bytes:
+            self._buffer = torch.empty(update.num_bytes, dtype=torch.uint8, device=self.device)
+        data = self._buffer[: update.num_bytes]
+        try:
+            weight_sync_cuda.broadcast(self._communicator, data, self._deadline_s)
+        except RuntimeError as error:
+            self.shutdown()
+            raise self.error("transfer", entries[0].name, f"nccl: {first_line(error)}") from error
+        return [entry.view(data) for entry in entries]
+
+    def shutdown(self) -> None:
+        if self._communicator is not None:
+            self._communicator.destroy()
+            self._communicator = None
+
+
 ENGINES: dict[str, type[SyncEngine]] = {
     "inproc": InprocEngine,
     "shm": ShmEngine,
     "gloo": GlooEngine,
+    "ipc": IpcEngine,
+    "nccl": NcclEngine,
 }
+
+
+def backend(transport: str) -> str:
+    """What vLLM's factory calls a transport of ours; it has an `ipc` and a `nccl` of its own."""
+    return f"phimini-{transport}"
 
 
 def register() -> None:
     """Tells vLLM's factory of the transports; a second call changes nothing."""
     for name, engine in ENGINES.items():
-        if name not in WeightTransferEngineFactory._registry:
-            WeightTransferEngineFactory.register_engine(name, engine)
+        if backend(name) not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(backend(name), engine)
 
 
 def repack_tied_head(model: nn.Module) -> None:

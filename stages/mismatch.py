@@ -29,7 +29,7 @@ from phimini.parallel.world import World
 
 THRESHOLDS = (0.01, 0.1)
 ALARM_LEVELS = {"float32": 1e-3, "bfloat16": 0.02, "fp8": 0.06}
-"""mean |d|, by what the sampler computes in"""
+"""mean |d|, by what the sampler computes in. A trained tiny model's rounding: 1e-7, 2e-4 (bfloat16), 2.4e-3 (FP8 weights)"""
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.02, "fp8": 0.05}
 """|d| of a token up to this is no difference, and gets importance weight 1"""
 MAX_EXPONENT = 20.0

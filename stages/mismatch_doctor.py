@@ -15,6 +15,7 @@ from torch import Tensor
 
 from phimini.kernels import linear_logprob
 from phimini.model.chat import encode_prompt
+from phimini.model.config import ModelConfig
 from phimini.model.reference import Phi4Mini
 from phimini.model.sampler import SamplingParams
 from phimini.model.tokenizer import Tokenizer
@@ -22,6 +23,7 @@ from phimini.parallel.batch import IGNORE, Document, PackedBatch, pack
 from phimini.parallel.builder import Model
 from phimini.parallel.step import forward_only
 from phimini.parallel.weight_sync_checksum import checksum
+from phimini.parallel.weight_sync_fp8 import dequantise_blocks, is_quantised, quantise_blocks
 from phimini.parallel.weights import to_hf
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig
@@ -29,7 +31,7 @@ from phimini.stages.distill import PROBLEM_FIELDS
 from phimini.stages.jsonl import read_rows
 from phimini.stages.mismatch import alarm_level, precision_of
 from phimini.stages.rollout import build_engine
-from phimini.stages.rollout_engine import RolloutEngine
+from phimini.stages.rollout_engine import RolloutEngine, SyncedEngine
 from phimini.stages.seeds import derive
 from phimini.stages.training import load_model
 
@@ -122,8 +124,24 @@ class Arbiter:
     def with_other_table(self) -> Phi4Mini:
         config = self.model.config
         other = replace(config, rope_factors="short" if config.rope_factors == "long" else "long")
-        model = Phi4Mini(other).to(self.model.head_weight_VD.device).eval()
-        model.load_state_dict(self.weights, strict=False)
+        return self._variant(other, lambda name, t: t)
+
+    def in_bf16(self) -> Phi4Mini:
+        """With weights rounded to bfloat16; a matrix product in bfloat16 is 40 times slower on a CPU."""
+        return self._variant(self.model.config, lambda name, t: t.bfloat16().to(t.dtype))
+
+    def in_fp8(self) -> Phi4Mini:
+        """With the numbers of `weight_sync_fp8.py`, as far as weights go."""
+
+        def rounded(name: str, t: Tensor) -> Tensor:
+            return dequantise_blocks(*quantise_blocks(t)).to(t.dtype) if is_quantised(name) else t
+
+        return self._variant(self.model.config, rounded)
+
+    def _variant(self, config: ModelConfig, change: Callable[[str, Tensor], Tensor]) -> Phi4Mini:
+        model = Phi4Mini(config).to(self.model.head_weight_VD.device).eval()
+        weights = {name: change(name, t) for name, t in self.weights.items()}
+        model.load_state_dict(weights, strict=False)
         return model
 
 
@@ -159,7 +177,7 @@ def diagnose(
         return Verdict("none", "Sampler and reference model agree on these answers.", evidence)
     if found := _tokenizer(tokenizer, cases):
         return Verdict("tokenizer", found, evidence)
-    if found := _other_weights(engine, arbiter):
+    if found := _other_weights(engine, model):
         return Verdict("weights" if "tensors" in found else "stale weights", found, evidence)
     for cause, predictions in _predictions(arbiter, cases).items():
         sizes = {name: left(name, predict()) for name, predict in predictions.items()}
@@ -170,7 +188,7 @@ def diagnose(
         engine, model, arbiter, cases, evidence, whole, tolerance, max_new_tokens
     ):
         return verdict
-    rounded = _in_bf16(arbiter)
+    rounded = arbiter.in_bf16()
     size = (arbiter.logprobs(cases, model=rounded) - truth).abs().mean().item()
     evidence.append(Evidence("(bfloat16 against float32, reference model)", size))
     if size > whole / 4:
@@ -258,6 +276,9 @@ def _predictions(
     predictions["top-p"] = {
         f"top-p {p:g}": lambda p=p: arbiter.logprobs(cases, top_p=p) for p in TOP_PS
     }
+    predictions["precision"] = {
+        "FP8 weights": lambda: arbiter.logprobs(cases, model=arbiter.in_fp8())
+    }
     return predictions
 
 
@@ -268,12 +289,12 @@ def _tokenizer(tokenizer: Tokenizer | None, cases: Sequence[Case]) -> str:
     return ""
 
 
-def _other_weights(engine: RolloutEngine, arbiter: Arbiter) -> str:
-    """What the engine was last sent against what the trainer has now, by checksum."""
-    last = getattr(engine, "last_sync", None)
-    if last is None:
+def _other_weights(engine: RolloutEngine, model: Model) -> str:
+    """What the engine was last sent against what a sync would send it now, by checksum. Collective."""
+    if not isinstance(engine, SyncedEngine) or engine.last_sync is None:
         return ""
-    now = {name: int(checksum(t)) for name, t in arbiter.weights.items()}
+    last = engine.last_sync
+    now = {name: int(checksum(t)) for name, t in engine.outgoing(model)}
     differ = [name for name, value in now.items() if last.checksums.get(name) != value]
     if not differ:
         return ""
@@ -322,11 +343,3 @@ def _sample_again(
         detail = "A new sync makes the difference go away: the engine had other weights."
         return Verdict("stale weights", detail, evidence)
     return None
-
-
-def _in_bf16(arbiter: Arbiter) -> Phi4Mini:
-    """The same model with weights rounded to bfloat16; a matrix product in bfloat16 is 40 times slower on a CPU."""
-    model = Phi4Mini(arbiter.model.config).to(arbiter.model.head_weight_VD.device).eval()
-    rounded = {name: t.bfloat16().to(t.dtype) for name, t in arbiter.weights.items()}
-    model.load_state_dict(rounded, strict=False)
-    return model

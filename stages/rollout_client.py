@@ -12,7 +12,7 @@ from typing import Any
 
 from phimini.model.config import ModelConfig
 from phimini.stages.rollout_server import run_server
-from phimini.stages.rollout_vllm import EngineSettings, require_vllm
+from phimini.stages.rollout_vllm_settings import EngineSettings, require_vllm
 from phimini.stages.rollout_wire import Message, encode, receive, split_address
 
 

@@ -1,12 +1,15 @@
 """What a rollout engine is: token ids in, sampled token ids, their log-probs and the weights' version out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from phimini.model.sampler import Completion, SamplingParams
 from phimini.parallel.builder import Model
+from phimini.parallel.weight_sync import SyncReport
 
 LOADED = -1
 """version of weights that came from a folder"""
@@ -62,6 +65,17 @@ class RolloutEngine(Protocol):
         wanted: int | None,
     ) -> Sequence[Sampled | None]:
         """As `generate`; an engine that can stop early leaves None for what a group of `wanted` did without."""
+        ...
+
+
+@runtime_checkable
+class SyncedEngine(Protocol):
+    """An engine outside the trainer's own code, whose weights arrive by a weight sync."""
+
+    last_sync: SyncReport | None
+
+    def outgoing(self, model: Model) -> Iterator[tuple[str, Tensor]]:
+        """What a sync would send of this model: in the engine's precision, on every rank. Collective."""
         ...
 
 

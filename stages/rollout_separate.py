@@ -16,15 +16,22 @@ from phimini.model.config import ModelConfig
 from phimini.model.sampler import SamplingParams
 from phimini.parallel.builder import Model
 from phimini.parallel.weight_sync import SyncReport, Transport, WeightSync
+from phimini.parallel.weight_sync_cuda import IpcTransport, NcclTransport
 from phimini.parallel.weight_sync_transport import GlooTransport, ShmTransport
 from phimini.parallel.weight_sync_wait import WeightSyncError
-from phimini.parallel.weights import to_hf
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig
 from phimini.stages.rollout_client import EngineClient, launch_engine
 from phimini.stages.rollout_engine import LOADED, Sampled, check_prompts
 from phimini.stages.rollout_service import Request, RolloutError, RolloutService
-from phimini.stages.rollout_vllm import EngineSettings, bucket_bytes, engine_settings, files_of
+from phimini.stages.rollout_vllm_settings import (
+    EngineSettings,
+    bucket_bytes,
+    dtype_of,
+    engine_settings,
+    files_of,
+    outgoing,
+)
 from phimini.stages.rollout_wire import split_address
 
 T = TypeVar("T")
@@ -45,17 +52,20 @@ class SeparateVllm:
         context: Any = None,
     ) -> None:
         self.config, self.settings, self._world = config, settings, world
-        self._dtype = getattr(torch, settings.dtype)
         self._service: RolloutService | None = None
         self._sync: WeightSync | None = None
         self.last_sync: SyncReport | None = None
         self._on_main(lambda: self._open(run, context))
 
     def load(self, directory: Path) -> None:
-        self._take(files_of(directory, self.config, self._dtype), LOADED)
+        self._take(files_of(directory, self.config, self.settings), LOADED)
 
     def sync(self, model: Model) -> None:
-        self._take(to_hf(model, every_rank=False, dtype=self._dtype), model.num_updates)
+        self._take(outgoing(model, self.settings, every_rank=False), model.num_updates)
+
+    def outgoing(self, model: Model) -> Iterator[tuple[str, Tensor]]:
+        """What a sync sends, on every rank. Collective."""
+        return outgoing(model, self.settings)
 
     def rest(self) -> None:
         pass
@@ -147,9 +157,10 @@ class SeparateVllm:
             self.config,
             _transport(run, self.config, self.settings),
             engines,
-            bucket_bytes=bucket_bytes(run, self.config, self._dtype),
+            bucket_bytes=bucket_bytes(run, self.config, self.settings),
             deadline_s=rollout.deadline_s,
-            dtype=self._dtype,
+            dtype=dtype_of(self.settings),
+            fp8=self.settings.fp8,
             merging=self._world.layout.tensor > 1,
             pause=rollout.pause,
         )
@@ -185,27 +196,36 @@ class SeparateVllm:
 
 
 def _transport(run: RunConfig, config: ModelConfig, settings: EngineSettings) -> Transport:
-    size = bucket_bytes(run, config, getattr(torch, settings.dtype))
+    size = bucket_bytes(run, config, settings)
+    host, workers = run.rollout.trainer_host, settings.tensor_parallel
     if settings.transport == "shm":
         return ShmTransport(size)
     if settings.transport == "gloo":
-        host = run.rollout.trainer_host
-        return GlooTransport(size, host=host, workers_per_engine=settings.tensor_parallel)
+        return GlooTransport(size, host=host, workers_per_engine=workers)
+    if settings.transport == "ipc":
+        return IpcTransport(size, workers_per_engine=workers)
+    if settings.transport == "nccl":
+        return NcclTransport(size, host=host, workers_per_engine=workers)
     raise ValueError(
-        f"rollout.transport: expected shm or gloo for engines of their own on a CPU, got {settings.transport!r}"
+        f"rollout.transport: expected shm, gloo, ipc or nccl for engines of their own, got {settings.transport!r}"
     )
 
 
 def transport_of(run: RunConfig) -> str:
-    """`rollout.transport`, or what fits: ipc or shm on one machine, nccl or gloo between several."""
+    """`rollout.transport`, or what fits.
+
+    On a CPU shm on one machine and gloo between several; on GPUs nccl, but ipc where an engine has rank 0's GPU,
+    which NCCL refuses: an engine that rank 0 starts with no `rollout.devices` of its own.
+    """
     rollout, on_gpu = run.rollout, torch.cuda.is_available()
-    if rollout.transport != "auto":
-        return rollout.transport
-    if rollout.addresses:
-        local = all(split_address(a)[0] in ("127.0.0.1", "localhost") for a in rollout.addresses)
-    else:
-        local = True
-    return ("ipc" if local else "nccl") if on_gpu else ("shm" if local else "gloo")
+    if rollout.transport == "auto":
+        if on_gpu:
+            return "nccl" if rollout.addresses or rollout.devices else "ipc"
+        hosts = {split_address(address)[0] for address in rollout.addresses}
+        return "shm" if hosts <= {"127.0.0.1", "localhost"} else "gloo"
+    if rollout.transport in ("ipc", "nccl") and not on_gpu:
+        raise ValueError(f"rollout.transport={rollout.transport}: needs a GPU; shm or gloo do not")
+    return rollout.transport
 
 
 _engines: SeparateVllm | None = None

@@ -21,7 +21,7 @@ import torch
 
 from phimini.model.config import ModelConfig
 from phimini.model.sampler import SamplingParams
-from phimini.stages.rollout_vllm import (
+from phimini.stages.rollout_vllm_settings import (
     EngineSettings,
     engine_arguments,
     sampled,
@@ -88,7 +88,7 @@ class _Server:
 
     async def run(self, host: str, port: int, announce: Callable[[int], None]) -> None:
         with tempfile.TemporaryDirectory(prefix="phimini-vllm-") as folder:
-            write_engine_config(self.config, folder)
+            write_engine_config(self.config, self.settings, folder)
             self.engine = _start_engine(engine_arguments(self.settings, folder))
             await self.engine.collective_rpc("phimini_guard", args=(os.getpid(),))
         server = await asyncio.start_server(self.connection, host, port)

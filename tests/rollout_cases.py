@@ -20,7 +20,7 @@ from phimini.parallel.weights import from_hf
 from phimini.parallel.world import initialize
 from phimini.stages.mismatch_doctor import Case
 from phimini.stages.rollout_engine import RolloutEngine, Sampled
-from phimini.stages.rollout_vllm import EngineSettings
+from phimini.stages.rollout_vllm_settings import EngineSettings
 
 BOUNDARY = 64
 LONG = dataclasses.replace(preset("tiny"), num_layers=2, original_max_positions=BOUNDARY)

@@ -38,12 +38,8 @@ from phimini.parallel.weight_sync_wait import WeightSyncError
 from phimini.stages.config import override
 from phimini.stages.mismatch_doctor import diagnose
 from phimini.stages.recipes import tiny
-from phimini.stages.rollout_vllm import (
-    STEP_TOKENS,
-    ColocatedVllm,
-    EngineSettings,
-    engine_settings,
-)
+from phimini.stages.rollout_vllm import ColocatedVllm
+from phimini.stages.rollout_vllm_settings import STEP_TOKENS, EngineSettings, engine_settings
 
 pytestmark = pytest.mark.vllm
 
@@ -138,27 +134,27 @@ def tied_and_long(folder: str) -> dict[str, Any]:
     del network.load_weights
     import phimini.stages.rollout_vllm as module
 
-    to_hf = module.to_hf
+    outgoing = module.outgoing
 
     def swapped(*args, **kwargs):
-        tensors = {name: tensor.clone() for name, tensor in to_hf(*args, **kwargs)}
+        tensors = {name: tensor.clone() for name, tensor in outgoing(*args, **kwargs)}
         tensors[a], tensors[b] = tensors[b], tensors[a]
         return iter(tensors.items())
 
-    module.to_hf = swapped
+    module.outgoing = swapped
     engine.sync(model)
     done = engine.generate(asked, SAMPLING, seeds)
     results["swapped before sending"] = difference(reference(LONG, 5), asked, done, 0.8)
     results["verdict: swapped"] = diagnose(engine, model, cases(asked, done, 0.8))
-    module.to_hf = to_hf
+    module.outgoing = outgoing
 
     # A sync that fails before its first bucket leaves the old weights.
     engine.sync(model)
     version = model.num_updates
     move(model, 6)
-    module.to_hf = lambda *args, **kwargs: iter([("nonsense", torch.zeros(3))])
+    module.outgoing = lambda *args, **kwargs: iter([("nonsense", torch.zeros(3))])
     results["nothing sent"] = failure(lambda: engine.sync(model))
-    module.to_hf = to_hf
+    module.outgoing = outgoing
     results["old version"] = engine.version == version
     results["old weights"] = difference(
         reference(LONG, 5), asked, engine.generate(asked, SAMPLING, seeds), 0.8

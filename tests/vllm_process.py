@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phimini.parallel.launch import run_ranks
-from phimini.stages.rollout_vllm import require_vllm
+from phimini.stages.rollout_vllm_settings import require_vllm
 
 PRELOADED = ["vllm_preload"]
 

@@ -1,0 +1,141 @@
+"""What stands in a vLLM model after a sync, against what was sent: by checksum, or through the layer's own kernel.
+
+A parameter whose numbers are still there is compared by checksum. One that is packed for its kernel (on a CPU the
+parameter is left with shape (0,)) or stored in FP8 is read through that kernel: a one-hot input returns a column of
+the weight, bit for bit where nothing was rounded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phimini.model.config import ModelConfig
+from phimini.parallel.weight_sync import Entry
+from phimini.parallel.weight_sync_checksum import checksum
+from phimini.parallel.weight_sync_fp8 import BLOCK, SCALE_SUFFIX
+
+COLUMNS = 4
+"""of a packed weight that are read back; an optimizer step changes all of them"""
+FP8_TOLERANCE = 0.125
+"""of a column's largest element, for a weight in FP8: some kernels round its scales again"""
+
+
+@dataclass
+class _Expected:
+    """What a module must hold once the update is finished."""
+
+    checksum: int
+    columns_CN: Tensor
+    """COLUMNS columns of this worker's part, for a weight that cannot be read back"""
+    columns: Tensor
+    scales_CN: Tensor | None = None
+    """of an FP8 weight: what each element of columns_CN is multiplied by"""
+
+
+class ReadBack:
+    """One update's expectations of one worker's model."""
+
+    def __init__(self, model: nn.Module, config: ModelConfig) -> None:
+        self._model, self._config = model, config
+        self._expected: dict[str, _Expected] = {}
+
+    def expect(self, entries: Sequence[Entry], tensors: Sequence[Tensor]) -> None:
+        """Notes what this worker's modules must hold, from tensors whose checksums were right."""
+        for entry, tensor in zip(entries, tensors, strict=True):
+            for name in self._modules_of(entry.name):
+                module = self._model.get_submodule(name)
+                if entry.name.endswith(SCALE_SUFFIX):
+                    expected, part = (
+                        self._expected[name],
+                        self._part(entry.name, module, tensor, BLOCK),
+                    )
+                    rows = expected.columns_CN.shape[1]
+                    scales_CN = part[:, expected.columns // BLOCK].T.repeat_interleave(BLOCK, 1)
+                    expected.scales_CN = scales_CN[:, :rows]
+                    continue
+                part = self._part(entry.name, module, tensor)
+                same = part.numel() == tensor.numel()
+                value = entry.checksum if same else int(checksum(part))
+                columns = _some_columns(part)
+                taken = part[:, columns].T.clone() if part.ndim == 2 else part[:0].clone()
+                self._expected[name] = _Expected(value, taken, columns)
+
+    def check(self) -> tuple[str, str] | None:
+        """(tensor, what is wrong with it) of the first module that does not hold what it was sent, or None."""
+        for name, expected in self._expected.items():
+            module = self._model.get_submodule(name)
+            parameter = module.weight
+            assert isinstance(parameter, Tensor), f"{name} has no weight"
+            wrong = ""
+            if expected.scales_CN is not None:
+                columns_CN = expected.columns_CN.float() * expected.scales_CN
+                wrong = self._through_kernel(module, expected.columns, columns_CN, FP8_TOLERANCE)
+            elif parameter.numel() == 0 or hasattr(module, "cpu_linear"):  # packed
+                wrong = self._through_kernel(module, expected.columns, expected.columns_CN, 0.0)
+            else:
+                data = parameter.data
+                indices: Any = getattr(module, "shard_indices", None)
+                if indices is not None:
+                    data = data[: indices.org_vocab_end_index - indices.org_vocab_start_index]
+                if (got := int(checksum(data))) != expected.checksum:
+                    wrong = f"the engine holds checksum {got}, it was sent {expected.checksum}"
+            if wrong:
+                return f"{name}.weight", wrong
+        return None
+
+    def _modules_of(self, tensor_name: str) -> list[str]:
+        """The vLLM modules that a tensor ends in: a tied head has a kernel of its own."""
+        module = tensor_name.removesuffix(SCALE_SUFFIX).removesuffix(".weight")
+        if self._config.tie_embeddings and module == "model.embed_tokens":
+            return [module, "lm_head"]
+        return [module]
+
+    def _part(self, tensor_name: str, module: nn.Module, whole: Tensor, block: int = 1) -> Tensor:
+        """This worker's rows or columns of a tensor, as vLLM splits it; of one number per `block` if above 1."""
+        indices: Any = getattr(module, "shard_indices", None)
+        if indices is not None:  # embedding and head: padded rows
+            return whole[indices.org_vocab_start_index : indices.org_vocab_end_index]
+        size, rank = getattr(module, "tp_size", 1), getattr(module, "tp_rank", 0)
+        if size == 1 or whole.ndim == 1:
+            return whole
+        module_name = tensor_name.removesuffix(SCALE_SUFFIX).removesuffix(".weight")
+        if module_name.endswith(("o_proj", "down_proj")):
+            return whole.chunk(size, 1)[rank]
+        config = self._config
+        sizes = [config.mlp_dim] * 2
+        if module_name.endswith("qkv_proj"):
+            kv = config.num_kv_heads * config.head_dim
+            sizes = [config.num_heads * config.head_dim, kv, kv]
+        parts = whole.split([n // block for n in sizes])
+        return torch.cat([part.chunk(size, 0)[rank] for part in parts])
+
+    def _through_kernel(
+        self, module: nn.Module, columns: Tensor, columns_CN: Tensor, tolerance: float
+    ) -> str:
+        """What is wrong with the layer's output for one-hot inputs; "" if nothing is."""
+        width: Any = getattr(module, "input_size_per_partition", None) or self._config.model_dim
+        dtype = columns_CN.dtype if tolerance == 0 else module.orig_dtype
+        one_hot = torch.zeros(len(columns), width, dtype=dtype, device=columns_CN.device)  # pyright: ignore
+        one_hot[torch.arange(len(columns)), columns] = 1
+        got_CN = module.quant_method.apply(module, one_hot)[:, : columns_CN.shape[1]]  # pyright: ignore
+        if torch.equal(got_CN, columns_CN):
+            return ""
+        limit_C1 = tolerance * columns_CN.abs().amax(1, keepdim=True)
+        wrong = ((got_CN - columns_CN).abs() > limit_C1) | got_CN.isnan()
+        if not wrong.any():
+            return ""
+        number, row = (int(i) for i in wrong.nonzero()[0])
+        return (
+            f"the engine computes with {got_CN[number, row].item():.9g} at row {row}, column {int(columns[number])}; "
+            f"it was sent {columns_CN[number, row].item():.9g}"
+        )
+
+
+def _some_columns(part: Tensor) -> Tensor:
+    if part.ndim < 2:
+        return torch.zeros(0, dtype=torch.int64)
+    width = part.shape[1]
+    return torch.linspace(0, width - 1, min(COLUMNS, width)).round().long()
