@@ -177,7 +177,7 @@ def diagnose(
         return Verdict("none", "Sampler and reference model agree on these answers.", evidence)
     if found := _tokenizer(tokenizer, cases):
         return Verdict("tokenizer", found, evidence)
-    if found := _other_weights(engine, model):
+    if found := _other_weights(engine, arbiter):
         return Verdict("weights" if "tensors" in found else "stale weights", found, evidence)
     for cause, predictions in _predictions(arbiter, cases).items():
         sizes = {name: left(name, predict()) for name, predict in predictions.items()}
@@ -289,12 +289,12 @@ def _tokenizer(tokenizer: Tokenizer | None, cases: Sequence[Case]) -> str:
     return ""
 
 
-def _other_weights(engine: RolloutEngine, model: Model) -> str:
-    """What the engine was last sent against what a sync would send it now, by checksum. Collective."""
+def _other_weights(engine: RolloutEngine, arbiter: Arbiter) -> str:
+    """What the engine was last sent against what the trainer has now, by checksum."""
     if not isinstance(engine, SyncedEngine) or engine.last_sync is None:
         return ""
     last = engine.last_sync
-    now = {name: int(checksum(t)) for name, t in engine.outgoing(model)}
+    now = {name: int(checksum(t)) for name, t in engine.as_sent(arbiter.weights.items())}
     differ = [name for name, value in now.items() if last.checksums.get(name) != value]
     if not differ:
         return ""

@@ -1,6 +1,6 @@
 """What a rollout engine is: token ids in, sampled token ids, their log-probs and the weights' version out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -74,8 +74,8 @@ class SyncedEngine(Protocol):
 
     last_sync: SyncReport | None
 
-    def outgoing(self, model: Model) -> Iterator[tuple[str, Tensor]]:
-        """What a sync would send of this model: in the engine's precision, on every rank. Collective."""
+    def as_sent(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """A model's tensors as a sync sends them: in the engine's precision."""
         ...
 
 

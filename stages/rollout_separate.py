@@ -5,7 +5,7 @@ on its machine. Weights travel by rollout.transport: shm and gloo on a CPU, ipc 
 """
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from phimini.stages.rollout_engine import LOADED, Sampled, check_prompts
 from phimini.stages.rollout_service import Request, RolloutError, RolloutService
 from phimini.stages.rollout_vllm_settings import (
     EngineSettings,
+    as_sent,
     bucket_bytes,
     dtype_of,
     engine_settings,
@@ -63,9 +64,9 @@ class SeparateVllm:
     def sync(self, model: Model) -> None:
         self._take(outgoing(model, self.settings, every_rank=False), model.num_updates)
 
-    def outgoing(self, model: Model) -> Iterator[tuple[str, Tensor]]:
-        """What a sync sends, on every rank. Collective."""
-        return outgoing(model, self.settings)
+    def as_sent(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """A model's tensors as a sync sends them."""
+        return as_sent(tensors, self.settings)
 
     def rest(self) -> None:
         pass

@@ -4,7 +4,7 @@ import contextlib
 import random
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from phimini.stages.config import RunConfig
 from phimini.stages.rollout_engine import LOADED, Sampled, check_prompts
 from phimini.stages.rollout_vllm_settings import (
     EngineSettings,
+    as_sent,
     dtype_of,
     engine_arguments,
     engine_settings,
@@ -70,11 +71,11 @@ class ColocatedVllm:
         self._take(files_of(directory, self.config, self.settings), LOADED)
 
     def sync(self, model: Model) -> None:
-        self._take(self.outgoing(model), model.num_updates)
+        self._take(outgoing(model, self.settings), model.num_updates)
 
-    def outgoing(self, model: Model) -> Iterator[tuple[str, Tensor]]:
-        """What a sync sends. Collective."""
-        return outgoing(model, self.settings)
+    def as_sent(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """A model's tensors as a sync sends them."""
+        return as_sent(tensors, self.settings)
 
     def rest(self) -> None:
         """Gives the engine's GPU memory to the trainer; its weights are gone and must be synced before sampling."""

@@ -12,7 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -212,19 +212,26 @@ def dtype_of(settings: EngineSettings) -> torch.dtype:
     return getattr(torch, settings.dtype)
 
 
+def as_sent(
+    tensors: Iterable[tuple[str, Tensor]], settings: EngineSettings
+) -> Iterator[tuple[str, Tensor]]:
+    """A model's tensors in the engine's precision."""
+    cast = ((name, tensor.to(dtype_of(settings))) for name, tensor in tensors)
+    return quantise_stream(cast) if settings.fp8 else cast
+
+
 def outgoing(
     model: Model, settings: EngineSettings, *, every_rank: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
-    """What a sync sends of the trainer's model: `to_hf` in the engine's precision. Collective."""
-    tensors = to_hf(model, every_rank=every_rank, dtype=dtype_of(settings))
-    return quantise_stream(tensors) if settings.fp8 else tensors
+    """What a sync sends of the trainer's model. Collective."""
+    # The gather is in the engine's precision already: half the bytes.
+    return as_sent(to_hf(model, every_rank=every_rank, dtype=dtype_of(settings)), settings)
 
 
 def files_of(
     directory: Path, config: ModelConfig, settings: EngineSettings
 ) -> Iterator[tuple[str, Tensor]]:
     """A Hugging Face folder's tensors as a sync sends them. ValueError names file and tensor."""
-    files, dtype = read_tensors(directory), dtype_of(settings)
+    files = read_tensors(directory)
     check_tensors(config, files)
-    tensors = ((name, files[name].to(dtype)) for name in hf_names(config))
-    return quantise_stream(tensors) if settings.fp8 else tensors
+    return as_sent(((name, files[name]) for name in hf_names(config)), settings)
