@@ -37,6 +37,7 @@ from phimini.parallel.layers import (
     RowParallelLinear,
     SwiGLU,
 )
+from phimini.parallel.traps import refuse_silent_traps, refuse_unmarked_norms
 from phimini.parallel.weights import from_hf
 from phimini.parallel.world import World
 
@@ -203,6 +204,8 @@ class Model:
         self.chunks: Sequence[nn.Module] = chunks
         self.num_updates = 0
         """optimizer steps taken; errors name it"""
+        self.latest_step: tuple[Sequence[Any], Callable[..., Any]] | None = None
+        """micro-batches and loss of the last backward, for the search that follows a gradient that is not finite"""
 
     @property
     def gpts(self) -> list[PhiGPT]:
@@ -249,11 +252,13 @@ def build_model(
     if dtype is None:
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     transformer_config = _transformer_config(config, world, dtype, recompute)
+    refuse_silent_traps(transformer_config)
     virtual = world.layout.virtual_pipeline
     gpts: list[nn.Module] = [
         _build_chunk(config, transformer_config, i if virtual > 1 else None) for i in range(virtual)
     ]
     for gpt in gpts:
+        refuse_unmarked_norms(transformer_config, gpt)
         gpt.requires_grad_(trainable)
         if world.device.type == "cuda":
             gpt.cuda()

@@ -10,7 +10,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from phimini.parallel.builder import Model, only_known
-from phimini.parallel.step import NonFiniteError
+from phimini.parallel.nonfinite import raise_for_gradient
+from phimini.parallel.traps import refuse_unscheduled_decay
 
 Decay = Literal["cosine", "linear", "constant"]
 
@@ -87,10 +88,11 @@ class Optimizer:
     def step(self) -> StepInfo:
         """One update. Raises NonFiniteError on every rank, before any weight changes, if the gradient is not finite."""
         self.scheduler.step(1)
+        refuse_unscheduled_decay(self.megatron.param_groups, self.config.weight_decay)
         self.megatron.prepare_grads()
         grad_norm = float(self.megatron.get_grad_norm() or 0.0)
         if not math.isfinite(grad_norm):
-            self._raise_non_finite_gradient(grad_norm)
+            raise_for_gradient(self.model, grad_norm)
         if self.config.clip > 0:
             for part in self.megatron.chained_optimizers:
                 parameters: list[torch.Tensor] = [*part.get_parameters()]
@@ -101,19 +103,6 @@ class Optimizer:
         self.megatron.step_with_ready_grads()
         self.model.num_updates += 1
         return StepInfo(grad_norm=grad_norm, lr=self.megatron.param_groups[0]["lr"])
-
-    def _raise_non_finite_gradient(self, grad_norm: float) -> None:
-        world = self.model.world
-        mine = [
-            f"rank {world.rank}: {name}"
-            for name, p in self.model.named_parameters()
-            if not torch.isfinite(p.main_grad).all()  # pyright: ignore[reportAttributeAccessIssue]
-        ]
-        everyone = [line for lines in world.all_gather_objects(mine[:4]) for line in lines]
-        raise NonFiniteError(
-            f"step {self.model.num_updates}: the gradient norm is {grad_norm} although every loss was finite; "
-            "no weight was changed. Not finite:\n" + "\n".join(everyone)
-        )
 
 
 def build_optimizer(

@@ -4,25 +4,19 @@ M tokens of a micro-batch, D model width, V vocabulary rows of this tensor-paral
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from phimini.parallel.attention import PackedDocuments, packed_documents
 from phimini.parallel.batch import PackedBatch
 from phimini.parallel.builder import Model
-from phimini.parallel.context import spans_of_rank
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is inf or NaN; raised on every rank, before any weight changed."""
+from phimini.parallel.nonfinite import raise_for_loss
+from phimini.parallel.schedule import Prepared, from_last_stage, run_schedule
 
 
 class Head(Protocol):
@@ -59,18 +53,6 @@ class StepMetrics:
         return self.loss_sum / self.count
 
 
-@dataclass(slots=True)
-class _Prepared:
-    """A micro-batch on the device, padded for the layout, with what its attention needs."""
-
-    batch: PackedBatch
-    """of this rank's tokens, without padding"""
-    head_rows: Tensor | slice
-    """where `batch`'s tokens are among this rank's padded ones"""
-    input_ids_1T: Tensor
-    documents: PackedDocuments
-
-
 def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: Head) -> StepMetrics:
     """Adds to the gradients: d(sum of loss_sum over micro-batches and data ranks) / (global sum of count).
 
@@ -80,7 +62,7 @@ def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: He
     """
     collected: list[_HeadResult] = []
 
-    def loss(index: int, prepared: _Prepared, hidden_TD: Tensor) -> tuple[Tensor, Tensor, dict]:
+    def loss(index: int, prepared: Prepared, hidden_TD: Tensor) -> tuple[Tensor, Tensor, dict]:
         hidden_MD = hidden_TD[prepared.head_rows]
         loss_sum, count, metrics = head(
             hidden_MD, model.head_weight_VD, prepared.batch, group=model.world.tensor_group
@@ -97,10 +79,11 @@ def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: He
         finalize_model_grads(chunks, count, **kwargs)
 
     model.transformer_config.finalize_model_grads_func = finalize
-    _run_schedule(model, microbatches, loss, forward_only=False)
+    model.latest_step = microbatches, loss
+    run_schedule(model, microbatches, loss, forward_only=False)
     result = _reduce(model, collected, count)
     if not math.isfinite(result.loss_sum):
-        _raise_non_finite_loss(model, microbatches, collected)
+        raise_for_loss(model, microbatches, [loss for loss, _, _ in collected])
     if result.count <= 0:
         raise ValueError(
             f"step {model.num_updates}: nothing to train on: the heads' counts sum to {result.count} over "
@@ -123,116 +106,17 @@ def forward_only(
     results: list[Any] = []
     rows: list[Tensor | None] = []
 
-    def collect(index: int, prepared: _Prepared, hidden_TD: Tensor, non_loss_data: bool) -> None:
+    def collect(index: int, prepared: Prepared, hidden_TD: Tensor, non_loss_data: bool) -> None:
         hidden_MD = hidden_TD[prepared.head_rows]
         batch = prepared.batch
         result = fn(hidden_MD, model.head_weight_VD, batch, group=model.world.tensor_group)
         results.append(result)
         rows.append(batch.rows)
 
-    _run_schedule(model, microbatches, collect, forward_only=True)
+    run_schedule(model, microbatches, collect, forward_only=True)
     if model.world.layout.context > 1:
         results = _over_context_ranks(model, microbatches, rows, results)
-    return _from_last_stage(model, results)
-
-
-def _run_schedule(
-    model: Model,
-    microbatches: Sequence[PackedBatch],
-    on_hidden: Callable[..., Any],
-    *,
-    forward_only: bool,
-) -> None:
-    """Runs every micro-batch through this rank's chunks; `on_hidden(index, prepared, hidden)` on the last stage."""
-    layout = model.world.layout
-    if not microbatches:
-        raise ValueError("expected at least one micro-batch, got none")
-    if layout.virtual_pipeline > 1 and len(microbatches) % layout.pipeline:
-        raise ValueError(
-            f"interleaved pipelining needs a multiple of pipeline = {layout.pipeline} micro-batches, "
-            f"got {len(microbatches)}"
-        )
-    for index, batch in enumerate(microbatches):
-        # Now, on every stage: once the schedule runs, a stage that raises leaves the others waiting.
-        if max(batch.lengths) > model.config.max_positions:
-            raise ValueError(
-                f"micro-batch {index}: a document of {max(batch.lengths)} tokens is longer than the model's "
-                f"max_positions {model.config.max_positions}"
-            )
-    longest = max(b.num_tokens for b in microbatches) if layout.pipeline > 1 else 0
-    prepared: dict[int, _Prepared] = {}
-
-    def forward_step(indices: Iterator[int], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-        index = next(indices)
-        if index not in prepared:
-            prepared[index] = _prepare(model, microbatches[index], longest)
-        p = prepared[index]
-        hidden = chunk(p.input_ids_1T, None, None, packed_seq_params=p.documents)
-        if layout.virtual_pipeline == 1:
-            del prepared[index]
-        return hidden, partial(on_hidden, index, p)
-
-    several = layout.virtual_pipeline > 1
-    iterators = [iter(range(len(microbatches))) for _ in model.chunks]
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if several else iterators[0],
-        model=list(model.chunks) if several else model.chunks[0],
-        num_microbatches=len(microbatches),
-        seq_length=_padded(longest, layout.token_multiple),
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
-
-
-def _padded(num_tokens: int, multiple: int) -> int:
-    return num_tokens + -num_tokens % multiple
-
-
-def _prepare(model: Model, batch: PackedBatch, longest: int) -> _Prepared:
-    """Pads with one dummy document: to the layout's multiple and, between pipeline stages, to the longest of the step.
-
-    The head never sees the padding: it gets the batch as it came.
-    """
-    world = model.world
-    total = _padded(max(batch.num_tokens, longest), world.layout.token_multiple)
-    tail = total - batch.num_tokens
-    cu_seqlens, tokens_T = batch.cu_seqlens, batch.tokens_T
-    if tail:
-        cuts = [total]
-        longest_document = model.config.max_positions
-        while cuts[0] - batch.num_tokens > longest_document:
-            cuts.insert(0, cuts[0] - longest_document)
-        cu_seqlens = torch.cat((cu_seqlens, torch.tensor(cuts, dtype=torch.int32)))
-        tokens_T = torch.cat((tokens_T, tokens_T.new_zeros(tail)))
-    group = world.context_group if world.layout.context > 1 else None
-    head_rows: Tensor | slice = slice(batch.num_tokens)
-    if group is not None:
-        spans = spans_of_rank(total, group.rank(), group.size())
-        tokens_T = torch.cat([tokens_T[a:b] for a, b in spans])
-        real = [(a, max(a, min(b, batch.num_tokens))) for a, b in spans]
-        chunk = total // (2 * group.size())
-        head_rows = torch.cat([i * chunk + torch.arange(b - a) for i, (a, b) in enumerate(real)])
-        head_rows = head_rows.to(world.device)
-        batch = batch.take(torch.cat([torch.arange(a, b) for a, b in real]), group)
-    return _Prepared(
-        batch=batch.to(world.device),
-        head_rows=head_rows,
-        input_ids_1T=tokens_T[None].to(world.device, non_blocking=True),
-        documents=packed_documents(cu_seqlens, model.config, world.device, group),
-    )
-
-
-def _from_last_stage(model: Model, value: Any) -> Any:
-    """The last pipeline stage's `value`, on every stage."""
-    if model.world.layout.pipeline == 1:
-        return value
-    group = model.world.pipeline_group
-    box = [value]
-    last = dist.get_global_rank(group, group.size() - 1)
-    dist.broadcast_object_list(box, src=last, group=group, device=model.world.device)
-    return box[0]
+    return from_last_stage(model, results)
 
 
 def _over_context_ranks(
@@ -276,48 +160,8 @@ def _reduce(model: Model, collected: list[_HeadResult], count: Tensor) -> StepMe
         if world.data_context_group.size() > 1:
             dist.all_reduce(total, group=world.data_context_group)
         sums = total.tolist()
-    names, sums = _from_last_stage(model, (names, sums))
+    names, sums = from_last_stage(model, (names, sums))
     # finalize_model_grads has summed `count` over all ranks already.
     return StepMetrics(
         loss_sum=sums[0], count=count.item(), metrics=dict(zip(names, sums[1:], strict=True))
     )
-
-
-def _raise_non_finite_loss(
-    model: Model, microbatches: Sequence[PackedBatch], collected: list[_HeadResult]
-) -> None:
-    """Runs the forward pass once more to find the documents, then raises on every rank with what all ranks found."""
-    world = model.world
-    losses = _from_last_stage(model, [loss.item() for loss, _, _ in collected])
-    bad_documents = forward_only(model, microbatches, _documents_not_finite)
-    mine = [
-        f"data rank {world.data_rank} (rank {world.rank}), micro-batch {i}: loss {loss}, "
-        + _document_text(microbatches[i], bad.nonzero()[:, 0].tolist())
-        for i, (loss, bad) in enumerate(zip(losses, bad_documents, strict=True))
-        if not math.isfinite(loss)
-    ]
-    speaks = world.tensor_rank == 0 and world.is_last_stage
-    everyone = [
-        line for lines in world.all_gather_objects(mine if speaks else []) for line in lines
-    ]
-    raise NonFiniteError(
-        f"step {model.num_updates}: the loss is not finite; no weight was changed:\n"
-        + "\n".join(everyone)
-    )
-
-
-def _documents_not_finite(
-    hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup
-) -> Tensor:
-    """(N,) how many of each document's hidden states are not finite"""
-    bad_M = ~torch.isfinite(hidden_MD).all(-1)
-    counts_N = torch.zeros(batch.num_documents, dtype=torch.int64, device=hidden_MD.device)
-    return counts_N.index_add_(0, batch.document_ids_T, bad_M.long())
-
-
-def _document_text(batch: PackedBatch, bad: list[int]) -> str:
-    if not bad:
-        return "every hidden state is finite: look at the head, its targets and fields"
-    names = [f"{i} ({batch.names[i]})" if batch.names else str(i) for i in bad[:5]]
-    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-    return f"hidden states not finite in document {', '.join(names)}{more}"

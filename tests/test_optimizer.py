@@ -19,8 +19,9 @@ from phimini.model.reference import Phi4Mini
 from phimini.parallel.builder import build_model
 from phimini.parallel.launch import run_ranks
 from phimini.parallel.layout import Layout
+from phimini.parallel.nonfinite import NonFiniteError
 from phimini.parallel.optimizer import OptimizerConfig, StepInfo, build_optimizer
-from phimini.parallel.step import NonFiniteError, forward_backward
+from phimini.parallel.step import forward_backward
 from phimini.parallel.weights import to_hf
 from phimini.parallel.world import initialize
 

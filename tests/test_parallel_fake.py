@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from phimini.kernels import linear_cross_entropy
 from phimini.model.config import preset
-from phimini.parallel import step
+from phimini.parallel import schedule
 from phimini.parallel.batch import PackedBatch
 from phimini.parallel.builder import build_model
 from phimini.parallel.launch import run_ranks
@@ -68,7 +68,7 @@ def fake_rank(lengths: list[int], layout: Layout, world_size: int, rank: int) ->
             return loss, torch.zeros((), dtype=torch.int32), {}
 
         model.zero_grad()
-        step._run_schedule(model, [batch] * layout.pipeline, on_hidden, forward_only=False)
+        schedule.run_schedule(model, [batch] * layout.pipeline, on_hidden, forward_only=False)
         wrong = []
         for slot in slots(model):
             whole = torch.empty(hf_names(PHI)[slot.hf_name], device="meta")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from phimini.model.config import ModelConfig
 from phimini.model.reference import Phi4Mini
-from phimini.parallel import attention, step
+from phimini.parallel import attention, schedule
 from phimini.parallel.batch import Document, PackedBatch, next_token_targets, pack
 from phimini.parallel.builder import Model, build_model
 from phimini.parallel.launch import run_ranks
@@ -276,7 +276,7 @@ def flip_rope_table(model: Model) -> None:
 
 
 def leak_a_document(model: Model) -> None:
-    right = step.packed_documents
+    right = schedule.packed_documents
 
     def joined(cu_seqlens: Tensor, *args: Any) -> attention.PackedDocuments:
         return right(
@@ -284,7 +284,7 @@ def leak_a_document(model: Model) -> None:
             *args,
         )
 
-    step.packed_documents = joined
+    schedule.packed_documents = joined
 
 
 def unmark_norms(model: Model) -> None:

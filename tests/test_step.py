@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from test_parallel_parity import (  # noqa: F401
     GROUPS,
+    check,
     config,
     cross_entropy_head,
     documents,
     poison_uninitialised_memory,
+    reference,
     share_of,
 )
 from torch import Tensor
@@ -21,7 +23,9 @@ from phimini.parallel.batch import Document, PackedBatch, pack
 from phimini.parallel.builder import build_model
 from phimini.parallel.launch import run_ranks
 from phimini.parallel.layout import Layout
-from phimini.parallel.step import NonFiniteError, forward_backward, forward_only
+from phimini.parallel.nonfinite import NonFiniteError
+from phimini.parallel.step import forward_backward, forward_only
+from phimini.parallel.weights import gradients_to_hf
 from phimini.parallel.world import initialize
 
 
@@ -201,14 +205,27 @@ def test_bad_micro_batch_lists_are_refused() -> None:
     def job(model, batches):
         with pytest.raises(ValueError, match="at least one micro-batch"):
             forward_only(model, [], log_probs)
-        with pytest.raises(ValueError, match="a multiple of pipeline = 2 micro-batches, got 3"):
-            forward_only(model, batches[:3], log_probs)
         too_long = pack([Document(tokens=[1] * 65, targets=[1] * 65)])
         with pytest.raises(ValueError, match="a document of 65 tokens"):
             forward_only(model, [too_long] * 2, log_probs)
         return "refused"
 
     assert on_ranks(Layout(pipeline=2, virtual_pipeline=2), 2, job) == ["refused"] * 2
+
+
+def test_interleaved_stages_take_any_number_of_micro_batches() -> None:
+    """Three micro-batches on two interleaved stages: filled up, and the filling counts for nothing."""
+
+    def job(model, batches):
+        outputs = forward_only(model, batches[:3], log_probs)
+        result = forward_backward(model, batches[:3], cross_entropy_head)
+        gradients = {name: g.clone() for name, g in gradients_to_hf(model)}
+        return [o["logp"] for o in outputs], (result.loss, gradients, result.metrics)
+
+    want = reference(config(), GROUPS[:3])
+    results = on_ranks(Layout(pipeline=2, virtual_pipeline=2), 2, job)
+    check([trained for _, trained in results], want)
+    assert [len(logp) for logp in results[0][0]] == [sum(lengths) for lengths in GROUPS[:3]]
 
 
 def test_gradients_add_up_until_they_are_zeroed() -> None:

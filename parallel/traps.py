@@ -1,0 +1,49 @@
+"""Settings that megatron-core accepts and is silently wrong with: each is refused before the first step.
+
+None of them can be reached from a run's config; a later change of `builder.py` or `optimizer.py` could.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+
+def refuse_silent_traps(config: TransformerConfig) -> None:
+    """Raises AssertionError with what would go wrong."""
+    interleaved = (config.virtual_pipeline_model_parallel_size or 1) > 1
+    if config.pipeline_model_parallel_size == 2 and interleaved:
+        assert config.overlap_p2p_comm and not config.batch_p2p_comm, (
+            "two interleaved stages with batched sends: both sends and both receives go between the same two ranks "
+            "and are matched wrongly; the loss is off by a tenth"
+        )
+    assert not config.apply_rope_fusion, (
+        "apply_rope_fusion: Megatron's fused rotation ignores LongRoPE's attention factor on packed documents"
+    )
+    native = config.cross_entropy_loss_fusion and config.cross_entropy_fusion_impl == "native"
+    assert not (native and config.params_dtype == torch.float32), (
+        "cross_entropy_loss_fusion 'native' rounds its gradient to bfloat16, in fp32 too"
+    )
+    assert config.calculate_per_token_loss, (
+        "without calculate_per_token_loss gradients are means of means: micro-batches of unequal size weigh alike"
+    )
+
+
+def refuse_unmarked_norms(config: TransformerConfig, chunk: nn.Module) -> None:
+    """Sequence parallel: a norm sees some tokens only, and Megatron sums the gradients of marked weights only."""
+    for name, parameter in chunk.named_parameters():
+        if config.sequence_parallel and parameter.ndim == 1:
+            assert getattr(parameter, "sequence_parallel", False), (
+                f"{name} is not marked sequence_parallel: its gradient would be that of one rank's tokens"
+            )
+
+
+def refuse_unscheduled_decay(groups: Iterable[dict[str, Any]], weight_decay: float) -> None:
+    """Only the scheduler exempts vectors from weight decay: `groups` as they are just before an update."""
+    for group in groups:
+        expected = weight_decay * group.get("wd_mult", 1.0)
+        assert group["weight_decay"] == expected, (
+            f"weight decay is {group['weight_decay']} where the scheduler would have set {expected}: it did not run"
+        )
