@@ -264,6 +264,12 @@ class RunConfig:
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     """ZeRO-1: optimizer state split over the data-parallel ranks"""
+    overlap: bool = False
+    """gradients are reduced (and ZeRO-1's parameters gathered) beside the computation"""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """activations computed again in backward: of whole layers, or of attention only"""
+    background_checkpoints: bool = True
+    """a forked process writes each checkpoint while training goes on"""
     distill: DistillConfig = field(default_factory=DistillConfig)
     curate: CurateConfig = field(default_factory=CurateConfig)
     midtrain: MidtrainConfig

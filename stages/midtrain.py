@@ -13,7 +13,15 @@ from phimini.parallel.step import forward_backward
 from phimini.parallel.world import World
 from phimini.stages.config import MidtrainConfig, RunConfig
 from phimini.stages.metrics import MetricsLog
-from phimini.stages.packing import EpochSampler, best_fit, check_lengths, chunks, documents
+from phimini.stages.packing import (
+    EpochSampler,
+    best_fit,
+    check_lengths,
+    chunks,
+    documents,
+    flops_of,
+    shares,
+)
 from phimini.stages.seeds import derive
 from phimini.stages.stage import Interrupt, Stage
 from phimini.stages.training import (
@@ -50,8 +58,9 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
         )
 
     def batch(some_rows: list[list[int]], of: list) -> list:
-        """This rank's micro-batches of packed rows."""
-        mine = some_rows[world.data_rank :: world.data_size]
+        """This rank's micro-batches of packed rows: as many as any other rank's, of nearly the same FLOPs."""
+        costs = [flops_of([len(of[i]) for i in row], model.config) for row in some_rows]
+        mine = [some_rows[i] for i in shares(costs, world.data_size)[world.data_rank]]
         return [
             pack(
                 documents([of[i] for row in part for i in row]),

@@ -8,7 +8,10 @@ import bisect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+from phimini.model.config import ModelConfig
+from phimini.model.flops import forward_flops
 from phimini.parallel.batch import IGNORE, Document
 from phimini.stages.seeds import derive
 
@@ -80,14 +83,14 @@ def shares(costs: Sequence[float], num_shares: int) -> list[list[int]]:
     return dealt
 
 
-def attention_cost(length: int, model_dim: int) -> float:
-    """Relative FLOPs of a document: linear layers grow with its length, causal attention with the square."""
-    return length * (12 * model_dim + length)
+def flops_of(lengths: Sequence[int], config: ModelConfig) -> int:
+    """Of these documents in one row: products grow with their lengths, causal attention with the squares."""
+    return forward_flops(config, list(accumulate(lengths, initial=0)))
 
 
-def deal(examples: Sequence[Example], model_dim: int, num_shares: int) -> list[list[Example]]:
+def deal(examples: Sequence[Example], config: ModelConfig, num_shares: int) -> list[list[Example]]:
     """Shares of equal count and nearly equal FLOPs, each sorted by length, longest first."""
-    costs = [attention_cost(len(example), model_dim) for example in examples]
+    costs = [flops_of([len(example)], config) for example in examples]
     return [[examples[i] for i in share] for share in shares(costs, num_shares)]
 
 
@@ -124,6 +127,12 @@ class EpochSampler:
 
 def chunks(items: Sequence, size: int) -> list[list]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def parts(items: Sequence, number: int) -> list[list]:
+    """`items` in order, in `number` parts of equal count (within one)."""
+    cuts = [len(items) * i // number for i in range(number + 1)]
+    return [list(items[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
 def documents(examples: Sequence[Example]) -> list[Document]:

@@ -40,7 +40,7 @@ from phimini.stages.mismatch import (
     precision_of,
 )
 from phimini.stages.mismatch_doctor import EXAMINED, Case, diagnose
-from phimini.stages.packing import EpochSampler, Example, chunks, shares
+from phimini.stages.packing import EpochSampler, Example, flops_of, parts, shares
 from phimini.stages.remedies import (
     advantages,
     keeps_prompt,
@@ -67,6 +67,10 @@ def rlvr(run: RunConfig, world: World, *, redo: bool = False) -> None:
 def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
     """Train the model of stage `start` into `stage`."""
     config = run.rlvr
+    if config.min_rollouts < world.data_size:
+        raise ValueError(
+            f"rlvr.min_rollouts: {config.min_rollouts} would leave some of {world.data_size} data ranks none"
+        )
     model, tokenizer = load_model(run, world, start)
     frozen = load_model(run, world, start)[0] if config.kl_coef else None
     engine = build_engine(run, model.config, world)
@@ -117,7 +121,7 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
             else:
                 engine.rest()
                 optimizer.zero_grad()
-                microbatches = rollout_batches(chosen, model.num_updates, config, world)
+                microbatches = rollout_batches(chosen, model, config)
                 if frozen is not None:
                     microbatches = with_reference_logps(frozen, microbatches)
                 metrics = forward_backward(model, microbatches, head)
@@ -222,16 +226,15 @@ def choose(groups: list[list[Rollout]], config: RlvrConfig, seed: int) -> list[R
     return chosen
 
 
-def rollout_batches(
-    rollouts: list[Rollout], version: int, config: RlvrConfig, world: World
-) -> list[PackedBatch]:
-    """This rank's micro-batches; the same number on each rank, shares of nearly equal tokens."""
-    mine = shares([len(r) for r in rollouts], world.data_size)[world.data_rank]
+def rollout_batches(rollouts: list[Rollout], model: Model, config: RlvrConfig) -> list[PackedBatch]:
+    """This rank's micro-batches; the same number on each rank, shares of nearly equal FLOPs."""
+    world, version = model.world, model.num_updates
+    costs = [flops_of([len(r)], model.config) for r in rollouts]
+    mine = shares(costs, world.data_size)[world.data_rank]
     number = -(-len(rollouts) // (config.micro_rollouts * world.data_size))
-    size = max(1, -(-len(mine) // number))
     return [
         rollout_batch([rollouts[i] for i in part], version, config, world)
-        for part in chunks(mine, size)
+        for part in parts(mine, number)
     ]
 
 

@@ -30,7 +30,7 @@ from phimini.stages.distill import PROBLEM_FIELDS
 from phimini.stages.evaluate import judge
 from phimini.stages.jsonl import read_rows, write_rows
 from phimini.stages.metrics import MetricsLog
-from phimini.stages.packing import EpochSampler, Example, check_lengths, chunks, shares
+from phimini.stages.packing import EpochSampler, Example, check_lengths, chunks, flops_of, shares
 from phimini.stages.rollout import build_engine
 from phimini.stages.seeds import derive
 from phimini.stages.stage import Interrupt, Stage
@@ -45,8 +45,9 @@ class Pair:
     chosen: Example
     rejected: Example
 
-    def __len__(self) -> int:
-        return len(self.chosen) + len(self.rejected)
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return len(self.chosen), len(self.rejected)
 
 
 def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
@@ -83,7 +84,8 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
         while step < steps:
             optimizer.zero_grad()
             indices = sampler.batch(step)
-            mine = shares([len(pairs[i]) for i in indices], world.data_size)[world.data_rank]
+            costs = [flops_of(pairs[i].lengths, model.config) for i in indices]
+            mine = shares(costs, world.data_size)[world.data_rank]
             microbatches = [
                 pair_batch(
                     [pairs[indices[i]] for i in part], reference[[indices[i] for i in part]], world
@@ -95,7 +97,7 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
                 check_first_step(metrics)
             info = optimizer.step()
             step += 1
-            num_tokens = sum(len(pairs[i]) for i in indices)
+            num_tokens = sum(sum(pairs[i].lengths) for i in indices)
             state["tokens"] += num_tokens
             row = means(metrics) | {
                 "lr": info.lr,
@@ -264,6 +266,7 @@ def dpo_head(config: RolloutDpoConfig):
             beta=config.beta,
             nll_weight=config.nll_weight,
             group=group,
+            sequence_group=batch.context_group,
         )
         sums = {
             "preference_loss": metrics.preference_loss_sum,
@@ -273,7 +276,9 @@ def dpo_head(config: RolloutDpoConfig):
             "rejected_reward": metrics.rejected_reward_sum,
             "chosen_nll": metrics.nll_sum,
         }
-        return loss, metrics.num_pairs, sums
+        # Pairs are whole on each context rank, which holds some of their tokens.
+        whole = {name: batch.once(total) for name, total in sums.items()}
+        return batch.once(loss), batch.once(metrics.num_pairs), whole
 
     return head
 

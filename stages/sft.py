@@ -56,7 +56,7 @@ def fine_tune(
 
     def batch(some: list[Example]) -> list:
         """This rank's micro-batches, examples of like length together."""
-        mine = deal(some, model.config.model_dim, world.data_size)[world.data_rank]
+        mine = deal(some, model.config, world.data_size)[world.data_rank]
         return [
             pack(documents(part), multiple_of=world.layout.token_multiple)
             for part in chunks(mine, config.micro_examples)

@@ -14,7 +14,15 @@ from phimini.model.huggingface import load_config
 from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import PackedBatch
 from phimini.parallel.builder import Model, build_model
-from phimini.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from phimini.parallel.checkpoint import (
+    PendingCheckpoint,
+    begin_checkpoint,
+    latest_step,
+    load_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
 from phimini.parallel.optimizer import Optimizer, OptimizerConfig, build_optimizer
 from phimini.parallel.step import StepMetrics, forward_only
 from phimini.parallel.weights import export_hf, load_hf
@@ -43,7 +51,12 @@ def load_model(run: RunConfig, world: World, stage: str) -> tuple[Model, Tokeniz
     """The model that `stage` of this run ended with, on this run's layout, and its tokenizer."""
     directory = Path(run.out) / stage / "model"
     model = build_model(
-        load_config(directory), world, seed=None, distributed_optimizer=run.distributed_optimizer
+        load_config(directory),
+        world,
+        seed=None,
+        recompute=run.recompute,
+        distributed_optimizer=run.distributed_optimizer,
+        overlap=run.overlap,
     )
     load_hf(model, directory)
     return model, Tokenizer.load(directory)
@@ -70,6 +83,8 @@ class Progress:
     """A training stage's place: resumes from its checkpoints, saves when due or when stopped, exports at the end.
 
     `state` is what the loop wants back after a resume beside model, optimizer and step; plain JSON.
+    A checkpoint that was due is written while training goes on, and counts from the first step after which
+    every rank has written its part.
     """
 
     def __init__(
@@ -78,6 +93,7 @@ class Progress:
         self.stage, self.world, self.model, self.optimizer = stage, world, model, optimizer
         self.every, self.state = every, state
         self.path = stage.path / "checkpoints"
+        self.pending: PendingCheckpoint | None = None
 
     def resume(self) -> int:
         """The step to go on from: 0, or that of the newest checkpoint, which is loaded."""
@@ -85,6 +101,7 @@ class Progress:
         if latest_step(self.path) is None:
             return 0
         step, state = load_checkpoint(self.path, self.model, self.optimizer)
+        set_rng_state(state.pop("rng"))
         self.state.update(state)
         if self.world.is_main:
             print(f"{self.stage.name}: going on after step {step}", flush=True)
@@ -93,9 +110,20 @@ class Progress:
     def after_step(self, step: int, last: bool, interrupt: Interrupt) -> None:
         """Save when due. Raises Stopped, after saving, when the run was asked to stop."""
         asked = interrupt.requested(self.world)
-        if not last and (asked or step % self.every == 0):
-            extra = self.state | self.time_spent()
-            save_checkpoint(self.path, step, self.model, self.optimizer, extra=extra)
+        due = not last and (asked or step % self.every == 0)
+        if self.pending is not None:
+            written = self.world.all_gather_objects(self.pending.is_written())
+            if last or due or all(written):
+                self.pending.finish()
+                self.pending = None
+        if due:
+            extra = self.state | self.time_spent() | {"rng": rng_state()}
+            if asked or not self.stage.run.background_checkpoints:
+                save_checkpoint(self.path, step, self.model, self.optimizer, extra=extra)
+            else:
+                self.pending = begin_checkpoint(
+                    self.path, step, self.model, self.optimizer, extra=extra
+                )
         if asked and not last:
             raise Stopped(
                 f"{self.stage.name} stopped after step {step} and saved; the same command goes on from there"

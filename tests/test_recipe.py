@@ -62,8 +62,9 @@ def test_the_loss_falls(finished: Path) -> None:
 
 
 def test_the_preference_loss_starts_at_ln_2(finished: Path) -> None:
+    """Up to rounding: the reference's log-probs were computed in other micro-batches."""
     assert metrics(finished, "rollout_dpo")[0]["preference_loss"] == pytest.approx(
-        math.log(2), abs=1e-6
+        math.log(2), abs=1e-5
     )
 
 
