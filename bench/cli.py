@@ -3,6 +3,7 @@
 phimini bench kernels [op ...] [--static] [--traffic] [--quick] [--json PATH]
 phimini bench compare [BASE] NEW
 phimini bench bless NEW --reason TEXT
+phimini bench golden [--layouts 1,tp2]
 phimini bench rollout|weight-sync [--quick] [--json PATH]
 phimini bench ladder [RUN ...]
 """
@@ -17,6 +18,7 @@ BENCHES = {
     "kernels": "phimini.bench.kernels",
     "compare": "phimini.bench.compare",
     "bless": "phimini.bench.bless",
+    "golden": "phimini.bench.golden",
     "ladder": "phimini.bench.ladder",
     "rollout": "phimini.bench.rollout",
     "weight-sync": "phimini.bench.weight_sync",

@@ -235,9 +235,8 @@ def reference_logps(
 
     def summed(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
         logp_M = linear_logprob(hidden_MD, weight_VD, batch.targets_T, group=group).logp_M
-        return torch.zeros_like(batch.fields["reference_logp"]).index_add_(
-            0, batch.fields["sequence"], logp_M
-        )
+        sequence_T, reference_S = sequences_of(batch)
+        return torch.zeros_like(reference_S).index_add_(0, sequence_T, logp_M)
 
     logps = torch.zeros(len(pairs), 2)
     mine = list(range(world.data_rank, len(pairs), world.data_size))
