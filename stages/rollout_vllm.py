@@ -169,7 +169,11 @@ def _start_llm(config: ModelConfig, settings: EngineSettings, world: World) -> A
 def _llm(arguments: dict[str, Any]) -> Any:
     from vllm import LLM
 
-    return LLM(**arguments)
+    llm = LLM(**arguments)
+    # When the process ends vLLM would end the trainer's process groups, which are gone by then.
+    core: Any = llm.llm_engine.engine_core
+    core._finalizer.atexit = False
+    return llm
 
 
 @contextlib.contextmanager
