@@ -7,6 +7,7 @@
     phimini evaluate tiny stage=sft          evaluate one stage's model
     phimini controls tiny                    the control arms of a complete run
     phimini report tiny                      write the report again
+    phimini serve tiny address=0.0.0.0:8765  a vLLM engine for rollout.addresses of a run on this or another node
     phimini recipe phi4_mini_reasoning --dry-run [gpu=h100 gpus=8]
                                              check paths, tokenizer and memory; steps, tokens, GPU hours
     phimini plan phi4_mini_reasoning [stage=sft] gpu=h100 gpus=8 [--json PATH]
@@ -43,12 +44,24 @@ from phimini.stages.mismatch_doctor import doctor as mismatch_doctor
 from phimini.stages.recipe import DATA, TRAINING, recipe
 from phimini.stages.recipes import recipe_config
 from phimini.stages.report import write_report
+from phimini.stages.rollout_separate import serve
 from phimini.stages.stage import Stopped
 from phimini.stages.workloads import workloads
 
 # What a rank may raise that is no fault of the program, and the exit status that it gives.
 EXPECTED = {"ValueError": 2, "Stopped": 130, "KeyboardInterrupt": 130}
-VERBS = ("recipe", *DATA, *TRAINING, "evaluate", "controls", "report", "plan", "launch", "doctor")
+VERBS = (
+    "recipe",
+    *DATA,
+    *TRAINING,
+    "evaluate",
+    "controls",
+    "report",
+    "serve",
+    "plan",
+    "launch",
+    "doctor",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,6 +97,12 @@ def dispatch(arguments: list[str]) -> int:
         run, words = split(verb, rest, own=("stage", "gpu", "gpus"), options=("--json",))
         there = run.base == "random" or Path(run.base).exists()  # else the preset will do
         return plan.main(words, model_config(run) if there else preset(run.model), workloads(run))
+    if verb == "serve":
+        run, words = split(verb, rest, own=("address",))
+        if len(words) != 1:
+            raise ValueError("serve: expected address=HOST:PORT, e.g. address=0.0.0.0:8765")
+        serve(run, model_config(run), words[0].removeprefix("address="))
+        return 0
     if "--dry-run" in rest:
         rest.remove("--dry-run")
         run, words = split(verb, rest, own=("gpu", "gpus"))

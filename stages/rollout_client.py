@@ -29,7 +29,6 @@ class EngineClient:
         self.process = process
         self.heard = time.monotonic()
         """when the engine last said anything"""
-        self.outstanding = 0
         self._socket = socket.create_connection(split_address(address), timeout_s)
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -42,6 +41,11 @@ class EngineClient:
     @property
     def alive(self) -> bool:
         return self._gone is None
+
+    @property
+    def outstanding(self) -> int:
+        """Calls without an answer yet."""
+        return len(self._futures)
 
     def silent_s(self) -> float:
         """Seconds since the engine last said anything; it beats every second while its model answers."""

@@ -4,6 +4,7 @@ rollout.addresses names engines that run somewhere (`phimini serve`); without it
 on its machine. Weights travel by rollout.transport: shm and gloo on a CPU, ipc and nccl on GPUs.
 """
 
+import dataclasses
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from phimini.parallel.world import World
 from phimini.stages.config import RunConfig
 from phimini.stages.rollout_client import EngineClient, launch_engine
 from phimini.stages.rollout_engine import LOADED, Sampled, check_prompts
+from phimini.stages.rollout_server import run_server
 from phimini.stages.rollout_service import Request, RolloutError, RolloutService
 from phimini.stages.rollout_vllm_settings import (
     EngineSettings,
@@ -227,6 +229,22 @@ def transport_of(run: RunConfig) -> str:
     if rollout.transport in ("ipc", "nccl") and not on_gpu:
         raise ValueError(f"rollout.transport={rollout.transport}: needs a GPU; shm or gloo do not")
     return rollout.transport
+
+
+def serve(run: RunConfig, config: ModelConfig, address: str) -> None:
+    """`phimini serve NAME address=HOST:PORT key=value ...`: one engine for a trainer with the same settings.
+
+    Until it is stopped. A trainer whose settings differ is refused, naming the first that does.
+    """
+    host, port = split_address(address)
+    there = dataclasses.replace(run.rollout, addresses=(address,))
+    settings = engine_settings(run, config, transport_of(dataclasses.replace(run, rollout=there)))
+
+    def announce(port: int) -> None:
+        how = f"weights by {settings.transport}, up to {settings.max_model_len} tokens"
+        print(f"phimini serve: {run.name} at {host}:{port}, {how}", flush=True)
+
+    run_server(config, settings, host, port, announce)
 
 
 _engines: SeparateVllm | None = None

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -213,19 +213,52 @@ def test_oversampled_groups_stop_once_filled(
     assert len(again) == len(short), "the engine is free again"
 
 
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(1e-3)
+
+
+def run_over_a_sync(
+    engine: Engine,
+    client: EngineClient,
+    asked: list[Request],
+    versions: tuple[int, int],
+    pause: str,
+) -> tuple[dict[str, Sampled], RolloutService]:
+    """Answers during which the weights went from one version to the other.
+
+    How long the answers take depends on the machine and what else it does: if the sync came after the last token (or
+    before the first), the same is tried with less (or more) time before it.
+    """
+    before, after = versions
+    for delay_s in (0.3, 0.1, 0.03, 0.6, 1.2, 2.4):
+        engine.give(client, before)
+        service = RolloutService([client], deadline_s=30, per_engine=99)
+        thread, box = in_thread(lambda service=service: service.run(asked))
+        until(lambda: client.outstanding == len(asked))
+        time.sleep(delay_s)
+        under_way = client.outstanding > 0
+        engine.give(client, after, pause=pause)
+        thread.join(120)
+        seen = {tuple(s.version for s in c.versions) for c in box[0].values()}
+        came_between = {
+            "keep": (before, after) in seen,
+            "abort": service.report.continued > 0 and any(v[0] == before for v in seen),
+            "wait": under_way and (before,) in seen,
+        }
+        if came_between[pause]:
+            return box[0], service
+    raise AssertionError("no sync came while answers were under way")
+
+
 @pytest.mark.parametrize("pause", ["keep", "abort", "wait"])
 def test_answers_go_on_over_a_sync_and_say_which_weights(
     engines: dict[str, Engine], connected: list[EngineClient], pause: str
 ) -> None:
-    engine, client = engines["shm"], connected[0]
-    engine.give(client, 3)
     asked = requests(12, LONG_ANSWERS)
-    service = RolloutService([client], deadline_s=30, per_engine=99)
-    thread, box = in_thread(lambda: service.run(asked))
-    time.sleep(0.5)
-    engine.give(client, 4, pause=pause)
-    thread.join(120)
-    done = box[0]
+    done, service = run_over_a_sync(engines["shm"], connected[0], asked, (3, 4), pause)
     assert all(len(done[r.id].tokens) == LONG_ANSWERS.max_new_tokens for r in asked)
     versions = {tuple(s.version for s in c.versions) for c in done.values()}
     if pause == "wait":
@@ -242,14 +275,10 @@ def test_a_greedy_answer_continued_is_the_answer_uninterrupted(
     engine, client = engines["shm"], connected[0]
     engine.give(client, 3)
     asked = requests(8, dataclasses.replace(GREEDY, max_new_tokens=200, stop_ids=()))
-    service = RolloutService([client], deadline_s=30, per_engine=99)
-    whole = service.run(asked)
-    thread, box = in_thread(lambda: service.run(asked))
-    time.sleep(0.4)
-    engine.give(client, 3, pause="abort")
-    thread.join(120)
+    whole = RolloutService([client], deadline_s=30, per_engine=99).run(asked)
+    done, service = run_over_a_sync(engine, client, asked, (3, 3), "abort")
     assert service.report.continued > 0
-    assert {id: c.tokens for id, c in box[0].items()} == {id: c.tokens for id, c in whole.items()}
+    assert {id: c.tokens for id, c in done.items()} == {id: c.tokens for id, c in whole.items()}
 
 
 # --- faults ----------------------------------------------------------------------------------------
@@ -302,7 +331,9 @@ def test_a_frozen_receiver_is_an_error_at_the_deadline(
     try:
         with pytest.raises(WeightSyncError) as e:
             engine.give(client, 4, deadline_s=2.0)
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 40, (
+            "the deadline is 2 s, ending the update takes 5 at most"
+        )
         assert f"engine {name}" in e.value.where and e.value.phase in (
             "init",
             "pause",
@@ -376,7 +407,7 @@ def test_an_engine_killed_while_it_samples_loses_nothing(
     expected = RolloutService(connected[:1], deadline_s=30, per_engine=99).run(asked)
     service = RolloutService(connected, deadline_s=30, per_engine=12)
     thread, box = in_thread(lambda: service.run(asked))
-    time.sleep(0.4)
+    until(lambda: connected[1].outstanding == 12)
     os.kill(engines["gloo"].core, signal.SIGKILL)
     thread.join(120)
     assert box[0].keys() == expected.keys() and 0 < service.report.requeued <= 12
