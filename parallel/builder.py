@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from phimini.model.config import ModelConfig
 from phimini.model.reference import Phi4Mini
 from phimini.parallel.attention import CoreAttention
+from phimini.parallel.fp8 import Fp8, check_alignment, is_fp8_layer, te_config_values
+from phimini.parallel.fp8_emulated import Fp8ColumnParallelLinear, Fp8RowParallelLinear, emulated
 from phimini.parallel.layers import (
     ColumnParallelLinear,
     HeadWeight,
@@ -55,30 +57,53 @@ def _add_residual(training: bool, fused: bool) -> Callable[..., Tensor]:
     return lambda output_and_bias, residual, dropout: residual + output_and_bias[0]
 
 
-def _layer_spec() -> ModuleSpec:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Linears:
+    """The classes in a layer's slots. Transformer Engine's column linears hold the norm before them."""
+
+    column: Any
+    row: Any
+    norm: Any = RMSNorm
+
+
+def _linears(fp8: Fp8 | None, is_fp8_layer: bool) -> _Linears:
+    if fp8 is None or (fp8.emulate and not is_fp8_layer):
+        return _Linears(ColumnParallelLinear, RowParallelLinear)
+    if fp8.emulate:
+        return _Linears(emulated(Fp8ColumnParallelLinear, fp8.recipe), emulated(Fp8RowParallelLinear, fp8.recipe))  # fmt: skip
+    # Every layer: outside Megatron's FP8 context (the first and last) they compute in bf16.
+    from megatron.core.extensions.transformer_engine import (
+        TELayerNormColumnParallelLinear,
+        TERowParallelLinear,
+    )
+
+    return _Linears(TELayerNormColumnParallelLinear, TERowParallelLinear, IdentityOp)
+
+
+def _layer_spec(linears: _Linears) -> ModuleSpec:
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=linears.column,
         core_attention=CoreAttention,  # pyright: ignore[reportArgumentType]
-        linear_proj=RowParallelLinear,
+        linear_proj=linears.row,
         q_layernorm=IdentityOp,
         k_layernorm=IdentityOp,
     )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=linears.norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=attention,
             ),
             self_attn_bda=_add_residual,  # pyright: ignore[reportArgumentType]
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=linears.norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear,
-                    linear_fc2=RowParallelLinear,
+                    linear_fc1=linears.column,
+                    linear_fc2=linears.row,
                     activation_func=SwiGLU,  # pyright: ignore[reportArgumentType]
                 ),
             ),
@@ -88,7 +113,11 @@ def _layer_spec() -> ModuleSpec:
 
 
 def _transformer_config(
-    config: ModelConfig, world: World, dtype: torch.dtype, recompute: Recompute
+    config: ModelConfig,
+    world: World,
+    dtype: torch.dtype,
+    recompute: Recompute,
+    fp8: Fp8 | None,
 ) -> TransformerConfig:
     layout = world.layout
     # Two sends and two receives between the same pair of ranks in one batch are matched wrongly, in silence.
@@ -143,6 +172,8 @@ def _transformer_config(
         rows[0].insert(0, "embedding")
         rows[-1].append("loss")
         values["pipeline_model_parallel_layout"] = rows
+    if fp8 is not None and not fp8.emulate:
+        values |= te_config_values(fp8)
     if recompute == "full":
         values |= dict(
             recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
@@ -239,6 +270,7 @@ def build_model(
     recompute: Recompute = "none",
     distributed_optimizer: bool = False,
     overlap: bool = False,
+    fp8: Fp8 | None = None,
 ) -> Model:
     """This rank's part of the model.
 
@@ -248,14 +280,18 @@ def build_model(
     recompute: activations are recomputed in backward: of whole layers (`full`) or of attention (`selective`).
     distributed_optimizer: gradients are reduce-scattered for an optimizer built with the same option (ZeRO-1).
     overlap: gradient reduction (and ZeRO-1's parameter gather) runs beside the computation.
+    fp8: of the linears between the first and the last layer. Raises ValueError where their shards do not fit it.
     """
+    if fp8 is not None:
+        check_alignment(config, world.layout, fp8)
     if dtype is None:
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    transformer_config = _transformer_config(config, world, dtype, recompute)
+    transformer_config = _transformer_config(config, world, dtype, recompute, fp8)
     refuse_silent_traps(transformer_config)
     virtual = world.layout.virtual_pipeline
     gpts: list[nn.Module] = [
-        _build_chunk(config, transformer_config, i if virtual > 1 else None) for i in range(virtual)
+        _build_chunk(config, world, transformer_config, i if virtual > 1 else None, fp8)
+        for i in range(virtual)
     ]
     for gpt in gpts:
         refuse_unmarked_norms(transformer_config, gpt)
@@ -271,6 +307,7 @@ def build_model(
             overlap_grad_reduce=overlap,
             use_distributed_optimizer=distributed_optimizer,
             overlap_param_gather=overlap and distributed_optimizer,
+            fp8_param_gather=transformer_config.fp8_param and distributed_optimizer,
         )
         ddp_config = DistributedDataParallelConfig(
             **only_known(DistributedDataParallelConfig, ddp_values)
@@ -286,11 +323,20 @@ def build_model(
 
 
 def _build_chunk(
-    config: ModelConfig, transformer_config: TransformerConfig, vp_stage: int | None
+    config: ModelConfig,
+    world: World,
+    transformer_config: TransformerConfig,
+    vp_stage: int | None,
+    fp8: Fp8 | None,
 ) -> PhiGPT:
     num_layers = get_num_layers_to_build(transformer_config, vp_stage=vp_stage)
+    chunk = (vp_stage or 0) * world.layout.pipeline + world.pipeline_rank
+    before = sum(world.layout.layers_of_chunks(config)[:chunk])
     spec = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec() for _ in range(num_layers)],
+        layer_specs=[
+            _layer_spec(_linears(fp8, is_fp8_layer(before + i, config.num_layers)))
+            for i in range(num_layers)
+        ],
         layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
     )
     return PhiGPT(

@@ -1,5 +1,6 @@
 """How a job's ranks are divided: tensor, pipeline, context and data parallel sizes, checked once, with reasons."""
 
+import math
 from dataclasses import dataclass, replace
 
 from phimini.model.config import ModelConfig
@@ -21,9 +22,13 @@ class Layout:
     """replicas; None means whatever the world size leaves"""
     sequence_parallel: bool = False
     """norms and residuals hold 1/tensor of the tokens; needs tensor > 1"""
+    token_alignment: int = 1
+    """a rank's tokens are padded to a multiple of this: 16 and more for FP8 products"""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "data"):
+        for name in (
+            "tensor", "pipeline", "virtual_pipeline", "context", "data", "token_alignment"
+        ):  # fmt: skip
             value = getattr(self, name)
             if name == "data" and value is None:
                 continue
@@ -45,7 +50,8 @@ class Layout:
     def token_multiple(self) -> int:
         """A micro-batch's token count is padded to a multiple of this (context zigzag, sequence parallel shards)."""
         zigzag = 2 * self.context if self.context > 1 else 1
-        return zigzag * (self.tensor if self.sequence_parallel else 1)
+        # Sequence-parallel shards are gathered before a product, so that alignment is of the tokens together.
+        return zigzag * math.lcm(self.tensor if self.sequence_parallel else 1, self.token_alignment)
 
     def resolve(self, world_size: int, model: ModelConfig) -> "Layout":
         """This layout with `data` filled in. Raises ValueError, saying what would fit, if it does not fit."""

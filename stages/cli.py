@@ -33,7 +33,6 @@ from phimini.model.config import ModelConfig, preset
 from phimini.model.huggingface import load_config
 from phimini.parallel import doctor, launch_scripts, plan
 from phimini.parallel.launch import RankFailure, run_ranks
-from phimini.parallel.layout import Layout
 from phimini.parallel.world import World, initialize
 from phimini.stages.config import RunConfig, override, parse_value
 from phimini.stages.controls import controls
@@ -46,6 +45,7 @@ from phimini.stages.recipes import recipe_config
 from phimini.stages.report import write_report
 from phimini.stages.rollout_separate import serve
 from phimini.stages.stage import Stopped
+from phimini.stages.training import layout_of
 from phimini.stages.workloads import workloads
 
 # What a rank may raise that is no fault of the program, and the exit status that it gives.
@@ -184,14 +184,7 @@ def start(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
 
 def run_rank(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
     """One rank's part of a training verb."""
-    layout = Layout(
-        tensor=run.tensor_parallel,
-        pipeline=run.pipeline_parallel,
-        virtual_pipeline=run.virtual_pipeline,
-        context=run.context_parallel,
-        sequence_parallel=run.sequence_parallel,
-    )
-    world: World = initialize(layout, model_config(run), seed=run.seed)
+    world: World = initialize(layout_of(run), model_config(run), seed=run.seed)
     try:
         if verb == "recipe":
             recipe(run, world, redo=redo)

@@ -270,6 +270,10 @@ class RunConfig:
     """activations computed again in backward: of whole layers, or of attention only"""
     background_checkpoints: bool = True
     """a forked process writes each checkpoint while training goes on"""
+    fp8: Literal["none", "emulate", "te"] = "none"
+    """the linears between the first and the last layer in FP8: by Transformer Engine, or rounded to its values"""
+    fp8_recipe: Literal["auto", "tensorwise", "blockwise", "mxfp8"] = "auto"
+    """which elements share a scale; auto: what the GPU does best, blockwise when emulated"""
     distill: DistillConfig = field(default_factory=DistillConfig)
     curate: CurateConfig = field(default_factory=CurateConfig)
     midtrain: MidtrainConfig

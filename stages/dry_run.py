@@ -4,6 +4,7 @@
 directory, then plans every stage on the run's layout. It starts no rank and writes nothing.
 """
 
+import dataclasses
 import math
 import os
 import shutil
@@ -23,6 +24,7 @@ from phimini.stages.config import RunConfig
 from phimini.stages.distill import PROBLEM_FIELDS
 from phimini.stages.jsonl import read_rows
 from phimini.stages.midtrain import step_budget
+from phimini.stages.training import layout_of
 from phimini.stages.workloads import workloads
 
 # The model card of Phi-4-mini-reasoning: 128 H100, 2 days, 150 B tokens (30 B tokens, 5 epochs).
@@ -62,13 +64,7 @@ def dry_run(run: RunConfig, gpu: str = "h100", gpus: int = 8) -> int:
         raise ValueError(f"dry run: gpu={gpu}: expected one of {', '.join(GPUS)}")
     config = preset(run.model)
     problems = check_inputs(run, config)
-    layout = Layout(
-        tensor=run.tensor_parallel,
-        pipeline=run.pipeline_parallel,
-        virtual_pipeline=run.virtual_pipeline,
-        context=run.context_parallel,
-        sequence_parallel=run.sequence_parallel,
-    ).resolve(gpus, config)
+    layout = planned_layout(run).resolve(gpus, config)
     costs = stage_costs(run, config, layout, GPUS[gpu], gpus)
     print(f"{run.name}: {run.model}, {config.num_parameters:,} parameters, on {gpus} x {gpu}")
     for cost in costs:
@@ -163,6 +159,11 @@ def _problems(check: Callable[[], None]) -> list[str]:
     except (ValueError, OSError) as error:
         return [str(error)]
     return []
+
+
+def planned_layout(run: RunConfig) -> Layout:
+    """The run's, without what only the GPU at hand decides (FP8's padding)."""
+    return layout_of(dataclasses.replace(run, fp8="none"))
 
 
 # --- costs ---------------------------------------------------------------------------------------

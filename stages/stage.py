@@ -117,6 +117,8 @@ def settings(run: RunConfig, name: str) -> dict[str, Any]:
     config_of = {c: "rlvr" if "/rl_" in c else "sft" for c in INPUTS if c.startswith("controls/")}
     own = getattr(run, config_of.get(name, name), None)
     shared = {key: getattr(run, key) for key in SHARED}
+    if run.fp8 != "none":
+        shared |= {"fp8": run.fp8, "fp8_recipe": run.fp8_recipe}
     return json.loads(
         json.dumps(shared | ({name: to_dict(own)} if dataclasses.is_dataclass(own) else {}))
     )

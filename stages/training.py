@@ -23,6 +23,8 @@ from phimini.parallel.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
+from phimini.parallel.fp8 import Fp8, choose
+from phimini.parallel.layout import Layout
 from phimini.parallel.optimizer import Optimizer, OptimizerConfig, build_optimizer
 from phimini.parallel.step import StepMetrics, forward_only
 from phimini.parallel.weights import export_hf, load_hf
@@ -47,6 +49,25 @@ def read_examples(
     return examples
 
 
+def fp8_of(run: RunConfig, device: torch.device | None = None) -> Fp8 | None:
+    """What `fp8` and `fp8_recipe` mean on this machine; ValueError says what it can do."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return choose(run.fp8, run.fp8_recipe, device)
+
+
+def layout_of(run: RunConfig) -> Layout:
+    """The run's layout, before the number of ranks is known."""
+    fp8 = fp8_of(run)
+    return Layout(
+        tensor=run.tensor_parallel,
+        pipeline=run.pipeline_parallel,
+        virtual_pipeline=run.virtual_pipeline,
+        context=run.context_parallel,
+        sequence_parallel=run.sequence_parallel,
+        token_alignment=fp8.token_alignment if fp8 is not None else 1,
+    )
+
+
 def load_model(run: RunConfig, world: World, stage: str) -> tuple[Model, Tokenizer]:
     """The model that `stage` of this run ended with, on this run's layout, and its tokenizer."""
     directory = Path(run.out) / stage / "model"
@@ -57,6 +78,7 @@ def load_model(run: RunConfig, world: World, stage: str) -> tuple[Model, Tokeniz
         recompute=run.recompute,
         distributed_optimizer=run.distributed_optimizer,
         overlap=run.overlap,
+        fp8=fp8_of(run, world.device),
     )
     load_hf(model, directory)
     return model, Tokenizer.load(directory)

@@ -9,12 +9,15 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
     dpo, rl = run.rollout_dpo, run.rlvr
     shares_gpu = run.rollout.placement == "colocated"
     zero1 = run.distributed_optimizer
+    recipe = "blockwise" if run.fp8_recipe == "auto" else run.fp8_recipe
+    fp8 = recipe if run.fp8 == "te" else "none"
     return {
         "midtrain": Workload(
             stage="midtrain",
             sequence_length=run.midtrain.sequence_length,
             rows_per_step=run.midtrain.rows_per_step,
             micro_rows=run.midtrain.micro_rows,
+            fp8=fp8,
             zero1=zero1,
         ),
         "sft": Workload(
@@ -22,6 +25,7 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
             sequence_length=run.sft.sequence_length,
             rows_per_step=run.sft.examples_per_step,
             micro_rows=run.sft.micro_examples,
+            fp8=fp8,
             zero1=zero1,
         ),
         # The reference's log-probs are computed once, before the first step: a forward, and no second model.
@@ -31,6 +35,7 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
             rows_per_step=2 * dpo.pairs_per_step,
             micro_rows=2 * dpo.micro_pairs,
             extra_forwards=1 / max(1.0, dpo.epochs),
+            fp8=fp8,
             zero1=zero1,
         ),
         "rlvr": Workload(
@@ -41,6 +46,7 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
             extra_forwards=1.0 if rl.kl_coef else 0.0,
             reference_model=rl.kl_coef > 0,
             rollout_sequences=run.rollout.max_batch if shares_gpu else 0,
+            fp8=fp8,
             zero1=zero1,
         ),
     }

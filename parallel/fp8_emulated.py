@@ -1,0 +1,156 @@
+"""FP8 linears without FP8 hardware: operands are rounded to FP8 values and multiplied in fp32
+
+    y = Q(x) Q(w)^T          x, w in e4m3
+    dx = Q(dy) Q(w)          dy in e5m2, whose range gradients need
+    dw = Q(dy)^T Q(x)
+
+Q(v) = cast(v / s) * s with s = max |v| / (largest FP8 value), clamped before the cast. Which elements share an s is
+the recipe's:
+
+    tensorwise   all of them; over the ranks of the tensor-parallel group, so that a layout changes nothing
+    blockwise    1 x 128 of an activation, along the dimension that is summed over; 128 x 128 of a weight
+    mxfp8        1 x 32 along the summed dimension, s a power of two (OCP Microscaling Formats 1.0)
+
+(Micikevicius et al., arXiv 2209.05433; blocks as DeepSeek-V3, arXiv 2412.19437, 3.3.) The numbers of a Transformer
+Engine linear with the same recipe, up to the order of sums; slower than fp32, so for numerics only.
+M rows, N output and K input features; letters of a suffix are the axes of a tensor.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor
+
+Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8"]
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+BLOCK, MX_BLOCK = 128, 32
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest FP8 values, in x's own dtype; beyond the largest, the largest (a bare cast would give NaN or inf)."""
+    return x.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype).to(x.dtype)
+
+
+def round_tensorwise(x: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Tensor:
+    """One scale for the whole tensor, and for its parts on the other ranks of `group`."""
+    largest = x.abs().amax()
+    if group is not None and group.size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    scale = _scale(largest, dtype)
+    return cast(x / scale, dtype) * scale
+
+
+def round_blocks(
+    x_RC: Tensor,  # (R, C)
+    dtype: torch.dtype,
+    rows: int,  # of a block
+    columns: int,
+    *,
+    power_of_two: bool = False,
+) -> Tensor:
+    """One scale per block; the blocks at the ends may be smaller."""
+    R, C = x_RC.shape
+    padded = torch.nn.functional.pad(x_RC, (0, -C % columns, 0, -R % rows))
+    blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
+    scale = _scale(blocks.abs().amax((1, 3), keepdim=True), dtype)
+    if power_of_two:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    return (cast(blocks / scale, dtype) * scale).view(padded.shape)[:R, :C]
+
+
+def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(largest > 0, largest / LARGEST[dtype], 1.0)
+
+
+def round_activation(
+    x_RC: Tensor, dtype: torch.dtype, recipe: Fp8Recipe, group: dist.ProcessGroup | None
+) -> Tensor:
+    """An activation or its gradient (R, C) for a product that sums over C."""
+    if recipe == "tensorwise":
+        return round_tensorwise(x_RC, dtype, group)
+    if recipe == "blockwise":
+        return round_blocks(x_RC, dtype, 1, BLOCK)
+    return round_blocks(x_RC, dtype, 1, MX_BLOCK, power_of_two=True)
+
+
+def round_weight(w_RC: Tensor, recipe: Fp8Recipe, group: dist.ProcessGroup | None) -> Tensor:
+    """A weight (R, C) for a product that sums over C."""
+    if recipe == "blockwise":
+        return round_blocks(w_RC, E4M3, BLOCK, BLOCK)
+    return round_activation(w_RC, E4M3, recipe, group)
+
+
+class _Product(torch.autograd.Function):
+    """(M, K), (N, K) -> (M, N)"""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_MK: Tensor, w_NK: Tensor, recipe: Fp8Recipe, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        ctx.save_for_backward(x_MK, w_NK)
+        ctx.recipe, ctx.group = recipe, group
+        return round_activation(x_MK, E4M3, recipe, group) @ round_weight(w_NK, recipe, group).T
+
+    @staticmethod
+    def backward(ctx: Any, dy_MN: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_MK, w_NK = ctx.saved_tensors
+        recipe, group = ctx.recipe, ctx.group
+        w_KN = round_weight(w_NK.T, recipe, group)
+        dx_MK = round_activation(dy_MN, E5M2, recipe, group) @ w_KN.T
+        dy_NM = round_activation(dy_MN.T, E5M2, recipe, group)
+        x_KM = round_activation(x_MK.T, E4M3, recipe, group)
+        return dx_MK, dy_NM @ x_KM.T, None, None
+
+
+def fp8_linear(
+    x: Tensor,  # (..., K)
+    weight_NK: Tensor,
+    recipe: Fp8Recipe,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """x W^T with FP8 operands, forward and backward; gradients for both. `group`: ranks that share one scale."""
+    y_MN = _Product.apply(x.reshape(-1, x.shape[-1]), weight_NK, recipe, group)
+    assert isinstance(y_MN, Tensor)
+    return y_MN.view(*x.shape[:-1], -1)
+
+
+def emulated(linear: type, recipe: Fp8Recipe) -> type:
+    """`linear` (one of the two below) with its recipe, as a class for a slot of Megatron's layer spec."""
+    return type(f"{linear.__name__}_{recipe}", (linear,), {"fp8_recipe": recipe})
+
+
+class Fp8ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
+    """Megatron's, with this rank's product in emulated FP8; see `emulated`."""
+
+    fp8_recipe: Fp8Recipe
+
+    def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        group = parallel_state.get_tensor_model_parallel_group()
+        if self.config.sequence_parallel:
+            x = gather_from_sequence_parallel_region(input_)
+        else:
+            x = copy_to_tensor_model_parallel_region(input_)
+        assert self.weight is not None and x is not None
+        return fp8_linear(x, self.weight, self.fp8_recipe, group), None
+
+
+class Fp8RowParallelLinear(tensor_parallel.RowParallelLinear):
+    """Megatron's, with this rank's product in emulated FP8."""
+
+    fp8_recipe: Fp8Recipe
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        group = parallel_state.get_tensor_model_parallel_group()
+        y = fp8_linear(input_, self.weight, self.fp8_recipe, group)
+        if self.config.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(y), None  # pyright: ignore[reportReturnType]
+        return reduce_from_tensor_model_parallel_region(y), None  # pyright: ignore[reportReturnType]
