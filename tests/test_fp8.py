@@ -142,8 +142,10 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def head(hidden: Tensor, weight: Tensor, batch: Any, *, group: Any) -> tuple[Tensor, Tensor, dict]:
-    loss = hidden.square().sum() * 1e-2
+def head(
+    hidden_MD: Tensor, weight_VD: Tensor, batch: Any, *, group: Any
+) -> tuple[Tensor, Tensor, dict]:
+    loss = hidden_MD.square().sum() * 1e-2
     return loss, torch.tensor(float(batch.num_tokens)), {}
 
 
@@ -172,9 +174,10 @@ def test_only_the_middle_layers_are_rounded(recipe: Fp8Recipe) -> None:
 def modules(layout: Layout) -> list[str]:
     world = initialize(layout, CONFIG)
     model = build_model(CONFIG, world, fp8=Fp8(recipe="blockwise", emulate=True))
-    return [
-        type(layer.mlp.linear_fc1).__name__ for gpt in model.gpts for layer in gpt.decoder.layers
-    ]  # pyright: ignore
+    linears = [
+        (n, m) for gpt in model.gpts for n, m in gpt.named_modules() if n.endswith("mlp.linear_fc1")
+    ]
+    return [type(module).__name__ for _, module in linears]
 
 
 def test_the_first_and_last_layer_of_the_whole_model_are_spared_on_every_stage() -> None:
