@@ -188,7 +188,7 @@ def test_the_first_and_last_layer_of_the_whole_model_are_spared_on_every_stage()
 
 def parts(size: int, recipe: Fp8Recipe, sequence_parallel: bool) -> list[tuple[Tensor, ...]]:
     """One column-parallel and one row-parallel product with whole inputs, of this rank's shards; gathered."""
-    group = dist.group.WORLD if size > 1 else None
+    group: Any = dist.group.WORLD if size > 1 else None
     rank = dist.get_rank() if size > 1 else 0
     g = torch.Generator().manual_seed(5)
     x, w, v = (torch.randn(n, generator=g) for n in ((64, 256), (512, 256), (256, 512)))
