@@ -134,7 +134,7 @@ class Fp8ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
     fp8_recipe: Fp8Recipe
 
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        group = parallel_state.get_tensor_model_parallel_group()
+        group: Any = parallel_state.get_tensor_model_parallel_group()
         if self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(input_)
         else:
@@ -149,7 +149,7 @@ class Fp8RowParallelLinear(tensor_parallel.RowParallelLinear):
     fp8_recipe: Fp8Recipe
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        group = parallel_state.get_tensor_model_parallel_group()
+        group: Any = parallel_state.get_tensor_model_parallel_group()
         y = fp8_linear(input_, self.weight, self.fp8_recipe, group)
         if self.config.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(y), None  # pyright: ignore[reportReturnType]
