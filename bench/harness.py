@@ -85,7 +85,7 @@ class Timing:
     """calls are repeated within a sample until it takes this long (CPU only)"""
 
 
-QUICK = Timing(min_rounds=3, max_rounds=3, seconds=0.0)
+QUICK = Timing(min_rounds=5, max_rounds=5, seconds=0.0)
 
 
 # --- one call --------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def percent_of_peak(case: Case, which: str, ms: float) -> float | None:
 
 # --- cases -----------------------------------------------------------------------------------------
 def run_case(case: Case, timing: Timing) -> list[Row]:
-    """One row per provider and pass."""
+    """One row per provider and pass; its `samples` are (milliseconds, CPU seconds), round by round."""
     errors = relative_errors(case)
     limit = ERROR_LIMITS[case.dtype]
     right = [p for p in case.providers if errors[p] <= case.error_limits.get(p, limit)]
@@ -287,6 +287,7 @@ def run_case(case: Case, timing: Timing) -> list[Row]:
             # JSON has no infinity; a result with a NaN has no finite error
             row["max_relative_error"] = errors[provider] if errors[provider] < torch.inf else None
             row["percent_of_peak"] = None if ms is None else percent_of_peak(case, which, ms)
+            row["samples"] = [list(sample) for sample in samples.get(provider, [])]
             rows.append(row)
     return rows
 

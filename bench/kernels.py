@@ -7,7 +7,6 @@ reads TRITON_INTERPRET when a kernel is decorated.
 
 import argparse
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from phimini.bench import rows
 from phimini.bench.harness import QUICK, Row, Timing, print_rows, run_case
 from phimini.bench.ops import bench_modules
 
@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="one shape, few rounds, no torch.compile"
     )
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument(
+        "--json", type=Path, help="write the rows here; timings as `bench compare` reads them"
+    )
     args = parser.parse_args(argv)
     if args.static and args.traffic:
         parser.error("--static and --traffic: one at a time")
@@ -60,7 +62,7 @@ def _time(ops: list[str], quick: bool, path: Path | None) -> int:
         torch.set_num_threads(1)
     timing = QUICK if quick else Timing()
     torch.manual_seed(0)
-    rows: list[Row] = []
+    results: list[Row] = []
     for module in bench_modules(ops):
         for case in module.timed_cases(device, quick):
             if quick:
@@ -69,11 +71,39 @@ def _time(ops: list[str], quick: bool, path: Path | None) -> int:
                 case = dataclasses.replace(case, providers=rest)
             new = run_case(case, timing)
             print_rows(case, new)
-            rows += new
+            results += new
     if path is not None:
-        path.write_text(json.dumps(rows, indent=1) + "\n")
-    wrong = [row for row in rows if row["provider"] == "phimini" and row["ms_p50"] is None]
+        rows.write(path, rows_of(results))
+    wrong = [row for row in results if row["provider"] == "phimini" and row["ms_p50"] is None]
     return 1 if wrong else 0
+
+
+def rows_of(results: list[Row]) -> list[rows.Row]:
+    """The results of `run_case` as comparable rows: ours is held to eager, in CPU time where there is no GPU."""
+    unit, clock = ("ms", 0) if torch.cuda.is_available() else ("cpu_ms", 1)
+    factor = {"ms": 1.0, "cpu_ms": 1e3}[unit]
+
+    def case_of(row: Row) -> dict[str, str | int | float | bool]:
+        return {k: row[k] for k in ("op", "pass", "dtype")} | row["shape"]
+
+    samples = {
+        (str(case_of(row)), row["provider"]): [factor * s[clock] for s in row["samples"]]
+        for row in results
+    }
+    made = []
+    for row in results:
+        case, provider = case_of(row), row["provider"]
+        mine = samples[str(case), provider]
+        reference = samples.get((str(case), "eager")) if provider == "phimini" and mine else None
+        made.append(
+            rows.measured(
+                bench="kernels", case=case, provider=provider, unit=unit, samples=mine, correct=bool(mine),
+                reference="eager" if reference else None, reference_samples=reference or (),
+                peak_bytes=row["peak_extra_bytes"], error=row["max_relative_error"],
+                info={k: row[k] for k in ("ms_p20", "ms_p50", "ms_p80", "percent_of_peak")},
+            )
+        )  # fmt: skip
+    return made
 
 
 if __name__ == "__main__":

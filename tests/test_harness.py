@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from phimini.bench import harness, kernels
+from phimini.bench import harness, kernels, rows
 from phimini.bench.harness import QUICK, Case, Timing, run_case
 
 COLUMNS = [
     "op", "provider", "pass", "shape", "dtype", "device", "ms_p20", "ms_p50", "ms_p80", "cpu_seconds",
-    "peak_extra_bytes", "max_relative_error", "percent_of_peak",
+    "peak_extra_bytes", "max_relative_error", "percent_of_peak", "samples",
 ]  # fmt: skip
 FAST = Timing(min_rounds=4, max_rounds=4, seconds=0.0)
 
@@ -164,12 +164,16 @@ def test_a_case_that_does_not_fit_is_refused() -> None:
 def test_the_command_times_an_op_and_writes_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    path = tmp_path / "rows.json"
+    path = tmp_path / "rows.jsonl"
     assert kernels.main(["swiglu", "--quick", "--json", str(path)]) == 0
-    rows = json.loads(path.read_text())
-    assert {row["provider"] for row in rows} >= {"phimini", "eager"}
-    assert all(list(row) == COLUMNS for row in rows)
-    assert all(math.isfinite(row["ms_p50"]) for row in rows)
-    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+    written = rows.read(path)
+    assert {row.provider for row in written} >= {"phimini", "eager"}
+    for row in written:
+        assert row.bench == "kernels" and row.correct and row.num_samples == QUICK.min_rounds
+        assert row.value is not None and row.value.p50 > 0 and row.error is not None
+        ours = row.provider == "phimini"
+        assert (row.reference == "eager" and row.ratio is not None) == ours
+        assert math.isfinite(row.info["ms_p50"])
+    assert len(capsys.readouterr().out.splitlines()) == len(written)
     with pytest.raises(ValueError, match="unknown op 'swigloo'; expected one of"):
         kernels.main(["swigloo"])
