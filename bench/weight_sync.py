@@ -15,15 +15,12 @@ import json
 import multiprocessing
 import statistics
 import sys
-import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from phimini.bench.memory import AllocationMeter
 from phimini.model.config import ModelConfig, preset
 from phimini.parallel.builder import build_model
 from phimini.parallel.launch import run_ranks
@@ -49,41 +46,6 @@ MID = dataclasses.replace(
     vocab_size=8192, short_factor=(1.0,) * 24, long_factor=tuple(1 + i / 8 for i in range(24)),
 )  # fmt: skip
 MODELS = {"tiny": preset("tiny"), "mid": MID, "phi-4-mini": preset("phi-4-mini")}
-
-
-class AllocationMeter(TorchDispatchMode):
-    """Counts the bytes of tensors that are made, and not yet gone, within the block; of this thread, on any device.
-
-    Exact where a resident set is noise: a tiny model's sync moves less than an allocator keeps for itself.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live_bytes = 0
-        self.peak_bytes = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        given = {id_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and id_of(t) not in given and id_of(t) not in self._known:
-                storage, key = t.untyped_storage(), id_of(t)
-                self._known.add(key)
-                self.live_bytes += storage.nbytes()
-                self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-                weakref.finalize(storage, self._freed, key, storage.nbytes())
-        return result
-
-    def _freed(self, key: int, num_bytes: int) -> None:
-        self._known.discard(key)
-        self.live_bytes -= num_bytes
-
-
-def id_of(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
 
 
 def main(argv: list[str] | None = None) -> int:

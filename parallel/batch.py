@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from phimini.parallel.timing import phase
+
 IGNORE = -100
 """target of a position that carries no loss"""
 
@@ -113,6 +115,7 @@ class PackedBatch:
         )
 
 
+@phase("data")
 def pack(documents: Sequence[Document], multiple_of: int = 1) -> PackedBatch:
     """Lays `documents` end to end.
 

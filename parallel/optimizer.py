@@ -11,6 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from phimini.parallel.builder import Model, only_known
 from phimini.parallel.nonfinite import raise_for_gradient
+from phimini.parallel.timing import phase
 from phimini.parallel.traps import refuse_unscheduled_decay
 
 Decay = Literal["cosine", "linear", "constant"]
@@ -80,10 +81,12 @@ class Optimizer:
         self.megatron = megatron
         self.scheduler = scheduler
 
+    @phase("optimizer")
     def zero_grad(self) -> None:
         self.model.zero_grad()
         self.megatron.zero_grad()
 
+    @phase("optimizer")
     @torch.no_grad()
     def step(self) -> StepInfo:
         """One update. Raises NonFiniteError on every rank, before any weight changes, if the gradient is not finite."""

@@ -17,6 +17,7 @@ from phimini.parallel.attention import PackedDocuments, packed_documents
 from phimini.parallel.batch import IGNORE, PackedBatch
 from phimini.parallel.builder import Model
 from phimini.parallel.context import spans_of_rank
+from phimini.parallel.timing import phase
 
 
 @dataclass(slots=True)
@@ -66,12 +67,13 @@ def run_schedule(
             batch = _one_token() if fills_up else microbatches[index]
             prepared[index] = _prepare(model, batch, longest)
         p = prepared[index]
-        hidden = chunk(p.input_ids_1T, None, None, packed_seq_params=p.documents)
+        with phase("forward"):
+            hidden = chunk(p.input_ids_1T, None, None, packed_seq_params=p.documents)
         if on_output is not None and not fills_up:
             on_output(index, p, list(model.chunks).index(chunk), hidden)
         if not several:
             del prepared[index]
-        return hidden, _no_loss if fills_up else partial(on_hidden, index, p)
+        return hidden, _no_loss if fills_up else phase("head")(partial(on_hidden, index, p))
 
     iterators = [iter(range(number)) for _ in model.chunks]
     get_forward_backward_func()(
@@ -102,6 +104,7 @@ def _no_loss(hidden_TD: Tensor, **_: Any) -> tuple[Tensor, Tensor, dict]:
     return hidden_TD.sum() * 0, torch.zeros((), dtype=torch.int32, device=hidden_TD.device), {}
 
 
+@phase("data")
 def _prepare(model: Model, batch: PackedBatch, longest: int) -> Prepared:
     """Pads with one dummy document: to the layout's multiple and, between pipeline stages, to the longest of the step.
 

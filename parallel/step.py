@@ -13,10 +13,13 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
+from phimini.model.flops import training_flops
 from phimini.parallel.batch import PackedBatch
 from phimini.parallel.builder import Model
 from phimini.parallel.nonfinite import raise_for_loss
 from phimini.parallel.schedule import Prepared, from_last_stage, run_schedule
+from phimini.parallel.timing import count as count_work
+from phimini.parallel.timing import phase, recording
 
 
 class Head(Protocol):
@@ -74,13 +77,16 @@ def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: He
 
     def finalize(chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
         # Megatron counts tokens in int32; ours may be any number, e.g. documents or weights.
-        for _, c, _ in collected:
-            count.add_(c.to(count))
-        finalize_model_grads(chunks, count, **kwargs)
+        with phase("communication"):
+            for _, c, _ in collected:
+                count.add_(c.to(count))
+            finalize_model_grads(chunks, count, **kwargs)
 
     model.transformer_config.finalize_model_grads_func = finalize
     model.latest_step = microbatches, loss
-    run_schedule(model, microbatches, loss, forward_only=False)
+    with phase("backward"):  # what is not another phase's within
+        run_schedule(model, microbatches, loss, forward_only=False)
+    _count_work(model, microbatches)
     result = _reduce(model, collected, count)
     if not math.isfinite(result.loss_sum):
         raise_for_loss(model, microbatches, [loss for loss, _, _ in collected])
@@ -113,10 +119,20 @@ def forward_only(
         results.append(result)
         rows.append(batch.rows)
 
-    run_schedule(model, microbatches, collect, forward_only=True)
+    with phase("forward"):
+        run_schedule(model, microbatches, collect, forward_only=True)
     if model.world.layout.context > 1:
         results = _over_context_ranks(model, microbatches, rows, results)
     return from_last_stage(model, results)
+
+
+def _count_work(model: Model, microbatches: Sequence[PackedBatch]) -> None:
+    if recording():
+        for batch in microbatches:
+            trained = int((batch.targets_T >= 0).sum())
+            count_work("tokens", batch.num_tokens)
+            count_work("trained_tokens", trained)
+            count_work("flops", training_flops(model.config, batch.cu_seqlens, trained))
 
 
 def _over_context_ranks(
@@ -148,6 +164,7 @@ def _over_context_ranks(
     return [merge(i, [part[i] for _, part in parts]) for i in range(len(results))]
 
 
+@phase("communication")
 def _reduce(model: Model, collected: list[_HeadResult], count: Tensor) -> StepMetrics:
     """Sums over micro-batches and data ranks, then tells the earlier pipeline stages."""
     world = model.world

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, SupportsFloat
 
+from phimini.parallel.timing import step_done
 from phimini.stages.jsonl import Row, dump, write_rows
 
 _RECENT_STEPS = 20
@@ -96,6 +97,7 @@ class MetricsLog:
         self._bar.advance(step + 1, tokens)
         # From before the row was written: that time is part of the next step.
         self._since += seconds
+        step_done()
 
     def _append(self, row: Row) -> None:
         assert self._file is not None, "the file is opened by the first write"

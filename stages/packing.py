@@ -13,6 +13,7 @@ from itertools import accumulate
 from phimini.model.config import ModelConfig
 from phimini.model.flops import forward_flops
 from phimini.parallel.batch import IGNORE, Document
+from phimini.parallel.timing import phase
 from phimini.stages.seeds import derive
 
 
@@ -88,6 +89,7 @@ def flops_of(lengths: Sequence[int], config: ModelConfig) -> int:
     return forward_flops(config, list(accumulate(lengths, initial=0)))
 
 
+@phase("data")
 def deal(examples: Sequence[Example], config: ModelConfig, num_shares: int) -> list[list[Example]]:
     """Shares of equal count and nearly equal FLOPs, each sorted by length, longest first."""
     costs = [flops_of([len(example)], config) for example in examples]
@@ -110,6 +112,7 @@ class EpochSampler:
         """The last, incomplete batch of an epoch joins the next epoch's first items."""
         return max(1, self.num_items // self.batch_size)
 
+    @phase("data")
     def batch(self, step: int) -> list[int]:
         first = step * self.batch_size
         wanted = range(first, first + self.batch_size)
@@ -135,5 +138,6 @@ def parts(items: Sequence, number: int) -> list[list]:
     return [list(items[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
+@phase("data")
 def documents(examples: Sequence[Example]) -> list[Document]:
     return [Document(tokens=example.inputs, targets=example.targets) for example in examples]

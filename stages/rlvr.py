@@ -25,6 +25,7 @@ from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import Document, PackedBatch, pack
 from phimini.parallel.builder import Model
 from phimini.parallel.step import forward_backward, forward_only
+from phimini.parallel.timing import phase
 from phimini.parallel.world import World
 from phimini.stages.config import RlvrConfig, RunConfig
 from phimini.stages.distill import PROBLEM_FIELDS
@@ -119,7 +120,8 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
             if len(chosen) < config.min_rollouts:
                 state["waiting"] = [dataclasses.asdict(rollout) for rollout in chosen]
             else:
-                engine.rest()
+                with phase("sync"):
+                    engine.rest()
                 optimizer.zero_grad()
                 microbatches = rollout_batches(chosen, model, config)
                 if frozen is not None:
@@ -133,7 +135,8 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
                 info = optimizer.step()
                 if ahead is not None and not run.rollout.partial:
                     ahead.result()  # its answers are of one set of weights
-                engine.sync(model)
+                with phase("sync"):
+                    engine.sync(model)
                 state["tokens"] += sum(map(len, chosen))
                 rows = metrics.metrics.pop("rows")
                 row |= {name: total / rows for name, total in metrics.metrics.items()}
@@ -226,6 +229,7 @@ def choose(groups: list[list[Rollout]], config: RlvrConfig, seed: int) -> list[R
     return chosen
 
 
+@phase("data")
 def rollout_batches(rollouts: list[Rollout], model: Model, config: RlvrConfig) -> list[PackedBatch]:
     """This rank's micro-batches; the same number on each rank, shares of nearly equal FLOPs."""
     world, version = model.world, model.num_updates

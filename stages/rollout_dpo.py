@@ -24,6 +24,7 @@ from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import Document, PackedBatch, pack
 from phimini.parallel.builder import Model
 from phimini.parallel.step import StepMetrics, forward_backward, forward_only
+from phimini.parallel.timing import phase
 from phimini.parallel.world import World
 from phimini.stages.config import RolloutDpoConfig, RunConfig
 from phimini.stages.distill import PROBLEM_FIELDS
@@ -204,6 +205,7 @@ def read_pairs(path: Path, tokenizer: Tokenizer, template: TemplateName) -> list
     return pairs
 
 
+@phase("data")
 def pair_batch(pairs: Sequence[Pair], reference_P2: Tensor, world: World) -> PackedBatch:
     """Documents chosen, rejected, chosen, rejected, ...; `sequence` says of each position which one it is in."""
     pieces = [

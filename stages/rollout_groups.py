@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from phimini.model.chat import encode_prompt
 from phimini.model.sampler import SamplingParams
 from phimini.model.tokenizer import Tokenizer
+from phimini.parallel.timing import count, phase
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig
 from phimini.stages.remedies import is_hard
@@ -63,6 +64,7 @@ class Sampler:
             for id, p in problems.items()
         }
 
+    @phase("rollout")
     def sample(
         self,
         asked: list[tuple[str, int]],
@@ -81,6 +83,8 @@ class Sampler:
         completions = self.engine.generate_groups(
             [self.prompts[id] for id, _ in asked], params, seeds, [id for id, _ in asked], wanted
         )
+        count("samples", sum(c is not None for c in completions))
+        count("sampled_tokens", sum(len(c.tokens) for c in completions if c is not None))
         return [
             Rollout(
                 id=f"{purpose}/{step}/{id}/{k}",
@@ -123,6 +127,7 @@ class Sampler:
         return list(groups.values())
 
 
+@phase("verify")
 def reward(response: str, finish_reason: str, problem: dict) -> float:
     """+1 for a response that ended by itself with the right answer, -1 for any other."""
     return 1.0 if finish_reason == "stop" and verify(response, problem["answer"]) else -1.0

@@ -9,7 +9,7 @@ import torch
 from fake_engine import FakeEngine
 from torch import Tensor
 
-from phimini.bench.weight_sync import AllocationMeter
+from phimini.bench.memory import AllocationMeter
 from phimini.model.config import ModelConfig
 from phimini.parallel.builder import Model, build_model
 from phimini.parallel.launch import RankFailure, run_ranks

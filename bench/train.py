@@ -1,0 +1,420 @@
+"""`phimini bench train [midtrain|sft|dpo|rlvr ...] [--run DIR] [--steps N] [--quick] [--profile DIR] [--json PATH] [key=value ...]`.
+
+Runs the stages themselves for a few steps and prints where their time went: the marks of `parallel/timing.py` are in
+the code that every run uses. Layout and sizes are the recipe's fields, e.g. `processes=2 tensor_parallel=2`; under
+torchrun each rank takes part. Without `--run` the stages start from a new model, whose answers in stage 4 get a coin
+for a reward (after the verifier's real work); with it, from the models of a finished run, which is only read.
+
+Convention: FLOPs as in `model/flops.py` (multiply-add is 2, causal attention within the real documents, recomputation
+and rollouts not counted), over all of a step but rollout, verify and sync. MFU is against the device's dense bf16 peak,
+whatever the precision, and is left out for a device without an entry; on a CPU the yardstick is an fp32 matrix product
+of 1024, measured between the steps. Seconds are wall time on a GPU (the marks wait for it) and the ranks' CPU time on
+a CPU. Peak memory: torch's allocator on a GPU; on a CPU what one step allocates beyond weights and optimizer.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phimini.bench.harness import PEAKS
+from phimini.bench.memory import AllocationMeter, peak_rss_bytes
+from phimini.bench.rows import Row, environment, measured, write
+from phimini.parallel.launch import run_ranks
+from phimini.parallel.layout import Layout
+from phimini.parallel.timing import PHASES, Recorder, Step
+from phimini.parallel.world import World, initialize
+from phimini.stages import rollout_groups
+from phimini.stages.cli import model_config
+from phimini.stages.config import RunConfig, override
+from phimini.stages.jsonl import write_json
+from phimini.stages.recipe import DATA, TRAINING
+from phimini.stages.recipes import recipe_config
+from phimini.stages.seeds import derive
+from phimini.stages.stage import INPUTS
+
+STAGES = {"midtrain": "midtrain", "sft": "sft", "dpo": "rollout_dpo", "rlvr": "rlvr"}
+WARM_UP = 3
+"""steps before the first that counts"""
+STEPS = {"midtrain": 40, "sft": 20, "dpo": 16, "rlvr": 6}
+QUICK_STEPS = {"midtrain": 6, "sft": 4, "dpo": 4, "rlvr": 2}
+QUICK = ["rlvr.prompts_per_step=8", "rlvr.probe_prompts=16", "rlvr.max_new_tokens=48", "rlvr.min_rollouts=8"]  # fmt: skip
+SMALL_DATA = [
+    "distill.num_problems=600", "distill.num_prompts=300", "distill.num_heldout=24", "distill.num_validation=24",
+    "curate.sft_examples=600", "rlvr.probe_prompts=128",
+]  # fmt: skip
+TRAINING_PHASES = tuple(p for p in PHASES if p not in ("rollout", "verify", "sync"))
+ESSENTIAL = ("rollout", "forward", "head", "backward", "optimizer", "verify", "sync")
+"""a step's purpose; the head is the end of the forward and the start of the backward pass"""
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+
+
+@dataclass(frozen=True, slots=True)
+class RankResult:
+    """What one rank measured."""
+
+    steps: list[Step]
+    """those that count"""
+    gemm_flops: list[float]
+    """FLOP/s of a matrix product, after each of them"""
+    peak_bytes: int
+    peak_rss_bytes: int | None
+    model_size: int
+    """ranks that compute the same tokens"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="phimini bench train", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("words", nargs="*", metavar="stage | key=value")
+    parser.add_argument("--run", type=Path, help="start from the models of this finished run")
+    parser.add_argument("--steps", type=int, help="steps that count; default: by stage")
+    parser.add_argument("--quick", action="store_true", help="few steps, few rollouts")
+    parser.add_argument("--profile", type=Path, help="write a trace of two steps into this folder")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    args = parser.parse_args(argv)
+    assignments = [word for word in args.words if "=" in word]
+    stages = [word for word in args.words if "=" not in word] or list(STAGES)
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        parser.error(f"{unknown[0]}: expected one of {', '.join(STAGES)}, or key=value")
+    rows = []
+    for stage in stages:
+        rows.append(bench(stage, assignments, args.run, args.steps, args.quick, args.profile))
+        if os.environ.get("RANK", "0") == "0":
+            print(describe(rows[-1]), flush=True)
+    if args.json is not None and os.environ.get("RANK", "0") == "0":
+        write(args.json, rows)
+    return 0 if all(row.correct for row in rows) else 1
+
+
+def bench(
+    stage: str,
+    assignments: list[str],
+    source: Path | None = None,
+    steps: int | None = None,
+    quick: bool = False,
+    profile: Path | None = None,
+) -> Row:
+    """Times one stage of the tiny recipe with `assignments`."""
+    num_steps = steps or (QUICK_STEPS if quick else STEPS)[stage]
+    total = (
+        WARM_UP + num_steps + 4
+    )  # one under the meter, two under the profiler, the last one validates
+    with _shared_folder() as folder:
+        settings = ["processes=1", *(SMALL_DATA if source is None else []), *(QUICK if quick else [])]  # fmt: skip
+        run = override(recipe_config("tiny"), [*settings, *assignments, f"out={folder}"])
+        if os.environ.get("RANK", "0") == "0":
+            prepare(run, STAGES[stage], source)
+        return _launch(
+            measure_stage, run, stage, total, num_steps, profile, source is None and stage == "rlvr"
+        )
+
+
+def _launch(fn: Callable[..., Row], run: RunConfig, *args: Any) -> Row:
+    if "RANK" in os.environ:
+        return fn(run, *args)
+    return run_ranks(fn, run.processes, run, *args)[0]
+
+
+@contextlib.contextmanager
+def _shared_folder() -> Iterator[Path]:
+    """A temporary folder; under torchrun one that all ranks of the machine know, by the job's port."""
+    if "RANK" not in os.environ:
+        with tempfile.TemporaryDirectory(prefix="phimini-bench-") as folder:
+            yield Path(folder)
+        return
+    folder = Path(tempfile.gettempdir()) / f"phimini-bench-{os.environ['MASTER_PORT']}"
+    yield folder
+    if os.environ["RANK"] == "0":
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepare(run: RunConfig, stage: str, source: Path | None) -> None:
+    """Gives `stage` its inputs: small data and a new model, or links to a finished run's."""
+    out = Path(run.out)
+    out.mkdir(parents=True, exist_ok=True)
+    needed = {"distill", "curate", "base", *INPUTS[stage]}
+    if source is not None:
+        for name in sorted(needed):
+            if not (source / name / "summary.json").exists():
+                raise ValueError(f"--run {source}: expected a finished stage {name}, found none")
+            (out / name).symlink_to((source / name).resolve())
+        return
+    for name, make in DATA.items():
+        if not (out / name).exists():
+            with contextlib.redirect_stdout(sys.stderr):
+                make(run)
+    for name in sorted(needed - DATA.keys()):
+        (out / name).mkdir()
+        (out / name / "model").symlink_to((out / "base" / "model").resolve())
+        write_json(out / name / "summary.json", {"id": name})
+
+
+def _for_steps(run: RunConfig, stage: str, total: int) -> RunConfig:
+    """`run` with exactly `total` steps of `stage`, and no validation or checkpoint among them."""
+    never = 10**9
+    settings = [f"{STAGES[stage]}.checkpoint_every={never}"]
+    lines = lambda name: len((Path(run.out) / "curate" / name).read_text().splitlines())
+    if stage in ("midtrain", "sft"):
+        settings.append(f"{stage}.validate_every={never}")
+    if stage == "sft":
+        epochs = (total - 0.5) * run.sft.examples_per_step / lines("sft.jsonl")
+        settings.append(f"sft.epochs={epochs}")
+    elif stage == "dpo":
+        epochs = (total + 0.5) * run.rollout_dpo.pairs_per_step / lines("pairs.jsonl")
+        settings += [f"rollout_dpo.epochs={epochs}", "rollout_dpo.pairs=teacher"]
+    else:
+        settings.append(f"{stage}.steps={total}")
+    return override(run, settings)
+
+
+def measure_stage(
+    run: RunConfig, stage: str, total: int, num_steps: int, profile: Path | None, coin: bool
+) -> Row:
+    """One rank: runs the stage, and gives all ranks' row."""
+    run = _for_steps(run, stage, total)
+    layout = Layout(
+        tensor=run.tensor_parallel,
+        pipeline=run.pipeline_parallel,
+        virtual_pipeline=run.virtual_pipeline,
+        context=run.context_parallel,
+        sequence_parallel=run.sequence_parallel,
+    )
+    world = initialize(layout, model_config(run), seed=run.seed)
+    watcher = _Watcher(world, stage, num_steps, profile)
+    with _coin_rewards(coin), Recorder(world.device, watcher.after_step) as recorder:
+        # Everybody prints what the stages print; the bench's own lines are all that should be seen.
+        with contextlib.redirect_stdout(open(os.devnull, "w")):
+            TRAINING[STAGES[stage]](run, world)
+    # Uncounted: warm-up, the metered and the profiled steps, and the last one, which validates.
+    steps = recorder.steps[WARM_UP : WARM_UP + num_steps]
+    mine = RankResult(
+        steps, watcher.gemm_flops, watcher.peak_bytes(), peak_rss_bytes(), world.layout.model_size
+    )
+    ranks = world.all_gather_objects(mine)
+    logged = [
+        json.loads(line)
+        for line in (Path(run.out) / STAGES[stage] / "metrics.jsonl").read_text().splitlines()
+    ]
+    trained = [row for row in logged if "loss" in row]
+    reward = "coin" if coin else "verified"
+    row = make_row(run, stage, world, ranks, trained, reward if stage == "rlvr" else None)
+    world.barrier()
+    world.close()
+    return row
+
+
+class _Watcher:
+    """Works between steps: the yardstick, the memory of one step, the trace of two."""
+
+    def __init__(self, world: World, stage: str, num_steps: int, profile: Path | None) -> None:
+        self.gemm_flops: list[float] = []
+        self._device, self._world, self._stage = world.device, world, stage
+        self._last = WARM_UP + num_steps
+        self._profile = profile
+        self._meter = AllocationMeter()
+        self._profiler: Any = None
+        size = GEMM_SIZE[world.device.type]
+        dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
+        self._factors = [torch.randn(size, size, device=world.device, dtype=dtype) for _ in "ab"]
+
+    def after_step(self, done: int) -> None:
+        cuda = self._device.type == "cuda"
+        if done == WARM_UP and cuda:
+            torch.cuda.reset_peak_memory_stats()
+        if WARM_UP < done <= self._last:
+            self.gemm_flops.append(gemm_flops(*self._factors))
+        if not cuda and done == self._last:
+            self._meter.__enter__()
+        if not cuda and done == self._last + 1:
+            self._meter.__exit__(None, None, None)
+        if self._profile is not None and done == self._last + 1:
+            self._profiler = torch.profiler.profile(record_shapes=True)
+            self._profiler.start()
+        if self._profiler is not None and done == self._last + 3:
+            self._profiler.stop()
+            assert self._profile is not None
+            self._profile.mkdir(parents=True, exist_ok=True)
+            path = self._profile / f"{self._stage}-rank{self._world.rank}.trace.json.gz"
+            self._profiler.export_chrome_trace(str(path))
+            print(f"trace: {path}", file=sys.stderr, flush=True)
+            self._profiler = None
+
+    def peak_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return self._meter.peak_bytes
+
+
+def gemm_flops(a: torch.Tensor, b: torch.Tensor) -> float:
+    """FLOP/s of a @ b, over this process's CPU time on a CPU, over wall time on a GPU."""
+    cuda = a.device.type == "cuda"
+    clock = time.perf_counter if cuda else time.process_time
+    if cuda:
+        torch.cuda.synchronize()
+    began = clock()
+    torch.mm(a, b)
+    if cuda:
+        torch.cuda.synchronize()
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1] / (clock() - began)
+
+
+@contextlib.contextmanager
+def _coin_rewards(on: bool) -> Iterator[None]:
+    """A new model's answers are all wrong and would train nothing: the verifier works, a coin decides."""
+    real = rollout_groups.reward
+
+    def reward(response: str, finish_reason: str, problem: dict) -> float:
+        real(response, finish_reason, problem)
+        return 1.0 if derive(0, "coin", response, problem["id"]) % 3 == 0 else -1.0
+
+    if on:
+        rollout_groups.reward = reward
+    try:
+        yield
+    finally:
+        rollout_groups.reward = real
+
+
+# --- rows ------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class JobStep:
+    """One step over all ranks."""
+
+    seconds: dict[str, float]
+    """by phase; CPU time summed over ranks, or the ranks' mean wall time on a GPU"""
+    counts: dict[str, float]
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def training_s(self) -> float:
+        return sum(self.seconds[p] for p in TRAINING_PHASES)
+
+
+def job_steps(ranks: list[RankResult], cuda: bool) -> list[JobStep]:
+    """Rank by rank into whole steps; what the ranks of a replica all count is counted once."""
+    steps = []
+    for of_ranks in zip(*(rank.steps for rank in ranks), strict=True):
+        clocks = [step.wall_s if cuda else step.cpu_s for step in of_ranks]
+        share = len(ranks) if cuda else 1
+        seconds = {p: sum(clock[p] for clock in clocks) / share for p in PHASES}
+        counts = {name: sum(step.counts[name] for step in of_ranks) / ranks[0].model_size
+                  for name in ("tokens", "trained_tokens", "flops")}  # fmt: skip
+        counts |= {name: float(of_ranks[0].counts[name]) for name in ("samples", "sampled_tokens")}
+        steps.append(JobStep(seconds, counts))
+    return steps
+
+
+def make_row(
+    run: RunConfig, stage: str, world: World, ranks: list[RankResult], log: list[dict], reward: str | None
+) -> Row:  # fmt: skip
+    cuda = world.device.type == "cuda"
+    steps = [step for step in job_steps(ranks, cuda) if step.counts["tokens"]]
+    if not steps:
+        raise ValueError(f"bench train {stage}: no step trained on anything; take more --steps")
+    gemms = [statistics.median(flops) for flops in zip(*(r.gemm_flops for r in ranks), strict=True)]
+    gemm = statistics.median(gemms)
+    # On a GPU the step's seconds are all ranks' at once, and so are the GPUs' FLOPs.
+    yardstick = gemm * (len(ranks) if cuda else 1)
+    if stage == "rlvr":
+        unit, work = "samples/cpu_s", [s.counts["samples"] for s in steps]
+        machine = [yardstick / 1e9 for _ in steps]
+    else:
+        unit, work = "tokens/cpu_s", [s.counts["tokens"] for s in steps]
+        machine = [yardstick / (s.counts["flops"] / s.counts["tokens"]) for s in steps]
+    if cuda:
+        unit = unit.replace("cpu_s", "s")
+    wrong = [row for row in log if row["loss"] is None or row["grad_norm"] is None]
+    samples = [amount / step.total_s for amount, step in zip(work, steps, strict=True)]
+    whole = {p: sum(s.seconds[p] for s in steps) for p in PHASES}
+    total = sum(whole.values())
+    flops = [s.counts["flops"] / s.training_s / (len(ranks) if cuda else 1) for s in steps]
+    achieved = statistics.median(flops)
+    device = torch.cuda.get_device_name() if cuda else environment().device
+    peak = PEAKS.get(device, (None,))[0]
+    peak_rss = [r.peak_rss_bytes for r in ranks if r.peak_rss_bytes is not None]
+    layout = {k: v for k, v in dataclasses.asdict(world.layout).items() if v not in (1, False)}
+    return measured(
+        bench="train",
+        case={"stage": stage, "model": run.model, "ranks": len(ranks)}
+        | layout
+        | ({"reward": reward} if reward else {})
+        | {"tokens": _size_of_step(run, stage)},
+        provider="phimini",
+        unit=unit,
+        samples=[] if wrong else samples,
+        correct=not wrong,
+        reference="gemm",
+        reference_samples=[] if wrong else machine,
+        peak_bytes=max(r.peak_bytes for r in ranks),
+        info={
+            "steps": len(steps),
+            "share": {p: whole[p] / total for p in PHASES if whole[p]},
+            "step_seconds": statistics.median(s.total_s for s in steps),
+            "essential_share": sum(whole[p] for p in ESSENTIAL) / total,
+            "flops_per_second": achieved,
+            "gemm_flops_per_second": gemm,
+            "gemm_share": achieved / gemm,
+            "mfu": None if peak is None else achieved / peak,
+            "tokens_per_step": statistics.median(s.counts["tokens"] for s in steps),
+            "sampled_tokens_per_step": statistics.median(s.counts["sampled_tokens"] for s in steps),
+            "peak_rss_bytes": max(peak_rss) if peak_rss else None,
+            "first_loss": log[0]["loss"],
+        },
+    )
+
+
+def _size_of_step(run: RunConfig, stage: str) -> str:
+    """The settings that decide how much a step is."""
+    if stage == "midtrain":
+        return f"{run.midtrain.rows_per_step}x{run.midtrain.sequence_length}"
+    if stage == "sft":
+        return f"{run.sft.examples_per_step} examples"
+    if stage == "dpo":
+        return f"{run.rollout_dpo.pairs_per_step} pairs"
+    return f"{run.rlvr.prompts_per_step}x{run.rlvr.rollouts_per_prompt}, to {run.rlvr.max_new_tokens}"  # fmt: skip
+
+
+def describe(row: Row) -> str:
+    name = f"{row.case['stage']} ({', '.join(f'{k} {v}' for k, v in row.case.items() if k != 'stage')})"
+    if row.value is None:
+        return f"{name}: WRONG, not timed: a loss or a gradient norm was not finite"
+    info = row.info
+    shares = "  ".join(f"{p} {100 * s:.1f}" for p, s in info["share"].items())
+    seconds = "CPU s" if "cpu" in row.unit else "s"
+    measured_against = (
+        f"MFU {100 * info['mfu']:.1f} % of dense bf16"
+        if info["mfu"] is not None
+        else f"{100 * info['gemm_share']:.1f} % of a measured matrix product's {info['gemm_flops_per_second'] / 1e9:.0f}"
+    )
+    rss = "" if info["peak_rss_bytes"] is None else f", peak RSS {info['peak_rss_bytes'] / 2**20:.0f} MiB"  # fmt: skip
+    return (
+        f"{name}\n"
+        f"  {row.value.p50:,.0f} {row.unit} ({row.value.p20:,.0f} to {row.value.p80:,.0f}; {info['steps']} steps of "
+        f"{info['step_seconds']:.3f} {seconds}, {info['tokens_per_step']:,.0f} trained-on tokens)\n"
+        f"  % of the step: {shares}; outside its purpose {100 * (1 - info['essential_share']):.1f}\n"
+        f"  {info['flops_per_second'] / 1e9:.1f} model GFLOP/s, {measured_against} "
+        "(causal half, no recomputation, rollout, verify and sync left out)\n"
+        f"  peak of a step {(row.peak_bytes or 0) / 2**20:.1f} MiB{rss}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
