@@ -5,6 +5,7 @@ phimini bench compare [BASE] NEW
 phimini bench bless NEW --reason TEXT
 phimini bench golden [--layouts 1,tp2]
 phimini bench rollout|weight-sync [--quick] [--json PATH]
+phimini bench train [midtrain|sft|dpo|rlvr ...] [--run DIR] [--profile DIR] [--quick] [--json PATH] [key=value ...]
 phimini bench ladder [RUN ...]
 """
 
@@ -21,6 +22,7 @@ BENCHES = {
     "golden": "phimini.bench.golden",
     "ladder": "phimini.bench.ladder",
     "rollout": "phimini.bench.rollout",
+    "train": "phimini.bench.train",
     "weight-sync": "phimini.bench.weight_sync",
 }
 

@@ -1,4 +1,6 @@
-"""`phimini bench train [midtrain|sft|dpo|rlvr ...] [--run DIR] [--steps N] [--quick] [--profile DIR] [--json PATH] [key=value ...]`.
+"""`phimini bench train [STAGE ...]`: a training step of the real stages: its speed, where its time goes, its memory
+
+    phimini bench train [midtrain|sft|dpo|rlvr ...] [--run DIR] [--steps N] [--quick] [--profile DIR] [--json PATH] [key=value ...]
 
 Runs the stages themselves for a few steps and prints where their time went: the marks of `parallel/timing.py` are in
 the code that every run uses. Layout and sizes are the recipe's fields, e.g. `processes=2 tensor_parallel=2`; under
@@ -9,32 +11,32 @@ Convention: FLOPs as in `model/flops.py` (multiply-add is 2, causal attention wi
 and rollouts not counted), over all of a step but rollout, verify and sync. MFU is against the device's dense bf16 peak,
 whatever the precision, and is left out for a device without an entry; on a CPU the yardstick is an fp32 matrix product
 of 1024, measured between the steps. Seconds are wall time on a GPU (the marks wait for it) and the ranks' CPU time on
-a CPU. Peak memory: torch's allocator on a GPU; on a CPU what one step allocates beyond weights and optimizer.
+a CPU. On a GPU, waiting undoes overlap: half of the steps are marked, for the shares, and half are not, for the
+speed. Peak memory: torch's allocator on a GPU; on a CPU what one step allocates beyond weights and optimizer.
 """
 
 import argparse
 import contextlib
-import dataclasses
+import inspect
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from phimini.bench.harness import PEAKS
 from phimini.bench.memory import AllocationMeter, peak_rss_bytes
-from phimini.bench.rows import Row, environment, measured, write
+from phimini.bench.rows import Row, write
+from phimini.bench.train_rows import RankResult, describe, make_row
 from phimini.parallel.launch import run_ranks
 from phimini.parallel.layout import Layout
-from phimini.parallel.timing import PHASES, Recorder, Step
+from phimini.parallel.timing import Recorder, phase
 from phimini.parallel.world import World, initialize
 from phimini.stages import rollout_groups
 from phimini.stages.cli import model_config
@@ -49,30 +51,18 @@ STAGES = {"midtrain": "midtrain", "sft": "sft", "dpo": "rollout_dpo", "rlvr": "r
 WARM_UP = 3
 """steps before the first that counts"""
 STEPS = {"midtrain": 40, "sft": 20, "dpo": 16, "rlvr": 6}
-QUICK_STEPS = {"midtrain": 6, "sft": 4, "dpo": 4, "rlvr": 2}
+QUICK_STEPS = {"midtrain": 8, "sft": 5, "dpo": 5, "rlvr": 5}
 QUICK = ["rlvr.prompts_per_step=8", "rlvr.probe_prompts=16", "rlvr.max_new_tokens=48", "rlvr.min_rollouts=8"]  # fmt: skip
 SMALL_DATA = [
     "distill.num_problems=600", "distill.num_prompts=300", "distill.num_heldout=24", "distill.num_validation=24",
     "curate.sft_examples=600", "rlvr.probe_prompts=128",
 ]  # fmt: skip
-TRAINING_PHASES = tuple(p for p in PHASES if p not in ("rollout", "verify", "sync"))
-ESSENTIAL = ("rollout", "forward", "head", "backward", "optimizer", "verify", "sync")
-"""a step's purpose; the head is the end of the forward and the start of the backward pass"""
+COLLECTIVES = (
+    "allreduce", "allreduce_coalesced", "allgather", "_allgather_base", "allgather_into_tensor_coalesced",
+    "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced", "broadcast", "reduce", "gather",
+    "scatter", "alltoall", "alltoall_base", "send", "recv", "barrier",
+)  # fmt: skip
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
-
-
-@dataclass(frozen=True, slots=True)
-class RankResult:
-    """What one rank measured."""
-
-    steps: list[Step]
-    """those that count"""
-    gemm_flops: list[float]
-    """FLOP/s of a matrix product, after each of them"""
-    peak_bytes: int
-    peak_rss_bytes: int | None
-    model_size: int
-    """ranks that compute the same tokens"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,14 +186,21 @@ def measure_stage(
     )
     world = initialize(layout, model_config(run), seed=run.seed)
     watcher = _Watcher(world, stage, num_steps, profile)
-    with _coin_rewards(coin), Recorder(world.device, watcher.after_step) as recorder:
+    recorder = Recorder(world.device, lambda done: watcher.after_step(done, recorder))
+    with _coin_rewards(coin), timed_collectives(), recorder:
         # Everybody prints what the stages print; the bench's own lines are all that should be seen.
         with contextlib.redirect_stdout(open(os.devnull, "w")):
             TRAINING[STAGES[stage]](run, world)
     # Uncounted: warm-up, the metered and the profiled steps, and the last one, which validates.
     steps = recorder.steps[WARM_UP : WARM_UP + num_steps]
+    unmarked = 0 if world.device.type == "cpu" else num_steps // 2
     mine = RankResult(
-        steps, watcher.gemm_flops, watcher.peak_bytes(), peak_rss_bytes(), world.layout.model_size
+        steps=steps[unmarked:],
+        marked=steps[: unmarked or None],
+        gemm_flops=watcher.gemm_flops[unmarked:],
+        peak_bytes=watcher.peak_bytes(),
+        peak_rss_bytes=peak_rss_bytes(),
+        model_size=world.layout.model_size,
     )
     ranks = world.all_gather_objects(mine)
     logged = [
@@ -232,8 +229,10 @@ class _Watcher:
         dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
         self._factors = [torch.randn(size, size, device=world.device, dtype=dtype) for _ in "ab"]
 
-    def after_step(self, done: int) -> None:
+    def after_step(self, done: int, recorder: Recorder) -> None:
         cuda = self._device.type == "cuda"
+        if done == WARM_UP + (self._last - WARM_UP) // 2:
+            recorder.exact = False
         if done == WARM_UP and cuda:
             torch.cuda.reset_peak_memory_stats()
         if WARM_UP < done <= self._last:
@@ -274,6 +273,22 @@ def gemm_flops(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
+def timed_collectives() -> Iterator[None]:
+    """Marks what the ranks say to each other, wherever Megatron does it: below torch.distributed's functions, some of
+    which it keeps under names of its own."""
+    names = [(dist.Work, "wait"), *((dist.ProcessGroup, name) for name in COLLECTIVES)]
+    # Static: bound to no class, or what is put back would no longer be a method.
+    real = [(kind, name, inspect.getattr_static(kind, name)) for kind, name in names]
+    for kind, name, _ in real:
+        setattr(kind, name, phase("communication")(getattr(kind, name)))
+    try:
+        yield
+    finally:
+        for kind, name, function in real:
+            setattr(kind, name, function)
+
+
+@contextlib.contextmanager
 def _coin_rewards(on: bool) -> Iterator[None]:
     """A new model's answers are all wrong and would train nothing: the verifier works, a coin decides."""
     real = rollout_groups.reward
@@ -288,132 +303,6 @@ def _coin_rewards(on: bool) -> Iterator[None]:
         yield
     finally:
         rollout_groups.reward = real
-
-
-# --- rows ------------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class JobStep:
-    """One step over all ranks."""
-
-    seconds: dict[str, float]
-    """by phase; CPU time summed over ranks, or the ranks' mean wall time on a GPU"""
-    counts: dict[str, float]
-
-    @property
-    def total_s(self) -> float:
-        return sum(self.seconds.values())
-
-    @property
-    def training_s(self) -> float:
-        return sum(self.seconds[p] for p in TRAINING_PHASES)
-
-
-def job_steps(ranks: list[RankResult], cuda: bool) -> list[JobStep]:
-    """Rank by rank into whole steps; what the ranks of a replica all count is counted once."""
-    steps = []
-    for of_ranks in zip(*(rank.steps for rank in ranks), strict=True):
-        clocks = [step.wall_s if cuda else step.cpu_s for step in of_ranks]
-        share = len(ranks) if cuda else 1
-        seconds = {p: sum(clock[p] for clock in clocks) / share for p in PHASES}
-        counts = {name: sum(step.counts[name] for step in of_ranks) / ranks[0].model_size
-                  for name in ("tokens", "trained_tokens", "flops")}  # fmt: skip
-        counts |= {name: float(of_ranks[0].counts[name]) for name in ("samples", "sampled_tokens")}
-        steps.append(JobStep(seconds, counts))
-    return steps
-
-
-def make_row(
-    run: RunConfig, stage: str, world: World, ranks: list[RankResult], log: list[dict], reward: str | None
-) -> Row:  # fmt: skip
-    cuda = world.device.type == "cuda"
-    steps = [step for step in job_steps(ranks, cuda) if step.counts["tokens"]]
-    if not steps:
-        raise ValueError(f"bench train {stage}: no step trained on anything; take more --steps")
-    gemms = [statistics.median(flops) for flops in zip(*(r.gemm_flops for r in ranks), strict=True)]
-    gemm = statistics.median(gemms)
-    # On a GPU the step's seconds are all ranks' at once, and so are the GPUs' FLOPs.
-    yardstick = gemm * (len(ranks) if cuda else 1)
-    if stage == "rlvr":
-        unit, work = "samples/cpu_s", [s.counts["samples"] for s in steps]
-        machine = [yardstick / 1e9 for _ in steps]
-    else:
-        unit, work = "tokens/cpu_s", [s.counts["tokens"] for s in steps]
-        machine = [yardstick / (s.counts["flops"] / s.counts["tokens"]) for s in steps]
-    if cuda:
-        unit = unit.replace("cpu_s", "s")
-    wrong = [row for row in log if row["loss"] is None or row["grad_norm"] is None]
-    samples = [amount / step.total_s for amount, step in zip(work, steps, strict=True)]
-    whole = {p: sum(s.seconds[p] for s in steps) for p in PHASES}
-    total = sum(whole.values())
-    flops = [s.counts["flops"] / s.training_s / (len(ranks) if cuda else 1) for s in steps]
-    achieved = statistics.median(flops)
-    device = torch.cuda.get_device_name() if cuda else environment().device
-    peak = PEAKS.get(device, (None,))[0]
-    peak_rss = [r.peak_rss_bytes for r in ranks if r.peak_rss_bytes is not None]
-    layout = {k: v for k, v in dataclasses.asdict(world.layout).items() if v not in (1, False)}
-    return measured(
-        bench="train",
-        case={"stage": stage, "model": run.model, "ranks": len(ranks)}
-        | layout
-        | ({"reward": reward} if reward else {})
-        | {"tokens": _size_of_step(run, stage)},
-        provider="phimini",
-        unit=unit,
-        samples=[] if wrong else samples,
-        correct=not wrong,
-        reference="gemm",
-        reference_samples=[] if wrong else machine,
-        peak_bytes=max(r.peak_bytes for r in ranks),
-        info={
-            "steps": len(steps),
-            "share": {p: whole[p] / total for p in PHASES if whole[p]},
-            "step_seconds": statistics.median(s.total_s for s in steps),
-            "essential_share": sum(whole[p] for p in ESSENTIAL) / total,
-            "flops_per_second": achieved,
-            "gemm_flops_per_second": gemm,
-            "gemm_share": achieved / gemm,
-            "mfu": None if peak is None else achieved / peak,
-            "tokens_per_step": statistics.median(s.counts["tokens"] for s in steps),
-            "sampled_tokens_per_step": statistics.median(s.counts["sampled_tokens"] for s in steps),
-            "peak_rss_bytes": max(peak_rss) if peak_rss else None,
-            "first_loss": log[0]["loss"],
-        },
-    )
-
-
-def _size_of_step(run: RunConfig, stage: str) -> str:
-    """The settings that decide how much a step is."""
-    if stage == "midtrain":
-        return f"{run.midtrain.rows_per_step}x{run.midtrain.sequence_length}"
-    if stage == "sft":
-        return f"{run.sft.examples_per_step} examples"
-    if stage == "dpo":
-        return f"{run.rollout_dpo.pairs_per_step} pairs"
-    return f"{run.rlvr.prompts_per_step}x{run.rlvr.rollouts_per_prompt}, to {run.rlvr.max_new_tokens}"  # fmt: skip
-
-
-def describe(row: Row) -> str:
-    name = f"{row.case['stage']} ({', '.join(f'{k} {v}' for k, v in row.case.items() if k != 'stage')})"
-    if row.value is None:
-        return f"{name}: WRONG, not timed: a loss or a gradient norm was not finite"
-    info = row.info
-    shares = "  ".join(f"{p} {100 * s:.1f}" for p, s in info["share"].items())
-    seconds = "CPU s" if "cpu" in row.unit else "s"
-    measured_against = (
-        f"MFU {100 * info['mfu']:.1f} % of dense bf16"
-        if info["mfu"] is not None
-        else f"{100 * info['gemm_share']:.1f} % of a measured matrix product's {info['gemm_flops_per_second'] / 1e9:.0f}"
-    )
-    rss = "" if info["peak_rss_bytes"] is None else f", peak RSS {info['peak_rss_bytes'] / 2**20:.0f} MiB"  # fmt: skip
-    return (
-        f"{name}\n"
-        f"  {row.value.p50:,.0f} {row.unit} ({row.value.p20:,.0f} to {row.value.p80:,.0f}; {info['steps']} steps of "
-        f"{info['step_seconds']:.3f} {seconds}, {info['tokens_per_step']:,.0f} trained-on tokens)\n"
-        f"  % of the step: {shares}; outside its purpose {100 * (1 - info['essential_share']):.1f}\n"
-        f"  {info['flops_per_second'] / 1e9:.1f} model GFLOP/s, {measured_against} "
-        "(causal half, no recomputation, rollout, verify and sync left out)\n"
-        f"  peak of a step {(row.peak_bytes or 0) / 2**20:.1f} MiB{rss}"
-    )
 
 
 if __name__ == "__main__":

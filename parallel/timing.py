@@ -40,7 +40,10 @@ class Recorder:
     ) -> None:
         """between_steps(n): called after n steps are done, outside of anybody's time."""
         self.steps: list[Step] = []
-        self._synchronize = device.type == "cuda"
+        self.exact = True
+        """on a GPU: wait for it at every mark. Phases are then right, but nothing overlaps and steps take longer;
+        without, only the sum of a step's phases means anything"""
+        self._cuda = device.type == "cuda"
         self._between_steps = between_steps
         self._names = ["other"]
         self._step = Step()
@@ -49,7 +52,7 @@ class Recorder:
 
     def __enter__(self) -> "Recorder":
         self._token = _recorder.set(self)
-        self._since = self._now()
+        self._since = self._now(wait=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,21 +72,21 @@ class Recorder:
         self._step.counts[name] += amount  # pyright: ignore[reportArgumentType]
 
     def step_done(self) -> None:
-        self._credit()
+        self._credit(wait=True)
         self.steps.append(self._step)
         self._step = Step()
         if self._between_steps is not None:
             self._between_steps(len(self.steps))
-            self._since = self._now()
+            self._since = self._now(wait=True)
 
-    def _now(self) -> tuple[float, float]:
+    def _now(self, wait: bool) -> tuple[float, float]:
         # Kernels run behind the code that starts them; without this their time would be the next phase's.
-        if self._synchronize:
+        if self._cuda and wait:
             torch.cuda.synchronize()
         return time.perf_counter(), time.process_time()
 
-    def _credit(self) -> None:
-        wall, cpu = self._now()
+    def _credit(self, wait: bool = False) -> None:
+        wall, cpu = self._now(wait or self.exact)
         name = self._names[-1]
         self._step.wall_s[name] += wall - self._since[0]  # pyright: ignore[reportArgumentType]
         self._step.cpu_s[name] += cpu - self._since[1]  # pyright: ignore[reportArgumentType]
