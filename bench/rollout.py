@@ -1,20 +1,19 @@
 """`phimini bench rollout [--model NAME] [--rounds N] [--quick] [--json PATH]`.
 
-Tokens per second of the local engine and of vLLM in one process, on the same prompts and weights, in turns; a row
-only where the engine's log-probs are those of the reference model (max |dlogp| is in the row). On a shared CPU read
-tokens_per_cpu_second: the process's CPU time, with one thread.
+Tokens per second of the local engine and of vLLM in one process, on the same prompts and weights, in turns; a number
+only where the engine's log-probs are those of the reference model (max |dlogp| is the row's error). On a CPU it is
+tokens per second of the process's CPU time, with one thread. `phimini` is the local engine, held to vLLM.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from phimini.bench.rows import Row, measured, write
 from phimini.bench.weight_sync import MODELS
 from phimini.model.config import ModelConfig
 from phimini.model.reference import Phi4Mini
@@ -34,26 +33,26 @@ LIMIT = {"float32": 1e-4, "bfloat16": 0.5}
 """of max |dlogp|, for a row to be timed"""
 SHAPES = ((1, 32, 64), (32, 32, 64), (128, 32, 64), (128, 128, 64))
 """batch, prompt tokens, new tokens"""
-Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
     """0; 1 where an engine's log-probs are not the reference model's."""
     parser = argparse.ArgumentParser(prog="phimini bench rollout", description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="tiny")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one small shape, one round")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="one small shape, five rounds")
+    parser.add_argument(
+        "--json", type=Path, help="write the rows here, as `bench compare` reads them"
+    )
     args = parser.parse_args(argv)
     require_vllm()
-    shapes, rounds = (SHAPES[1:2], 1) if args.quick else (SHAPES, args.rounds)
+    shapes, rounds = (SHAPES[1:2], 5) if args.quick else (SHAPES, args.rounds)
     rows = run_ranks(measure, 1, MODELS[args.model], shapes, rounds)[0]
-    wrong = [row for row in rows if row["tokens_per_second"] is None]
     for row in rows:
         print(line(row))
     if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 1 if wrong else 0
+        write(args.json, rows)
+    return 0 if all(row.correct for row in rows) else 1
 
 
 def measure(
@@ -105,22 +104,30 @@ def measure_shape(
                 errors[name] = error_of(reference, prompts, done)
             else:
                 seconds[name].append(spent)
+    # On a GPU the process's CPU time says little about the work.
+    unit, clock = ("tokens/s", 0) if torch.cuda.is_available() else ("tokens/cpu_s", 1)
+    rates = {n: [batch * new_tokens / spent[clock] for spent in seconds[n]] for n in engines}
     rows = []
     for name in engines:
         right = errors[name] <= limit
-        wall, cpu = (statistics.median(t[i] for t in seconds[name]) for i in range(2))
+        held = name == "local" and right and errors["vllm"] <= limit
         rows.append(
-            {
-                "engine": name,
-                "batch": batch,
-                "prompt_tokens": prompt_tokens,
-                "new_tokens": new_tokens,
-                "tokens_per_second": batch * new_tokens / wall if right else None,
-                "tokens_per_cpu_second": batch * new_tokens / cpu if right else None,
-                "max_abs_dlogp": errors[name],
-                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                "torch": torch.__version__,
-            }
+            measured(
+                bench="rollout",
+                case={"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens},
+                provider="phimini" if name == "local" else name,
+                unit=unit,
+                samples=rates[name] if right else [],
+                correct=right,
+                reference="vllm" if held else None,
+                reference_samples=rates["vllm"] if held else (),
+                error=errors[name],
+                info={
+                    "tokens_per_second": statistics.median(
+                        batch * new_tokens / s[0] for s in seconds[name]
+                    )
+                },
+            )
         )
     return rows
 
@@ -140,12 +147,12 @@ def error_of(reference: Phi4Mini, prompts: list[list[int]], done: list[Sampled])
 
 
 def line(row: Row) -> str:
-    name = f"{row['engine']:<6} batch {row['batch']:>4}  prompt {row['prompt_tokens']:>4}  new {row['new_tokens']:>4}"
-    if row["tokens_per_second"] is None:
-        return f"{name}  WRONG: max |dlogp| {row['max_abs_dlogp']:.2e}"
+    sizes = "  ".join(f"{k.replace('_', ' ')} {v:>4}" for k, v in row.case.items())
+    if row.value is None:
+        return f"{row.provider:<8}{sizes}  WRONG: max |dlogp| {row.error}"
     return (
-        f"{name}  {row['tokens_per_second']:>9.0f} tokens/s  {row['tokens_per_cpu_second']:>9.0f} tokens/CPU s  "
-        f"max |dlogp| {row['max_abs_dlogp']:.1e}"
+        f"{row.provider:<8}{sizes}  {row.value.p50:>9.0f} {row.unit} ({row.value.p20:.0f} to {row.value.p80:.0f})  "
+        f"{row.info['tokens_per_second']:>9.0f} tokens/s  max |dlogp| {row.error:.1e}"
     )
 
 
