@@ -11,16 +11,18 @@ disaggregated over NCCL at most 0.15 s; checksums at most 5 % of the total.
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from phimini.bench import rows as bench_rows
 from phimini.bench.memory import AllocationMeter
+from phimini.bench.rows import measured, write
 from phimini.model.config import ModelConfig, preset
 from phimini.parallel.builder import build_model
 from phimini.parallel.launch import run_ranks
@@ -62,8 +64,17 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         print(line(row))
     if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write(args.json, map(to_row, rows))
     return 0
+
+
+def to_row(row: Row) -> bench_rows.Row:
+    """As `bench compare` reads it: the whole sync, held to a plain copy of as many bytes. A wrong sync has raised."""
+    return measured(
+        bench="weight-sync", case={k: row[k] for k in ("model", "transport", "layout", "bytes")}, provider="phimini",
+        unit="ms", samples=row["total_ms"], reference="copy", reference_samples=row["copy_ms"],
+        peak_bytes=row["peak_extra_bytes"], info={phase: row[phase] for phase in PHASES},
+    )  # fmt: skip
 
 
 def bench(name: str, layouts: list[str], repeats: int) -> list[Row]:
@@ -99,10 +110,12 @@ def measure(
     else:
         engine = SeparateVllm(run, config, settings, model.world)
     reports: list[SyncReport] = []
+    copies: list[float] = []
     for _ in range(1 + repeats):
         engine.sync(model)
         assert engine.last_sync is not None
         reports.append(engine.last_sync)
+        copies.append(copy_ms(engine.last_sync.bytes, model.world.device))
     with AllocationMeter() as meter:
         if settings.transport == "inproc":
             for _ in to_hf(model):  # what the engine allocates in this process is its own
@@ -113,8 +126,20 @@ def measure(
         engine.close()
     last = reports[-1]
     medians = {phase: statistics.median(getattr(r, phase) for r in reports[1:]) for phase in PHASES}
-    counts = {"parameters": last.parameters, "bytes": last.bytes}
+    counts = {"parameters": last.parameters, "bytes": last.bytes, "copy_ms": copies[1:]}
+    counts["total_ms"] = [1e3 * r.total_s for r in reports[1:]]
     return counts | medians | {"peak_extra_bytes": meter.peak_bytes + own_bucket(engine)}
+
+
+def copy_ms(num_bytes: int, device: torch.device) -> float:
+    """The machine's yardstick, in the clock of the syncs: wall time."""
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    source.clone()
+    synchronize()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def own_bucket(engine: ColocatedVllm | SeparateVllm) -> int:
