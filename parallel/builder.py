@@ -117,7 +117,8 @@ def _transformer_config(
     world: World,
     dtype: torch.dtype,
     recompute: Recompute,
-    fp8: Fp8 | None,
+    fp8: Fp8 | None = None,
+    distributed_optimizer: bool = False,
 ) -> TransformerConfig:
     layout = world.layout
     # Two sends and two receives between the same pair of ranks in one batch are matched wrongly, in silence.
@@ -173,7 +174,7 @@ def _transformer_config(
         rows[-1].append("loss")
         values["pipeline_model_parallel_layout"] = rows
     if fp8 is not None and not fp8.emulate:
-        values |= te_config_values(fp8)
+        values |= te_config_values(fp8, distributed_optimizer=distributed_optimizer)
     if recompute == "full":
         values |= dict(
             recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
@@ -286,7 +287,9 @@ def build_model(
         check_alignment(config, world.layout, fp8)
     if dtype is None:
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    transformer_config = _transformer_config(config, world, dtype, recompute, fp8)
+    transformer_config = _transformer_config(
+        config, world, dtype, recompute, fp8, distributed_optimizer
+    )
     refuse_silent_traps(transformer_config)
     virtual = world.layout.virtual_pipeline
     gpts: list[nn.Module] = [
@@ -307,7 +310,7 @@ def build_model(
             overlap_grad_reduce=overlap,
             use_distributed_optimizer=distributed_optimizer,
             overlap_param_gather=overlap and distributed_optimizer,
-            fp8_param_gather=transformer_config.fp8_param and distributed_optimizer,
+            fp8_param_gather=transformer_config.fp8_param,
         )
         ddp_config = DistributedDataParallelConfig(
             **only_known(DistributedDataParallelConfig, ddp_values)

@@ -1,8 +1,8 @@
 """FP8 of the layers' linears: which recipe a GPU can do, what must divide by what, and which layers keep bf16
 
 The first and the last layer, the norms, attention and the head stay in bf16 (fp32 on a CPU). On a GPU Transformer
-Engine computes and (but for mxfp8) keeps the weights in FP8, fp32 masters in the optimizer and in checkpoints; `emulate` rounds
-operands to the same values on any device, see `fp8_emulated.py`.
+Engine computes in FP8 and, under ZeRO-1 and but for mxfp8, keeps the weights in it, with fp32 masters in the optimizer
+and in checkpoints; `emulate` rounds operands to the same values on any device, see `fp8_emulated.py`.
 """
 
 from dataclasses import dataclass
@@ -94,13 +94,14 @@ def is_fp8_layer(layer: int, num_layers: int) -> bool:
     return 0 < layer < num_layers - 1
 
 
-def te_config_values(fp8: Fp8) -> dict[str, Any]:
+def te_config_values(fp8: Fp8, *, distributed_optimizer: bool) -> dict[str, Any]:
     """TransformerConfig fields for Transformer Engine: Megatron opens its FP8 context around each middle layer."""
     return dict(
         fp8="hybrid",
         fp8_recipe=fp8.recipe,
-        # Megatron gathers MXFP8 weights only under its own buffer scheme; they stay bf16 and are rounded on the way.
-        fp8_param=fp8.recipe != "mxfp8",
+        # Weights kept in FP8. Megatron's plain optimizer would make its fp32 masters of the rounded values, and MXFP8
+        # weights are gathered only under a buffer scheme of Megatron's own: those stay bf16, rounded on the way.
+        fp8_param=distributed_optimizer and fp8.recipe != "mxfp8",
         first_last_layers_bf16=True,
         num_layers_at_start_in_bf16=1,
         num_layers_at_end_in_bf16=1,

@@ -9,10 +9,11 @@ the recipe's:
 
     tensorwise   all of them; over the ranks of the tensor-parallel group, so that a layout changes nothing
     blockwise    1 x 128 of an activation, along the dimension that is summed over; 128 x 128 of a weight
-    mxfp8        1 x 32 along the summed dimension, s a power of two (OCP Microscaling Formats 1.0)
+    mxfp8        1 x 32 along the summed dimension (OCP Microscaling Formats 1.0)
 
-(Micikevicius et al., arXiv 2209.05433; blocks as DeepSeek-V3, arXiv 2412.19437, 3.3.) The numbers of a Transformer
-Engine linear with the same recipe, up to the order of sums; slower than fp32, so for numerics only.
+A block's s is rounded up to a power of two, as Transformer Engine does. (Micikevicius et al., arXiv 2209.05433; blocks
+as DeepSeek-V3, arXiv 2412.19437, 3.3.) The values of a Transformer Engine linear with the same recipe, but that its
+tensorwise scale of a sharded weight is each rank's own. Slower than fp32, so for numerics only.
 M rows, N output and K input features; letters of a suffix are the axes of a tensor.
 """
 
@@ -54,16 +55,13 @@ def round_blocks(
     dtype: torch.dtype,
     rows: int,  # of a block
     columns: int,
-    *,
-    power_of_two: bool = False,
 ) -> Tensor:
-    """One scale per block; the blocks at the ends may be smaller."""
+    """One scale per block, a power of two; the blocks at the ends may be smaller."""
     R, C = x_RC.shape
     padded = torch.nn.functional.pad(x_RC, (0, -C % columns, 0, -R % rows))
     blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
     scale = _scale(blocks.abs().amax((1, 3), keepdim=True), dtype)
-    if power_of_two:
-        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    scale = torch.exp2(torch.ceil(torch.log2(scale)))
     return (cast(blocks / scale, dtype) * scale).view(padded.shape)[:R, :C]
 
 
@@ -77,9 +75,7 @@ def round_activation(
     """An activation or its gradient (R, C) for a product that sums over C."""
     if recipe == "tensorwise":
         return round_tensorwise(x_RC, dtype, group)
-    if recipe == "blockwise":
-        return round_blocks(x_RC, dtype, 1, BLOCK)
-    return round_blocks(x_RC, dtype, 1, MX_BLOCK, power_of_two=True)
+    return round_blocks(x_RC, dtype, 1, BLOCK if recipe == "blockwise" else MX_BLOCK)
 
 
 def round_weight(w_RC: Tensor, recipe: Fp8Recipe, group: dist.ProcessGroup | None) -> Tensor:

@@ -1,6 +1,5 @@
 """How a job's ranks are divided: tensor, pipeline, context and data parallel sizes, checked once, with reasons."""
 
-import math
 from dataclasses import dataclass, replace
 
 from phimini.model.config import ModelConfig
@@ -50,8 +49,8 @@ class Layout:
     def token_multiple(self) -> int:
         """A micro-batch's token count is padded to a multiple of this (context zigzag, sequence parallel shards)."""
         zigzag = 2 * self.context if self.context > 1 else 1
-        # Sequence-parallel shards are gathered before a product, so that alignment is of the tokens together.
-        return zigzag * math.lcm(self.tensor if self.sequence_parallel else 1, self.token_alignment)
+        # Transformer Engine refuses a rank's own shard, before it gathers the shards of a sequence.
+        return zigzag * (self.tensor if self.sequence_parallel else 1) * self.token_alignment
 
     def resolve(self, world_size: int, model: ModelConfig) -> "Layout":
         """This layout with `data` filled in. Raises ValueError, saying what would fit, if it does not fit."""

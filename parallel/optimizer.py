@@ -138,6 +138,7 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=distributed,
         overlap_param_gather=ddp_config.overlap_param_gather,
+        fp8_recipe=model.transformer_config.fp8_recipe if model.transformer_config.fp8 else None,
     )
     megatron = megatron_optimizer.get_megatron_optimizer(
         megatron_optimizer.OptimizerConfig(
