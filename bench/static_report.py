@@ -108,7 +108,8 @@ def compile_case(case: StaticCase, target: int) -> StaticRow:
             raise ValueError(f"StaticCase {case.kernel}: no type for argument {name!r}")
         kind, _, divisor = case.signature[name].partition(":")
         signature[name] = kind
-        if divisor or kind.startswith("*"):
+        is_aligned = kind.startswith("*") and not function.params[i].do_not_specialize_on_alignment
+        if divisor or is_aligned:
             attributes[(i,)] = [["tt.divisibility", int(divisor or 16)]]
     source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}

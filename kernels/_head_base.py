@@ -141,7 +141,8 @@ class ChunkedHead:
             logp_M=self.logp_M,
             lse_M=merged.max_M + self.log_sum_M,
             entropy_M=self.entropy_M,
-            mean_logit_M=None if self.mean_D is None else self.scaled_rows(rows) @ self.mean_D,
+            # mv, not @: autocast narrows that one
+            mean_logit_M=None if self.mean_D is None else self.scaled_rows(rows).mv(self.mean_D),
             is_top_M=target_M >= 0,
         )
 
@@ -190,7 +191,7 @@ class ChunkedHead:
             )
             self.dx_MD[rows].addr_(scaled_M, self.local_mean_D)
         if self.dw_VD is not None:
-            part_D = grad_M @ self.scaled_rows(rows)
+            part_D = self.scaled_rows(rows).t().mv(grad_M)
             self.mean_gradient_D = (
                 part_D if self.mean_gradient_D is None else self.mean_gradient_D + part_D
             )

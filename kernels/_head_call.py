@@ -16,6 +16,7 @@ from phimini.kernels._head_rows import (
     CHUNK_BYTES,
     HeadRows,
     check_targets,
+    check_temperatures,
     chunk_slices,
     compute_dtype,
     keep_counting_rows,
@@ -98,6 +99,12 @@ class HeadCall:
         if weights_M is not None:
             counts_M &= weights_M != 0
         check_targets(self.op, self.targets_M, counts_M, self.num_classes)
+        if self.temperature_M is not None:
+            check_temperatures(self.op, self.temperature_M, counts_M)
+        if self.max_rows >= 0 and counts_M.device.type == "cpu" and counts_M.sum() > self.max_rows:
+            raise ValueError(
+                f"{self.op}: max_rows is {self.max_rows}, but {int(counts_M.sum())} rows count"
+            )
         return counts_M
 
     def counting_rows(self, weights_M: Tensor | None) -> HeadRows:

@@ -11,15 +11,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_Message = Callable[[int, int], str]
+_Message = Callable[[int, float], str]
 _pending: deque[tuple[torch.cuda.Event, Tensor, _Message]] = deque()
+
+
+def first_bad(bad_M: Tensor, value_M: Tensor) -> Tensor:
+    """(2,) fp64, which holds every index and class exactly: the first bad row, -1 if there is none, and its value."""
+    at_1 = bad_M.to(torch.int8).argmax()[None]  # one element: to index with a scalar waits for it
+    index_1 = torch.where(bad_M.index_select(0, at_1), at_1, -1)
+    return torch.cat([index_1.double(), value_M.index_select(0, at_1).double()])
 
 
 def check_later(bad_M: Tensor, value_M: Tensor, message: _Message) -> None:
     """If any row is bad, a later `raise_pending` raises ValueError(message(index, value)) for the first."""
-    at = bad_M.to(torch.int8).argmax()
-    found_2 = torch.stack([torch.where(bad_M[at], at, -1), value_M[at]])
-    on_host_2 = torch.empty(2, dtype=torch.int64, pin_memory=True)
+    found_2 = first_bad(bad_M, value_M)
+    on_host_2 = torch.empty(2, dtype=torch.float64, pin_memory=True)
     on_host_2.copy_(found_2, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
@@ -37,4 +43,6 @@ def raise_pending(wait: bool = False) -> None:
         _pending.popleft()
         index, value = on_host_2.tolist()
         if index >= 0:
-            raise ValueError(f"{message(index, value)} (found by the check of an earlier call)")
+            raise ValueError(
+                f"{message(int(index), value)} (found by the check of an earlier call)"
+            )

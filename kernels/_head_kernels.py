@@ -27,6 +27,9 @@ MASKED = tl.constexpr(
     -1e30
 )  # a logit that is not there: finite, so that exp(z - max) * (z - max) is 0 and not NaN
 
+# A chunk's rows start anywhere: whether these are aligned then must not compile a kernel anew.
+PER_ROW = ["targets_ptr", "inverse_temperature_ptr"]
+
 
 @triton.jit
 def _logit_tile(
@@ -59,7 +62,7 @@ def _logit_tile(
     return z
 
 
-@triton.jit(do_not_specialize=["M", "tiles_per_split"])
+@triton.jit(do_not_specialize=["M", "tiles_per_split"], do_not_specialize_on_alignment=PER_ROW)
 def _head_fwd_kernel(
     x, w,  # (M, D), (V, D): descriptors with USE_TMA, else pointers
     targets_ptr, inverse_temperature_ptr, num_rows_ptr,  # (M,) int64, (M,) or None, (1,) int32
@@ -118,7 +121,7 @@ def _head_fwd_kernel(
     tl.store(target_logit_ptr + rows, at_target, mask=in_rows & is_here)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=PER_ROW)
 def _head_logits_kernel(
     x, w, e,  # (M, D), (V, D), (M, V): descriptors with USE_TMA, else pointers
     targets_ptr, inverse_temperature_ptr, num_rows_ptr,  # (M,) int64, (M,) or None, (1,) int32
@@ -195,7 +198,7 @@ def _head_merge_kernel(
         tl.store(row_weighted_ptr + rows, weighted)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=PER_ROW)
 def _head_gradient_kernel(
     e_ptr, tile_max_ptr,  # (M, V), becomes dz; (S, M)
     targets_ptr, num_rows_ptr,  # (M,) int64, (1,) int32

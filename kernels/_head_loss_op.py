@@ -68,7 +68,9 @@ class HeadLoss:
         loss, metrics, dx = self.op_into(
             hidden_MD.detach(), weight_VD.detach(), targets_M, *common, main_grad
         )
-        return _AttachGradient.apply(hidden_MD, loss, dx), metrics
+        # a frozen trunk: the weight stands in, so that the loss can be backpropagated like any other
+        leaf = hidden_MD if needs_dx else weight_VD
+        return _AttachGradient.apply(leaf, loss, dx if needs_dx else None), metrics
 
 
 def _call(name: str, hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index,
@@ -184,10 +186,10 @@ def _scaled(
 
 
 class _AttachGradient(torch.autograd.Function):
-    """Gives a loss whose dW already went into main_grad its gradient with respect to hidden."""
+    """Gives a loss whose dW already went into main_grad its gradient with respect to hidden, if it has one."""
 
     @staticmethod
-    def forward(ctx, hidden_MD: Tensor, loss: Tensor, dx_MD: Tensor) -> Tensor:
+    def forward(ctx, leaf: Tensor, loss: Tensor, dx_MD: Tensor | None) -> Tensor:
         ctx.save_for_backward(dx_MD)
         return loss.clone()
 

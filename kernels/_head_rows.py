@@ -3,6 +3,8 @@
 Letters: M rows (tokens), D model width, V vocabulary rows of this rank.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,8 +89,13 @@ def check_head(
     group: dist.ProcessGroup | None,
     sequence_parallel: bool,
     chunk_bytes: int | None,
+    max_rows: int | None,
+    ignore_index: int,
 ) -> None:
     """Raise ValueError for what a caller can get wrong; reads no values of tensors."""
+    check_tensor(op, "weight_VD", weight_VD, None)
+    for name, value in (("hidden_MD", hidden_MD), ("targets_M", targets_M)):
+        check_tensor(op, name, value, weight_VD.device)
     if hidden_MD.ndim != 2 or weight_VD.ndim != 2 or hidden_MD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"{op}: hidden_MD and weight_VD must be (M, D) and (V, D), "
@@ -102,6 +109,9 @@ def check_head(
         raise ValueError(
             f"{op}: weight_VD must be contiguous (row-major), got strides {weight_VD.stride()} for shape {tuple(weight_VD.shape)}"
         )
+    if weight_VD.shape[0] == 0:
+        raise ValueError(f"{op}: weight_VD must have a row per class, got {tuple(weight_VD.shape)}")
+    check_group(op, "group", group)
     if sequence_parallel and group is None:
         raise ValueError(f"{op}: sequence_parallel needs group, got None")
     num_rows = hidden_MD.shape[0] * (group.size() if sequence_parallel and group is not None else 1)
@@ -109,15 +119,37 @@ def check_head(
         raise ValueError(f"{op}: targets_M must be int64, got {targets_M.dtype}")
     check_rows(op, "targets_M", targets_M, num_rows)
     if isinstance(temperature, Tensor):
-        check_rows(op, "temperature", temperature, num_rows)
-    elif not temperature > 0:
-        raise ValueError(f"{op}: temperature must be above 0, got {temperature}")
-    if chunk_bytes is not None and chunk_bytes < 1:
-        raise ValueError(f"{op}: chunk_bytes must be positive, got {chunk_bytes}")
+        check_rows(op, "temperature", temperature, num_rows, weight_VD.device)
+    elif not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise ValueError(
+            f"{op}: temperature must be a finite number above 0, or one per row, got {temperature}"
+        )
+    for name, value in (("chunk_bytes", chunk_bytes), ("max_rows", max_rows)):
+        if value is not None and (not isinstance(value, int) or value < 1 - (name == "max_rows")):
+            raise ValueError(f"{op}: {name} must be a positive integer, got {value}")
+    if not isinstance(ignore_index, int):
+        raise ValueError(f"{op}: ignore_index must be an integer, got {ignore_index}")
 
 
-def check_rows(op: str, name: str, value_M: Tensor | None, num_rows: int) -> None:
-    if value_M is not None and value_M.shape != (num_rows,):
+def check_tensor(op: str, name: str, value: object, device: torch.device | None) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{op}: {name} must be on {device} like weight_VD, got {value.device}")
+
+
+def check_group(op: str, name: str, group: object) -> None:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"{op}: {name} must be a ProcessGroup or None, got {group!r}")
+
+
+def check_rows(
+    op: str, name: str, value_M: Tensor | None, num_rows: int, device: torch.device | None = None
+) -> None:
+    if value_M is None:
+        return
+    check_tensor(op, name, value_M, device)
+    if value_M.shape != (num_rows,):
         raise ValueError(
             f"{op}: {name} must have shape ({num_rows},), one per row, got {tuple(value_M.shape)}"
         )
@@ -126,6 +158,7 @@ def check_rows(op: str, name: str, value_M: Tensor | None, num_rows: int) -> Non
 def check_main_grad(op: str, main_grad: Tensor | None, weight_VD: Tensor) -> None:
     if main_grad is None:
         return
+    check_tensor(op, "main_grad", main_grad, weight_VD.device)
     expected = compute_dtype(weight_VD.dtype)
     if (
         main_grad.shape != weight_VD.shape
@@ -141,12 +174,25 @@ def check_main_grad(op: str, main_grad: Tensor | None, weight_VD: Tensor) -> Non
 def check_targets(op: str, targets_M: Tensor, counts_M: Tensor, vocab_size: int) -> None:
     """ValueError with the index and the value of the first target outside [0, vocab_size)."""
     bad_M = ((targets_M < 0) | (targets_M >= vocab_size)) & counts_M
-    message = "{}: targets_M[{}] is {}, expected a class in [0, {}) or ignore_index"
-    if targets_M.device.type != "cpu":
-        check_later(bad_M, targets_M, lambda at, value: message.format(op, at, value, vocab_size))
+    message = "{}: targets_M[{}] is {:.0f}, expected a class in [0, {}) or ignore_index"
+    _report(bad_M, targets_M, lambda at, value: message.format(op, at, value, vocab_size))
+
+
+def check_temperatures(op: str, temperature_M: Tensor, counts_M: Tensor) -> None:
+    """ValueError with the index and the value of the first that is not a finite number above 0."""
+    bad_M = ~((temperature_M > 0) & temperature_M.isfinite()) & counts_M
+    message = "{}: temperature[{}] is {:g}, expected a finite number above 0"
+    _report(bad_M, temperature_M, lambda at, value: message.format(op, at, value))
+
+
+def _report(bad_M: Tensor, value_M: Tensor, message: Callable[[int, float], str]) -> None:
+    if value_M.numel() == 0:
+        return
+    if value_M.device.type != "cpu":
+        check_later(bad_M, value_M, message)
     elif bool(bad_M.any()):
         at = int(bad_M.nonzero()[0])
-        raise ValueError(message.format(op, at, int(targets_M[at]), vocab_size))
+        raise ValueError(message(at, float(value_M[at])))
 
 
 def keep_counting_rows(hidden_MD: Tensor, targets_M: Tensor, counts_M: Tensor) -> HeadRows:

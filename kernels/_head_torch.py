@@ -76,7 +76,7 @@ class TorchHead(ChunkedHead):
             e = torch.exp(z, out=self.block_MV[: z.shape[0]])
             torch.sum(e, 1, out=sum_M[block])
             if self.entropy_gradient:
-                weighted_M[block] = torch.linalg.vecdot(e, z)
+                torch.linalg.vecdot(e, z, out=weighted_M[block])  # out: autocast narrows it without
             else:
                 torch.sum(z.mul_(e), 1, out=weighted_M[block])
                 z.copy_(e)

@@ -141,9 +141,18 @@ def linear_cross_entropy(
     """
     op = "linear_cross_entropy"
     check_head(
-        op, hidden_MD, weight_VD, targets_M, temperature, group, sequence_parallel, chunk_bytes
+        op,
+        hidden_MD,
+        weight_VD,
+        targets_M,
+        temperature,
+        group,
+        sequence_parallel,
+        chunk_bytes,
+        max_rows,
+        ignore_index,
     )
-    check_rows(op, "row_weight_M", row_weight_M, targets_M.shape[0])
+    check_rows(op, "row_weight_M", row_weight_M, targets_M.shape[0], weight_VD.device)
     check_main_grad(op, main_grad, weight_VD)
     for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
         if not 0 <= value <= 1:

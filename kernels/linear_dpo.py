@@ -17,6 +17,7 @@ pair is longer than a chunk), dX.
 Letters: M rows (tokens), D model width, V vocabulary (or this rank's V/TP rows), P pairs, S = 2P sequences.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,14 @@ from phimini.kernels._head_base import ChunkedHead, RowGrads
 from phimini.kernels._head_call import group_of, name_of
 from phimini.kernels._head_loss_op import HeadLoss, LossCall
 from phimini.kernels._head_pairs import PairGroup, plan_pairs
-from phimini.kernels._head_rows import check_head, check_main_grad, check_rows, chunk_slices
+from phimini.kernels._head_rows import (
+    check_group,
+    check_head,
+    check_main_grad,
+    check_rows,
+    check_tensor,
+    chunk_slices,
+)
 from phimini.kernels._launch import Backend
 from phimini.kernels.linear_logprob import linear_logprob_reference
 
@@ -275,8 +283,22 @@ def linear_dpo(
     The other arguments, and the errors raised: as in `linear_cross_entropy`.
     """
     op = "linear_dpo"
-    check_head(op, hidden_MD, weight_VD, targets_M, 1.0, group, sequence_parallel, chunk_bytes)
+    check_head(
+        op,
+        hidden_MD,
+        weight_VD,
+        targets_M,
+        1.0,
+        group,
+        sequence_parallel,
+        chunk_bytes,
+        max_rows,
+        ignore_index,
+    )
+    check_tensor(op, "sequence_M", sequence_M, None)
     check_rows(op, "sequence_M", sequence_M, targets_M.shape[0])
+    check_tensor(op, "reference_logp_S", reference_logp_S, weight_VD.device)
+    check_group(op, "sequence_group", sequence_group)
     check_main_grad(op, main_grad, weight_VD)
     if sequence_M.dtype != torch.int64:
         raise ValueError(f"{op}: sequence_M must be int64, got {sequence_M.dtype}")
@@ -284,11 +306,13 @@ def linear_dpo(
         raise ValueError(
             f"{op}: reference_logp_S must be (2P,), one per sequence, got {tuple(reference_logp_S.shape)}"
         )
+    if pair_weight_P is not None:
+        check_tensor(op, "pair_weight_P", pair_weight_P, weight_VD.device)
     if pair_weight_P is not None and pair_weight_P.shape != (reference_logp_S.shape[0] // 2,):
         raise ValueError(
             f"{op}: pair_weight_P must be ({reference_logp_S.shape[0] // 2},), one per pair, got {tuple(pair_weight_P.shape)}"
         )
-    if not 0 <= label_smoothing < 0.5 or nll_weight < 0 or beta <= 0:
+    if not (0 <= label_smoothing < 0.5 and 0 <= nll_weight < math.inf and 0 < beta < math.inf):
         raise ValueError(
             f"{op}: expected beta > 0, label_smoothing in [0, 0.5), nll_weight >= 0, "
             f"got {beta}, {label_smoothing}, {nll_weight}"

@@ -176,6 +176,8 @@ def linear_logprob(
         group,
         sequence_parallel,
         chunk_bytes,
+        max_rows,
+        ignore_index,
     )
     is_row_wise = isinstance(temperature, Tensor)
     return LinearLogprob(

@@ -18,6 +18,7 @@ dX and dW come out of the same logits. Normalisers go into row_weight: 1 / token
 Deterministic. Bound: compute, 6 * M * V * D FLOPs. Letters: M rows, D model width, V vocabulary (or this rank's V/TP).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -27,7 +28,13 @@ from torch import Tensor
 
 from phimini.kernels._head_base import RowGrads, RowStats
 from phimini.kernels._head_loss_op import HeadLoss, LossCall
-from phimini.kernels._head_rows import check_head, check_main_grad, check_rows, compute_dtype
+from phimini.kernels._head_rows import (
+    check_head,
+    check_main_grad,
+    check_rows,
+    check_tensor,
+    compute_dtype,
+)
 from phimini.kernels._launch import Backend
 from phimini.kernels.linear_logprob import linear_logprob_reference
 
@@ -253,22 +260,37 @@ def linear_policy_loss(
     """
     op = "linear_policy_loss"
     check_head(
-        op, hidden_MD, weight_VD, targets_M, temperature, group, sequence_parallel, chunk_bytes
+        op,
+        hidden_MD,
+        weight_VD,
+        targets_M,
+        temperature,
+        group,
+        sequence_parallel,
+        chunk_bytes,
+        max_rows,
+        ignore_index,
     )
     row_values = {
         "row_weight_M": row_weight_M, "old_logp_M": old_logp_M, "advantage_M": advantage_M,
         "reference_logp_M": reference_logp_M, "importance_weight_M": importance_weight_M,
     }  # fmt: skip
+    for name in ("old_logp_M", "advantage_M"):
+        check_tensor(op, name, row_values[name], weight_VD.device)
     for name, value_M in row_values.items():
-        check_rows(op, name, value_M, targets_M.shape[0])
+        check_rows(op, name, value_M, targets_M.shape[0], weight_VD.device)
     check_main_grad(op, main_grad, weight_VD)
-    if not 0 <= clip_low <= 1 or clip_high < 0:
+    if not 0 <= clip_low <= 1 or not clip_high >= 0:
         raise ValueError(
             f"{op}: expected clip_low in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}"
         )
     if kl not in ("k1", "k2", "k3") or kl_gradient not in ("estimator", "reverse"):
         raise ValueError(
             f"{op}: expected kl in k1, k2, k3 and kl_gradient in estimator, reverse, got {kl!r} and {kl_gradient!r}"
+        )
+    if not math.isfinite(kl_coef) or not math.isfinite(entropy_coef):
+        raise ValueError(
+            f"{op}: kl_coef and entropy_coef must be finite, got {kl_coef} and {entropy_coef}"
         )
     if kl_coef and reference_logp_M is None:
         raise ValueError(f"{op}: kl_coef {kl_coef} needs reference_logp_M, got None")

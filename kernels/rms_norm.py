@@ -56,7 +56,7 @@ def rms_norm_add_reference(
 
 
 # --- triton --------------------------------------------------------------------------------------
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _rms_norm_fwd_kernel(
     x_ptr, residual_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr,  # (M,D) (M,D) (D,) (M,D) (M,D) (M,)
     stride_x_m, stride_residual_m,
@@ -83,7 +83,7 @@ def _rms_norm_fwd_kernel(
         tl.store(y_ptr + rows * D + cols, x * rstd * w, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _rms_norm_bwd_kernel(
     dy_ptr, dh_out_ptr, h_ptr, w_ptr, rstd_ptr, dh_ptr, dw_partial_ptr,  # (M,D) x 3, (D,) (M,) (M,D) (P,D)
     stride_dy_m, stride_dh_out_m, stride_h_m,
@@ -274,7 +274,7 @@ def rms_norm(
 
     Raises ValueError where the shapes do not fit or D is larger than 16,384.
     """
-    _check("rms_norm", x, weight)
+    _check("rms_norm", x, weight, eps)
     if not runs_triton(x, _backend):
         return _TorchRmsNorm.apply(x, weight, eps)
     y, _rstd_M = _rms_norm_fwd(x, weight, eps)
@@ -293,12 +293,10 @@ def rms_norm_add(
 
     Raises ValueError where the shapes or the dtypes do not fit.
     """
-    _check("rms_norm_add", x, weight)
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"rms_norm_add: residual: expected {tuple(x.shape)} {x.dtype} like x, "
-            f"got {tuple(residual.shape)} {residual.dtype}"
-        )
+    _check("rms_norm_add", x, weight, eps)
+    expected, got = ((*t.shape, t.dtype, str(t.device)) for t in (x, residual))
+    if got != expected:
+        raise ValueError(f"rms_norm_add: residual: expected {expected} like x, got {got}")
     if not runs_triton(x, _backend):
         h = x + residual
         return _TorchRmsNorm.apply(h, weight, eps), h
@@ -306,15 +304,18 @@ def rms_norm_add(
     return y, h
 
 
-def _check(op: str, x: Tensor, weight: Tensor) -> None:
+def _check(op: str, x: Tensor, weight: Tensor, eps: float) -> None:
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(
             f"{op}: x: expected floating-point (..., D), got {tuple(x.shape)} {x.dtype}"
         )
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps: expected 0 or more, got {eps}")
     D = x.shape[-1]
-    if weight.shape != (D,):
+    if weight.shape != (D,) or not weight.is_floating_point():
         raise ValueError(
-            f"{op}: weight: expected shape ({D},) like x's last dim, got {tuple(weight.shape)}"
+            f"{op}: weight: expected shape ({D},) like x's last dim, floating-point, "
+            f"got {tuple(weight.shape)} {weight.dtype}"
         )
     if not 0 < D <= MAX_D:
         raise ValueError(

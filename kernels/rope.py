@@ -261,6 +261,10 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int | 
             f"rope: cos, sin: expected both (positions, R/2) with R at most K = {x.shape[-1]}, "
             f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
+    if not cos.is_floating_point() or not sin.is_floating_point():
+        raise ValueError(
+            f"rope: cos, sin: expected floating-point, got {cos.dtype} and {sin.dtype}"
+        )
     if cos.stride(1) != 1 or sin.stride(1) != 1:
         raise ValueError("rope: cos, sin: expected rows with unit stride")
     if heads is None or not 0 < heads <= x.shape[-2]:

@@ -47,7 +47,7 @@ def losses(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Loss]]:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp", "tp-sp"])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_split_vocabulary_equals_one_rank(
     tmp_path: Path, world_size: int, sequence_parallel: bool
 ) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from phimini.kernels import (
     _head_blocks,
+    _head_errors,
     _head_rows,
     _head_triton,
     linear_cross_entropy,
@@ -232,7 +233,7 @@ def test_a_hint_of_the_number_of_rows_shortens_the_gemms() -> None:
         weight,
     )
     assert_same(run(40), run(None), 1e-6)
-    with pytest.raises(RuntimeError, match="more rows count than max_rows 20"):
+    with pytest.raises(ValueError, match="max_rows is 20, but 32 rows count"):
         run(20)
 
 
@@ -272,7 +273,9 @@ def test_the_host_waits_for_nothing(
     launched: list[str] = []
     for kernel in ("fwd", "logits", "merge", "gradient"):
         monkeypatch.setattr(_head_triton, f"_head_{kernel}_kernel", _Launcher(launched, kernel))
-    monkeypatch.setattr(_head_rows, "check_later", lambda *args: None)
+    monkeypatch.setattr(
+        _head_rows, "check_later", lambda bad_M, value_M, _: _head_errors.first_bad(bad_M, value_M)
+    )
     for loss in (_cross_entropy, _dpo, _policy_loss):
         monkeypatch.setattr(
             loss, "op", torch.no_grad()(loss.op._init_fn)
@@ -304,6 +307,21 @@ def test_splits_keep_the_chip_busy(num_row_blocks: int, num_sms: int) -> None:
     assert 1 <= splits <= 32 and (use >= 0.9 or splits * num_row_blocks < num_sms)
 
 
+def test_the_first_bad_value_is_found_without_waiting() -> None:
+    values_M = torch.tensor([3, 9, 4, 7])
+    found_2 = _head_errors.first_bad(values_M > 5, values_M)
+    assert found_2.tolist() == [1.0, 9.0]
+    assert _head_errors.first_bad(values_M > 9, values_M)[0] == -1
+
+
+def test_bad_target_is_named_on_the_fused_path() -> None:
+    hidden, weight, targets = make_head(20, 8, 300, ignored=False)
+    targets[7] = 300
+    for op in (linear_logprob, linear_cross_entropy):
+        with pytest.raises(ValueError, match=r"targets_M\[7\] is 300, expected a class in"):
+            op(hidden, weight, targets, _backend="triton")
+
+
 def test_narrow_width_is_named() -> None:
     hidden, weight, targets = make_head(6, 9, 20)
     with pytest.raises(
@@ -333,8 +351,6 @@ def test_on_a_gpu(name: str) -> None:
 
 @pytest.mark.gpu
 def test_bad_target_on_a_gpu_is_named_later() -> None:
-    from phimini.kernels import _head_errors
-
     hidden, weight, targets = make_head(20, 64, 300, torch.bfloat16, ignored=False)
     targets[7] = 300
     linear_cross_entropy(hidden.cuda(), weight.cuda(), targets.cuda())

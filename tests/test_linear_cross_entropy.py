@@ -180,6 +180,44 @@ def test_main_grad_takes_dw() -> None:
     torch.testing.assert_close(hidden.grad, 2 * want["dx"])
 
 
+def test_main_grad_with_a_frozen_trunk() -> None:
+    hidden, weight, targets = make_head(33, 8, 20)
+    want = value_and_grads(lambda x, w: linear_cross_entropy(x, w, targets), hidden, weight)
+    main_grad = torch.zeros(20, 8)
+    loss, _ = linear_cross_entropy(hidden, weight.requires_grad_(), targets, main_grad=main_grad)
+    loss.backward()
+    assert weight.grad is None and hidden.grad is None
+    torch.testing.assert_close(main_grad, want["dw"])
+
+
+def test_autocast_changes_nothing() -> None:
+    """The op says what is fp32; autocast would narrow products inside it."""
+    hidden, weight, targets = make_head(33, 8, 20)
+    run = lambda: value_and_grads(
+        lambda x, w: linear_cross_entropy(x, w, targets, label_smoothing=0.1), hidden, weight
+    )
+    want = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run()
+    assert all(bool((got[name] == want[name]).all()) for name in want)
+
+
+def test_compiled_without_a_break_and_once_for_all_row_counts() -> None:
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    hidden, weight, targets = make_head(33, 8, 20)
+    fn = lambda x, w, t: linear_cross_entropy(x, w, t)[0]
+    compiled = torch.compile(fn, fullgraph=True, dynamic=True, backend=backend)
+    for M in (33, 20, 7):
+        x, t = hidden[:M].clone(), targets[:M].clone()
+        assert bool(compiled(x, weight, t) == fn(x, weight, t))
+    assert len(graphs) == 1
+
+
 def test_main_grad_refuses_another_upstream_gradient() -> None:
     hidden, weight, targets = make_head(4, 8, 20)
     loss, _ = linear_cross_entropy(
@@ -252,14 +290,25 @@ def with_target(value: int) -> Tensor:
         ({"targets_M": with_target(20)}, r"targets_M\[3\] is 20, expected a class in \[0, 20\)"),
         ({"targets_M": with_target(-1)}, r"targets_M\[3\] is -1"),
         ({"row_weight_M": torch.zeros(7)}, r"row_weight_M must have shape \(6,\)"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be a finite number above 0.*got 0.0"),
         ({"temperature": torch.ones(3)}, r"temperature must have shape \(6,\)"),
         ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\], got 1.5"),
         (
             {"main_grad": torch.zeros(20, 8).bfloat16()},
             "main_grad must be a contiguous torch.float32",
         ),
-        ({"chunk_bytes": 0}, "chunk_bytes must be positive, got 0"),
+        ({"chunk_bytes": 0}, "chunk_bytes must be a positive integer, got 0"),
+        ({"max_rows": 4}, "max_rows is 4, but 6 rows count"),
+        ({"ignore_index": 0.5}, "ignore_index must be an integer, got 0.5"),
+        ({"hidden_MD": [1.0]}, "hidden_MD must be a tensor, got list"),
+        ({"targets_M": None}, "targets_M must be a tensor, got NoneType"),
+        ({"hidden_MD": torch.zeros(6, 8, device="meta")}, "hidden_MD must be on cpu.*got meta"),
+        ({"row_weight_M": torch.ones(6, device="meta")}, "row_weight_M must be on cpu.*got meta"),
+        ({"weight_VD": torch.zeros(0, 8)}, r"weight_VD must have a row per class, got \(0, 8\)"),
+        ({"temperature": torch.arange(6) / 2}, r"temperature\[0\] is 0, expected a finite number"),
+        ({"temperature": float("inf")}, "temperature must be a finite number.*got inf"),
+        ({"z_loss": float("nan")}, r"z_loss must be in \[0, 1\], got nan"),
+        ({"group": "tp"}, "group must be a ProcessGroup or None, got 'tp'"),
         ({"sequence_parallel": True}, "sequence_parallel needs group"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

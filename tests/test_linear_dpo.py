@@ -240,6 +240,8 @@ def test_opcheck() -> None:
         ({"reference_logp_S": torch.zeros(3)}, r"reference_logp_S must be \(2P,\).*got \(3,\)"),
         ({"pair_weight_P": torch.zeros(2)}, r"pair_weight_P must be \(1,\).*got \(2,\)"),
         ({"label_smoothing": 0.5}, r"label_smoothing in \[0, 0.5\).*got 0.1, 0.5"),
+        ({"beta": float("nan")}, "expected beta > 0.*got nan"),
+        ({"sequence_group": "cp"}, "sequence_group must be a ProcessGroup or None, got 'cp'"),
         (
             {"targets_M": torch.full((9,), 50)},
             r"targets_M\[0\] is 50, expected a class in \[0, 50\)",
@@ -252,6 +254,8 @@ def test_opcheck() -> None:
         "reference",
         "pair-weight",
         "smoothing",
+        "beta",
+        "group",
         "target",
     ],
 )

@@ -248,8 +248,13 @@ def test_opcheck() -> None:
         ({"kl_coef": 0.1}, "kl_coef 0.1 needs reference_logp_M"),
         ({"clip_low": 1.5}, r"expected clip_low in \[0, 1\]"),
         ({"targets_M": torch.full((6,), 20)}, r"targets_M\[0\] is 20"),
+        ({"advantage_M": None}, "advantage_M must be a tensor, got NoneType"),
+        (
+            {"entropy_coef": float("nan")},
+            "kl_coef and entropy_coef must be finite, got 0.0 and nan",
+        ),
     ],
-    ids=["old", "advantage", "kl", "reference", "clip", "target"],
+    ids=["old", "advantage", "kl", "reference", "clip", "target", "no-advantage", "coefficient"],
 )
 def test_bad_input_is_named(changes: dict, message: str) -> None:
     hidden, weight, targets = make_head(6, 8, 20, ignored=False)

@@ -120,13 +120,21 @@ def test_a_bad_argument_is_named() -> None:
     x = torch.randn(2, 8, device=DEVICE)
     with pytest.raises(ValueError, match=r"rms_norm: weight: expected shape \(8,\).*got \(7,\)"):
         rms_norm(x, torch.randn(7, device=DEVICE))
+    with pytest.raises(ValueError, match="rms_norm: eps: expected 0 or more, got -1"):
+        rms_norm(x, torch.randn(8, device=DEVICE), eps=-1)
+    with pytest.raises(
+        ValueError, match="rms_norm: weight: .*floating-point, got .8,. torch.int64"
+    ):
+        rms_norm(x, torch.ones(8, dtype=torch.int64, device=DEVICE))
     with pytest.raises(ValueError, match="rms_norm: x: expected floating-point"):
         rms_norm(x.int(), torch.randn(8, device=DEVICE))
     with pytest.raises(ValueError, match="rms_norm: x: expected a last dim of 1 to 16384"):
         rms_norm(torch.randn(1, 16385, device=DEVICE), torch.randn(16385, device=DEVICE))
-    with pytest.raises(ValueError, match="rms_norm_add: residual: expected .2, 8."):
+    with pytest.raises(
+        ValueError, match="rms_norm_add: residual: expected .2, 8, torch.float32, .* got .1, 8,"
+    ):
         rms_norm_add(x, x[:1], torch.randn(8, device=DEVICE))
-    with pytest.raises(ValueError, match="rms_norm_add: residual: .* got .2, 8. torch.bfloat16"):
+    with pytest.raises(ValueError, match="rms_norm_add: residual: .* got .2, 8, torch.bfloat16"):
         rms_norm_add(x, x.bfloat16(), torch.randn(8, device=DEVICE))
     with pytest.raises(ValueError, match="rms_norm: weight: expected on"):
         rms_norm(x, torch.randn(8, device="meta"))
