@@ -38,6 +38,8 @@ class LocalStats(NamedTuple):
 
 
 class RowStats(NamedTuple):
+    """fp64, but for the mean logit."""
+
     logp_M: Tensor
     lse_M: Tensor
     entropy_M: Tensor | None
@@ -130,16 +132,18 @@ class ChunkedHead:
         merged = local
         if self.group is not None:
             merged = _merge_ranks(local, self.weight_VD.shape[0], self.group)
-        self.local_max_M, self.max_M, self.log_sum_M = local.max_M, merged.max_M, merged.sum_M.log()
-        target_M = merged.target_logit_M - merged.max_M
+        # fp64 for these few numbers: in fp32 a log-prob of -10 is off by up to 5e-7, a ratio of two by 1e-6.
+        self.local_max_M, self.max_M = local.max_M.double(), merged.max_M.double()
+        self.log_sum_M = merged.sum_M.double().log()
+        target_M = merged.target_logit_M.double() - self.max_M
         self.logp_M = target_M - self.log_sum_M
         self.mean_shift_M = self.entropy_M = None
         if merged.weighted_M is not None:
-            self.mean_shift_M = merged.weighted_M / merged.sum_M
+            self.mean_shift_M = merged.weighted_M.double() / merged.sum_M
             self.entropy_M = self.log_sum_M - self.mean_shift_M
         return RowStats(
             logp_M=self.logp_M,
-            lse_M=merged.max_M + self.log_sum_M,
+            lse_M=self.max_M + self.log_sum_M,
             entropy_M=self.entropy_M,
             # mv, not @: autocast narrows that one
             mean_logit_M=None if self.mean_D is None else self.scaled_rows(rows).mv(self.mean_D),
@@ -166,19 +170,13 @@ class ChunkedHead:
         if grads.entropy_M is not None:
             assert self.mean_shift_M is not None, "an entropy gradient needs entropy_gradient=True"
             shift_M = below_M - self.mean_shift_M
-        self.gradients(
-            rows,
-            LogitGrads(
-                # A rank whose classes are all hopeless would underflow to 0 here; below e^-60 it does not matter.
-                scale_M=(below_M - self.log_sum_M).clamp_min(-60).exp(),
-                softmax_M=-grads.logp_M if grads.lse_M is None else grads.lse_M - grads.logp_M,
-                target_M=grads.logp_M,
-                entropy_M=grads.entropy_M,
-                shift_M=shift_M,
-            ),
-        )
+        # A rank whose classes are all hopeless would underflow to 0 here; below e^-60 it does not matter.
+        scale_M = (below_M - self.log_sum_M).clamp_min(-60).exp()
+        softmax_M = -grads.logp_M if grads.lse_M is None else grads.lse_M - grads.logp_M
+        values = (scale_M, softmax_M, grads.logp_M, grads.entropy_M, shift_M)
+        self.gradients(rows, LogitGrads(*(v if v is None else v.to(self.dtype) for v in values)))
         if grads.mean_logit_M is not None:
-            self._mean_gradient(rows, grads.mean_logit_M)
+            self._mean_gradient(rows, grads.mean_logit_M.to(self.dtype))
 
     def _mean_gradient(self, rows: slice, grad_M: Tensor) -> None:
         """zbar = x . (mean row of W) / temperature: a rank-one gradient, no pass over the logits."""

@@ -170,7 +170,7 @@ class TritonHead(ChunkedHead):
             scaled = [None if value_M is None else value_M * inverse_M for value_M in scaled]
         softmax_M, at_target_M, entropy_M = scaled
         values = (self.local_max_M, grads.scale_M, softmax_M, at_target_M, entropy_M, grads.shift_M)
-        return [None if value_M is None else value_M.contiguous() for value_M in values]
+        return [None if v is None else v.to(torch.float32).contiguous() for v in values]
 
 
 def _operand(
