@@ -173,8 +173,14 @@ class ChunkedHead:
         # A rank whose classes are all hopeless would underflow to 0 here; below e^-60 it does not matter.
         scale_M = (below_M - self.log_sum_M).clamp_min(-60).exp()
         softmax_M = -grads.logp_M if grads.lse_M is None else grads.lse_M - grads.logp_M
-        values = (scale_M, softmax_M, grads.logp_M, grads.entropy_M, shift_M)
-        self.gradients(rows, LogitGrads(*(v if v is None else v.to(self.dtype) for v in values)))
+        dz = LogitGrads(
+            scale_M=scale_M.to(self.dtype),
+            softmax_M=softmax_M.to(self.dtype),
+            target_M=grads.logp_M.to(self.dtype),
+            entropy_M=None if grads.entropy_M is None else grads.entropy_M.to(self.dtype),
+            shift_M=None if shift_M is None else shift_M.to(self.dtype),
+        )
+        self.gradients(rows, dz)
         if grads.mean_logit_M is not None:
             self._mean_gradient(rows, grads.mean_logit_M.to(self.dtype))
 
