@@ -7,9 +7,10 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 SINGLE_FILE = "model.safetensors"
@@ -102,6 +103,7 @@ def write_tensors(
             names.append(list(shard))
             total_bytes += sum(t.nbytes for t in shard.values())
             _write_shard(shards[-1], shard)
+            del shard  # or it would stay while the next one is gathered
         if not shards:
             raise ValueError(f"{directory}: no tensors to write")
         single = len(shards) == 1
@@ -144,13 +146,38 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[d
         yield shard
 
 
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
 def _write_shard(path: Path, shard: dict[str, Tensor]) -> None:
+    """A safetensors file: 8 bytes of length, a JSON header, the tensors' bytes. The library's own writer first copies
+    all tensors to Python bytes, which doubles what an export needs."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # Wide types first, so that each tensor lies at a multiple of its element's size.
+    ordered = sorted(shard.items(), key=lambda item: -item[1].element_size())
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     try:
-        save_file(shard, path, metadata={"format": "pt"})
-    except SafetensorError as error:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, tensor in ordered:
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
         raise OSError(f"{path}: cannot write weights: {error}") from error
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> dict:

@@ -36,7 +36,7 @@ from phimini.parallel.layout import Layout
 from phimini.parallel.optimizer import Optimizer, OptimizerConfig, build_optimizer
 from phimini.parallel.step import forward_backward
 from phimini.parallel.weight_names import hf_names, take_shard
-from phimini.parallel.weights import slots, to_hf
+from phimini.parallel.weights import export_hf, load_hf, slots, to_hf
 from phimini.parallel.world import initialize
 
 CONFIG = ModelConfig(
@@ -160,6 +160,40 @@ def test_a_chain_of_layouts_goes_on_as_one_run(name: str, tmp_path: Path) -> Non
     assert losses == pytest.approx(expected, abs=1e-6)
     if len(chain) == 2:  # nothing was resharded: not a bit may differ
         assert losses == expected
+
+
+def test_a_chain_through_hugging_face_goes_on_as_one_run(tmp_path: Path) -> None:
+    """TP2, PP2, TP2PP2, TP1, an HF folder, TP2: the weights come from the folder, the rest from the checkpoint."""
+
+    def first() -> list[float]:
+        model, optimizer = build(Layout(tensor=2))
+        train(model, optimizer, range(2))
+        save_checkpoint(tmp_path / "0", 2, model, optimizer)
+        return train(model, optimizer, range(2, 5))
+
+    def following(i: int, layout: Layout) -> None:
+        model, optimizer = build(layout, seed=99)
+        load_checkpoint(tmp_path / str(i - 1), model, optimizer)
+        save_checkpoint(tmp_path / str(i), 2, model, optimizer)
+        if i == 3:
+            export_hf(model, tmp_path / "hf", max_shard_bytes=100_000)
+
+    def last(through_hf: bool) -> list[float]:
+        model, optimizer = build(Layout(tensor=2), seed=99)
+        load_checkpoint(tmp_path / "3", model, optimizer)
+        with torch.no_grad():
+            for _, parameter in model.named_parameters():
+                parameter.zero_()  # nothing of the checkpoint's weights is left
+        if through_hf:
+            load_hf(model, tmp_path / "hf")
+        return train(model, optimizer, range(2, 5))
+
+    expected = run_ranks(first, 2)[0]
+    chain = [Layout(pipeline=2), Layout(tensor=2, pipeline=2), Layout()]
+    for i, layout in enumerate(chain, 1):
+        run_ranks(following, layout.model_size, i, layout)
+    assert run_ranks(last, 2, True)[0] == pytest.approx(expected, abs=1e-6)
+    assert run_ranks(last, 2, False)[0] != pytest.approx(expected, abs=1e-2), "the control"
 
 
 def test_losses_differ_without_the_optimizer_state(tmp_path: Path) -> None:

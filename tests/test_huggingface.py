@@ -1,14 +1,15 @@
 """Hugging Face folders: written ones load everywhere, read ones are checked, broken ones say what is broken."""
 
 import dataclasses
+import errno
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_reference import LIMIT, SMALL, build, relative
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Phi3ForCausalLM
@@ -303,11 +304,14 @@ def test_a_save_that_fails_leaves_the_old_weights(saved: Path) -> None:
 def test_a_full_disk_is_an_os_error_with_the_file(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_, **__):
-        raise SafetensorError("No space left on device (os error 28)")
+    def full(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".safetensors"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tensor_files, "save_file", full)
-    with pytest.raises(OSError, match=r"\.tmp-.*safetensors: cannot write weights: No space left"):
+    monkeypatch.setattr(tensor_files.os, "fsync", full)
+    with pytest.raises(
+        OSError, match=r"\.tmp-.*safetensors: cannot write weights: .*No space left"
+    ):
         save_reference(build(seed=1), saved)
     assert_same_model(load_reference(saved), build())
 

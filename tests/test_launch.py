@@ -12,8 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from test_parallel_parity import (  # noqa: F401
+    GROUPS,
+    config,
+    cross_entropy_head,
+    poison_uninitialised_memory,
+    share_of,
+)
 
+from phimini.parallel.builder import build_model
 from phimini.parallel.launch import RankFailure, run_ranks
+from phimini.parallel.layout import Layout
+from phimini.parallel.step import forward_backward
+from phimini.parallel.world import initialize
 
 
 def gathered_sum(factor: int) -> tuple[int, float, torch.Tensor]:
@@ -72,6 +83,28 @@ def test_a_rank_killed_inside_a_collective_does_not_hang_the_others() -> None:
     assert "SIGKILL" in str(failure.value)
     assert failure.value.rank == 2
     assert time.monotonic() - began < 20
+
+
+def die_in_a_step(name: str) -> None:
+    layout = Layout(tensor=2, pipeline=2)
+    world = initialize(layout, config(), timeout_s=200)
+    model = build_model(config(), world, seed=0)
+    victim = dict(model.named_parameters()).get(name)
+    if world.rank == 3:
+        assert victim is not None
+        victim.register_hook(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    model.zero_grad()
+    forward_backward(model, share_of(GROUPS, 0, 1), cross_entropy_head)
+    raise AssertionError("the step ended")
+
+
+def test_a_rank_killed_in_the_middle_of_a_step_ends_the_others_and_is_named() -> None:
+    """In the backward of its last stage: the others wait in gloo for a tensor or a reduction that never comes."""
+    began = time.monotonic()
+    with pytest.raises(RankFailure, match=r"rank 3 of 4 failed: .*SIGKILL") as failure:
+        run_ranks(die_in_a_step, 4, "chunks.0.decoder.layers.1.mlp.linear_fc1.weight", timeout_s=100)  # fmt: skip
+    assert failure.value.rank == 3
+    assert time.monotonic() - began < 60
 
 
 def test_a_late_rank_is_named() -> None:

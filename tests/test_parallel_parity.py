@@ -234,22 +234,33 @@ def test_short_table_matches_the_reference() -> None:
     check(run(Layout(), 1, short), reference(short, GROUPS))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_split_into_micro_batches_does_not_change_the_gradient(size: int, want: tuple) -> None:
-    merged = [sum(GROUPS[i : i + size], []) for i in range(0, len(GROUPS), size)]
-    relabelled = [
-        [pack([d for g in GROUPS[i : i + size] for d in documents(g)])] for i in range(0, 8, size)
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [(Layout(), 1), (Layout(), 2), (Layout(context=2), 2)],
+    ids=["single", "dp2", "cp2"],
+)
+@pytest.mark.parametrize("number", [1, 2, 8])
+def test_a_split_batch_has_the_same_gradient(
+    number: int, layout: Layout, world_size: int, want: tuple
+) -> None:
+    """Eight groups of documents in `number` micro-batches, on each layout: all equal the reference, so each other."""
+    number = max(number, world_size // layout.model_size)
+    size = len(GROUPS) // number
+    batches = [
+        pack([d for g in GROUPS[i : i + size] for d in documents(g)])
+        for i in range(0, len(GROUPS), size)
     ]
-    assert [b[0].num_tokens for b in relabelled] == [sum(lengths) for lengths in merged]
-    result = run_ranks(split_rank, 1, relabelled, timeout_s=200)
-    check(result, want)
+    assert len(batches) == number
+    check(run_ranks(split_rank, world_size, batches, layout, timeout_s=200), want)
 
 
-def split_rank(batches: list[list[PackedBatch]]) -> tuple[float, dict[str, Tensor], dict]:
-    world = initialize(Layout(), config(), timeout_s=200)
+def split_rank(batches: list[PackedBatch], layout: Layout) -> tuple[float, dict[str, Tensor], dict]:
+    world = initialize(layout, config(), timeout_s=200)
     model = build_model(config(), world, seed=0)
     model.zero_grad()
-    result = forward_backward(model, [b for part in batches for b in part], cross_entropy_head)
+    share = len(batches) // world.data_size
+    mine = batches[world.data_rank * share : (world.data_rank + 1) * share]
+    result = forward_backward(model, mine, cross_entropy_head)
     gradients = {k: v.clone() for k, v in gradients_to_hf(model)}
     world.close()
     return result.loss, gradients, {}
@@ -317,8 +328,8 @@ def test_a_broken_model_is_seen(
 
 def test_an_unmasked_pad_is_seen(want: tuple) -> None:
     packs = [pack(documents(lengths), multiple_of=32) for lengths in GROUPS]
-    check(run_ranks(split_rank, 1, [packs], timeout_s=200), want)
+    check(run_ranks(split_rank, 1, packs, Layout(), timeout_s=200), want)
     for batch in packs:
         batch.targets_T[batch.cu_seqlens[-2] :] = 0
-    (result,) = run_ranks(split_rank, 1, [packs], timeout_s=200)
+    (result,) = run_ranks(split_rank, 1, packs, Layout(), timeout_s=200)
     assert worst_error(result[1], want[1])[0] > 1000 * LIMIT

@@ -1,6 +1,8 @@
 """Megatron shards and Hugging Face tensors are the same numbers under two names."""
 
+import ctypes
 import dataclasses
+import os
 import resource
 from pathlib import Path
 
@@ -210,6 +212,45 @@ def test_export_from_one_layout_loads_in_another(tmp_path: Path) -> None:
         expected
     )
     run_ranks(load, 2)
+
+
+@pytest.mark.parametrize("name", ["tp1", "tp2-pp2"])
+def test_an_export_holds_one_file_s_tensors_at_a_time(name: str, tmp_path: Path) -> None:
+    """Peak memory of rank 0, beyond what it held before, against the largest file."""
+    wide = dataclasses.replace(CONFIG, num_layers=24, model_dim=512, mlp_dim=1024, vocab_size=8192)
+    limit = 40_000_000  # of 170 MB; the embedding alone is 17 MB, a layer's largest matrix 4
+
+    def run() -> int:
+        # Tensors of the full-size model are large enough that glibc gives their memory back: these too.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17)
+        model = built(wide, LAYOUTS[name], trainable=False)
+        export_hf(model, tmp_path / "warm", max_shard_bytes=1_000_000)
+        held = resident_bytes()
+        reset_peak()
+        export_hf(model, tmp_path / "model", max_shard_bytes=limit)
+        return peak_bytes() - held
+
+    grown = run_ranks(run, world_size(LAYOUTS[name]))[0]
+    files = sorted((tmp_path / "model").glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    assert len(files) >= 5
+    largest = files[-1].stat().st_size
+    assert 0.2 * largest < grown < 1.3 * largest, (grown / largest, largest)
+
+
+M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes() -> int:
+    (line,) = [l for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l]
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def test_a_failed_export_is_raised_on_every_rank_and_leaves_the_old_folder(tmp_path: Path) -> None:
