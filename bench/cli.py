@@ -1,8 +1,11 @@
 """The command `phimini`: `bench` is answered here, every other verb by `phimini.stages.cli`.
 
 phimini bench kernels [op ...] [--static] [--traffic] [--quick] [--json PATH]
+phimini bench all [--quick] [--only PART,...] [--json PATH]
+phimini bench data [--quick] [--json PATH]
 phimini bench compare [BASE] NEW
 phimini bench bless NEW --reason TEXT
+phimini bench readme [--write]
 phimini bench golden [--layouts 1,tp2]
 phimini bench rollout|weight-sync [--quick] [--json PATH]
 phimini bench train [midtrain|sft|dpo|rlvr ...] [--run DIR] [--profile DIR] [--quick] [--json PATH] [key=value ...]
@@ -16,11 +19,14 @@ from phimini.stages.cli import main as stages_main
 
 # A bench is imported when it is asked for: some decide at import whether Triton interprets or compiles.
 BENCHES = {
+    "all": "phimini.bench.all",
+    "data": "phimini.bench.data",
     "kernels": "phimini.bench.kernels",
     "compare": "phimini.bench.compare",
     "bless": "phimini.bench.bless",
     "golden": "phimini.bench.golden",
     "ladder": "phimini.bench.ladder",
+    "readme": "phimini.bench.readme",
     "rollout": "phimini.bench.rollout",
     "train": "phimini.bench.train",
     "weight-sync": "phimini.bench.weight_sync",
