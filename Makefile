@@ -10,7 +10,7 @@ TE_VERSION := 2.20.2
 TE := $(VENV)/transformer-engine-$(TE_VERSION)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-mcore-next test-te lint clean
+.PHONY: demo test test-mcore-next test-te bench-peers lint clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/phimini recipe tiny
@@ -53,5 +53,15 @@ $(TE)/.done:
 	$(PIP) install --no-deps --target $(TE) transformer-engine==$(TE_VERSION) onnx==1.23.2 onnxscript==0.7.2 onnx-ir==1.1.0 ml-dtypes==0.6.0 nvdlfw-inspect==0.2.2
 	touch $@
 
+# TRL beside our stages, in an environment of its own; see `phimini bench peers`.
+bench-peers: $(VENV)/.demo .venv-peers/.done
+	$(VENV)/bin/phimini bench peers
+
+.venv-peers/.done: .ci/peers.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip --disable-pip-version-check -q install "$$(grep '^torch==' $<)"
+	.venv-peers/bin/pip --disable-pip-version-check -q install -r $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) .venv-peers build dist *.egg-info runs

@@ -10,6 +10,7 @@ phimini bench golden [--layouts 1,tp2]
 phimini bench rollout|weight-sync [--quick] [--json PATH]
 phimini bench train [midtrain|sft|dpo|rlvr ...] [--run DIR] [--profile DIR] [--quick] [--json PATH] [key=value ...]
 phimini bench ladder [RUN ...]
+phimini bench peers [sft|dpo|grpo ...] [--json PATH]
 """
 
 import importlib
@@ -21,6 +22,7 @@ from phimini.stages.cli import main as stages_main
 BENCHES = {
     "all": "phimini.bench.all",
     "data": "phimini.bench.data",
+    "peers": "phimini.bench.peers",
     "kernels": "phimini.bench.kernels",
     "compare": "phimini.bench.compare",
     "bless": "phimini.bench.bless",
