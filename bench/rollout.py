@@ -123,9 +123,10 @@ def measure_shape(
                 reference_samples=rates["vllm"] if held else (),
                 error=errors[name],
                 info={
-                    "tokens_per_second": statistics.median(
-                        batch * new_tokens / s[0] for s in seconds[name]
+                    f"tokens_per_{clock}": statistics.median(
+                        batch * new_tokens / s[i] for s in seconds[name]
                     )
+                    for i, clock in enumerate(("second", "cpu_second"))
                 },
             )
         )

@@ -98,7 +98,9 @@ class SyncReport:
     transfer_s: float = 0.0
     load_s: float = 0.0
     verify_s: float = 0.0
-    """checksums on both sides, the engines' slowest worker"""
+    """checksums on both sides, the engines' slowest worker, and what it then reads back"""
+    checksum_s: float = 0.0
+    """of verify_s, what checksums of sent and of arrived bytes take"""
     total_s: float = 0.0
     checksums: dict[str, int] = field(default_factory=dict, repr=False)
 
@@ -233,10 +235,12 @@ class WeightSync:
                         wait.at("verify", name)
                         raise wait.error(f"checksum {got}, the trainer's is {sent}", where)
         workers = [worker for workers in finished for worker in workers]
-        slowest = {key: max(w[key] for w in workers) for key in ("receive_s", "load_s", "verify_s")}
+        keys = ("load_s", "verify_s", "checksum_s")
+        slowest = {key: max(w[key] for w in workers) for key in keys}
         report.load_s = slowest["load_s"]
         report.transfer_s = max(0.0, report.transfer_s - slowest["load_s"] - slowest["verify_s"])
         report.verify_s += slowest["verify_s"]
+        report.checksum_s += slowest["checksum_s"]
 
     def _abort(self) -> bool | None:
         """Ends the update at every engine that still answers; whether all of them kept their old weights."""
@@ -293,6 +297,7 @@ class _Packer:
         wait.at("pack", self.entries[0][0])
         clock = time.perf_counter()
         sums = torch.stack([checksum(tensor) for _, tensor, _ in self.entries]).tolist()
+        report.checksum_s += time.perf_counter() - clock
         report.verify_s += time.perf_counter() - clock
         entries = [
             Entry(

@@ -56,7 +56,7 @@ class Receiver(Protocol):
         """Starts init, pause, start, update, finish, abort or resume; each worker's answer, in JSON's types.
 
         An answer with the key "error" holds the fields of a WeightSyncError. After `finish` an answer has
-        checksums by tensor, receive_s, load_s and verify_s; `finish` resets the prefix cache.
+        checksums by tensor, load_s, verify_s and (part of it) checksum_s; `finish` resets the prefix cache.
         """
         ...
 

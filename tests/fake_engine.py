@@ -58,7 +58,7 @@ class FakeEngine:
             elif phase == "finish":
                 self.weights, self.staged, self.version = self.staged, {}, info["version"]
                 sums = {name: int(checksum(t)) for name, t in self.weights.items()}
-                answer |= {"checksums": sums, "receive_s": 0.0, "load_s": 0.0, "verify_s": 0.0}
+                answer |= {"checksums": sums, "load_s": 0.0, "verify_s": 0.0, "checksum_s": 0.0}
         except WeightSyncError as error:
             return [{"error": error.fields()}]
         return [answer]

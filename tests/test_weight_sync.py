@@ -93,6 +93,12 @@ def test_checksum_sees_one_bit_and_two_places_swapped(
 def test_checksum_is_of_length_order_and_bytes() -> None:
     zeros = {int(checksum(torch.zeros(n))) for n in (1, 2, 511, 512, 513, 70_000)}
     assert len(zeros) == 6
+    for width in (64, 128, 256, 3072, 8192):  # any two rows of a matrix
+        x = torch.randn(600, width)
+        for a, b in ((0, 1), (0, 251), (3, 502), (17, 599), (250, 501)):
+            y = x.clone()
+            y[[a, b]] = x[[b, a]]
+            assert int(checksum(x)) != int(checksum(y)), (width, a, b)
     rows = torch.randn(2000, 256)
     halves = torch.cat((rows[1000:], rows[:1000]))
     assert int(checksum(halves)) != int(checksum(rows))

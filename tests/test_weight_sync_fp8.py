@@ -22,7 +22,7 @@ from rollout_cases import (
 )
 from vllm_process import in_vllm
 
-from phimini.bench.weight_sync import AllocationMeter
+from phimini.bench.memory import AllocationMeter
 from phimini.model.config import preset
 from phimini.model.reference import Phi4Mini
 from phimini.parallel.builder import build_model
