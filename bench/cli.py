@@ -9,6 +9,7 @@ phimini bench readme [--write]
 phimini bench golden [--layouts 1,tp2]
 phimini bench rollout|weight-sync [--quick] [--json PATH]
 phimini bench train [midtrain|sft|dpo|rlvr ...] [--run DIR] [--profile DIR] [--quick] [--json PATH] [key=value ...]
+phimini bench sampler|scaling [--quick] [--json PATH]
 phimini bench ladder [RUN ...]
 phimini bench peers [sft|dpo|grpo ...] [--json PATH]
 """
@@ -30,7 +31,9 @@ BENCHES = {
     "ladder": "phimini.bench.ladder",
     "readme": "phimini.bench.readme",
     "rollout": "phimini.bench.rollout",
+    "sampler": "phimini.bench.sampler",
     "train": "phimini.bench.train",
+    "scaling": "phimini.bench.scaling",
     "weight-sync": "phimini.bench.weight_sync",
 }
 

@@ -23,7 +23,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from phimini.bench.clock import gemm_factors, gemm_flops
 from phimini.bench.memory import AllocationMeter, peak_rss_bytes
 from phimini.bench.rows import Row, write
 from phimini.bench.train_rows import RankResult, describe, make_row
@@ -62,7 +62,6 @@ COLLECTIVES = (
     "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced", "broadcast", "reduce", "gather",
     "scatter", "alltoall", "alltoall_base", "send", "recv", "barrier",
 )  # fmt: skip
-GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -225,9 +224,7 @@ class _Watcher:
         self._profile = profile
         self._meter = AllocationMeter()
         self._profiler: Any = None
-        size = GEMM_SIZE[world.device.type]
-        dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
-        self._factors = [torch.randn(size, size, device=world.device, dtype=dtype) for _ in "ab"]
+        self._factors = gemm_factors(world.device)
 
     def after_step(self, done: int, recorder: Recorder) -> None:
         cuda = self._device.type == "cuda"
@@ -257,19 +254,6 @@ class _Watcher:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         return self._meter.peak_bytes
-
-
-def gemm_flops(a: torch.Tensor, b: torch.Tensor) -> float:
-    """FLOP/s of a @ b, over this process's CPU time on a CPU, over wall time on a GPU."""
-    cuda = a.device.type == "cuda"
-    clock = time.perf_counter if cuda else time.process_time
-    if cuda:
-        torch.cuda.synchronize()
-    began = clock()
-    torch.mm(a, b)
-    if cuda:
-        torch.cuda.synchronize()
-    return 2 * a.shape[0] * a.shape[1] * b.shape[1] / (clock() - began)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import bisect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 from phimini.model.config import ModelConfig
@@ -117,15 +118,18 @@ class EpochSampler:
         first = step * self.batch_size
         wanted = range(first, first + self.batch_size)
         epochs = {position // self.num_items for position in wanted}
-        orders = {epoch: self._order(epoch) for epoch in epochs}
+        orders = {epoch: _order(self.num_items, self.seed, epoch) for epoch in epochs}
         return [
             orders[position // self.num_items][position % self.num_items] for position in wanted
         ]
 
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(self.num_items))
-        random.Random(derive(self.seed, "epoch", epoch)).shuffle(order)
-        return order
+
+# Kept from step to step: shuffling 64,000 items anew takes 20 ms, a quarter of a small model's step.
+@lru_cache(maxsize=4)
+def _order(num_items: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(num_items))
+    random.Random(derive(seed, "epoch", epoch)).shuffle(order)
+    return order
 
 
 def chunks(items: Sequence, size: int) -> list[list]:

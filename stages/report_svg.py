@@ -43,18 +43,29 @@ class Frame:
         return self.height - self.bottom - (value - low) / (high - low) * span
 
 
-def line_chart(series: Sequence[Series], x_label: str = "step") -> str:
-    """Lines over a common x axis; a long noisy one is drawn pale, its running mean over it."""
+def line_chart(
+    series: Sequence[Series],
+    x_label: str = "step",
+    *,
+    x_ticks: Sequence[tuple[float, str]] | None = None,
+    from_zero: bool = False,
+) -> str:
+    """Lines over a common x axis; a long noisy one is drawn pale, its running mean over it.
+
+    x_ticks: (x, label) of the marks below, for an axis that is not linear; none: round numbers.
+    """
     every = [point for one in series for point in one.points]
     x_low, x_high = _padded([x for x, _ in every], 0.0)
-    y_low, y_high = _padded([y for _, y in every], 0.06)
-    ticks = _ticks(y_low, y_high, 4)
+    y_low, y_high = _padded([y for _, y in every] + [0.0] * from_zero, 0.06)
+    ticks = _ticks(0.0 if from_zero else y_low, y_high, 4)
     label = tick_labels(ticks)
     left = 12 + 6.4 * max(len(text) for text in [*label, x_label])
     frame = Frame(340, 190, left, 12, 8, 26, (x_low, x_high), (y_low, y_high))
     parts = [_grid(frame, ticks, label)]
-    x_ticks = _ticks(x_low, x_high, 4)
-    for value, text in zip(x_ticks, tick_labels(x_ticks), strict=True):
+    if x_ticks is None:
+        values = _ticks(x_low, x_high, 4)
+        x_ticks = list(zip(values, tick_labels(values), strict=True))
+    for value, text in x_ticks:
         parts.append(_text(frame.x(value), frame.height - 8, text, "tick mid"))
     parts.append(_text(frame.left - 6, frame.height - 8, x_label, "tick end"))
     for one in series:
