@@ -43,6 +43,8 @@ PARTS: dict[str, Part] = {
     "data": Part(),
     "train": Part(shortest=("midtrain", "--steps", "5")),
     "rollout": Part(needs="vllm"),
+    "sampler": Part(needs="transformers", shortest=None),
+    "scaling": Part(shortest=None),
     "weight-sync": Part(needs="vllm", shortest=None),
     # 3: no golden losses are committed for this device; it says so
     "golden": Part(quick=("--layouts", "1,tp2"), shortest=None, rows=False, may=(0, 3)),
