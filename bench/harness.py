@@ -56,6 +56,8 @@ class Case:
     """floating-point inputs that get no gradient"""
     error_limits: dict[str, float] = field(default_factory=dict)
     """by provider, where it may be further off than ERROR_LIMITS says"""
+    target: str = ""
+    """what this shape is meant to reach on this device: printed as a target, never as a result"""
 
     def __post_init__(self) -> None:
         unknown = [p for p in self.min_bytes if p not in PASSES]
@@ -326,6 +328,7 @@ def _quantiles(samples: list[tuple[float, float]]) -> dict[str, float | None]:
 def print_rows(case: Case, rows: Iterable[Row]) -> None:
     """The table: also GB/s and TFLOP/s, which follow from the case's bytes and FLOPs."""
     shape = " ".join(f"{k}={v}" for k, v in case.shape.items())
+    rows = list(rows)
     for row in rows:
         head = f"{row['op']:22} {shape:24} {row['dtype']:9} {row['pass']:8} {row['provider']:14}"
         ms, memory = row["ms_p50"], row["peak_extra_bytes"]
@@ -345,3 +348,23 @@ def print_rows(case: Case, rows: Iterable[Row]) -> None:
             f"{'?' if memory is None else f'{memory / 2**20:.1f}':>7} MiB  error {row['max_relative_error']:.0e}{percent}",
             flush=True,
         )
+    for text in _ratios(rows, "cuda" if case.device.type == "cuda" else "cpu"):
+        print(f"{case.op:22} {text}", flush=True)
+    if case.target:
+        print(f"{case.op:22} target, not a result: {case.target}", flush=True)
+
+
+def _ratios(rows: list[Row], device: str) -> list[str]:
+    """Ours over each other provider, per pass: CPU seconds (on CUDA device time), and extra memory."""
+    clock = "ms_p50" if device == "cuda" else "cpu_seconds"
+    timed = {(row["pass"], row["provider"]): row for row in rows if row["ms_p50"] is not None}
+    texts = []
+    for (which, provider), row in timed.items():
+        ours = timed.get((which, "phimini"))
+        if ours is None or provider == "phimini":
+            continue
+        memory = ours["peak_extra_bytes"], row["peak_extra_bytes"]
+        share = f"{memory[0] / memory[1]:.3f}" if all(memory) else "?"
+        time_share = ours[clock] / row[clock] if row[clock] else float("inf")
+        texts.append(f"{which:8} phimini / {provider}: {clock} {time_share:.3f}, memory {share}")
+    return texts

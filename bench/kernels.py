@@ -7,6 +7,7 @@ reads TRITON_INTERPRET when a kernel is decorated.
 
 import argparse
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -33,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
         "--quick", action="store_true", help="one shape, few rounds, no torch.compile"
     )
     parser.add_argument(
-        "--json", type=Path, help="write the rows here; timings as `bench compare` reads them"
+        "--json",
+        type=Path,
+        help="write the rows here, as a list; *.jsonl: timings for `bench compare`",
     )
     args = parser.parse_args(argv)
     if args.static and args.traffic:
@@ -72,8 +75,11 @@ def _time(ops: list[str], quick: bool, path: Path | None) -> int:
             new = run_case(case, timing)
             print_rows(case, new)
             results += new
-    if path is not None:
+    if path is not None and path.suffix == ".jsonl":
         rows.write(path, rows_of(results))
+    elif path is not None:
+        plain = [{k: v for k, v in row.items() if k != "samples"} for row in results]
+        path.write_text(json.dumps(plain, indent=1) + "\n")
     wrong = [row for row in results if row["provider"] == "phimini" and row["ms_p50"] is None]
     return 1 if wrong else 0
 

@@ -155,8 +155,9 @@ def violations(case: StaticCase, row: StaticRow) -> list[str]:
 
 
 def _config(case: StaticCase) -> dict[str, int | bool]:
-    """What a launch chooses: the block sizes and flags (upper case), warps, stages."""
+    """What a launch chooses: the block sizes and flags (upper case), pointers that are None (0), warps, stages."""
     chosen = {k: v for k, v in case.constexprs.items() if k.isupper() and isinstance(v, int)}
+    chosen |= {k: False for k, v in case.constexprs.items() if v is None}
     return chosen | {"num_warps": case.num_warps, "num_stages": case.num_stages}
 
 
@@ -255,7 +256,11 @@ def report(cases: Iterable[StaticCase], jobs: int = 1) -> Iterator[tuple[StaticC
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table for the documentation, versions in its first line."""
-    lines = [f"Compiled offline with triton {triton.__version__}, not run.", ""]
+    lines = [
+        f"Compiled offline with triton {triton.__version__}, not run; a ceiling of registers per kernel and target "
+        "stands in each bench file. Made by `python -m phimini.bench.static_report --markdown bench/static.md`.",
+        "",
+    ]
     columns = list(rows[0]) if rows else []
     lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 import phimini.kernels
-from phimini.bench.static_report import all_cases
+from phimini.bench.static_report import all_cases, markdown_table
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 COLUMNS = [
@@ -81,6 +82,14 @@ def test_every_shipped_kernel_passes_the_gate(shipped: tuple[int, str, list[dict
     for kernel in {row["kernel"] for row in rows}:
         targets = {row["target"] for row in rows if row["kernel"] == kernel}
         assert targets == {"sm_80", "sm_90", "sm_100"}, f"{kernel} is compiled for {targets} alone"
+
+
+def test_the_committed_table_is_what_is_compiled(shipped: tuple[int, str, list[dict]]) -> None:
+    committed = (Path(__file__).parent.parent / "bench" / "static.md").read_text().splitlines()
+    if f"triton {triton.__version__}," not in committed[0]:
+        pytest.skip(f"bench/static.md is of another triton than {triton.__version__}")
+    missing = [line for line in markdown_table(shipped[2]).splitlines() if line not in committed]
+    assert not missing, "\n".join(["not in bench/static.md:", *missing])
 
 
 def test_no_kernel_is_left_out() -> None:
