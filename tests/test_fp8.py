@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from phimini.parallel.fp8_emulated import (
 )
 from phimini.parallel.launch import run_ranks
 from phimini.parallel.layout import Layout
+from phimini.parallel.optimizer import OptimizerConfig, build_optimizer
 from phimini.parallel.step import forward_backward
 from phimini.parallel.world import initialize
 
@@ -177,6 +179,37 @@ def test_only_the_middle_layers_are_rounded(recipe: Fp8Recipe) -> None:
     exact, _ = run_ranks(step, 1, Layout(), None)[0]
     assert loss != exact and loss == pytest.approx(exact, rel=0.01)
     assert f"Fp8ColumnParallelLinear_{recipe}" in grads and "ColumnParallelLinear" in grads
+
+
+def losses(fp8: Fp8 | None) -> list[float]:
+    """30 AdamW steps on one pack of counting sequences, fp32 but for the linears."""
+    world = initialize(Layout(), CONFIG)
+    model = build_model(CONFIG, world, seed=3, fp8=fp8)
+    optimizer = build_optimizer(model, OptimizerConfig(lr=2e-3, warmup_steps=3, total_steps=30))
+    starts = torch.randint(0, 90, (8,), generator=torch.Generator().manual_seed(2)).tolist()
+    batch = pack(
+        [Document(tokens=[*range(a, a + 24)], targets=[*range(a + 1, a + 25)]) for a in starts]
+    )
+
+    def cross_entropy(hidden_MD: Tensor, weight_VD: Tensor, batch: Any, *, group: Any) -> Any:
+        loss = F.cross_entropy(hidden_MD @ weight_VD.T, batch.targets_T, reduction="sum")
+        return loss, torch.tensor(float(batch.num_tokens)), {}
+
+    found = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        found.append(forward_backward(model, [batch], cross_entropy).loss)
+        optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_training_in_fp8_stays_within_one_percent(recipe: Fp8Recipe) -> None:
+    (exact,) = run_ranks(losses, 1, None)
+    (got,) = run_ranks(losses, 1, Fp8(recipe=recipe, emulate=True))
+    assert exact[-1] < 0.5 * exact[0], "it learns"
+    assert got != exact
+    assert sum(got) == pytest.approx(sum(exact), rel=0.01)
 
 
 def modules(layout: Layout) -> list[str]:
