@@ -14,6 +14,12 @@ the recipe's:
 A block's s is rounded up to a power of two, as Transformer Engine does. (Micikevicius et al., arXiv 2209.05433; blocks
 as DeepSeek-V3, arXiv 2412.19437, 3.3.) The values of a Transformer Engine linear with the same recipe, but that its
 tensorwise scale of a sharded weight is each rank's own. Slower than fp32, so for numerics only.
+
+Measured (2026-11-25, CPU, `phimini midtrain tiny seed=2 fp8=emulate`, blockwise, against fp8=none at the same code): the
+training loss averaged over all 3,200 steps is 1.0 % lower, over the last 200 4.9 % lower, the validation loss at the
+end 2.2 % higher (0.0704, 0.0688). Single points of such runs part by rounding alone: a second fp32 run, of an older
+commit, has 3.8 % over the last 200 steps and 0.0817 at the end (19 %), 0.02 % on average over all. One fp32 model's
+validation loss computed in FP8: tensorwise 0.1 % higher, blockwise and mxfp8 1.1 %.
 M rows, N output and K input features; letters of a suffix are the axes of a tensor.
 """
 
