@@ -1,41 +1,36 @@
 """The command `phimini`: `bench` is answered here, every other verb by `phimini.stages.cli`.
 
-phimini bench kernels [op ...] [--static] [--traffic] [--quick] [--json PATH]
-phimini bench all [--quick] [--only PART,...] [--json PATH]
-phimini bench data [--quick] [--json PATH]
-phimini bench compare [BASE] NEW
-phimini bench bless NEW --reason TEXT
-phimini bench readme [--write]
-phimini bench golden [--layouts 1,tp2]
-phimini bench rollout|weight-sync [--quick] [--json PATH]
-phimini bench train [midtrain|sft|dpo|rlvr ...] [--run DIR] [--profile DIR] [--quick] [--json PATH] [key=value ...]
-phimini bench sampler|scaling [--quick] [--json PATH]
-phimini bench ladder [RUN ...]
-phimini bench peers [sft|dpo|grpo ...] [--json PATH]
+A bench is a file of this folder whose docstring begins with "`phimini bench NAME" and which has `main(arguments)`,
+returning the exit status: 0 done, 1 a check that says no, 2 bad input.
 """
 
 import importlib
+import re
 import sys
+import textwrap
+from pathlib import Path
 
+from phimini.model.words import nearest
 from phimini.stages.cli import main as stages_main
 
-# A bench is imported when it is asked for: some decide at import whether Triton interprets or compiles.
-BENCHES = {
-    "all": "phimini.bench.all",
-    "data": "phimini.bench.data",
-    "peers": "phimini.bench.peers",
-    "kernels": "phimini.bench.kernels",
-    "compare": "phimini.bench.compare",
-    "bless": "phimini.bench.bless",
-    "golden": "phimini.bench.golden",
-    "ladder": "phimini.bench.ladder",
-    "readme": "phimini.bench.readme",
-    "rollout": "phimini.bench.rollout",
-    "sampler": "phimini.bench.sampler",
-    "train": "phimini.bench.train",
-    "scaling": "phimini.bench.scaling",
-    "weight-sync": "phimini.bench.weight_sync",
-}
+_FIRST_LINE = re.compile(r'"""`(phimini bench ([a-z-]+)[^`]*)`[.:]? *(.*?)(?:""")?$')
+
+
+def benches() -> dict[str, tuple[str, str]]:
+    """Name -> (module, how it is called and what it measures), found by looking; nothing is imported.
+
+    Some benches decide at import whether Triton interprets or compiles.
+    """
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        with path.open(encoding="utf-8") as file:
+            first, rest = file.readline().strip(), file.read(400)
+        if match := _FIRST_LINE.match(first):
+            usage, name, what = match.groups()
+            # A first line that only says how it is called: the next sentence says what it does.
+            what = textwrap.shorten(what or rest.split(". ")[0], 110, placeholder=" ...")
+            found[name] = (f"phimini.bench.{path.stem}", f"{usage}\n    {what.rstrip('.')}")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,11 +38,19 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] != "bench":
         return stages_main(arguments)
-    if len(arguments) < 2 or arguments[1] not in BENCHES:
-        named = repr(arguments[1]) if len(arguments) > 1 else "nothing"
-        print(f"phimini: bench: expected one of {', '.join(BENCHES)}, got {named}", file=sys.stderr)
+    known = benches()
+    if len(arguments) < 2 or arguments[1] in ("-h", "--help"):
+        print("\n".join(usage for _, usage in known.values()))
+        return 0
+    name = arguments[1]
+    if name not in known:
+        print(f"phimini: unknown bench {name!r}; {nearest(name, known)}", file=sys.stderr)
         return 2
-    return importlib.import_module(BENCHES[arguments[1]]).main(arguments[2:])
+    try:
+        return importlib.import_module(known[name][0]).main(arguments[2:])
+    except ValueError as error:
+        print(f"phimini: bench {name}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from phimini.model.words import nearest
+
 RopeFactors = Literal["short", "long"]
 
 # microsoft/Phi-4-mini-instruct config.json; entries 0 to 31 are exactly 32.03^(i/31).
@@ -170,5 +172,5 @@ PRESETS: dict[str, ModelConfig] = {
 
 def preset(name: str) -> ModelConfig:
     if name not in PRESETS:
-        raise ValueError(f"unknown model preset {name!r}; expected one of {sorted(PRESETS)}")
+        raise ValueError(f"unknown model preset {name!r}; {nearest(name, sorted(PRESETS))}")
     return PRESETS[name]

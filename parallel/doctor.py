@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.parallel_state import RankGenerator
 
+from phimini.model.words import nearest
 from phimini.parallel.layout import Layout
 
 DEADLINE_S = 60.0
@@ -381,7 +382,7 @@ def main(arguments: list[str]) -> int:
             axes[key] = int(value)
         elif word != "--dist":
             raise ValueError(
-                f"doctor: unknown argument {word!r}; expected tensor=, pipeline= or context="
+                f"doctor: unknown argument {word!r} (KEY=N); {nearest(key, ('tensor', 'pipeline', 'context'))}"
             )
     try:
         return 1 if check_ranks(Layout(**axes) if axes else None) else 0

@@ -18,6 +18,8 @@ import sys
 from dataclasses import dataclass, fields
 from typing import get_type_hints
 
+from phimini.model.words import nearest
+
 _ENTRY = "phimini.stages.cli"
 # Variable -> (value, why).
 _ENVIRONMENT = {
@@ -178,7 +180,7 @@ def main(arguments: list[str]) -> int:
     render = {"torchrun": render_torchrun, "slurm": render_slurm}
     if not arguments or arguments[0] not in render:
         got = arguments[0] if arguments else "nothing"
-        raise ValueError(f"launch: expected torchrun or slurm, got {got}")
+        raise ValueError(f"launch: got {got}; {nearest(got, render)}")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     values: dict[str, object] = {"command": tuple(arguments[split + 1 :])}
     types = get_type_hints(LaunchSettings)
@@ -186,9 +188,7 @@ def main(arguments: list[str]) -> int:
     for word in arguments[1:split]:
         key, separator, text = word.partition("=")
         if not separator or key not in known:
-            raise ValueError(
-                f"launch: unknown setting {word!r}; expected {', '.join(known)} as key=value"
-            )
+            raise ValueError(f"launch: unknown setting {word!r} (KEY=VALUE); {nearest(key, known)}")
         values[key] = _value(key, text, types[key])
     sys.stdout.write(render[arguments[0]](LaunchSettings(**values)))  # pyright: ignore[reportArgumentType]
     return 0

@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 from phimini.model.config import ModelConfig
 from phimini.model.flops import attention_flops, head_flops_per_token, layer_flops_per_token
+from phimini.model.words import nearest
 from phimini.parallel.layout import Layout
 from phimini.parallel.plan_memory import (
     CUDA_BYTES,
@@ -34,6 +35,8 @@ from phimini.parallel.plan_memory import (
 RESERVE = 0.05
 """share of a GPU's memory left to fragmentation and to what this plan does not know"""
 MFUS = (0.40, 0.45, 0.50)
+RUNNABLE: tuple[Recompute, ...] = ("none", "full")
+"""what a run can be told to recompute; a run's `selective` is attention alone and saves next to nothing"""
 GPUS_PER_NODE = 8
 # Only for the order in which layouts that fit are listed: estimates of what each choice costs, from
 # the usual advice (data parallel first; tensor, context and pipeline only when memory asks for it).
@@ -166,16 +169,18 @@ def plan_stage(
     world_size: int,
     *,
     layouts: list[Layout] | None = None,
+    recomputes: tuple[Recompute, ...] = RUNNABLE,
     best: int = 5,
 ) -> Plan:
     """The best few layouts of `world_size` GPUs for `workload`, or, if nothing fits, the nearest misses and why.
 
+    recomputes: consider only these modes.
     layouts: consider only these (as given, or with `data` None). Raises ValueError if one does not
     divide the world or the model, or if the global batch cannot be divided over any layout's replicas.
     """
     if world_size < 1:
         raise ValueError(f"plan: expected at least 1 GPU, got {world_size}")
-    candidates = _planned(config, workload, gpu, world_size, layouts)
+    candidates = _planned(config, workload, gpu, world_size, layouts, recomputes)
     if not candidates:
         raise ValueError(
             f"plan: rows_per_step {workload.rows_per_step} cannot be divided into micro-batches of "
@@ -203,6 +208,7 @@ def _planned(
     gpu: Gpu,
     world_size: int,
     layouts: list[Layout] | None,
+    recomputes: tuple[Recompute, ...] = RUNNABLE,
 ) -> list[PlannedLayout]:
     resolved = (
         [layout.resolve(world_size, config) for layout in layouts]
@@ -210,7 +216,7 @@ def _planned(
         else _possible_layouts(config, world_size)
     )
     planned = []
-    for layout, recompute in product(resolved, get_args(Recompute)):
+    for layout, recompute in product(resolved, recomputes):
         assert layout.data is not None, "resolve fills it in"
         num_microbatches, rest = divmod(workload.rows_per_step, layout.data * workload.micro_rows)
         if rest or (layout.virtual_pipeline > 1 and num_microbatches % layout.pipeline):
@@ -313,7 +319,7 @@ def _assumptions(workload: Workload, gpu: Gpu) -> list[str]:
         "speeds are what the stated MFU means, not predictions; layouts are ordered by estimated overheads",
         f"estimates: {NCCL_BYTES_PER_GROUP / GIB:.2f} GiB per NCCL group, {CUDA_BYTES / GIB:.1f} GiB for "
         "CUDA's context and libraries",
-        "recompute: none; selective (norm outputs and the SwiGLU product); full (whole layers)",
+        "recompute: none, or full (whole layers)",
     ]
     if workload.zero1:
         stated.append("optimizer state divided over data x context ranks (ZeRO-1)")
@@ -364,9 +370,9 @@ def main(arguments: list[str], config: ModelConfig, workloads: Mapping[str, Work
     values, path = _parse(arguments)
     gpu_name, stage = values.get("gpu", "h100"), values.get("stage")
     if gpu_name not in GPUS:
-        raise ValueError(f"plan gpu={gpu_name}: expected one of {', '.join(GPUS)}")
+        raise ValueError(f"plan gpu={gpu_name}: {nearest(gpu_name, GPUS)}")
     if stage is not None and stage not in workloads:
-        raise ValueError(f"plan stage={stage}: expected one of {', '.join(workloads)}")
+        raise ValueError(f"plan stage={stage}: {nearest(stage, workloads)}")
     if not values.get("gpus", "8").isdigit():
         raise ValueError(f"plan gpus={values['gpus']}: expected a number")
     world_size = int(values.get("gpus", "8"))
@@ -398,6 +404,6 @@ def _parse(arguments: list[str]) -> tuple[dict[str, str], Path | None]:
             values[key] = value
         else:
             raise ValueError(
-                f"plan: unknown argument {word!r}; expected stage=, gpu=, gpus= or --json PATH"
+                f"plan: unknown argument {word!r}; {nearest(key, ('stage', 'gpu', 'gpus', '--json'))}"
             )
     return values, path

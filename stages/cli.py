@@ -20,7 +20,8 @@
     phimini bench                            measuring; names its benches
     torchrun --nproc-per-node 2 -m phimini.stages.cli recipe tiny tensor_parallel=2
 
-A stage that is complete is not run again; `--redo` does.
+A stage that is complete is not run again; `--redo` does. Exit status: 0 done, 1 a check or plan says no, 2 bad input,
+130 stopped and saved (Ctrl-C, SIGTERM; the same command goes on).
 """
 
 import os
@@ -31,6 +32,7 @@ from typing import Any
 
 from phimini.model.config import ModelConfig, preset
 from phimini.model.huggingface import load_config
+from phimini.model.words import nearest
 from phimini.parallel import doctor, launch_scripts, plan
 from phimini.parallel.launch import RankFailure, run_ranks
 from phimini.parallel.world import World, initialize
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 def dispatch(arguments: list[str]) -> int:
     verb, *rest = arguments
     if verb not in VERBS:
-        raise ValueError(f"unknown command {verb!r}; expected one of {', '.join(VERBS)}")
+        raise ValueError(f"unknown command {verb!r}; {nearest(verb, (*VERBS, 'bench'))}")
     if verb == "launch":
         return launch_scripts.main(rest)
     if verb == "doctor":
@@ -103,23 +105,22 @@ def dispatch(arguments: list[str]) -> int:
             raise ValueError("serve: expected address=HOST:PORT, e.g. address=0.0.0.0:8765")
         serve(run, model_config(run), words[0].removeprefix("address="))
         return 0
-    if "--dry-run" in rest:
+    if verb == "recipe" and "--dry-run" in rest:
         rest.remove("--dry-run")
         run, words = split(verb, rest, own=("gpu", "gpus"))
-        if verb != "recipe":
-            raise ValueError(f"{verb}: --dry-run belongs to recipe")
         return dry_run(run, **machine_of(words))
-    redo = "--redo" in rest
-    run, words = split(
-        verb,
-        [word for word in rest if word != "--redo"],
-        own=("stage",) if verb == "evaluate" else (),
-    )
+    own = ("stage",) if verb == "evaluate" else ()
+    flags = {"recipe": ("--redo", "--dry-run"), "report": ()}.get(verb, ("--redo",))
+    run, words = split(verb, rest, own, flags=flags)
+    redo = "--redo" in words
+    words = [word for word in words if word != "--redo"]
     stage = None
     if verb == "evaluate":
         if len(words) != 1:
             raise ValueError(f"evaluate: expected stage=NAME, one of base, {', '.join(TRAINING)}")
         stage = words[0].removeprefix("stage=")
+        if stage not in (known := ("base", *TRAINING)):
+            raise ValueError(f"evaluate stage={stage}: {nearest(stage, known)}")
     if verb == "report":
         write_report(Path(run.out))
         return 0
@@ -131,19 +132,26 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def split(
-    verb: str, rest: list[str], own: tuple[str, ...] = (), options: tuple[str, ...] = ()
+    verb: str,
+    rest: list[str],
+    own: tuple[str, ...] = (),
+    options: tuple[str, ...] = (),
+    flags: tuple[str, ...] = (),
 ) -> tuple[RunConfig, list[str]]:
-    """`NAME key=value ...` as the recipe's config, and the words that are the verb's `own` keys and `options`."""
+    """`NAME key=value ...` as the recipe's config, and the words that are the verb's `own` keys, its `options` (a
+    value follows) and its `flags`."""
     words, kept = [], []
     remaining = iter(rest)
     for word in remaining:
         if word in options:
             kept += [word, *([value] if (value := next(remaining, None)) is not None else [])]
+        elif word in flags:
+            kept.append(word)
         elif word.partition("=")[0] in own and "=" in word:
             kept.append(word)
         elif word.startswith("-"):
-            expected = ", ".join((*options, "--redo", "key=value"))
-            raise ValueError(f"unknown option {word}; expected {expected}")
+            known = nearest(word, (*options, *flags, *(f"{key}=" for key in own), "KEY=VALUE"))
+            raise ValueError(f"{verb}: unknown option {word}; {known}")
         else:
             words.append(word)
     if not words or "=" in words[0]:
@@ -170,7 +178,10 @@ def examine(rest: list[str]) -> int:
         return 0
     if "--dist" in rest:
         return doctor.main(rest)
-    raise ValueError("doctor: expected --dist, --mismatch NAME or --gpu-checklist")
+    got = rest[0] if rest else "nothing"
+    raise ValueError(
+        f"doctor: got {got}; {nearest(got, ('--dist', '--mismatch', '--gpu-checklist'))}"
+    )
 
 
 def start(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:

@@ -5,6 +5,7 @@ ours; the fields that carry the paper's values say so in `recipes.phi4_mini_reas
 """
 
 import dataclasses
+import difflib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -38,7 +39,8 @@ class DistillConfig:
     """Questions, the teacher's rollouts of them, and a verdict on each rollout."""
 
     source: str = "generator"
-    """`generator` (our own problems and teacher) or a JSONL file of rollouts"""
+    """`generator` (our own problems and teacher); a folder of your own with rollouts.jsonl, validation.jsonl,
+    prompts.jsonl and heldout.jsonl; or one JSONL file of rollouts, whose questions are then divided over these"""
     num_problems: int = 1000
     """training questions that the teacher answers"""
     level_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -302,6 +304,7 @@ def _set(config: Any, path: list[str], text: str, key: str) -> Any:
     if path[0] not in fields:
         raise ValueError(
             f"unknown config key {key!r}: {type(config).__name__} has {', '.join(fields)}"
+            f"{_meant(path[-1], key)}"
         )
     old = getattr(config, path[0])
     if len(path) > 1:
@@ -338,6 +341,24 @@ def parse_value(text: str, expected: Any, key: str) -> Any:
         return expected(text)
     except ValueError:
         raise ValueError(f"{key}: expected {expected.__name__}, got {text!r}") from None
+
+
+def _meant(last: str, key: str) -> str:
+    """The fields of a run, at any depth, that `key` may stand for."""
+    paths = _paths(RunConfig)
+    same = [path for path in paths if path.split(".")[-1] == last]
+    close = same or difflib.get_close_matches(key, paths, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _paths(config: Any, prefix: str = "") -> list[str]:
+    hints = typing.get_type_hints(config)
+    found = []
+    for name, kind in hints.items():
+        found += (
+            _paths(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
+        )
+    return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:

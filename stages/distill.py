@@ -5,6 +5,7 @@ stages 3 and 4), `validation.jsonl` (verified rollouts that no stage trains on) 
 (the evaluation). No held-out question's numbers occur in any other set.
 """
 
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -104,15 +105,20 @@ def _rollout_row(run: RunConfig, problem: Problem, k: int) -> dict:
 
 
 def _read(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
-    """A folder with rollouts.jsonl, prompts.jsonl, validation.jsonl, heldout.jsonl of the user's own."""
+    """A folder with rollouts.jsonl, prompts.jsonl, validation.jsonl, heldout.jsonl of the user's own, or a file."""
     source = Path(run.distill.source)
-    if not source.is_dir():
-        raise ValueError(f"distill.source: expected `generator` or a folder, got {source}")
+    if not source.exists():
+        raise ValueError(
+            f"distill.source: expected `generator`, a folder or a file of rollouts, got {source}"
+        )
     wanted = {
         name: type_
         for name, type_ in ROLLOUT_FIELDS.items()
         if name not in ("problem_id", "correct")
     }
+    if source.is_file():
+        rows = [_verified(r, f"{source}:{i}") for i, r in enumerate(read_rows(source, wanted), 1)]
+        return _divide(run, rows)
     rollouts, validation = (
         [
             _verified(row, f"{name}:{line}")
@@ -133,6 +139,41 @@ def _read(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict
             f"distill: left out {dropped} rows whose question is a held-out one, or has all its numbers"
         )
     return kept[0], kept[1], [row for row in kept[2] if row["correct"]], heldout
+
+
+def _divide(
+    run: RunConfig, rollouts: list[dict]
+) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
+    """Rollouts of one file, by question: held out, validation, and the rest to train on, prompts among them.
+
+    The same questions are held out for every seed of the run; paraphrases stay together.
+    """
+    config = run.distill
+    questions: dict[tuple, list[dict]] = {}
+    for row in rollouts:
+        questions.setdefault(fingerprint(row["question"]), []).append(row)
+    order = sorted(questions, key=str)
+    random.Random(f"held out {config.heldout_seed}").shuffle(order)
+    aside = config.num_heldout + config.num_validation
+    if len(order) <= aside:
+        raise ValueError(
+            f"distill.source={config.source}: {len(order)} different questions; num_heldout={config.num_heldout} and "
+            f"num_validation={config.num_validation} leave none to train on"
+        )
+    firsts = [questions[key][0] for key in order]
+    problems = [
+        {name: r[name] for name in ("family", "level", "question", "answer")}
+        | {"id": r["problem_id"]}
+        for r in firsts
+    ]
+    trained = [row for key in order[aside:] for row in questions[key]]
+    validation = [row for key in order[config.num_heldout : aside] for row in questions[key]]
+    return (
+        trained,
+        problems[aside:][: config.num_prompts],
+        [row for row in validation if row["correct"]],
+        problems[: config.num_heldout],
+    )
 
 
 def _verified(row: dict, id: str) -> dict:

@@ -17,6 +17,7 @@ from phimini.model.chat import encode_example
 from phimini.model.config import ModelConfig, preset
 from phimini.model.huggingface import check_tensors, load_config, read_tensors
 from phimini.model.tokenizer import Tokenizer
+from phimini.model.words import nearest
 from phimini.parallel.layout import Layout
 from phimini.parallel.plan import MFUS, Plan, plan_stage
 from phimini.parallel.plan_memory import GIB, GPUS, Gpu
@@ -61,7 +62,7 @@ class StageCost:
 def dry_run(run: RunConfig, gpu: str = "h100", gpus: int = 8) -> int:
     """Prints what was found and planned. Returns 0 if the run can start, 1 if not."""
     if gpu not in GPUS:
-        raise ValueError(f"dry run: gpu={gpu}: expected one of {', '.join(GPUS)}")
+        raise ValueError(f"dry run: gpu={gpu}: {nearest(gpu, GPUS)}")
     config = preset(run.model)
     problems = check_inputs(run, config)
     layout = planned_layout(run).resolve(gpus, config)
@@ -69,6 +70,11 @@ def dry_run(run: RunConfig, gpu: str = "h100", gpus: int = 8) -> int:
     print(f"{run.name}: {run.model}, {config.num_parameters:,} parameters, on {gpus} x {gpu}")
     for cost in costs:
         print(describe(cost))
+    hours = sum(cost.gpu_hours(MFUS[0]) for cost in costs)
+    print(
+        f"all four stages: {hours:,.0f} GPU hours at {MFUS[0]:.0%} MFU, {hours / gpus / 24:.1f} days on {gpus} GPUs, "
+        "sampling on top"
+    )
     print(card(costs))
     for cost in costs:
         if not cost.plan.fits:
@@ -118,8 +124,12 @@ def _check_base(run: RunConfig, base: Path, want: ModelConfig) -> None:
 
 
 def _check_data(run: RunConfig, source: Path, tokenizer: Tokenizer | None) -> list[str]:
+    if source.is_file():
+        return _problems(partial(_check_rows, run, source, DATA_FILES["rollouts.jsonl"], tokenizer))
     if not source.is_dir():
-        return [f"distill.source={source}: expected a folder with {', '.join(DATA_FILES)}, found none"]  # fmt: skip
+        return [
+            f"distill.source={source}: expected a file of rollouts, or a folder with {', '.join(DATA_FILES)}, found none"
+        ]
     found: list[str] = []
     for name, fields in DATA_FILES.items():
         if not (source / name).is_file():
@@ -170,9 +180,10 @@ def planned_layout(run: RunConfig) -> Layout:
 def stage_costs(
     run: RunConfig, config: ModelConfig, layout: Layout, gpu: Gpu, gpus: int
 ) -> list[StageCost]:
+    recompute = "full" if run.recompute == "full" else "none"
     costs = []
     for stage, workload in workloads(run).items():
-        plan = plan_stage(config, workload, gpu, gpus, layouts=[layout])
+        plan = plan_stage(config, workload, gpu, gpus, layouts=[layout], recomputes=(recompute,))
         steps, counted = number_of_steps(run, stage)
         costs.append(StageCost(stage, steps, steps * plan.tokens_per_step, plan, counted))
     return costs

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from phimini.model.words import nearest
 from phimini.stages.config import (
     CurateConfig,
     DistillConfig,
@@ -156,5 +157,5 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 def recipe_config(name: str) -> RunConfig:
     if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; expected one of {', '.join(RECIPES)}")
+        raise ValueError(f"unknown recipe {name!r}; {nearest(name, RECIPES)}")
     return RECIPES[name]()

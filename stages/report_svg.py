@@ -178,6 +178,8 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
 
 def _ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers inside [low, high], roughly `about` of them, at least one."""
+    if high <= low:  # a single point
+        return [low]
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)

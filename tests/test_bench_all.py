@@ -8,13 +8,13 @@ from test_compare import CPU, row
 
 from phimini.bench import all as bench_all
 from phimini.bench.all import PARTS, Part, problems_of
-from phimini.bench.cli import BENCHES
+from phimini.bench.cli import benches
 from phimini.bench.compare import compare
 from phimini.bench.rows import read
 
 
 def test_every_part_is_a_bench() -> None:
-    assert set(PARTS) <= set(BENCHES)
+    assert set(PARTS) <= set(benches())
 
 
 def test_the_shortest_form_writes_every_row(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

@@ -26,6 +26,8 @@ def test_override_sets_nested_fields_and_leaves_the_original(run: RunConfig) -> 
             "sft.learning_rate=1",
             r"unknown config key 'sft.learning_rate': SftConfig has .*optimizer",
         ),
+        ("sede=1", r"did you mean seed\?$"),
+        ("lr=1", r"did you mean midtrain.optimizer.lr or sft.optimizer.lr or "),
         ("seed.low=1", r"unknown config key 'seed.low': seed is a plain value"),
         ("seed=one", r"seed: expected int, got 'one'"),
         ("seed=1.5", r"seed: expected int, got '1.5'"),
@@ -47,5 +49,7 @@ def test_every_recipe_builds_and_becomes_plain_data() -> None:
 
 
 def test_an_unknown_recipe_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown recipe 'tinny'; expected one of tiny"):
+    with pytest.raises(
+        ValueError, match=r"unknown recipe 'tinny'; did you mean tiny\? expected one of tiny, phi"
+    ):
         recipe_config("tinny")

@@ -138,5 +138,5 @@ def test_own_data_with_a_bad_row_names_file_and_line(
 
 
 def test_own_data_that_is_no_folder_is_named(run: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="distill.source: expected `generator` or a folder"):
+    with pytest.raises(ValueError, match="distill.source: expected `generator`, a folder"):
         distill(override(run, [f"distill.source={tmp_path / 'none'}"]))

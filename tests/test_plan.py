@@ -91,8 +91,14 @@ def test_flops_and_speed_at_16k() -> None:
     assert flops_per_token(PHI, short) == pytest.approx(4 * forward, rel=1e-4)
 
 
+def test_only_what_a_run_can_recompute_is_proposed() -> None:
+    planned = plan_stage(PHI, MIDTRAIN, GPUS["h100"], 8, best=1000).layouts
+    assert {p.recompute for p in planned} == {"none", "full"}
+
+
 def test_16k_on_eight_h100_is_data_parallel_with_selective_recompute() -> None:
-    plan = plan_stage(PHI, MIDTRAIN, GPUS["h100"], 8)
+    """As published for Megatron's selective recomputation, of norm outputs and the SwiGLU product."""
+    plan = plan_stage(PHI, MIDTRAIN, GPUS["h100"], 8, recomputes=("none", "selective", "full"))
     best = plan.layouts[0]
     assert plan.fits and best.fits
     assert best.layout == Layout(data=8) and best.recompute == "selective"
