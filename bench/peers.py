@@ -5,6 +5,7 @@ Each side is a process of one thread on the tiny preset in fp32: ours runs the r
 folder, on the same token ids, with the same batch. Before anything is timed the two must agree, within 1e-4, on the loss
 of the same batch. Then they take turns of a few optimizer steps; what counts is each process's CPU time. Ours includes
 reading its batches, metrics and, for DPO, the reference's forward pass; for GRPO sampling, verifying and weight sync.
+A GRPO sample is a sampled answer: our stage does not train on groups with equal rewards, whose gradient is zero; TRL does.
 
 TRL lives in an environment of its own (`make bench-peers`); `--python` names another. On a GPU the same command compares
 with TRL there; trainers that cannot be installed beside it (verl, NeMo-RL) are not compared.
@@ -31,6 +32,7 @@ import torch
 
 from phimini.kernels import linear_logprob
 from phimini.model.chat import render
+from phimini.model.huggingface import load_config
 from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import IGNORE, PackedBatch, pack
 from phimini.parallel.builder import Model
@@ -144,10 +146,17 @@ def prepare(folder: Path) -> RunConfig:
 
 
 def _for_transformers(model: Path, copy: Path) -> None:
-    """Transformers picks a LongRoPE table per batch, by length; with both lists equal it computes what we do."""
+    """Transformers picks a LongRoPE table per batch, by length; with both lists equal it computes what we do.
+
+    Where an answer crosses the border, at 128 tokens here, its generate computes the whole cache again, a cost that no
+    real Phi-4-mini batch has in this proportion: the border is moved to the end, its attention factor kept.
+    """
     shutil.copytree(model, copy)
     config = read_json(copy / "config.json")
-    config["rope_scaling"]["short_factor"] = config["rope_scaling"]["long_factor"]
+    rope = config["rope_scaling"]
+    rope["short_factor"] = rope["long_factor"]
+    rope["attention_factor"] = load_config(model).attention_factor
+    config["original_max_position_embeddings"] = config["max_position_embeddings"]
     write_json(copy / "config.json", config)
 
 
