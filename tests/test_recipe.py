@@ -123,6 +123,32 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(finished: Path, tmp_path:
     assert got[-1]["validation_loss"] == pytest.approx(want[-1]["validation_loss"], abs=1e-5)
 
 
+def test_sigterm_to_torchrun_saves_and_says_how_to_go_on(finished: Path, tmp_path: Path) -> None:
+    """As a preemption under the launch scripts: torchrun passes it on and waits for the ranks."""
+    run = tmp_path / "preempted"
+    run.mkdir()
+    for name in ("distill", "curate", "base"):
+        os.symlink(finished / name, run / name)
+    words = ["midtrain", "tiny", f"out={run}", *MICRO, "midtrain.steps=400"]
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+         "--shutdown-timeout", "120", "-m", "phimini.stages.cli", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("midtrain 2/400"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=300) != 0, rest
+    stopped = re.search(r"stopped after step (\d+) and saved; the same command goes on", rest)
+    assert stopped, rest
+    saved = read_json(run / "midtrain" / "checkpoints" / "latest.json")
+    assert saved["step"] == int(stopped.group(1)) < 400
+    assert not (run / "midtrain" / "summary.json").exists()
+
+
 def test_tensor_parallel_under_torchrun_gives_the_same_first_losses(
     finished: Path, tmp_path: Path
 ) -> None:
