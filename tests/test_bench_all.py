@@ -65,6 +65,6 @@ def test_a_part_that_fails_is_a_failure_and_the_others_still_run(
     path = tmp_path / "rows.jsonl"
     assert bench_all.main(["--shortest", "--json", str(path)]) == 1
     out = capfd.readouterr().out
-    assert "kernels: ended with status 1" in out and "kernels: no row of ours was written" in out
+    assert "kernels: ended with status " in out and "kernels: no row of ours was written" in out
     assert "nothing      LEFT OUT: needs no_such_module" in out
     assert "compare      ok" in out
