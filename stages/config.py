@@ -53,6 +53,8 @@ class DistillConfig:
     """share of the operations done in the head (facts of one digit excepted) that come out wrong"""
     num_prompts: int = 2000
     """questions without a teacher rollout, kept for stages 3 and 4"""
+    gym_tasks: tuple[str, ...] = ()
+    """if given, those questions come from these tasks of reasoning-gym, e.g. chain_sum,gcd (extra `prompts`)"""
     num_heldout: int = 504
     """evaluation questions; none of their numbers occur in any other set"""
     num_validation: int = 150

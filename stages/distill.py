@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from phimini.stages.config import RunConfig
+from phimini.stages.gym_prompts import gym_prompts
 from phimini.stages.jsonl import read_rows, write_rows
 from phimini.stages.problems import Problem, generate_problems, teach
 from phimini.stages.seeds import derive
@@ -36,6 +37,8 @@ def distill(run: RunConfig, *, redo: bool = False) -> Path:
         rollouts, prompts, validation, heldout = _generate(run)
     else:
         rollouts, prompts, validation, heldout = _read(run)
+    if run.distill.gym_tasks:
+        prompts = _without(heldout, gym_prompts(run.distill.gym_tasks, run.distill.num_prompts, run.seed))  # fmt: skip
     write_rows(stage.path / "rollouts.jsonl", rollouts)
     write_rows(stage.path / "prompts.jsonl", prompts)
     write_rows(stage.path / "validation.jsonl", validation)
@@ -51,6 +54,12 @@ def distill(run: RunConfig, *, redo: bool = False) -> Path:
         }
     )
     return stage.path
+
+
+def _without(heldout: list[dict], rows: list[dict]) -> list[dict]:
+    """The rows whose question is no held-out one, nor has all the numbers of one."""
+    held = {fingerprint(row["question"]) for row in heldout}
+    return [row for row in rows if fingerprint(row["question"]) not in held]
 
 
 def _generate(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
@@ -128,11 +137,7 @@ def _read(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict
     )
     prompts = read_rows(source / "prompts.jsonl", PROBLEM_FIELDS)
     heldout = read_rows(source / "heldout.jsonl", PROBLEM_FIELDS)
-    held = {fingerprint(row["question"]) for row in heldout}
-    kept = [
-        [r for r in rows if fingerprint(r["question"]) not in held]
-        for rows in (rollouts, prompts, validation)
-    ]
+    kept = [_without(heldout, rows) for rows in (rollouts, prompts, validation)]
     dropped = len(rollouts) + len(prompts) + len(validation) - sum(map(len, kept))
     if dropped:
         print(
