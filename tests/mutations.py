@@ -307,7 +307,7 @@ def run_tests(tests: str, folder: Path) -> tuple[int, str]:
 
 def caught_by(code: int, output: str) -> str | None:
     """The test that failed, with its reason; None where none did, or for another reason than a wrong result."""
-    failed = re.search(r"^FAILED \S*?(test_\w+\.py::\S+?)(?: - (.*))?$", output, re.MULTILINE)
+    failed = re.search(r"^FAILED \S*?(test_\w+\.py::.+?)(?: - .*)?$", output, re.MULTILINE)
     reasons = re.findall(r"^(?:E  +|/\S+:\d+: )(.*)$", output, re.MULTILINE)
     reason = next((r for r in reasons if any(word in r for word in CAUGHT_BY)), None)
     if code != 1 or failed is None or reason is None:

@@ -19,7 +19,7 @@ def test_there_are_enough_with_names_of_their_own() -> None:
 
 
 def test_source_that_cannot_run_is_not_called_caught() -> None:
-    failed = "FAILED tests/test_x.py::test_y"
+    failed = "FAILED tests/test_x.py::test_y[(3, 8)]"
     assert caught_by(1, f"E   AssertionError: loss: 1 > 0\n{failed}") is not None
     assert caught_by(1, f"E   NameError: name 'z' is not defined\n{failed}") is None
     assert caught_by(0, "1 passed") is None
