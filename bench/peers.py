@@ -398,6 +398,20 @@ def compare(task: str, run: RunConfig, python: Path, rounds: int, steps: int) ->
     ]
 
 
+def table(rows: list[Row]) -> str:
+    """The README's, of committed rows: a line per task."""
+    lines = ["| task | ours | TRL | ratio | target | peak memory, ours and TRL | loss of one batch, both |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for ours, trl in zip(rows[::2], rows[1::2], strict=True):
+        mib = " and ".join(f"{row['peak_rss_bytes'] / 2**20:,.0f}" for row in (ours, trl))
+        loss = " and ".join(f"{row['first_loss']:.6f}" for row in (ours, trl))
+        lines.append(
+            f"| {ours['task']} | {ours['per_cpu_second']:,.1f} | {trl['per_cpu_second']:,.1f} {ours['unit']} per CPU second "
+            f"| {ours['ratio']:.2f} | {TARGETS[ours['task']]} | {mib} MiB | {loss} |"
+        )
+    return "\n".join(lines)
+
+
 def describe(rows: list[Row]) -> str:
     ours, trl = rows
     unit = ours["unit"]

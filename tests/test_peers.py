@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from phimini.bench import peers
+from phimini.stages.jsonl import read_rows
 from phimini.model.config import preset
 from phimini.model.huggingface import save_reference
 from phimini.model.reference import Phi4Mini
@@ -67,6 +68,13 @@ def test_without_an_environment_the_make_target_is_named(
 ) -> None:
     assert peers.main(["--python", str(tmp_path / "python")]) == 2
     assert "`make bench-peers` sets it up" in capsys.readouterr().err
+
+
+def test_the_readme_shows_the_committed_rows() -> None:
+    root = Path(__file__).parent.parent
+    rows = read_rows(root / "bench" / "results" / "peers.jsonl", {"task": str})
+    assert peers.table(rows) in (root / "README.md").read_text()
+    assert all(r["ratio"] >= peers.TARGETS[r["task"]] for r in rows if r["provider"] == "phimini")
 
 
 @pytest.mark.optin
