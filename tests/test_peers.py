@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from phimini.bench import peers
-from phimini.stages.jsonl import read_rows
 from phimini.model.config import preset
 from phimini.model.huggingface import save_reference
 from phimini.model.reference import Phi4Mini
+from phimini.stages.jsonl import read_rows
 
 # A side that agrees on the loss and does 10 units per CPU second (or what it is told).
 FAKE = """
