@@ -5,6 +5,7 @@ started by torchrun, which sets the same environment.
 """
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import pickle
@@ -177,6 +178,8 @@ def _child(
     listener.close()
     for connection in inherited:
         connection.close()
+    # The parent's garbage is not this process's to collect: a store among it would wait for a thread that was not forked.
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(
         RANK=str(rank),

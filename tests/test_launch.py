@@ -1,5 +1,6 @@
 """Forked ranks: their results, their failures, Ctrl-C, and the same job under torchrun."""
 
+import gc
 import os
 import re
 import signal
@@ -119,6 +120,35 @@ def wait_to_be_interrupted(folder: Path) -> None:
     except KeyboardInterrupt:
         time.sleep(0.5)  # time enough for a second signal to do harm
         (folder / f"saved{os.environ['RANK']}").touch()
+
+
+class Cycle:
+    """Garbage that only the collector finds; where it is destroyed is written to a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.me, self.file = self, file
+
+    def __del__(self) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def collect() -> int:
+    gc.collect()
+    return os.getpid()
+
+
+def test_the_parents_garbage_is_not_collected_by_a_rank(tmp_path: Path) -> None:
+    """A rank once hung there: the destructor of an inherited store waited for a thread that was not forked."""
+    gc.disable()
+    try:
+        Cycle(tmp_path / "destroyed")
+        (rank,) = run_ranks(collect, 1)
+    finally:
+        gc.enable()
+    gc.collect()
+    where = (tmp_path / "destroyed").read_text().split()
+    assert where == [str(os.getpid())] and rank != os.getpid()
 
 
 def test_ctrl_c_reaches_every_rank_once(tmp_path: Path) -> None:
