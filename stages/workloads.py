@@ -1,5 +1,7 @@
 """What each training stage of a run asks of its GPUs, for the plan: rows, lengths, forwards, sequences in flight"""
 
+from functools import partial
+
 from phimini.parallel.plan import Workload
 from phimini.stages.config import RunConfig
 
@@ -8,37 +10,31 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
     """By stage. Lengths are the configured limits: real answers are shorter, so memory is an upper bound."""
     dpo, rl = run.rollout_dpo, run.rlvr
     shares_gpu = run.rollout.placement == "colocated"
-    zero1 = run.distributed_optimizer
     recipe = "blockwise" if run.fp8_recipe == "auto" else run.fp8_recipe
     fp8 = recipe if run.fp8 == "te" else "none"
+    workload = partial(Workload, fp8=fp8, zero1=run.distributed_optimizer)
     return {
-        "midtrain": Workload(
+        "midtrain": workload(
             stage="midtrain",
             sequence_length=run.midtrain.sequence_length,
             rows_per_step=run.midtrain.rows_per_step,
             micro_rows=run.midtrain.micro_rows,
-            fp8=fp8,
-            zero1=zero1,
         ),
-        "sft": Workload(
+        "sft": workload(
             stage="sft",
             sequence_length=run.sft.sequence_length,
             rows_per_step=run.sft.examples_per_step,
             micro_rows=run.sft.micro_examples,
-            fp8=fp8,
-            zero1=zero1,
         ),
         # The reference's log-probs are computed once, before the first step: a forward, and no second model.
-        "rollout_dpo": Workload(
+        "rollout_dpo": workload(
             stage="rollout_dpo",
             sequence_length=dpo.sequence_length,
             rows_per_step=2 * dpo.pairs_per_step,
             micro_rows=2 * dpo.micro_pairs,
             extra_forwards=1 / max(1.0, dpo.epochs),
-            fp8=fp8,
-            zero1=zero1,
         ),
-        "rlvr": Workload(
+        "rlvr": workload(
             stage="rlvr",
             sequence_length=rl.sequence_length,
             rows_per_step=rl.prompts_per_step * rl.rollouts_per_prompt,
@@ -46,7 +42,5 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
             extra_forwards=1.0 if rl.kl_coef else 0.0,
             reference_model=rl.kl_coef > 0,
             rollout_sequences=run.rollout.max_batch if shares_gpu else 0,
-            fp8=fp8,
-            zero1=zero1,
         ),
     }
