@@ -10,6 +10,7 @@
     phimini serve tiny address=0.0.0.0:8765  a vLLM engine for rollout.addresses of a run on this or another node
     phimini recipe phi4_mini_reasoning --dry-run [gpu=h100 gpus=8]
                                              check paths, tokenizer and memory; steps, tokens, GPU hours
+                                             (a plain `recipe` makes the same checks first)
     phimini plan phi4_mini_reasoning [stage=sft] gpu=h100 gpus=8 [--json PATH]
                                              memory by part, FLOPs and the best layouts of its stages
     phimini launch torchrun|slurm [nodes=2 ...] -- recipe phi4_mini_reasoning
@@ -38,7 +39,7 @@ from phimini.parallel.launch import RankFailure, run_ranks
 from phimini.parallel.world import World, initialize
 from phimini.stages.config import RunConfig, override, parse_value
 from phimini.stages.controls import controls
-from phimini.stages.dry_run import dry_run
+from phimini.stages.dry_run import dry_run, is_ready
 from phimini.stages.evaluate import evaluate
 from phimini.stages.gpu_checklist import checklist
 from phimini.stages.mismatch_doctor import doctor as mismatch_doctor
@@ -109,11 +110,13 @@ def dispatch(arguments: list[str]) -> int:
         rest.remove("--dry-run")
         run, words = split(verb, rest, own=("gpu", "gpus"))
         return dry_run(run, **machine_of(words))
-    own = ("stage",) if verb == "evaluate" else ()
+    own = {"evaluate": ("stage",), "recipe": ("gpu",)}.get(verb, ())
     flags = {"recipe": ("--redo", "--dry-run"), "report": ()}.get(verb, ("--redo",))
     run, words = split(verb, rest, own, flags=flags)
     redo = "--redo" in words
     words = [word for word in words if word != "--redo"]
+    if verb == "recipe" and not is_ready(run, machine_of(words).get("gpu"), num_ranks(run)):
+        return 1
     stage = None
     if verb == "evaluate":
         if len(words) != 1:
@@ -182,6 +185,11 @@ def examine(rest: list[str]) -> int:
     raise ValueError(
         f"doctor: got {got}; {nearest(got, ('--dist', '--mismatch', '--gpu-checklist'))}"
     )
+
+
+def num_ranks(run: RunConfig) -> int:
+    """Of the job that torchrun started, or that `start` will."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else run.processes
 
 
 def start(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:

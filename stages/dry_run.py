@@ -1,17 +1,22 @@
 """Before the first GPU second: does everything that a run reads exist and fit together, and what will the run cost?
 
 `phimini recipe NAME --dry-run [gpu=h100] [gpus=8] [key=value ...]` checks base model, tokenizer, data and run
-directory, then plans every stage on the run's layout. It starts no rank and writes nothing.
+directory, then plans every stage on the run's layout. It starts no rank and writes nothing. `phimini recipe NAME`
+makes the same checks, in every rank of torchrun's before it joins the job; memory is planned for the GPU that it runs
+on (or `gpu=` names).
 """
 
 import dataclasses
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from phimini.model.chat import encode_example
 from phimini.model.config import ModelConfig, preset
@@ -61,29 +66,63 @@ class StageCost:
 
 def dry_run(run: RunConfig, gpu: str = "h100", gpus: int = 8) -> int:
     """Prints what was found and planned. Returns 0 if the run can start, 1 if not."""
-    if gpu not in GPUS:
-        raise ValueError(f"dry run: gpu={gpu}: {nearest(gpu, GPUS)}")
-    config = preset(run.model)
-    problems = check_inputs(run, config)
-    layout = planned_layout(run).resolve(gpus, config)
-    costs = stage_costs(run, config, layout, GPUS[gpu], gpus)
-    print(f"{run.name}: {run.model}, {config.num_parameters:,} parameters, on {gpus} x {gpu}")
-    for cost in costs:
-        print(describe(cost))
-    hours = sum(cost.gpu_hours(MFUS[0]) for cost in costs)
+    problems, costs = examine(run, gpus, gpu)
     print(
-        f"all four stages: {hours:,.0f} GPU hours at {MFUS[0]:.0%} MFU, {hours / gpus / 24:.1f} days on {gpus} GPUs, "
-        "sampling on top"
+        f"{run.name}: {run.model}, {preset(run.model).num_parameters:,} parameters, on {gpus} x {gpu}"
     )
-    print(card(costs))
-    for cost in costs:
-        if not cost.plan.fits:
-            problems.append(f"{cost.stage} does not fit: {cost.plan.because}")
+    if costs:
+        print(cost_table(costs, gpus))
     for problem in problems:
         print(f"NOT READY: {problem}")
     if not problems:
         print("ready: every path, the tokenizer and every stage's memory were checked")
     return 1 if problems else 0
+
+
+def is_ready(run: RunConfig, gpu: str | None, gpus: int) -> bool:
+    """What `dry_run` refuses is refused here, in the same words on stderr; silent if there is nothing."""
+    problems, _ = examine(run, gpus, gpu or gpu_at_hand())
+    for problem in problems:
+        print(f"NOT READY: {problem}", file=sys.stderr)
+    return not problems
+
+
+def examine(run: RunConfig, gpus: int, gpu: str | None) -> tuple[list[str], list[StageCost]]:
+    """Everything that stands in the run's way and, on a `gpu`, what its stages cost.
+
+    ValueError for what leaves nothing to examine: a GPU, preset or layout that is none, a stage without a budget.
+    """
+    if gpu is not None and gpu not in GPUS:
+        raise ValueError(f"dry run: gpu={gpu}: {nearest(gpu, GPUS)}")
+    config = preset(run.model)
+    problems = check_inputs(run, config)
+    layout = planned_layout(run).resolve(gpus, config)
+    uneven = check_shares(run, layout)
+    for stage in workloads(run):
+        number_of_steps(run, stage)
+    costs = []
+    if gpu is not None and not uneven:
+        costs = stage_costs(run, config, layout, GPUS[gpu], gpus)
+    problems += uneven
+    for cost in costs:
+        if not cost.plan.fits:
+            problems.append(f"{cost.stage} does not fit: {cost.plan.because}")
+    return problems, costs
+
+
+def gpu_at_hand() -> str | None:
+    """The GPU of this machine as the plan calls it; None without one, and (with a word) for one it does not know."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    for gpu in GPUS:
+        if gpu in name.lower():
+            return gpu
+    print(
+        f"memory was not planned: expected one of {', '.join(GPUS)}, this is a {name}",
+        file=sys.stderr,
+    )
+    return None
 
 
 # --- inputs --------------------------------------------------------------------------------------
@@ -163,6 +202,26 @@ def _check_out(run: RunConfig, config: ModelConfig) -> list[str]:
     return found
 
 
+def check_shares(run: RunConfig, layout: Layout) -> list[str]:
+    """Batches that do not divide over the data-parallel ranks: late stages would find out after days."""
+    ranks = layout.data
+    assert ranks is not None, "resolved"
+    found = [
+        f"{field}: {size} {what} do not divide over {ranks} data ranks"
+        for field, size, what in (
+            ("midtrain.rows_per_step", run.midtrain.rows_per_step, "rows"),
+            ("sft.examples_per_step", run.sft.examples_per_step, "examples"),
+            ("rollout_dpo.pairs_per_step", run.rollout_dpo.pairs_per_step, "pairs"),
+        )
+        if size % ranks
+    ]
+    if run.rlvr.min_rollouts < ranks:
+        found.append(
+            f"rlvr.min_rollouts: {run.rlvr.min_rollouts} would leave some of {ranks} data ranks none"
+        )
+    return found
+
+
 def _problems(check: Callable[[], None]) -> list[str]:
     try:
         check()
@@ -207,6 +266,15 @@ def number_of_steps(run: RunConfig, stage: str) -> tuple[int, str]:
             pairs, counted = ASSUMED_PAIRS, f"assuming {ASSUMED_PAIRS:,} pairs from the teacher"
         return max(1, math.floor(dpo.epochs * pairs / dpo.pairs_per_step)), counted
     return run.rlvr.steps, "rlvr.steps; sampling comes on top"
+
+
+def cost_table(costs: list[StageCost], gpus: int) -> str:
+    hours = sum(cost.gpu_hours(MFUS[0]) for cost in costs)
+    total = (
+        f"all four stages: {hours:,.0f} GPU hours at {MFUS[0]:.0%} MFU, {hours / gpus / 24:.1f} days on {gpus} GPUs, "
+        "sampling on top"
+    )
+    return "\n".join([*map(describe, costs), total, card(costs)])
 
 
 def describe(cost: StageCost) -> str:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from phimini.model.chat import TEMPLATES
 from phimini.model.config import preset
@@ -14,9 +15,10 @@ from phimini.model.tokenizer import train_tiny_tokenizer
 from phimini.parallel.layout import Layout
 from phimini.parallel.plan import plan_stage
 from phimini.parallel.plan_memory import GPUS
+from phimini.stages import cli
 from phimini.stages.cli import main
 from phimini.stages.config import RunConfig, override
-from phimini.stages.dry_run import CARD_TOKENS, dry_run, stage_costs
+from phimini.stages.dry_run import CARD_TOKENS, dry_run, gpu_at_hand, is_ready, stage_costs
 from phimini.stages.jsonl import write_rows
 from phimini.stages.recipes import RECIPES, phi4_mini_reasoning
 from phimini.stages.workloads import workloads
@@ -127,6 +129,73 @@ def test_everything_that_is_missing_or_wrong_is_named(
     out = capsys.readouterr().out
     for word in words:
         assert word in out, out
+    # A plain run says the same of it, whatever it runs on.
+    assert not is_ready(run, None, gpus=8)
+    refused = [line for line in out.splitlines() if line.startswith("NOT READY")]
+    assert refused and capsys.readouterr().err.splitlines() == refused
+
+
+def words_of(run: RunConfig) -> list[str]:
+    return ["phi4_mini_reasoning", "model=tiny", f"base={run.base}", f"distill.source={run.distill.source}",
+            f"out={run.out}", "midtrain.sequence_length=256", "sft.sequence_length=256",
+            "rollout_dpo.sequence_length=256", "rlvr.sequence_length=256", "rlvr.max_new_tokens=128"]  # fmt: skip
+
+
+PLAIN = [
+    (break_row, [], 1, "NOT READY: {source}/prompts.jsonl, line 4"),
+    (break_tokenizer, [], 1, "NOT READY: {base}/tokenizer.json"),
+    (None, ["sft.examples_per_step=7"], 1, "NOT READY: sft.examples_per_step: 7 examples do not divide over 2 data ranks"),
+    (None, ["rlvr.min_rollouts=1"], 1, "NOT READY: rlvr.min_rollouts: 1 would leave some of 2 data ranks none"),
+    (None, ["gpu=h100", "midtrain.rows_per_step=4194304", "midtrain.micro_rows=2097152"], 1, "NOT READY: midtrain does not fit: "),
+    (None, ["gpu=v100"], 2, "gpu=v100: did you mean h100?"),
+    (None, ["processes=6"], 2, "Layout: world size 6 is not a multiple of tensor 2"),
+    (None, ["processes=12", "tensor_parallel=3", "sequence_parallel=false"], 2, "Layout.tensor: 3 does not divide"),
+    (None, ["midtrain.epochs=none"], 2, "expected either steps or epochs"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("broken", "more", "status", "message"), PLAIN, ids=lambda v: v.__name__ if callable(v) else str(v)[:30])  # fmt: skip
+def test_a_plain_recipe_is_refused_before_its_first_rank_starts(
+    broken, more: list[str], status: int, message: str, small: RunConfig, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cli, "start", lambda *_: pytest.fail("a rank was started"))
+    if broken is not None:
+        broken(small)
+    message = message.format(source=small.distill.source, base=small.base)
+    assert main(["recipe", *words_of(small), "processes=8", *more]) == status
+    plain = capsys.readouterr().err
+    assert message in plain and not Path(small.out).exists()
+    # And in the same words by the dry run, which is told the number of GPUs.
+    ranks = next((w.removeprefix("processes=") for w in more if w.startswith("processes=")), "8")
+    assert main(["recipe", *words_of(small), *more, "--dry-run", f"gpus={ranks}"]) == status
+    got = capsys.readouterr()
+    said = next(line for line in (got.out + got.err).splitlines() if message in line)
+    assert said in plain.splitlines()
+
+
+def test_a_plain_recipe_that_is_ready_starts(small: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:  # fmt: skip
+    started = []
+    monkeypatch.setattr(cli, "start", lambda run, verb, *_: started.append((run.model, verb)))
+    assert main(["recipe", *words_of(small), "processes=8"]) == 0
+    assert started == [("tiny", "recipe")] and capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "6")  # torchrun's, not `processes`
+    assert main(["recipe", *words_of(small), "processes=8"]) == 2
+    assert len(started) == 1
+
+
+def test_the_gpu_at_hand_is_planned_for(small: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:  # fmt: skip
+    assert gpu_at_hand() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert gpu_at_hand() == "h100"
+    large = override(small, ["midtrain.rows_per_step=4194304", "midtrain.micro_rows=2097152"])
+    assert not is_ready(large, None, gpus=8)
+    assert "NOT READY: midtrain does not fit" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert is_ready(large, None, gpus=8)
+    assert "memory was not planned: expected one of a100, h100" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gpus", [8, 64, 128])
