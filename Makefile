@@ -24,9 +24,11 @@ test-mcore-next: $(VENV)/.test $(MCORE_NEXT)/.done
 	PYTHONPATH=.path:$(MCORE_NEXT) $(VENV)/bin/python -c "import phimini.parallel; from megatron.core.package_info import __shortversion__ as v; assert v == '$(MCORE_NEXT_VERSION)', v"
 	PYTHONPATH=$(CURDIR)/.path:$(CURDIR)/$(MCORE_NEXT) $(VENV)/bin/python -m pytest $(addprefix tests/test_,$(addsuffix .py,$(MCORE_TESTS)))
 
-# Our model with the real Python of Transformer Engine, its compiled half replaced by functions that raise.
-test-te: $(VENV)/.test $(TE)/.done
+# Our model with the real Python of Transformer Engine, its compiled half replaced by functions that raise; on both
+# versions of megatron-core.
+test-te: $(VENV)/.test $(TE)/.done $(MCORE_NEXT)/.done
 	PHIMINI_TE=$(CURDIR)/$(TE) $(VENV)/bin/python -m pytest tests/test_te.py
+	PHIMINI_TE=$(CURDIR)/$(TE) PYTHONPATH=$(CURDIR)/.path:$(CURDIR)/$(MCORE_NEXT) $(VENV)/bin/python -m pytest tests/test_te.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

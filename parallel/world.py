@@ -116,7 +116,7 @@ def initialize(
         else None,
         context_parallel_size=layout.context,
         create_gloo_process_groups=False,  # a second set of groups beside NCCL's, for checkpoints that we do not write
-        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        distributed_timeout_minutes=timeout_s / 60,  # pyright: ignore[reportArgumentType]
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return World(

@@ -21,8 +21,8 @@
     phimini bench                            measuring; names its benches
     torchrun --nproc-per-node 2 -m phimini.stages.cli recipe tiny tensor_parallel=2
 
-A stage that is complete is not run again; `--redo` does. Exit status: 0 done, 1 a check or plan says no, 2 bad input,
-130 stopped and saved (Ctrl-C, SIGTERM; the same command goes on).
+A stage that is complete is not run again; `--redo` does. Exit status: 0 done, 1 a check or plan says no or ranks were lost,
+2 bad input, 130 stopped and saved (Ctrl-C, SIGTERM; the same command goes on).
 """
 
 import os
@@ -36,6 +36,7 @@ from phimini.model.huggingface import load_config
 from phimini.model.words import nearest
 from phimini.parallel import doctor, launch_scripts, plan
 from phimini.parallel.launch import RankFailure, run_ranks
+from phimini.parallel.roll_call import LostRanks, closing_or_naming_lost_ranks
 from phimini.parallel.world import World, initialize
 from phimini.stages.config import RunConfig, override, parse_value
 from phimini.stages.controls import controls
@@ -52,7 +53,7 @@ from phimini.stages.training import layout_of
 from phimini.stages.workloads import workloads
 
 # What a rank may raise that is no fault of the program, and the exit status that it gives.
-EXPECTED = {"ValueError": 2, "Stopped": 130, "KeyboardInterrupt": 130}
+EXPECTED = {"ValueError": 2, "Stopped": 130, "KeyboardInterrupt": 130, "LostRanks": 1}
 VERBS = (
     "recipe",
     *DATA,
@@ -81,11 +82,20 @@ def main(argv: list[str] | None = None) -> int:
     except (Stopped, KeyboardInterrupt) as stop:
         print(f"phimini: {stop or 'stopped'}", file=sys.stderr)
         return 130
+    except LostRanks as lost:
+        print(f"phimini: {lost}", file=sys.stderr, flush=True)
+        os._exit(
+            1
+        )  # not the interpreter's way: threads of gloo or NCCL may still wait for the missing
     except RankFailure as failure:
-        if failure.error is None or failure.error[0] not in EXPECTED:
+        name, message = failure.error or (
+            "",
+            str(failure),
+        )  # without an error it died, and is named
+        if failure.error is not None and name not in EXPECTED:
             raise
-        print(f"phimini: {failure.error[1]}", file=sys.stderr)
-        return EXPECTED[failure.error[0]]
+        print(f"phimini: {message}", file=sys.stderr)
+        return EXPECTED.get(name, 1)
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -204,7 +214,7 @@ def start(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
 def run_rank(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
     """One rank's part of a training verb."""
     world: World = initialize(layout_of(run), model_config(run), seed=run.seed)
-    try:
+    with closing_or_naming_lost_ranks(world):
         if verb == "recipe":
             recipe(run, world, redo=redo)
         elif verb == "controls":
@@ -215,8 +225,6 @@ def run_rank(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
             evaluate(run, world, stage, redo=redo)
         else:
             TRAINING[verb](run, world, redo=redo)
-    finally:
-        world.close()
 
 
 def model_config(run: RunConfig) -> ModelConfig:

@@ -7,8 +7,10 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from phimini.parallel.launch import run_ranks
@@ -147,6 +149,39 @@ def test_sigterm_to_torchrun_saves_and_says_how_to_go_on(finished: Path, tmp_pat
     saved = read_json(run / "midtrain" / "checkpoints" / "latest.json")
     assert saved["step"] == int(stopped.group(1)) < 400
     assert not (run / "midtrain" / "summary.json").exists()
+
+
+def test_a_rank_killed_in_a_step_under_torchrun_ends_the_others_and_is_named(
+    finished: Path, tmp_path: Path
+) -> None:
+    """kill -9 while the ranks step; then the same command goes on from the last checkpoint."""
+    run = tmp_path / "killed"
+    run.mkdir()
+    for name in ("distill", "curate", "base"):
+        os.symlink(finished / name, run / name)
+    words = ["midtrain", "tiny", f"out={run}", "tensor_parallel=2", *MICRO, "midtrain.steps=20",
+             "midtrain.checkpoint_every=2", "midtrain.validate_every=20"]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+         "-m", "phimini.stages.cli", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("midtrain 7/20"):
+            ranks = {p.environ()["RANK"]: p for p in psutil.Process(process.pid).children()}
+            ranks["1"].kill()
+            break
+    began = time.monotonic()
+    rest = process.stdout.read()
+    assert process.wait(timeout=120) == 1, rest
+    assert time.monotonic() - began < 60
+    assert "phimini: rank 1 of 2 gave no sign of life" in rest, rest
+    assert re.search(r"exitcode: -9\) local_rank: 1", rest), "torchrun's own words"
+    saved = read_json(run / "midtrain" / "checkpoints" / "latest.json")["step"]
+    assert saved >= 2 and not (run / "midtrain" / "summary.json").exists()
+    assert command([w for w in words if not w.startswith("tensor")]) == 0  # on one rank
+    assert [row["step"] for row in metrics(run, "midtrain")] == list(range(20))
 
 
 def test_tensor_parallel_under_torchrun_gives_the_same_first_losses(
