@@ -21,8 +21,8 @@
     phimini bench                            measuring; names its benches
     torchrun --nproc-per-node 2 -m phimini.stages.cli recipe tiny tensor_parallel=2
 
-A stage that is complete is not run again; `--redo` does. Exit status: 0 done, 1 a check or plan says no or ranks were lost,
-2 bad input, 130 stopped and saved (Ctrl-C, SIGTERM; the same command goes on).
+A stage that is complete is not run again; `--redo` does. Exit status: 0 done, 1 a check or plan says no or a rank was
+lost, 2 bad input, 130 stopped and saved (Ctrl-C, SIGTERM; the same command goes on).
 """
 
 import os

@@ -152,14 +152,20 @@ def test_the_parents_garbage_is_not_collected_by_a_rank(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_reaches_every_rank_once(tmp_path: Path) -> None:
+    # A shell ignores it for what it starts in the background, and a process inherits that.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def interrupt() -> None:
         while len(list(tmp_path.glob("started*"))) < 2:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_ranks(wait_to_be_interrupted, 2, tmp_path, timeout_s=50)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_ranks(wait_to_be_interrupted, 2, tmp_path, timeout_s=50)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert sorted(p.name for p in tmp_path.glob("saved*")) == ["saved0", "saved1"]
 
 
