@@ -75,7 +75,7 @@ def _row(workload: Workload, batch: str, gpus: int) -> tuple[dict[str, str], lis
 
 def _planned(plan: Plan) -> dict[str, str]:
     best = plan.layouts[0]
-    layout = {k: v for k, v in asdict(best.layout).items() if v not in (1, False)}
+    layout = {k: v for k, v in asdict(best.layout).items() if v not in (1, False, "auto")}
     layout.pop("sequence_parallel", None)
     planned = {
         "layout": " ".join(f"{k}={v}" for k, v in layout.items()),

@@ -96,7 +96,9 @@ def make_row(
     device = torch.cuda.get_device_name() if cuda else environment().device
     peak = PEAKS.get(device, (None,))[0]
     peak_rss = [r.peak_rss_bytes for r in ranks if r.peak_rss_bytes is not None]
-    layout = {k: v for k, v in dataclasses.asdict(world.layout).items() if v not in (1, False)}
+    layout = {
+        k: v for k, v in dataclasses.asdict(world.layout).items() if v not in (1, False, "auto")
+    }
     return measured(
         bench="train",
         case={"stage": stage, "model": run.model, "ranks": len(ranks)}

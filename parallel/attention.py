@@ -3,6 +3,7 @@
 T tokens that this rank holds, S tokens of the whole micro-batch (T without context parallelism), H query heads,
 G key/value heads, K head size; query head h reads head h // (H / G).
 
+With context parallelism the keys of the other ranks are gathered, or come round the ring (`ring_attention.py`).
 On CUDA one variable-length flash kernel reads all documents in place. On a CPU the flash kernel is called once per
 document, on views: it runs a batch of documents no faster than one after the other, so padding them into a batch,
 or masking a (T, T) product, would only add work.
@@ -20,7 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from phimini.model.config import ModelConfig
-from phimini.parallel.context import Piece, gather_keys, pieces_of_rank, rows_of_rank
+from phimini.parallel.attention_blocks import kernel_for
+from phimini.parallel.context import Piece, blocks_of_hop, gather_keys, pieces_of_rank, rows_of_rank
+from phimini.parallel.ring_attention import Hops, ring_attention
 from phimini.parallel.rotary import apply_rotary, rotary_tables, rotate
 
 try:
@@ -39,7 +42,9 @@ class PackedDocuments(PackedSeqParams):
     pieces: tuple[Piece, ...] = ()
     """the (parts of) documents among this rank's tokens"""
     key_rows: Tensor | None = None
-    """context parallel, CUDA: the keys of all pieces, one piece after the other; cu_seqlens_kv counts in it"""
+    """keys gathered, CUDA: the keys of all pieces, one piece after the other; cu_seqlens_kv counts in it"""
+    hops: Hops = ()
+    """keys in a ring: what this rank computes in each hop; () if they are gathered"""
     context_group: dist.ProcessGroup | None = None
     """not `cp_group`, which Megatron would act on; None if this rank holds all tokens"""
 
@@ -49,8 +54,11 @@ def packed_documents(
     config: ModelConfig,
     device: torch.device,
     context_group: dist.ProcessGroup | None = None,
+    ring: bool = False,
 ) -> PackedDocuments:
     """What attention needs of one micro-batch; cu_seqlens (N + 1,) int32 on the CPU, of all context ranks' tokens.
+
+    ring: keys and values go round the ranks of `context_group`, instead of being gathered.
 
     Raises ValueError for a document longer than the model's `max_positions`.
     """
@@ -63,7 +71,7 @@ def packed_documents(
         )
     positions = torch.arange(longest)
     positions_S = torch.cat([positions[:n] for n in lengths])
-    key_rows = None
+    key_rows, hops = None, ()
     if context_group is None:
         pieces = pieces_of_rank(cuts, 0, 1)
         positions_T, cu_queries, cu_keys = positions_S, cu_seqlens, cu_seqlens
@@ -73,7 +81,11 @@ def packed_documents(
         positions_T = positions_S[rows_of_rank(len(positions_S), rank, size)]
         cu_queries = _cumulated([p.query_end - p.query_begin for p in pieces])
         cu_keys = _cumulated([p.key_end - p.key_begin for p in pieces])
-        key_rows = torch.cat([torch.arange(p.key_begin, p.key_end) for p in pieces])
+        if ring:
+            sources = [(rank - hop) % size for hop in range(size)]
+            hops = tuple(blocks_of_hop(cuts, rank, s, size, device) for s in sources)
+        else:
+            key_rows = torch.cat([torch.arange(p.key_begin, p.key_end) for p in pieces])
     scale_T1K, sin_T1R2 = rotary_tables(config, positions_T, longest)
     return PackedDocuments(
         qkv_format="thd",
@@ -85,6 +97,7 @@ def packed_documents(
         sin_T1R2=sin_T1R2.to(device, non_blocking=True),
         pieces=pieces,
         key_rows=key_rows if key_rows is None else key_rows.to(device, non_blocking=True),
+        hops=hops,
         context_group=context_group,
     )
 
@@ -210,6 +223,11 @@ def rotate_and_attend(
         return _CpuAttention.apply(q_THK, k_TGK, v_TGK, documents.pieces, scale, tables)  # pyright: ignore[reportReturnType]
     q_THK, k_SGK = (apply_rotary(x, *tables) for x in (q_THK, k_TGK))
     v_SGK = v_TGK
+    if documents.context_group is not None and documents.hops:
+        kernel = kernel_for(q_THK.device)
+        return ring_attention(
+            q_THK, k_SGK, v_SGK, documents.hops, documents.context_group, scale, kernel
+        )
     if documents.context_group is not None:
         k_SGK, v_SGK = gather_keys(k_SGK, v_SGK, documents.context_group)
     kernel = _attend_cpu if on_cpu else _attend_cuda

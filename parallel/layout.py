@@ -1,8 +1,11 @@
 """How a job's ranks are divided: tensor, pipeline, context and data parallel sizes, checked once, with reasons."""
 
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from phimini.model.config import ModelConfig
+
+ContextKeys = Literal["auto", "gathered", "ring"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +26,9 @@ class Layout:
     """norms and residuals hold 1/tensor of the tokens; needs tensor > 1"""
     token_alignment: int = 1
     """a rank's tokens are padded to a multiple of this: 16 and more for FP8 products"""
+    context_keys: ContextKeys = "auto"
+    """how context ranks meet each other's keys: all at once, or one rank's after the other's; auto: gathered on a CPU,
+    in a ring on GPUs, where the transfers hide behind the attention"""
 
     def __post_init__(self) -> None:
         for name in (
@@ -33,6 +39,8 @@ class Layout:
                 continue
             if type(value) is not int or value < 1:
                 raise ValueError(f"Layout.{name}: expected a positive integer, got {value!r}")
+        if self.context_keys not in get_args(ContextKeys):
+            raise ValueError(f"Layout.context_keys: expected one of {get_args(ContextKeys)}, got {self.context_keys!r}")  # fmt: skip
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError(
                 f"Layout.virtual_pipeline: {self.virtual_pipeline} interleaved chunks need pipeline > 1, got pipeline 1"
@@ -44,6 +52,11 @@ class Layout:
     def model_size(self) -> int:
         """Ranks that hold one replica of the model."""
         return self.tensor * self.pipeline * self.context
+
+    def uses_ring(self, device_type: str) -> bool:
+        """Whether keys go round the context ranks of a `device_type` ("cpu" or "cuda")."""
+        automatic = "gathered" if device_type == "cpu" else "ring"
+        return self.context > 1 and self.context_keys.replace("auto", automatic) == "ring"
 
     @property
     def token_multiple(self) -> int:

@@ -349,7 +349,7 @@ def describe(plan: Plan) -> str:
         shape = " ".join(
             f"{name}={value}"
             for name, value in asdict(planned.layout).items()
-            if value not in (1, False)
+            if value not in (1, False, "auto")
         )
         parts = ", ".join(
             f"{name} {size / GIB:.1f}" for name, size in planned.memory_bytes.items() if size

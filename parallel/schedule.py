@@ -135,7 +135,9 @@ def _prepare(model: Model, batch: PackedBatch, longest: int) -> Prepared:
         batch=batch.to(world.device),
         head_rows=head_rows,
         input_ids_1T=tokens_T[None].to(world.device, non_blocking=True),
-        documents=packed_documents(cu_seqlens, model.config, world.device, group),
+        documents=packed_documents(
+            cu_seqlens, model.config, world.device, group, world.layout.uses_ring(world.device.type)
+        ),
     )
 
 

@@ -265,6 +265,9 @@ class RunConfig:
     pipeline_parallel: int = 1
     virtual_pipeline: int = 1
     context_parallel: int = 1
+    context_keys: Literal["auto", "gathered", "ring"] = "auto"
+    """how context-parallel ranks meet each other's keys: all at once, or one rank's after the other's while they
+    compute; auto: gathered on a CPU, in a ring on GPUs"""
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     """ZeRO-1: optimizer state split over the data-parallel ranks"""

@@ -31,6 +31,16 @@ CHECKS = (
         tests=("tests/test_attention.py::test_flash_attention_and_gradients_match_the_formula",),
     ),
     Check(
+        what="the blocks of the context-parallel ring: flash-attn and torch's build of it, given the whole attention's lse",
+        command="pytest tests/test_attention_blocks.py -m gpu",
+        without_a_gpu="the calls are bound to signatures recorded from flash-attn's source and answered by the formula; "
+        "the ring itself runs over gloo",
+        tests=(
+            "tests/test_attention_blocks.py::test_flash_blocks_match_the_formula_on_a_gpu",
+            "tests/test_attention_blocks.py::test_the_installed_flash_attn_has_the_recorded_signatures",
+        ),
+    ),
+    Check(
         what="speed and memory of the kernels against their targets",
         command="phimini bench kernels --json kernels.json",
         without_a_gpu="nothing: bytes are counted (`--traffic`) and registers read (`--static`), no time is claimed",

@@ -63,6 +63,7 @@ def layout_of(run: RunConfig) -> Layout:
         pipeline=run.pipeline_parallel,
         virtual_pipeline=run.virtual_pipeline,
         context=run.context_parallel,
+        context_keys=run.context_keys,
         sequence_parallel=run.sequence_parallel,
         token_alignment=fp8.token_alignment if fp8 is not None else 1,
     )

@@ -67,6 +67,7 @@ def draw(seed: int) -> Draw:
         distributed_optimizer=zero1,
         overlap=rng.random() < 0.3,
     )
+    layout = dataclasses.replace(layout, context_keys=rng.choice(("gathered", "ring")))
     return Draw(layout, world_size, model, groups, options)
 
 

@@ -190,6 +190,14 @@ LAYOUTS = {
     "cp2-dp2": (4, Layout(context=2), {}),
     "cp2-pp2": (4, Layout(context=2, pipeline=2), {}),
     "cp2-tp2-sp": (4, Layout(context=2, tensor=2, sequence_parallel=True), {}),
+    "cp2-ring": (2, Layout(context=2, context_keys="ring"), {}),
+    "cp4-ring": (4, Layout(context=4, context_keys="ring"), {}),
+    "cp2-pp2-ring": (4, Layout(context=2, pipeline=2, context_keys="ring"), {}),
+    "cp2-tp2-sp-ring": (
+        4,
+        Layout(context=2, tensor=2, sequence_parallel=True, context_keys="ring"),
+        {},
+    ),
     "cp2-recompute-attention": (2, Layout(context=2), dict(recompute="selective")),
     "recompute": (1, Layout(), dict(recompute="full")),
     "tp2-sp-recompute": (2, Layout(tensor=2, sequence_parallel=True), dict(recompute="full")),
@@ -201,7 +209,9 @@ LAYOUTS = {
 
 
 # All of LAYOUTS, with the fused losses: test_parallel_losses.py.
-@pytest.mark.parametrize("name", ["single", "dp2", "tp2-sp", "pp2", "cp2", "tp2-pp2-dp2"])
+@pytest.mark.parametrize(
+    "name", ["single", "dp2", "tp2-sp", "pp2", "cp2", "cp2-ring", "tp2-pp2-dp2"]
+)
 def test_layout_matches_the_reference(name: str, want: tuple) -> None:
     world_size, layout, options = LAYOUTS[name]
     check(run(layout, world_size, **options), want)
