@@ -4,8 +4,8 @@ VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check -q
 MCORE_NEXT_VERSION := 0.19.2
 MCORE_NEXT := $(VENV)/megatron-core-$(MCORE_NEXT_VERSION)
-MCORE_TESTS := cpu_shim layout batch attention builder parallel_parity parallel_losses parallel_fake step nonfinite \
-	optimizer weights checkpoint weight_sync doctor fp8 te
+MCORE_TESTS := cpu_shim layout batch attention ring_attention builder parallel_parity parallel_losses parallel_fake step nonfinite \
+	optimizer weights checkpoint checkpoint_failures weight_sync doctor fp8 te
 TE_VERSION := 2.20.2
 TE := $(VENV)/transformer-engine-$(TE_VERSION)
 export OMP_NUM_THREADS ?= 1

@@ -1,25 +1,15 @@
-"""A run that stops, anywhere, goes on as if it had not; what cannot be loaded says which file or field and why."""
+"""A run that stops, anywhere, goes on as if it had not, on any layout. What cannot be saved or loaded: test_checkpoint_failures.py"""
 
-import dataclasses
 import json
-import os
-import pickle
-import resource
-import shutil
-import signal
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch import Tensor
 
 from phimini.model.config import ModelConfig
-from phimini.parallel import checkpoint_files
 from phimini.parallel.batch import Document, PackedBatch, next_token_targets, pack
 from phimini.parallel.builder import Model, build_model
 from phimini.parallel.checkpoint import (
@@ -31,7 +21,7 @@ from phimini.parallel.checkpoint import (
     set_rng_state,
 )
 from phimini.parallel.checkpoint_state import _pieces
-from phimini.parallel.launch import RankFailure, run_ranks
+from phimini.parallel.launch import run_ranks
 from phimini.parallel.layout import Layout
 from phimini.parallel.optimizer import Optimizer, OptimizerConfig, build_optimizer
 from phimini.parallel.step import forward_backward
@@ -100,12 +90,6 @@ def fake_steps(model: Model, optimizer: Optimizer, steps: range) -> dict[str, Te
             slot.parameter.main_grad.copy_(shard)  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
     return {name: t.clone() for name, t in to_hf(model)}
-
-
-def flip_a_bit(path: Path, at: float = 0.5) -> None:
-    content = bytearray(path.read_bytes())
-    content[int(len(content) * at)] ^= 1
-    path.write_bytes(content)
 
 
 # --- resuming ------------------------------------------------------------------------------------
@@ -261,265 +245,6 @@ def test_rng_state_goes_through_json() -> None:
     expected = torch.randn(5)
     set_rng_state(saved)
     assert torch.equal(torch.randn(5), expected)
-
-
-# --- interrupted and failing saves ---------------------------------------------------------------
-def previous_loads(directory: Path, step: int) -> None:
-    """The checkpoint of `step` is the latest, and another layout can load it."""
-
-    def run() -> None:
-        model, optimizer = build(Layout(pipeline=2), seed=5)
-        assert load_checkpoint(directory, model, optimizer)[0] == step
-
-    assert latest_step(directory) == step
-    run_ranks(run, 2)
-
-
-@pytest.mark.parametrize("when", ["first write", "second write", "publish", "rename", "pointer"])
-def test_kill_in_the_middle_of_a_save(when: str, tmp_path: Path) -> None:
-    def die(*_: Any, **__: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def run() -> None:
-        model, optimizer = build(Layout(tensor=2))
-        save_checkpoint(tmp_path, 1, model, optimizer)
-        write, calls = FileSystemWriterAsync.write_preloaded_data, []
-
-        def write_or_die(*args: Any, **kwargs: Any) -> Any:
-            calls.append(1)
-            if len(calls) == (1 if when == "first write" else 2):
-                die()
-            return write(*args, **kwargs)
-
-        if "write" in when and dist.get_rank() == 1:
-            FileSystemWriterAsync.write_preloaded_data = write_or_die
-        elif when == "publish":
-            checkpoint_files.write_manifest = die
-        elif when == "rename":
-            Path.rename = die  # pyright: ignore[reportAttributeAccessIssue]
-        elif when == "pointer":
-            checkpoint_files.move_pointer = die
-        save_checkpoint(tmp_path, 2, model, optimizer)
-
-    with pytest.raises(RankFailure, match="SIGKILL"):
-        run_ranks(run, 2)
-    previous_loads(tmp_path, 1)
-
-    def save_again() -> None:
-        model, optimizer = build(Layout(tensor=2))
-        save_checkpoint(tmp_path, 2, model, optimizer)
-
-    run_ranks(save_again, 2)
-    assert not list(tmp_path.glob("*.tmp")), "what the killed save left is gone"
-    previous_loads(tmp_path, 2)
-
-
-@pytest.mark.parametrize("background", [False, True], ids=["save", "begin-finish"])
-def test_a_disk_that_fills_up_while_writing(background: bool, tmp_path: Path) -> None:
-    """A limit on the size of a file stands for the full disk: the same failing write, for any user."""
-
-    def run() -> str:
-        model, optimizer = build(Layout(tensor=2))
-        save_checkpoint(tmp_path, 1, model, optimizer)
-        if dist.get_rank() == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
-        with pytest.raises(OSError) as e:
-            if background:
-                begin_checkpoint(tmp_path, 2, model, optimizer).finish()
-            else:
-                save_checkpoint(tmp_path, 2, model, optimizer)
-        return str(e.value)
-
-    messages = run_ranks(run, 2)
-    assert messages[0] == messages[1] and "step-00000002.tmp/__1_0.distcp: cannot" in messages[0]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest.json", "step-00000001"]
-    previous_loads(tmp_path, 1)
-
-
-@pytest.mark.parametrize(
-    ("taken", "message"),
-    [(2_200_000, "step-00000002.tmp: cannot be written"), (1_200_000, "too full for a checkpoint")],
-    ids=["no room at all", "no room for tensors"],
-)
-def test_a_disk_that_is_too_small(taken: int, message: str, tmp_path: Path) -> None:
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=5m", "none", tmp_path], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a small file system")
-
-    def run() -> str:
-        model, optimizer = build(Layout(tensor=2))
-        save_checkpoint(tmp_path, 1, model, optimizer)
-        if dist.get_rank() == 0:
-            (tmp_path / "other").write_bytes(bytes(taken))
-        dist.barrier()
-        with pytest.raises(OSError) as e:
-            save_checkpoint(tmp_path, 2, model, optimizer)
-        return str(e.value)
-
-    try:
-        messages = run_ranks(run, 2)
-        assert messages[0] == messages[1] and message in messages[0], messages
-        previous_loads(tmp_path, 1)
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
-
-
-def test_no_permission_to_write(tmp_path: Path) -> None:
-    def run() -> str:
-        model, optimizer = build(Layout(tensor=2))
-        save_checkpoint(tmp_path / "run", 1, model, optimizer)
-        dist.barrier()
-        (tmp_path / "run").chmod(0o555)
-        if os.geteuid() == 0:
-            os.seteuid(65534)
-        with pytest.raises(OSError) as e:
-            save_checkpoint(tmp_path / "run", 2, model, optimizer)
-        return str(e.value)
-
-    for parent in (tmp_path, *tmp_path.parents[:3]):
-        parent.chmod(parent.stat().st_mode | 0o055)
-    messages = run_ranks(run, 2)
-    (tmp_path / "run").chmod(0o755)
-    assert messages[0] == messages[1]
-    assert "Permission denied" in messages[0] and "step-00000002.tmp: cannot" in messages[0]
-    previous_loads(tmp_path / "run", 1)
-
-
-def test_a_killed_background_writer_is_an_error_on_every_rank(tmp_path: Path) -> None:
-    def run() -> str:
-        model, optimizer = build(Layout(tensor=2))
-        save_checkpoint(tmp_path, 1, model, optimizer)
-        if dist.get_rank() == 1:
-            FileSystemWriterAsync.write_preloaded_data = lambda *_, **__: os.kill(
-                os.getpid(), signal.SIGKILL
-            )
-        pending = begin_checkpoint(tmp_path, 2, model, optimizer)
-        with pytest.raises(OSError) as e:
-            pending.finish()
-        return str(e.value)
-
-    messages = run_ranks(run, 2)
-    assert messages[0] == messages[1] and "exit code -9" in messages[0]
-    previous_loads(tmp_path, 1)
-
-
-# --- what must not load --------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Steps 1 and 2 of a run on TP2, and step 3 with weights only in another directory."""
-    directory = tmp_path_factory.mktemp("saved")
-
-    def run() -> None:
-        model, optimizer = build(Layout(tensor=2))
-        fake_steps(model, optimizer, range(1))
-        for step in (1, 2):
-            save_checkpoint(directory / "run", step, model, optimizer)
-        save_checkpoint(directory / "weights", 3, model, None)
-
-    run_ranks(run, 2)
-    return directory
-
-
-def load_error(directory: Path, step: int | None = None, **options: Any) -> str:
-    """What both ranks of a PP2 job say when they try."""
-
-    def run() -> str:
-        model, optimizer = build(Layout(pipeline=2), **options)
-        before = {name: t.clone() for name, t in to_hf(model)}
-        with pytest.raises(ValueError) as e:
-            load_checkpoint(directory, model, optimizer, step)
-        assert all(torch.equal(before[name], t) for name, t in to_hf(model)), "nothing was changed"
-        return str(e.value)
-
-    messages = run_ranks(run, 2)
-    assert messages[0] == messages[1]
-    return messages[0]
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        (dict(num_layers=8), "num_layers is 4 in the checkpoint, 8 in this run"),
-        (dict(mlp_dim=128), "mlp_dim is 96 in the checkpoint, 128 in this run"),
-        (dict(tie_embeddings=False), "tie_embeddings is True"),
-        (dict(rope_factors="short"), "rope_factors is long in the checkpoint, short"),
-    ],
-    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
-)
-def test_another_model(saved: Path, change: dict[str, Any], field: str) -> None:
-    message = load_error(saved / "run", config=dataclasses.replace(CONFIG, **change))
-    assert "step-00000002/manifest.json: model_config." + field in message
-
-
-def test_another_schedule_dtype_or_no_optimizer(saved: Path) -> None:
-    other = load_error(saved / "run", adam=dataclasses.replace(ADAM, lr=2e-2))
-    assert "optimizer.scheduler.max_lr is 0.01 in the checkpoint, 0.02 in this run" in other
-    other = load_error(saved / "run", dtype=torch.bfloat16)
-    assert "params_dtype is torch.float32 in the checkpoint, torch.bfloat16 in this run" in other
-    assert "optimizer: the checkpoint holds weights only" in load_error(saved / "weights")
-    assert "has no checkpoint of step 9; it holds steps [1, 2]" in load_error(saved / "run", 9)
-    assert "latest.json is missing" in load_error(saved)
-
-
-def test_damaged_files_are_named_and_the_previous_checkpoint_loads(
-    saved: Path, tmp_path: Path
-) -> None:
-    directory = tmp_path / "run"
-    latest = directory / "step-00000002"
-    damages = {
-        "__1_0.distcp: its content has changed": lambda: flip_a_bit(latest / "__1_0.distcp"),
-        "__0_1.distcp: this file of the checkpoint is missing": (latest / "__0_1.distcp").unlink,
-        "__0_0.distcp: has 100 bytes": lambda: os.truncate(latest / "__0_0.distcp", 100),
-        ".metadata: its content has changed": lambda: flip_a_bit(latest / ".metadata", 0.9),
-        "manifest.json: ": lambda: flip_a_bit(latest / "manifest.json"),
-        "latest.json: names 'step-00000002'": (latest / "manifest.json").unlink,
-        "latest.json: not JSON": lambda: (directory / "latest.json").write_text("{"),
-    }
-
-    def run() -> list[str]:
-        model, optimizer = build(Layout(pipeline=2))
-        before = fake_steps(model, optimizer, range(2))
-        messages = []
-        for damage in damages.values():
-            dist.barrier()
-            if dist.get_rank() == 0:
-                shutil.rmtree(directory, ignore_errors=True)
-                shutil.copytree(saved / "run", directory)
-                damage()
-            dist.barrier()
-            with pytest.raises(ValueError) as e:
-                load_checkpoint(directory, model, optimizer)
-            messages.append(str(e.value))
-        assert all(torch.equal(before[name], t) for name, t in to_hf(model)), "nothing was changed"
-        assert load_checkpoint(directory, model, optimizer, step=1)[0] == 1
-        return messages
-
-    of_ranks = run_ranks(run, 2)
-    assert of_ranks[0] == of_ranks[1]
-    for expected, message in zip(damages, of_ranks[0], strict=True):
-        assert expected in message, expected
-
-
-def test_nothing_but_torch_metadata_is_unpickled(saved: Path, tmp_path: Path) -> None:
-    """A checkpoint made by an attacker, checksums and all, does not get to run its code."""
-    directory = tmp_path / "run"
-    shutil.copytree(saved / "run", directory)
-    latest = directory / "step-00000002"
-
-    class Attack:
-        def __reduce__(self) -> Any:
-            return os.mkdir, (str(tmp_path / "attacked"),)
-
-    (latest / ".metadata").write_bytes(pickle.dumps(Attack()))
-    manifest = checkpoint_files.read_manifest(latest)
-    manifest["files"][".metadata"] = checkpoint_files.describe_file(latest / ".metadata")
-    checkpoint_files.write_manifest(latest, manifest)
-    assert ".metadata: not the metadata of a checkpoint: it names" in load_error(directory)
-    assert not (tmp_path / "attacked").exists()
-    pickle.loads((latest / ".metadata").read_bytes())
-    assert (tmp_path / "attacked").exists(), "the control: it would have"
 
 
 # --- directory -----------------------------------------------------------------------------------
