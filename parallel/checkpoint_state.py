@@ -143,12 +143,14 @@ def apply_optimizer(
             piece.group["step"] = step
         else:
             piece.state["step"] = torch.tensor(float(step))  # its own: AdamW adds to it in place
-    if any(is_float8tensor(slot.parameter) for slot in slots(model)):
-        # Quantised from the masters, as in training; from the stored bf16 values it would differ.
+    if any("main" in _kinds(slot.parameter) for slot in slots(model)):
+        # Rounded from the masters, as in training: what was stored may be rounded to fp8, and these not, or the other
+        # way round.
         for inner in _inner(optimizer):
             inner._copy_main_params_to_model_params()
         for chunk in model.chunks:
-            chunk.start_param_sync(force_sync=True)  # pyright: ignore[reportCallIssue]
+            if chunk.ddp_config.use_distributed_optimizer:  # pyright: ignore[reportAttributeAccessIssue]
+                chunk.start_param_sync(force_sync=True)  # pyright: ignore[reportCallIssue]
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> int:

@@ -326,7 +326,7 @@ def _fill(slot: Slot, whole: Tensor, config: ModelConfig) -> None:
     slot.parameter.copy_(shard)
     if hasattr(slot.parameter, "_high_precision_init_val"):
         # Megatron makes the optimizer's fp32 master of it: of an FP8 weight as built, unless we say what was loaded.
-        slot.parameter._high_precision_init_val = shard.detach().float().cpu()  # pyright: ignore[reportAttributeAccessIssue]
+        slot.parameter._high_precision_init_val = shard.detach().float().cpu().contiguous()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _to_hf_name(name: str, layer_numbers: list[int], tied: bool) -> tuple[str, Split]:

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,13 @@ class _Compiled(types.ModuleType):
         return compiled
 
 
-def load(folder: str | os.PathLike[str]) -> Any:
-    """`transformer_engine.pytorch` out of the wheel unpacked in `folder`. Once per process, and before Megatron's."""
+def load(
+    folder: str | os.PathLike[str], doubles: dict[str, Callable[..., Any]] | None = None
+) -> Any:
+    """`transformer_engine.pytorch` out of the wheel unpacked in `folder`. Once per process, and before Megatron's.
+
+    doubles: compiled functions that a test computes itself, by name.
+    """
     root = Path(folder).resolve() / "transformer_engine"
     if not (root / "pytorch").is_dir():
         raise ValueError(f"{folder}: no transformer_engine/pytorch; `make test-te` unpacks it")
@@ -76,6 +82,7 @@ def load(folder: str | os.PathLike[str]) -> Any:
     package.__version__ = VERSION  # pyright: ignore[reportAttributeAccessIssue]
     sys.modules["transformer_engine"] = package
     compiled: Any = _Compiled(COMPILED)
+    vars(compiled).update(doubles or {})
     sources = (path.read_text() for path in (root / "pytorch").rglob("*.py"))
     called = {name for text in sources for name in re.findall(r"\btex\.([a-z]\w+)\(", text)}
     compiled.__all__ = sorted(called)  # for `from transformer_engine_torch import *`
