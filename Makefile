@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check -q
 MCORE_NEXT_VERSION := 0.19.2
 MCORE_NEXT := $(VENV)/megatron-core-$(MCORE_NEXT_VERSION)
 MCORE_TESTS := cpu_shim layout batch attention ring_attention builder parallel_parity parallel_losses parallel_fake step nonfinite \
-	optimizer weights checkpoint checkpoint_failures weight_sync doctor fp8 te
+	optimizer weights checkpoint checkpoint_failures weight_sync doctor fp8 fp8_checkpoint te
 TE_VERSION := 2.20.2
 TE := $(VENV)/transformer-engine-$(TE_VERSION)
 export OMP_NUM_THREADS ?= 1
@@ -27,8 +27,8 @@ test-mcore-next: $(VENV)/.test $(MCORE_NEXT)/.done
 # Our model with the real Python of Transformer Engine, its compiled half replaced by functions that raise; on both
 # versions of megatron-core.
 test-te: $(VENV)/.test $(TE)/.done $(MCORE_NEXT)/.done
-	PHIMINI_TE=$(CURDIR)/$(TE) $(VENV)/bin/python -m pytest tests/test_te.py
-	PHIMINI_TE=$(CURDIR)/$(TE) PYTHONPATH=$(CURDIR)/.path:$(CURDIR)/$(MCORE_NEXT) $(VENV)/bin/python -m pytest tests/test_te.py
+	PHIMINI_TE=$(CURDIR)/$(TE) $(VENV)/bin/python -m pytest tests/test_te.py tests/test_fp8_checkpoint.py
+	PHIMINI_TE=$(CURDIR)/$(TE) PYTHONPATH=$(CURDIR)/.path:$(CURDIR)/$(MCORE_NEXT) $(VENV)/bin/python -m pytest tests/test_te.py tests/test_fp8_checkpoint.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
