@@ -10,11 +10,12 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from phimini.bench.rows import Row, measured, write
-from phimini.bench.weight_sync import MODELS
+from phimini.bench.rows import Row, measured
+from phimini.bench.weight_sync import MODELS, write_either
 from phimini.model.config import ModelConfig
 from phimini.model.reference import Phi4Mini
 from phimini.model.sampler import SamplingParams
@@ -42,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="one small shape, five rounds")
     parser.add_argument(
-        "--json", type=Path, help="write the rows here, as `bench compare` reads them"
+        "--json",
+        type=Path,
+        help="PATH.jsonl: rows for `bench compare`; any other PATH: plain rows",
     )
     args = parser.parse_args(argv)
     require_vllm()
@@ -51,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         print(line(row))
     if args.json is not None:
-        write(args.json, rows)
+        write_either(args.json, rows, [plain(row) for row in rows])
     return 0 if all(row.correct for row in rows) else 1
 
 
@@ -145,6 +148,16 @@ def error_of(reference: Phi4Mini, prompts: list[list[int]], done: list[Sampled])
     logp_BTV = (hidden_BTD @ reference.head_weight_VD.T).float().log_softmax(-1)
     expected = logp_BTV.gather(2, tokens_BT[:, first:, None])[..., 0].cpu()
     return (expected - torch.tensor([c.logprobs for c in done])).abs().max().item()
+
+
+def plain(row: Row) -> dict[str, Any]:
+    """One engine's row in JSON's types; its rates are None where its log-probs are wrong."""
+    rates = {
+        name: row.info[name] if row.correct else None
+        for name in ("tokens_per_second", "tokens_per_cpu_second")
+    }
+    engine = "local" if row.provider == "phimini" else row.provider
+    return {"engine": engine, **row.case, **rates, "max_abs_dlogp": row.error}
 
 
 def line(row: Row) -> str:

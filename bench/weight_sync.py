@@ -3,11 +3,13 @@
 Seconds and bytes of a weight sync into the real vLLM by phase, from trainers at several layouts and over every
 transport that this machine has, and the trainer's peak extra memory (counted allocation by allocation in a sync of
 its own, because counting costs time). Each row is the median of N syncs after a first one. On a CPU seconds are wall
-time: use an idle machine, or read the shares. Status 1 where a trainer's rank needed more than two buckets.
+time: use an idle machine, or read the shares, which are medians of each sync's own. Status 1 where a trainer's rank
+needed more than two buckets. PATH.jsonl gets rows for `bench compare`, any other PATH a JSON list of plain ones.
 """
 
 import argparse
 import dataclasses
+import json
 import multiprocessing
 import statistics
 import sys
@@ -37,6 +39,13 @@ from phimini.stages.rollout_vllm_settings import EngineSettings, engine_settings
 LAYOUTS = {"tp1": Layout(), "tp2": Layout(tensor=2), "pp2": Layout(pipeline=2)}
 TRANSPORTS = ("inproc", "shm", "gloo")
 PHASES = ("gather_s", "pack_s", "transfer_s", "load_s", "verify_s", "checksum_s", "total_s")
+FIELDS = (
+    "transport", "layout", "parameters", "bytes", "gather_s", "pack_s", "transfer_s", "load_s", "verify_s", "total_s",
+    "peak_extra_bytes",
+)  # fmt: skip
+"""of a plain row"""
+SHARES = ("checksum_share", "verify_share")
+"""of a sync's seconds, its median"""
 Row = dict[str, Any]
 
 # 30 million parameters: large enough that bytes count, small enough for a CPU.
@@ -56,7 +65,7 @@ TARGETS = (
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="phimini bench weight-sync", description=__doc__)
     parser.add_argument("--model", choices=MODELS, action="append", help="default: tiny and mid")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="the tiny model from one rank")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args(argv)
@@ -68,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         print(line(row))
     print(TARGETS)
     if args.json is not None:
-        write(args.json, map(to_row, rows))
+        write_either(args.json, [to_row(row) for row in rows], [plain(row) for row in rows])
     return 1 if any(row["peak_extra_bytes"] > 2 * row["bucket_bytes"] for row in rows) else 0
 
 
@@ -77,8 +86,20 @@ def to_row(row: Row) -> bench_rows.Row:
     return measured(
         bench="weight-sync", case={k: row[k] for k in ("model", "transport", "layout", "bytes")}, provider="phimini",
         unit="ms", samples=row["total_ms"], reference="copy", reference_samples=row["copy_ms"],
-        peak_bytes=row["peak_extra_bytes"], info={k: row[k] for k in ("parameters", "bucket_bytes", *PHASES)},
+        peak_bytes=row["peak_extra_bytes"], info={k: row[k] for k in ("parameters", "bucket_bytes", *SHARES, *PHASES)},
     )  # fmt: skip
+
+
+def plain(row: Row) -> Row:
+    return {name: row[name] for name in FIELDS}
+
+
+def write_either(path: Path, rows: list[bench_rows.Row], plain_rows: list[Row]) -> None:
+    """Rows for `bench compare` into a .jsonl, plain ones into any other file."""
+    if path.suffix == ".jsonl":
+        write(path, rows)
+    else:
+        path.write_text(json.dumps(plain_rows, indent=1) + "\n")
 
 
 def bench(name: str, layouts: list[str], repeats: int) -> list[Row]:
@@ -132,9 +153,13 @@ def measure(
         engine.close()
     last = reports[-1]
     medians = {phase: statistics.median(getattr(r, phase) for r in reports[1:]) for phase in PHASES}
+    shares = {
+        f"{key}_share": statistics.median(getattr(r, f"{key}_s") / r.total_s for r in reports[1:])
+        for key in ("checksum", "verify")
+    }
     counts = {"parameters": last.parameters, "bytes": last.bytes, "copy_ms": copies[1:]}
     counts["total_ms"] = [1e3 * r.total_s for r in reports[1:]]
-    return counts | medians | {"peak_extra_bytes": meter.peak_bytes + own_bucket(engine)}
+    return counts | medians | shares | {"peak_extra_bytes": meter.peak_bytes + own_bucket(engine)}
 
 
 def copy_ms(num_bytes: int, device: torch.device) -> float:
@@ -165,10 +190,10 @@ def slowest(ranks: list[Row]) -> Row:
 
 def line(row: Row) -> str:
     phases = "  ".join(f"{p[:-2]} {1e3 * row[p]:.1f}" for p in PHASES)
-    share = 100 * row["checksum_s"] / row["total_s"]
+    checksums, verify = (100 * row[f"{key}_share"] for key in ("checksum", "verify"))
     return (
         f"{row['model']:<6}{row['transport']:<7}{row['layout']:<4}{row['bytes'] / 1e6:>8.1f} MB   ms: {phases}   "
-        f"checksums {share:.0f} %   peak extra {row['peak_extra_bytes'] / 1e6:.2f} MB"
+        f"checksums {checksums:.1f} %, verify {verify:.1f} %   peak extra {row['peak_extra_bytes'] / 1e6:.2f} MB"
     )
 
 

@@ -265,7 +265,8 @@ class _Packer:
     def __init__(self, sync: WeightSync, wait: Wait, report: SyncReport) -> None:
         self.sync, self.wait, self.report = sync, wait, report
         self.buffer = sync.transport.buffer()
-        self.entries: list[tuple[str, Tensor, int]] = []  # name, tensor or its copy, offset
+        # Name, tensor or its copy, offset, checksum (on the device until the bucket is sent).
+        self.entries: list[tuple[str, Tensor, int, Tensor]] = []
         self.used, self.number = 0, 0
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -276,8 +277,7 @@ class _Packer:
             )
         num_bytes = tensor.numel() * tensor.element_size()
         if self.buffer is None:
-            self.entries.append((name, tensor, 0))
-            self.used = num_bytes
+            self.entries.append((name, tensor, 0, self.checksum(tensor)))
             self.flush()
             return
         if self.used + num_bytes > sync.bucket_bytes:
@@ -286,9 +286,20 @@ class _Packer:
         clock = time.perf_counter()
         place = self.buffer[self.used : self.used + num_bytes].view(tensor.dtype).view(tensor.shape)
         place.copy_(tensor)
-        self.entries.append((name, place, self.used))
-        self.used += num_bytes + -num_bytes % ALIGNMENT
         report.pack_s += time.perf_counter() - clock
+        self.entries.append((name, place, self.used, self.checksum(place)))
+        self.used += num_bytes + -num_bytes % ALIGNMENT
+
+    def checksum(self, tensor: Tensor) -> Tensor:
+        """Of what has just been read or written, so that the cache still has it."""
+        clock = time.perf_counter()
+        value = checksum(tensor)
+        self.spent(clock)
+        return value
+
+    def spent(self, since: float) -> None:
+        self.report.checksum_s += time.perf_counter() - since
+        self.report.verify_s += time.perf_counter() - since
 
     def flush(self) -> None:
         if not self.entries:
@@ -296,9 +307,8 @@ class _Packer:
         sync, report, wait = self.sync, self.report, self.wait
         wait.at("pack", self.entries[0][0])
         clock = time.perf_counter()
-        sums = torch.stack([checksum(tensor) for _, tensor, _ in self.entries]).tolist()
-        report.checksum_s += time.perf_counter() - clock
-        report.verify_s += time.perf_counter() - clock
+        sums = torch.stack([value for *_, value in self.entries]).tolist()
+        self.spent(clock)
         entries = [
             Entry(
                 name,
@@ -308,7 +318,7 @@ class _Packer:
                 t.numel() * t.element_size(),
                 value,
             )
-            for (name, t, offset), value in zip(self.entries, sums, strict=True)
+            for (name, t, offset, _), value in zip(self.entries, sums, strict=True)
         ]
         end = entries[-1].offset + entries[-1].num_bytes
         update = {
@@ -318,10 +328,10 @@ class _Packer:
         }
         wait.at("transfer", entries[0].name)
         clock = time.perf_counter()
-        sync.transport.send(sync.receivers, update, [t for _, t, _ in self.entries], wait)
+        sync.transport.send(sync.receivers, update, [t for _, t, *_ in self.entries], wait)
         report.transfer_s += time.perf_counter() - clock
         report.tensors += len(entries)
-        report.parameters += sum(t.numel() for _, t, _ in self.entries)
+        report.parameters += sum(t.numel() for _, t, *_ in self.entries)
         report.bytes += sum(entry.num_bytes for entry in entries)
         report.checksums.update({entry.name: entry.checksum for entry in entries})
         self.entries, self.used, self.number = [], 0, self.number + 1

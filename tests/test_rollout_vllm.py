@@ -124,9 +124,28 @@ def tied_and_long(folder: str) -> dict[str, Any]:
     engine.sync(model)
     results["recovered"] = parity(engine, model, 5)
 
+    # Memory of the engine that changes once all is loaded: the embedding's, and a packed weight's.
+    network = engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    finalize = weight_sync_receiver.finalize_layerwise_reload
+
+    def finalize_then(spoil) -> Exception | None:
+        weight_sync_receiver.finalize_layerwise_reload = lambda *a: (finalize(*a), spoil())
+        error = failure(lambda: engine.sync(model))
+        weight_sync_receiver.finalize_layerwise_reload = finalize
+        return error
+
+    def flip() -> None:
+        network.model.embed_tokens.weight.data.view(torch.uint8)[77, 9] ^= 1
+
+    def pack_other_numbers() -> None:
+        projection = network.model.layers[1].self_attn.o_proj
+        packed = projection.cpu_linear
+        projection.cpu_linear = lambda x, *rest: packed(x, *rest) * (1 + 1e-6)
+
+    results["embedding flipped"] = finalize_then(flip)
+    results["packed again"] = finalize_then(pack_other_numbers)
+
     # Two tensors swapped while they are loaded; then two swapped before they are sent.
-    worker = engine._llm.llm_engine.model_executor.driver_worker.worker
-    network = worker.model_runner.get_model()
     a, b = "model.layers.0.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"
     load = network.load_weights
     network.load_weights = lambda pairs: load([({a: b, b: a}.get(n, n), t) for n, t in pairs])
@@ -242,6 +261,8 @@ def test_what_is_broken_is_seen_in_the_log_probs(
     [
         ("no repack", "lm_head.weight"),
         ("swapped in the engine", "model.layers.0.self_attn.o_proj.weight"),
+        ("embedding flipped", "model.embed_tokens.weight"),
+        ("packed again", "model.layers.1.self_attn.o_proj.weight"),
     ],
 )
 def test_what_is_broken_is_seen_by_reading_back(
