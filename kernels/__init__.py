@@ -1,5 +1,6 @@
 """The ops: each file has its reference, its Triton kernels and one public function (plain torch on a CPU)."""
 
+from phimini.kernels.linear import linear, linear_reference
 from phimini.kernels.linear_cross_entropy import (
     CrossEntropyMetrics,
     linear_cross_entropy,
@@ -30,6 +31,7 @@ __all__ = [
     "DpoMetrics",
     "LinearLogprob",
     "PolicyMetrics",
+    "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "linear_dpo",
@@ -38,6 +40,7 @@ __all__ = [
     "linear_logprob_reference",
     "linear_policy_loss",
     "linear_policy_loss_reference",
+    "linear_reference",
     "rms_norm",
     "rms_norm_add",
     "rms_norm_add_reference",

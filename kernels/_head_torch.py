@@ -1,12 +1,13 @@
-"""The head in plain torch, one reused fp32 buffer of logits: for CPUs, and for fp32 and fp64 on any device.
+"""The head in plain torch, one chunk of fp32 logits at a time: for CPUs, and for fp32 and fp64 on any device.
 
-The buffer holds E = exp(z - max) after the forward. dz = c E + g onehot with one c per row, so c never touches
-the buffer: it scales the rows of dX after their GEMM and the rows of X before dW's, and g / c is added to the
+The chunk holds E = exp(z - max) after the forward. dz = c E + g onehot with one c per row, so c never touches
+the logits: it scales the rows of dX after their GEMM and the rows of X before dW's, and g / c is added to the
 M target entries. A gradient of the entropy needs a pass: dz = c E (a - b (z - max + shift)).
 
 The passes over the logits (max, subtract, exp, sum) go block by block, small enough to stay in the L2 cache: measured
-0.4 to 0.5 of the CPU time of whole-chunk passes. What bounds it: the GEMMs, 6 * M * V * D FLOPs. Never bf16 GEMMs:
-an AVX2 CPU runs them 40 times slower than fp32, so narrow inputs are widened once.
+0.4 to 0.5 of the CPU time of whole-chunk passes. What bounds it: the GEMMs, 6 * M * V * D FLOPs, in the library that
+kernels/linear.py picks. Never bf16 GEMMs: an AVX2 CPU runs them 40 times slower than fp32, so narrow inputs are widened
+once. oneDNN does not accumulate: dW's product then goes block by block of the vocabulary, added while still in cache.
 
 Deterministic for a fixed number of threads. Letters: M rows, D model width, V classes of this rank.
 """
@@ -16,8 +17,11 @@ from torch import Tensor
 
 from phimini.kernels._head_base import ChunkedHead, LocalStats, LogitGrads
 from phimini.kernels._head_rows import HeadRows
+from phimini.kernels.linear import matmul, uses_onednn
 
 TINY = 1e-30
+DW_BLOCK_ELEMENTS = 1 << 18
+"""of dW at a time where products cannot be accumulated: 1 MiB of fp32"""
 
 
 def _block_elements(device: torch.device) -> int:
@@ -39,11 +43,11 @@ class TorchHead(ChunkedHead):
         if self.inverse_temperature_M is not None:
             self.x_MD = self.x_MD * self.inverse_temperature_M[:, None]
         V = weight_VD.shape[0]
-        self.logits_MV = torch.empty(chunk_rows, V, dtype=self.dtype, device=weight_VD.device)
-        self.block_rows = max(1, _block_elements(weight_VD.device) // V)
+        self.logits_MV = self.x_MD.new_empty(0)
+        self.block_rows = min(chunk_rows, max(1, _block_elements(weight_VD.device) // V))
         self.block_MV = None
         if self.with_entropy:
-            self.block_MV = torch.empty_like(self.logits_MV[: self.block_rows])
+            self.block_MV = self.x_MD.new_empty(self.block_rows, V)
 
     def scaled_rows(self, rows: slice) -> Tensor:
         return self.x_MD[rows]
@@ -59,7 +63,8 @@ class TorchHead(ChunkedHead):
     def logits(self, rows: slice) -> LocalStats:
         x_MD = self.x_MD[rows]
         M = x_MD.shape[0]
-        z_MV = torch.mm(x_MD, self.wide_weight_VD.t(), out=self.logits_MV[:M])
+        self.logits_MV = self.x_MD.new_empty(0)  # the chunk before goes first
+        self.logits_MV = z_MV = matmul(x_MD, self.wide_weight_VD.t())
         column, is_here = self._local_targets(rows)
         target_M1 = z_MV.gather(1, column)
         if is_here is not None:
@@ -84,7 +89,7 @@ class TorchHead(ChunkedHead):
 
     def gradients(self, rows: slice, grads: LogitGrads) -> None:
         x_MD = self.x_MD[rows]
-        dz_MV = self.logits_MV[: x_MD.shape[0]]
+        dz_MV = self.logits_MV
         scale_M, target_M = grads.scale_M * grads.softmax_M, grads.target_M
         if self.entropy_gradient:
             scale_M = grads.scale_M
@@ -95,15 +100,15 @@ class TorchHead(ChunkedHead):
         at_target = (target_M / torch.where(scale_M == 0, 1, scale_M))[:, None]
         dz_MV.scatter_add_(1, column, at_target if is_here is None else at_target.where(is_here, 0))
         if self.dx_MD is not None:
-            dx_MD = torch.mm(dz_MV, self.wide_weight_VD, out=self.dx_MD[rows])
             row_scale_M = (
                 scale_M
                 if self.inverse_temperature_M is None
                 else scale_M * self.inverse_temperature_M[rows]
             )
-            dx_MD *= row_scale_M[:, None]
+            dx_MD = matmul(dz_MV, self.wide_weight_VD)
+            torch.mul(dx_MD, row_scale_M[:, None], out=self.dx_MD[rows])
         if self.dw_VD is not None:
-            self.dw_VD.addmm_(dz_MV.t(), x_MD * scale_M[:, None])
+            _accumulate(self.dw_VD, dz_MV, x_MD * scale_M[:, None])
 
     def _entropy_pass(self, z_MV: Tensor, grads: LogitGrads) -> None:
         """z - max -> exp(z - max) * (softmax - entropy * (z - max + shift)), in place."""
@@ -120,3 +125,13 @@ class TorchHead(ChunkedHead):
                 offset_M1[a : a + self.block_rows], z, minus_M1[a : a + self.block_rows], out=z
             )
             z *= e
+
+
+def _accumulate(dw_VD: Tensor, dz_MV: Tensor, x_MD: Tensor) -> None:
+    """dW += dz^T x"""
+    if not uses_onednn(dz_MV):
+        dw_VD.addmm_(dz_MV.t(), x_MD)
+        return
+    block = max(1, DW_BLOCK_ELEMENTS // dw_VD.shape[1])
+    for a in range(0, dw_VD.shape[0], block):
+        dw_VD[a : a + block] += matmul(dz_MV[:, a : a + block].t(), x_MD)

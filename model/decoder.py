@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phimini.kernels.linear import matmul
 from phimini.model.config import ModelConfig
 from phimini.model.reference import KVCache, Layer, Phi4Mini
 from phimini.model.rope import rope_table
@@ -81,9 +82,9 @@ class Decoder:
             y_BD = self._attend(
                 layer, self._normed(x_BD), cos, sin, mask_B11S, positions_B, first_slot
             )
-            x_BD = torch.addmm(x_BD, y_BD, layer.w_o)
-            gate_BF, up_BF = torch.mm(self._normed(x_BD), layer.w_gate_up).chunk(2, dim=-1)
-            x_BD = torch.addmm(x_BD, F.silu(gate_BF, inplace=True).mul_(up_BF), layer.w_down)
+            x_BD = x_BD + matmul(y_BD, layer.w_o)
+            gate_BF, up_BF = matmul(self._normed(x_BD), layer.w_gate_up).chunk(2, dim=-1)
+            x_BD = x_BD + matmul(F.silu(gate_BF, inplace=True).mul_(up_BF), layer.w_down)
         return self._normed(x_BD) * self.norm_weight_D
 
     def _attend(
@@ -98,7 +99,7 @@ class Decoder:
     ) -> Tensor:
         B, S = len(x_BD), mask_B11S.shape[-1]
         H, G, K = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        heads = torch.mm(x_BD, layer.w_qkv).view(B, -1, K)
+        heads = matmul(x_BD, layer.w_qkv).view(B, -1, K)
         qk, turned, v_BGK = heads.split([H + G, H + G, G], dim=1)
         qk.mul_(cos).addcmul_(turned, sin)
         slots = slice(first_slot, first_slot + B)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phimini.kernels.linear import linear
 from phimini.model.config import ModelConfig
 from phimini.model.rope import apply_rope, rope_at
 
@@ -83,6 +84,16 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps).to(x_BTD.dtype)
 
 
+class Linear(nn.Linear):
+    """Without a bias, by the faster library."""
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__(num_in, num_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return linear(x, self.weight)
+
+
 class Attention(nn.Module):
     """Grouped-query attention: query head h reads key/value head h // (H / G)."""
 
@@ -90,8 +101,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.H, self.G, self.K = config.num_heads, config.num_kv_heads, config.head_dim
-        self.qkv_proj = nn.Linear(config.model_dim, (self.H + 2 * self.G) * self.K, bias=False)
-        self.o_proj = nn.Linear(self.H * self.K, config.model_dim, bias=False)
+        self.qkv_proj = Linear(config.model_dim, (self.H + 2 * self.G) * self.K)
+        self.o_proj = Linear(self.H * self.K, config.model_dim)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         heads = self.qkv_proj(x_BTD).unflatten(-1, (-1, self.K))
@@ -138,8 +149,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.model_dim, 2 * config.mlp_dim, bias=False)
-        self.down_proj = nn.Linear(config.mlp_dim, config.model_dim, bias=False)
+        self.gate_up_proj = Linear(config.model_dim, 2 * config.mlp_dim)
+        self.down_proj = Linear(config.mlp_dim, config.model_dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate_BTF, up_BTF = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
@@ -175,7 +186,7 @@ class Phi4Mini(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.model_dim, config.vocab_size)
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -204,7 +215,7 @@ class Phi4Mini(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""
-        return F.linear(hidden, self.head_weight_VD)
+        return linear(hidden, self.head_weight_VD)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from phimini.kernels.linear import linear
 from phimini.kernels.rms_norm import rms_norm
 from phimini.kernels.swiglu import swiglu
 
@@ -51,7 +51,7 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if self.config.tensor_model_parallel_size == 1:
             assert self.weight is not None, "a column-parallel linear without its own weight"
-            return F.linear(input_, self.weight), None
+            return linear(input_, self.weight), None
         return super().forward(input_, *args, **kwargs)
 
 
@@ -60,7 +60,7 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.config.tensor_model_parallel_size == 1:
-            return F.linear(input_, self.weight), None
+            return linear(input_, self.weight), None
         return super().forward(input_)
 
 

@@ -68,9 +68,11 @@ def gemm_flops(fn: Callable[[], object]) -> int:
     events = profile.function_events
     assert events is not None, "the profiler ran"
     for event in events:
+        shapes = [shape for shape in event.input_shapes if len(shape) == 2]
         if event.name in ("aten::mm", "aten::addmm_"):
-            (m, k), (_, n) = [shape for shape in event.input_shapes if len(shape) == 2][
-                slice(0, 2) if event.name == "aten::mm" else slice(1, 3)
-            ]
+            (m, k), (_, n) = shapes[-2:]
+            total += 2 * m * k * n
+        elif event.name == "mkldnn::_linear_pointwise":
+            (m, k), (n, _) = shapes
             total += 2 * m * k * n
     return total

@@ -1,17 +1,20 @@
 """What Megatron-core costs on a CPU: CPU seconds of a train step against the plain reference model's same step.
 
+Both with torch's own matrix products: a faster library on one side would hide what Megatron costs.
+
 Opt-in (`PHIMINI_MEASURE=1 pytest -s tests/test_parallel_overhead.py`): timing belongs on a quiet machine.
 """
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phimini.kernels.linear import library
 from phimini.model.config import preset
 from phimini.model.reference import Phi4Mini
 from phimini.parallel.batch import Document, PackedBatch, next_token_targets, pack
@@ -29,6 +32,14 @@ pytestmark = [
     pytest.mark.optin,
     pytest.mark.skipif(not os.environ.get("PHIMINI_MEASURE"), reason="PHIMINI_MEASURE=1 measures"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def the_same_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("PHIMINI_CPU_GEMM", "mkl")
+    library.cache_clear()
+    yield
+    library.cache_clear()
 
 
 @pytest.fixture(autouse=True)
