@@ -1,6 +1,7 @@
 """Every test runs on the GPU when there is one; without one, kernels run in Triton's interpreter."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -31,6 +32,19 @@ def poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             return t.fill_(float("nan")) if t.is_floating_point() and not t.is_meta else t
 
         monkeypatch.setattr(torch, name, nan_filled)
+
+
+@pytest.fixture(params=["mkl", "onednn"])
+def each_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The test runs once with each library for a CPU's fp32 products."""
+    from phimini.kernels.linear import library
+
+    if request.param == "onednn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch was built without oneDNN")
+    monkeypatch.setenv("PHIMINI_CPU_GEMM", request.param)
+    library.cache_clear()
+    yield request.param
+    library.cache_clear()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -142,11 +142,20 @@ MUTATIONS = [
     ),
     Mutation(
         "dW takes unscaled rows", "_head_torch.py",
-        "self.dw_VD.addmm_(dz_MV.t(), x_MD * scale_M[:, None])", "self.dw_VD.addmm_(dz_MV.t(), x_MD)", CE,
+        "_accumulate(self.dw_VD, dz_MV, x_MD * scale_M[:, None])", "_accumulate(self.dw_VD, dz_MV, x_MD)", CE,
     ),
     Mutation(
         "dW is overwritten, not added to", "_head_torch.py",
-        "self.dw_VD.addmm_(dz_MV.t()", "self.dw_VD.zero_().addmm_(dz_MV.t()", CE,
+        "_accumulate(self.dw_VD, dz_MV", "_accumulate(self.dw_VD.zero_(), dz_MV", CE,
+    ),
+    Mutation(
+        "the last block of dW's rows is skipped (oneDNN)", "_head_torch.py",
+        "range(0, dw_VD.shape[0], block)", "range(0, dw_VD.shape[0] - block, block)",
+        "test_linear_cross_entropy.py -k several_blocks",
+    ),
+    Mutation(
+        "the gradient of a weight takes its rows in another order (oneDNN)", "linear.py",
+        "matmul(dy_MN.t(), x_MK)", "matmul(dy_MN.t(), x_MK.flip(0))", "test_linear.py",
     ),
     Mutation(
         "the last chunk is skipped", "_head_rows.py",

@@ -1,23 +1,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 from numerics import DEVICE, check_against_reference
 
 from phimini.kernels.linear import LIBRARIES, library, linear, linear_reference, matmul
-
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
-
-
-@pytest.fixture(params=[name for name in LIBRARIES if name == "mkl" or HAS_ONEDNN])
-def each_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("PHIMINI_CPU_GEMM", request.param)
-    library.cache_clear()
-    yield request.param
-    library.cache_clear()
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 4), (3, 7, 5), (65, 33, 1), (64, 128, 512), (2, 5, 9, 3)])

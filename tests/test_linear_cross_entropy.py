@@ -107,6 +107,17 @@ def test_equals_liger() -> None:
     assert_same({name: got[name] for name in want}, want, 1e-5)
 
 
+def test_dw_in_several_blocks(each_library: str) -> None:
+    """What oneDNN computes goes into dW 2^18 elements at a time."""
+    hidden, weight, targets = make_head(24, 1024, 600)
+    ours = lambda x, w: linear_cross_entropy(x, w, targets, chunk_bytes=chunk_bytes(600))
+    want = value_and_grads(
+        lambda x, w: linear_cross_entropy_reference(x, w, targets), hidden.double(), weight.double()
+    )
+    got = value_and_grads(ours, hidden, weight)
+    assert_same(got, want, 1e-5)
+
+
 def test_rows_that_do_not_count_are_not_computed() -> None:
     hidden, weight, targets = make_head(40, 8, 50)
     row_weight_M = torch.ones(40)
