@@ -96,7 +96,7 @@ def _parts(block: Block, *tensors: Tensor) -> list[list[Tensor]]:
 
 def _joined(parts: tuple[Tensor, ...]) -> Tensor:
     """(1, H, length, K) each -> (sum of lengths, H, K)"""
-    return torch.cat(parts, 2)[0].transpose(0, 1)
+    return torch.cat([x.transpose(1, 2) for x in parts], 1)[0]
 
 
 def _forward_on_cpu(

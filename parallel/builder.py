@@ -39,6 +39,7 @@ from phimini.parallel.layers import (
     RowParallelLinear,
     SwiGLU,
 )
+from phimini.parallel.recompute import RecomputedRMSNorm, RecomputedSwiGLU, forgetting
 from phimini.parallel.traps import refuse_silent_traps, refuse_unmarked_norms
 from phimini.parallel.weights import from_hf
 from phimini.parallel.world import World
@@ -64,6 +65,12 @@ class _Linears:
     column: Any
     row: Any
     norm: Any = RMSNorm
+    activation: Any = SwiGLU
+
+    def selectively_recomputed(self) -> "_Linears":
+        return _Linears(
+            forgetting(self.column), forgetting(self.row), RecomputedRMSNorm, RecomputedSwiGLU
+        )
 
 
 def _linears(fp8: Fp8 | None, is_fp8_layer: bool) -> _Linears:
@@ -104,7 +111,7 @@ def _layer_spec(linears: _Linears) -> ModuleSpec:
                 submodules=MLPSubmodules(
                     linear_fc1=linears.column,
                     linear_fc2=linears.row,
-                    activation_func=SwiGLU,  # pyright: ignore[reportArgumentType]
+                    activation_func=linears.activation,  # pyright: ignore[reportArgumentType]
                 ),
             ),
             mlp_bda=_add_residual,  # pyright: ignore[reportArgumentType]
@@ -179,8 +186,6 @@ def _transformer_config(
         values |= dict(
             recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
         )
-    elif recompute == "selective":
-        values |= dict(recompute_granularity="selective", recompute_modules=["core_attn"])
     return TransformerConfig(**only_known(TransformerConfig, values))
 
 
@@ -278,12 +283,17 @@ def build_model(
     seed: weights as `Phi4Mini.init_weights(seed)` draws them, whatever the layout; None leaves them to be loaded.
     trainable: False makes a frozen model without gradient buffers (a DPO reference).
     dtype: of the parameters; None is bf16 on CUDA, fp32 elsewhere. Gradients are summed in fp32.
-    recompute: activations are recomputed in backward: of whole layers (`full`) or of attention (`selective`).
+    recompute: what is made again in backward: whole layers (`full`), or outputs of norms and SwiGLU (`selective`).
     distributed_optimizer: gradients are reduce-scattered for an optimizer built with the same option (ZeRO-1).
     overlap: gradient reduction (and ZeRO-1's parameter gather) runs beside the computation.
     fp8: of the linears between the first and the last layer. Raises ValueError where their shards do not fit it.
     """
     if fp8 is not None:
+        if recompute == "selective" and not fp8.emulate:
+            raise ValueError(
+                "recompute: expected none or full with Transformer Engine, whose linears keep their inputs themselves, "
+                "in FP8; got selective"
+            )
         check_alignment(config, world.layout, fp8)
     if dtype is None:
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
@@ -293,7 +303,7 @@ def build_model(
     refuse_silent_traps(transformer_config)
     virtual = world.layout.virtual_pipeline
     gpts: list[nn.Module] = [
-        _build_chunk(config, world, transformer_config, i if virtual > 1 else None, fp8)
+        _build_chunk(config, world, transformer_config, i if virtual > 1 else None, fp8, recompute)
         for i in range(virtual)
     ]
     for gpt in gpts:
@@ -331,15 +341,18 @@ def _build_chunk(
     transformer_config: TransformerConfig,
     vp_stage: int | None,
     fp8: Fp8 | None,
+    recompute: Recompute,
 ) -> PhiGPT:
     num_layers = get_num_layers_to_build(transformer_config, vp_stage=vp_stage)
     chunk = (vp_stage or 0) * world.layout.pipeline + world.pipeline_rank
     before = sum(world.layout.layers_of_chunks(config)[:chunk])
+    linears = [
+        _linears(fp8, is_fp8_layer(before + i, config.num_layers)) for i in range(num_layers)
+    ]
+    if recompute == "selective":
+        linears = [some.selectively_recomputed() for some in linears]
     spec = TransformerBlockSubmodules(
-        layer_specs=[
-            _layer_spec(_linears(fp8, is_fp8_layer(before + i, config.num_layers)))
-            for i in range(num_layers)
-        ],
+        layer_specs=[_layer_spec(some) for some in linears],
         layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
     )
     return PhiGPT(

@@ -7,23 +7,19 @@ Memory is arithmetic over what the code keeps (`plan_memory.py`), held by tests 
 Time is stated as what a given MFU would mean, never predicted.
 """
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, get_args
 
 from phimini.model.config import ModelConfig
 from phimini.model.flops import attention_flops, head_flops_per_token, layer_flops_per_token
-from phimini.model.words import nearest
 from phimini.parallel.layout import Layout
 from phimini.parallel.plan_memory import (
     CUDA_BYTES,
     GIB,
-    GPUS,
     NCCL_BYTES_PER_GROUP,
+    SLEEPING_ENGINE_BYTES,
     Fp8,
     Gpu,
     MemoryOptions,
@@ -35,8 +31,6 @@ from phimini.parallel.plan_memory import (
 RESERVE = 0.05
 """share of a GPU's memory left to fragmentation and to what this plan does not know"""
 MFUS = (0.40, 0.45, 0.50)
-RUNNABLE: tuple[Recompute, ...] = ("none", "full")
-"""what a run can be told to recompute; a run's `selective` is attention alone and saves next to nothing"""
 GPUS_PER_NODE = 8
 # Only for the order in which layouts that fit are listed: estimates of what each choice costs, from
 # the usual advice (data parallel first; tensor, context and pipeline only when memory asks for it).
@@ -66,11 +60,13 @@ class Workload:
     """a frozen model in memory"""
     rollout_sequences: int = 0
     """sequences in flight of a rollout engine that shares the GPU; 0: it runs elsewhere"""
+    rollout_tensor_parallel: int = 1
+    """GPUs that share that engine"""
     fp8: Fp8 = "none"
     zero1: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("sequence_length", "rows_per_step", "micro_rows"):
+        for name in ("sequence_length", "rows_per_step", "micro_rows", "rollout_tensor_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Workload.{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 < self.trained_share <= 1:
@@ -86,10 +82,16 @@ class PlannedLayout:
     layout: Layout
     recompute: Recompute
     num_microbatches: int
-    memory_bytes: dict[str, int]
+    phases: dict[str, dict[str, int]]
+    """`training`, and `rollout` where an engine shares the GPU: part -> bytes"""
     fits: bool
     relative_cost: float
     """of a step, beside a layout without communication or recomputation; for the order only"""
+
+    @property
+    def memory_bytes(self) -> dict[str, int]:
+        """Of the phase that needs the most."""
+        return max(self.phases.values(), key=lambda parts: sum(parts.values()))
 
     @property
     def peak_bytes(self) -> int:
@@ -141,6 +143,7 @@ class Plan:
                     "num_microbatches": planned.num_microbatches,
                     "memory_bytes": planned.memory_bytes,
                     "peak_bytes": planned.peak_bytes,
+                    "phases": planned.phases,
                     "flops_per_token": self.flops_per_token,
                     "tokens_per_second_per_gpu_at_mfu": speed,
                     "seconds_per_step_at_mfu": seconds,
@@ -169,12 +172,12 @@ def plan_stage(
     world_size: int,
     *,
     layouts: list[Layout] | None = None,
-    recomputes: tuple[Recompute, ...] = RUNNABLE,
+    recomputes: tuple[Recompute, ...] = get_args(Recompute),
     best: int = 5,
 ) -> Plan:
     """The best few layouts of `world_size` GPUs for `workload`, or, if nothing fits, the nearest misses and why.
 
-    recomputes: consider only these modes.
+    recomputes: consider only these modes; `selective` is left out with FP8, where a run refuses it.
     layouts: consider only these (as given, or with `data` None). Raises ValueError if one does not
     divide the world or the model, or if the global batch cannot be divided over any layout's replicas.
     """
@@ -208,7 +211,7 @@ def _planned(
     gpu: Gpu,
     world_size: int,
     layouts: list[Layout] | None,
-    recomputes: tuple[Recompute, ...] = RUNNABLE,
+    recomputes: tuple[Recompute, ...] = get_args(Recompute),
 ) -> list[PlannedLayout]:
     resolved = (
         [layout.resolve(world_size, config) for layout in layouts]
@@ -218,6 +221,8 @@ def _planned(
     planned = []
     for layout, recompute in product(resolved, recomputes):
         assert layout.data is not None, "resolve fills it in"
+        if recompute == "selective" and workload.fp8 != "none":
+            continue
         num_microbatches, rest = divmod(workload.rows_per_step, layout.data * workload.micro_rows)
         if rest or (layout.virtual_pipeline > 1 and num_microbatches % layout.pipeline):
             continue
@@ -227,8 +232,9 @@ def _planned(
             fp8=workload.fp8,
             reference_model=workload.reference_model,
             rollout_sequences=workload.rollout_sequences,
+            rollout_tensor_parallel=workload.rollout_tensor_parallel,
         )
-        parts = memory_bytes(
+        phases = memory_bytes(
             config, layout, options,
             tokens=workload.micro_rows * workload.sequence_length,
             sequence_length=workload.sequence_length,
@@ -239,8 +245,9 @@ def _planned(
                 layout=layout,
                 recompute=recompute,
                 num_microbatches=num_microbatches,
-                memory_bytes=parts,
-                fits=sum(parts.values()) <= (1 - RESERVE) * gpu.memory_bytes,
+                phases=phases,
+                fits=max(sum(p.values()) for p in phases.values())
+                <= (1 - RESERVE) * gpu.memory_bytes,
                 relative_cost=_relative_cost(config, workload, layout, recompute, num_microbatches),
             )
         )
@@ -319,91 +326,22 @@ def _assumptions(workload: Workload, gpu: Gpu) -> list[str]:
         "speeds are what the stated MFU means, not predictions; layouts are ordered by estimated overheads",
         f"estimates: {NCCL_BYTES_PER_GROUP / GIB:.2f} GiB per NCCL group, {CUDA_BYTES / GIB:.1f} GiB for "
         "CUDA's context and libraries",
-        "recompute: none, or full (whole layers)",
+        "recompute: none, selective (outputs of norms and SwiGLU are made again) or full (whole layers)",
     ]
     if workload.zero1:
         stated.append("optimizer state divided over data x context ranks (ZeRO-1)")
     if workload.fp8 != "none":
         stated.append("fp8: two one-byte copies of every linear in the layers; the head stays bf16")
     if workload.rollout_sequences:
+        shared = (
+            f", over {workload.rollout_tensor_parallel} GPUs"
+            if workload.rollout_tensor_parallel > 1
+            else ""
+        )
         stated.append(
-            f"a rollout engine on the same GPU: its own bf16 weights, and keys and values of "
-            f"{workload.rollout_sequences} sequences of {workload.sequence_length} tokens"
+            f"a rollout engine on the same GPU{shared}: its own bf16 weights, and keys and values of "
+            f"{workload.rollout_sequences} sequences of {workload.sequence_length} tokens; it sleeps while the trainer "
+            f"trains and then keeps {SLEEPING_ENGINE_BYTES / GIB:.1f} GiB (an estimate), and while it samples the trainer "
+            "keeps weights, gradients and optimizer state: the larger of the two phases counts"
         )
     return stated
-
-
-def describe(plan: Plan) -> str:
-    """For a person: one line per layout, GiB per part."""
-    lines = [
-        f"{plan.workload.stage}: {plan.tokens_per_step} tokens per step on {plan.world_size} x {plan.gpu.name}, "
-        f"{plan.flops_per_token / 1e9:.2f} GFLOP per token",
-        *(
-            f"  at {mfu:.0%} MFU: {plan.tokens_per_second_per_gpu(mfu):,.0f} tokens/s per GPU, "
-            f"{plan.seconds_per_step(mfu):.1f} s per step"
-            for mfu in MFUS
-        ),
-        "fits:" if plan.fits else f"does not fit: {plan.because}",
-    ]
-    for planned in plan.layouts:
-        shape = " ".join(
-            f"{name}={value}"
-            for name, value in asdict(planned.layout).items()
-            if value not in (1, False, "auto")
-        )
-        parts = ", ".join(
-            f"{name} {size / GIB:.1f}" for name, size in planned.memory_bytes.items() if size
-        )
-        lines.append(
-            f"  {shape or 'one GPU'} recompute={planned.recompute}: {planned.peak_bytes / GIB:.1f} GiB ({parts})"
-        )
-    lines += ["assumptions:", *(f"  {a}" for a in plan.assumptions)]
-    return "\n".join(lines)
-
-
-def main(arguments: list[str], config: ModelConfig, workloads: Mapping[str, Workload]) -> int:
-    """`[stage=NAME] gpu=NAME gpus=N [--json PATH]` for a recipe's model and stages; 0 if all fits, else 1.
-
-    Without `stage` every stage is planned; the JSON is then that of the stage that needs the most memory,
-    fits if all do, and has each one's under "stages". Raises ValueError for unknown words and values.
-    """
-    values, path = _parse(arguments)
-    gpu_name, stage = values.get("gpu", "h100"), values.get("stage")
-    if gpu_name not in GPUS:
-        raise ValueError(f"plan gpu={gpu_name}: {nearest(gpu_name, GPUS)}")
-    if stage is not None and stage not in workloads:
-        raise ValueError(f"plan stage={stage}: {nearest(stage, workloads)}")
-    if not values.get("gpus", "8").isdigit():
-        raise ValueError(f"plan gpus={values['gpus']}: expected a number")
-    world_size = int(values.get("gpus", "8"))
-    chosen = [workloads[stage]] if stage is not None else list(workloads.values())
-    plans = [plan_stage(config, w, GPUS[gpu_name], world_size) for w in chosen]
-    for plan in plans:
-        print(describe(plan))
-    fits = all(plan.fits for plan in plans)
-    if path is not None:
-        largest = max(plans, key=lambda plan: plan.layouts[0].peak_bytes)
-        document = largest.to_json() | {"fits": fits}
-        if len(plans) > 1:
-            document["stages"] = {plan.workload.stage: plan.to_json() for plan in plans}
-        path.write_text(json.dumps(document, indent=1) + "\n")
-    return 0 if fits else 1
-
-
-def _parse(arguments: list[str]) -> tuple[dict[str, str], Path | None]:
-    values, path = {}, None
-    words = iter(arguments)
-    for word in words:
-        key, separator, value = word.partition("=")
-        if word == "--json":
-            following = next(words, None)
-            if following is None:
-                raise ValueError("plan --json: expected a path after it")
-            path = Path(following)
-        elif separator and key in ("stage", "gpu", "gpus"):
-            values[key] = value
-        else:
-            raise ValueError(
-                f"plan: unknown argument {word!r}; {nearest(key, ('stage', 'gpu', 'gpus', '--json'))}"
-            )
-    return values, path

@@ -1,7 +1,8 @@
 """Bytes that one GPU holds during a training step, part by part, for a layout. Arithmetic only; no process groups.
 
 Letters: D model width, H query heads, G key/value heads, K head size, F MLP hidden size, V vocabulary.
-A part's bytes are those of the pipeline stage that holds the most in all.
+A part's bytes are those of the pipeline stage that holds the most in all. A rollout engine on the same GPU sleeps while
+the trainer trains, and takes its memory when activations and the head have let go of theirs: two phases, two sums.
 """
 
 import math
@@ -19,6 +20,8 @@ GIB = 2**30
 # Estimates, not measured here; `plan` lists them among its assumptions.
 NCCL_BYTES_PER_GROUP = int(0.35 * GIB)
 CUDA_BYTES = int(1.2 * GIB)
+SLEEPING_ENGINE_BYTES = int(1.0 * GIB)
+_ONLY_WHILE_TRAINING = ("activations", "head")
 _SPLIT_OF = {hf: split for hf, split in LAYER_NAMES.values()}
 
 
@@ -58,6 +61,8 @@ class MemoryOptions:
     """a frozen copy of the weights beside the trained ones (DPO)"""
     rollout_sequences: int = 0
     """sequences in flight of a rollout engine on the same GPU, at full length; 0: no engine here"""
+    rollout_tensor_parallel: int = 1
+    """GPUs that share that engine's weights, keys and values"""
 
 
 def stage_layers(config: ModelConfig, layout: Layout) -> list[int]:
@@ -97,7 +102,9 @@ def activation_elements(config: ModelConfig, layout: Layout) -> dict[str, float]
         "gate and up": 2 * F / tp,
         "swiglu out": F / tp,
     }
-    if layout.context > 1:
+    if layout.uses_ring("cuda"):
+        elements["own k, v"] = 2 * G * K / tp
+    elif layout.context > 1:
         elements["gathered k, v"] = 2 * G * K * layout.context / tp
     else:
         elements["rotated k"] = G * K / tp
@@ -114,9 +121,10 @@ def memory_bytes(
     tokens: int,
     sequence_length: int,
     num_microbatches: int,
-) -> dict[str, int]:
-    """Part -> bytes on the fullest rank. `layout.data` must be filled in.
+) -> dict[str, dict[str, int]]:
+    """Phase (`training`, and `rollout` if an engine shares the GPU) -> part -> bytes, on the fullest rank of each phase.
 
+    `layout.data` must be filled in.
     tokens: of one micro-batch, before context parallelism divides them.
     sequence_length: tokens of the longest sequence, for a rollout engine's keys and values.
     """
@@ -124,12 +132,30 @@ def memory_bytes(
         _stage_bytes(config, layout, options, stage, tokens, num_microbatches)
         for stage in range(layout.pipeline)
     ]
-    parts = max(stages, key=lambda parts: sum(parts.values()))
+    phases = {"training": _fullest(stages)}
     if options.rollout_sequences:
-        parts["rollout_weights"] = 2 * config.num_parameters
-        kv_bytes_per_token = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
-        parts["rollout_kv"] = options.rollout_sequences * sequence_length * kv_bytes_per_token
-    return parts
+        engine = _engine_bytes(config, options, sequence_length)
+        phases["rollout"] = _fullest(
+            [stage | dict.fromkeys(_ONLY_WHILE_TRAINING, 0) | engine for stage in stages]
+        )
+    return phases
+
+
+def _fullest(stages: list[dict[str, int]]) -> dict[str, int]:
+    return max(stages, key=lambda parts: sum(parts.values()))
+
+
+def _engine_bytes(
+    config: ModelConfig, options: MemoryOptions, sequence_length: int
+) -> dict[str, int]:
+    """bf16 weights, and keys and values, of one of the engine's GPUs; norms are whole on each, heads are divided."""
+    size = options.rollout_tensor_parallel
+    kv_heads = -(-config.num_kv_heads // size)  # copied if there are more GPUs than heads
+    kv_bytes_per_token = 2 * 2 * config.num_layers * kv_heads * config.head_dim
+    return {
+        "rollout_weights": 2 * stage_parameters(config, Layout(tensor=size))[0],
+        "rollout_kv": options.rollout_sequences * sequence_length * kv_bytes_per_token,
+    }
 
 
 def _stage_bytes(
@@ -157,6 +183,7 @@ def _stage_bytes(
         "reference_model": size * parameters if options.reference_model else 0,
         "nccl": NCCL_BYTES_PER_GROUP * sum(n > 1 for n in groups),
         "cuda": CUDA_BYTES,
+        "rollout_residue": SLEEPING_ENGINE_BYTES if options.rollout_sequences else 0,
         "rollout_weights": 0,
         "rollout_kv": 0,
     }
@@ -170,6 +197,27 @@ def _stage_bytes(
     return parts
 
 
+def layer_bytes_per_token(
+    config: ModelConfig, layout: Layout, options: MemoryOptions
+) -> tuple[float, float]:
+    """(kept by every layer until its backward, held beside it during the backward of one), per token of this rank."""
+    elements = activation_elements(config, layout)
+    lse_bytes = 4 * config.num_heads / layout.tensor
+    whole_layer = options.element_bytes * sum(elements.values()) + lse_bytes
+    kept, working = whole_layer, 0.0
+    if options.recompute == "selective":
+        made_again = elements["norm outputs"] + elements["swiglu out"]
+        kept = whole_layer - options.element_bytes * made_again
+        # One at a time: its linear asks for it, and lets it go.
+        working = options.element_bytes * max(elements["norm outputs"] / 2, elements["swiglu out"])
+    elif options.recompute == "full":
+        kept = options.element_bytes * elements["norm inputs"] / 2
+        working = whole_layer
+    if layout.uses_ring("cuda"):
+        working += _ring_bytes(config, options.element_bytes) / layout.tensor
+    return kept, working
+
+
 def _activation_bytes(
     config: ModelConfig,
     layout: Layout,
@@ -178,20 +226,16 @@ def _activation_bytes(
     tokens: int,
     num_microbatches: int,
 ) -> int:
-    elements = activation_elements(config, layout)
-    lse_bytes = 4 * config.num_heads / layout.tensor
-    whole_layer = options.element_bytes * sum(elements.values()) + lse_bytes
-    kept, working = whole_layer, 0.0
-    if options.recompute == "selective":
-        made_again = elements["norm outputs"] + elements["swiglu out"]
-        kept = whole_layer - options.element_bytes * made_again
-        working = options.element_bytes * made_again
-    elif options.recompute == "full":
-        kept = options.element_bytes * elements["norm inputs"] / 2
-        working = whole_layer
+    kept, working = layer_bytes_per_token(config, layout, options)
     layers = stage_layers(config, layout)[stage]
     in_flight = _micro_batches_in_flight(layout, stage, num_microbatches)
     return math.ceil(tokens / layout.context * (kept * layers * in_flight + working))
+
+
+def _ring_bytes(config: ModelConfig, element_bytes: int) -> float:
+    """Of one layer's backward, per token: two ranks' keys and values, two sums of their gradients, and dq in fp32."""
+    kv = 2 * config.num_kv_heads * config.head_dim
+    return 2 * kv * element_bytes + 2 * kv * 4 + config.num_heads * config.head_dim * 4
 
 
 def _micro_batches_in_flight(layout: Layout, stage: int, num_microbatches: int) -> float:

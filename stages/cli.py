@@ -34,7 +34,7 @@ from typing import Any
 from phimini.model.config import ModelConfig, preset
 from phimini.model.huggingface import load_config
 from phimini.model.words import nearest
-from phimini.parallel import doctor, launch_scripts, plan
+from phimini.parallel import doctor, launch_scripts, plan_command
 from phimini.parallel.launch import RankFailure, run_ranks
 from phimini.parallel.roll_call import LostRanks, closing_or_naming_lost_ranks
 from phimini.parallel.world import World, initialize
@@ -109,7 +109,9 @@ def dispatch(arguments: list[str]) -> int:
     if verb == "plan":
         run, words = split(verb, rest, own=("stage", "gpu", "gpus"), options=("--json",))
         there = run.base == "random" or Path(run.base).exists()  # else the preset will do
-        return plan.main(words, model_config(run) if there else preset(run.model), workloads(run))
+        return plan_command.main(
+            words, model_config(run) if there else preset(run.model), workloads(run)
+        )
     if verb == "serve":
         run, words = split(verb, rest, own=("address",))
         if len(words) != 1:

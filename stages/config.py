@@ -274,7 +274,7 @@ class RunConfig:
     overlap: bool = False
     """gradients are reduced (and ZeRO-1's parameters gathered) beside the computation"""
     recompute: Literal["none", "full", "selective"] = "none"
-    """activations computed again in backward: of whole layers, or of attention only"""
+    """what is computed again in backward: whole layers, or only the outputs of norms and SwiGLU"""
     background_checkpoints: bool = True
     """a forked process writes each checkpoint while training goes on"""
     fp8: Literal["none", "emulate", "te"] = "none"

@@ -239,10 +239,11 @@ def planned_layout(run: RunConfig) -> Layout:
 def stage_costs(
     run: RunConfig, config: ModelConfig, layout: Layout, gpu: Gpu, gpus: int
 ) -> list[StageCost]:
-    recompute = "full" if run.recompute == "full" else "none"
     costs = []
     for stage, workload in workloads(run).items():
-        plan = plan_stage(config, workload, gpu, gpus, layouts=[layout], recomputes=(recompute,))
+        plan = plan_stage(
+            config, workload, gpu, gpus, layouts=[layout], recomputes=(run.recompute,)
+        )
         steps, counted = number_of_steps(run, stage)
         costs.append(StageCost(stage, steps, steps * plan.tokens_per_step, plan, counted))
     return costs

@@ -122,6 +122,8 @@ class ColocatedVllm:
     def _take(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         old, self.version = self.version, None
         if self._asleep:
+            # Torch keeps the blocks of activations that are gone; while the engine is awake they are its.
+            torch.cuda.empty_cache()
             self._llm.wake_up()
             self._asleep = False
         error: WeightSyncError | None = None

@@ -42,5 +42,6 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
             extra_forwards=1.0 if rl.kl_coef else 0.0,
             reference_model=rl.kl_coef > 0,
             rollout_sequences=run.rollout.max_batch if shares_gpu else 0,
+            rollout_tensor_parallel=run.rollout.engine_tensor_parallel,
         ),
     }

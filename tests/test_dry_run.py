@@ -14,7 +14,7 @@ from phimini.model.reference import Phi4Mini
 from phimini.model.tokenizer import train_tiny_tokenizer
 from phimini.parallel.layout import Layout
 from phimini.parallel.plan import plan_stage
-from phimini.parallel.plan_memory import GPUS
+from phimini.parallel.plan_memory import GIB, GPUS
 from phimini.stages import cli
 from phimini.stages.cli import main
 from phimini.stages.config import RunConfig, override
@@ -206,14 +206,18 @@ def test_every_stage_fits_the_recipes_layout(gpus: int) -> None:
     costs = {c.stage: c for c in stage_costs(run, config, layout, GPUS["h100"], gpus)}
     assert all(cost.plan.fits for cost in costs.values())
     assert all(cost.plan.layouts[0].recompute == run.recompute for cost in costs.values())
-    # Of the layouts that fit every stage, none has an estimated overhead more than 1 % below.
+    # Of the layouts that fit every stage, one has an estimated overhead 6 % below: context 2 alone, which fits stage 3 to
+    # within 1 GiB. The recipe's leaves 33 GiB for what the plan does not know.
     overheads: dict[Layout, list[float]] = {}
     for workload in workloads(run).values():
         for planned in plan_stage(config, workload, GPUS["h100"], gpus, best=1000).layouts:
             if planned.recompute == "none":
                 overheads.setdefault(planned.layout, []).append(planned.relative_cost)
     totals = {layout: sum(o) for layout, o in overheads.items() if len(o) == len(costs)}
-    assert totals[layout] <= 1.01 * min(totals.values())
+    cheapest = min(totals, key=lambda layout: totals[layout])
+    assert cheapest == Layout(context=2).resolve(gpus, config)
+    assert totals[layout] <= 1.061 * totals[cheapest]
+    assert max(cost.plan.layouts[0].peak_bytes for cost in costs.values()) < 43 * GIB
     # 150 B tokens at 128 rows of 16,384 are 71.5 thousand steps.
     assert costs["midtrain"].steps == 71_526
     assert costs["midtrain"].tokens == pytest.approx(CARD_TOKENS, rel=1e-4)

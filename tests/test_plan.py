@@ -3,12 +3,16 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from phimini.model.config import ModelConfig, preset
 from phimini.parallel.batch import Document, PackedBatch, pack
@@ -16,16 +20,20 @@ from phimini.parallel.builder import build_model
 from phimini.parallel.launch import run_ranks
 from phimini.parallel.layout import Layout
 from phimini.parallel.optimizer import OptimizerConfig, build_optimizer
-from phimini.parallel.plan import Workload, flops_per_token, main, plan_stage
+from phimini.parallel.plan import Workload, flops_per_token, plan_stage
+from phimini.parallel.plan_command import main
 from phimini.parallel.plan_memory import (
     GIB,
     GPUS,
+    SLEEPING_ENGINE_BYTES,
     MemoryOptions,
     Recompute,
     activation_elements,
+    layer_bytes_per_token,
     memory_bytes,
     stage_parameters,
 )
+from phimini.parallel.rotary import rotary_tables
 from phimini.parallel.step import forward_backward
 from phimini.parallel.world import World, initialize
 
@@ -42,7 +50,7 @@ def parts_of(layout: Layout, recompute: Recompute = "none", tokens: int = 16384)
     options = MemoryOptions(recompute=recompute)
     return memory_bytes(
         PHI, layout, options, tokens=tokens, sequence_length=tokens, num_microbatches=16
-    )
+    )["training"]
 
 
 # --- published arithmetic ------------------------------------------------------------------------
@@ -70,7 +78,7 @@ def test_activations_of_16k_tokens() -> None:
     none = parts_of(Layout(data=8))["activations"] / GIB
     assert none - twice == pytest.approx(44, abs=0.5)
     selective = parts_of(Layout(data=8), "selective")["activations"] / GIB
-    working_layer = 2 * 16384 * (2 * PHI.model_dim + PHI.mlp_dim) / GIB
+    working_layer = 2 * 16384 * max(PHI.model_dim, PHI.mlp_dim) / GIB
     assert selective - twice - working_layer == pytest.approx(30, abs=0.5)
     full = parts_of(Layout(data=8), "full")["activations"] / GIB
     assert full - none / 32 == pytest.approx(3, abs=0.1)
@@ -93,18 +101,81 @@ def test_flops_and_speed_at_16k() -> None:
 
 def test_only_what_a_run_can_recompute_is_proposed() -> None:
     planned = plan_stage(PHI, MIDTRAIN, GPUS["h100"], 8, best=1000).layouts
+    assert {p.recompute for p in planned} == {"none", "selective", "full"}
+    peaks = {p.recompute: p.peak_bytes for p in planned if p.layout == Layout(context=2, data=4)}
+    assert peaks["full"] < peaks["selective"] < peaks["none"]
+    fp8 = dataclasses.replace(MIDTRAIN, fp8="blockwise")
+    planned = plan_stage(PHI, fp8, GPUS["h100"], 8, best=1000).layouts
     assert {p.recompute for p in planned} == {"none", "full"}
 
 
 def test_16k_on_eight_h100_is_data_parallel_with_selective_recompute() -> None:
-    """As published for Megatron's selective recomputation, of norm outputs and the SwiGLU product."""
-    plan = plan_stage(PHI, MIDTRAIN, GPUS["h100"], 8, recomputes=("none", "selective", "full"))
+    plan = plan_stage(PHI, MIDTRAIN, GPUS["h100"], 8)
     best = plan.layouts[0]
     assert plan.fits and best.fits
     assert best.layout == Layout(data=8) and best.recompute == "selective"
     assert best.peak_bytes / GIB == pytest.approx(66, abs=3)
     on_b200 = plan_stage(PHI, MIDTRAIN, GPUS["b200"], 8).layouts[0]
     assert on_b200.layout == Layout(data=8) and on_b200.recompute == "none"
+
+
+# --- two phases ----------------------------------------------------------------------------------
+RLVR = Workload(stage="rlvr", sequence_length=25600, rows_per_step=128, rollout_sequences=8)
+KV_BYTES = 8 * 25600 * 2 * 2 * 32 * 8 * 128
+
+
+def phases_of(workload: Workload, layout: Layout, recompute: Recompute = "none") -> dict:
+    plan = plan_stage(PHI, workload, GPUS["h100"], 8, layouts=[layout], recomputes=(recompute,))
+    return plan.layouts[0].phases
+
+
+def test_a_colocated_engine_sleeps_while_the_trainer_trains() -> None:
+    layout = Layout(tensor=2, context=2, sequence_parallel=True)
+    phases = phases_of(RLVR, layout)
+    alone = phases_of(dataclasses.replace(RLVR, rollout_sequences=0), layout)
+    assert set(alone) == {"training"} and set(phases) == {"training", "rollout"}
+    # Training: what it needs alone, and what a sleeping engine does not give back.
+    training = phases["training"]
+    assert training["rollout_weights"] == training["rollout_kv"] == 0
+    assert training == alone["training"] | {"rollout_residue": SLEEPING_ENGINE_BYTES}
+    # Sampling: weights, gradients and optimizer stay, activations and the head's logits have gone.
+    rollout = phases["rollout"]
+    assert (
+        rollout["rollout_weights"] == 2 * PHI.num_parameters and rollout["rollout_kv"] == KV_BYTES
+    )
+    assert rollout["activations"] == rollout["head"] == 0
+    for part in training.keys() - {"activations", "head", "rollout_weights", "rollout_kv"}:
+        assert rollout[part] == training[part], part
+
+
+def test_the_peak_is_the_larger_phase_s_not_their_sum() -> None:
+    by_activations = plan_stage(PHI, RLVR, GPUS["h100"], 8, layouts=[Layout(context=2)]).layouts
+    few, many = by_activations[0], dataclasses.replace(RLVR, rollout_sequences=64)
+    by_keys = plan_stage(PHI, many, GPUS["h100"], 8, layouts=[Layout(context=8)]).layouts[0]
+    for planned, phase in ((few, "training"), (by_keys, "rollout")):
+        sums = {name: sum(parts.values()) for name, parts in planned.phases.items()}
+        assert planned.peak_bytes == sums[phase] == max(sums.values())
+        assert planned.memory_bytes == planned.phases[phase]
+
+
+def test_an_engine_over_several_gpus_divides_its_weights_and_keys() -> None:
+    layout = Layout(tensor=2, context=2, sequence_parallel=True)
+    over = {
+        n: phases_of(dataclasses.replace(RLVR, rollout_tensor_parallel=n), layout)
+        for n in (1, 2, 4, 16)
+    }
+    norms = 2 * (2 * 32 + 1) * PHI.model_dim
+    for size in (2, 4):
+        rollout = over[size]["rollout"]
+        assert rollout["rollout_weights"] == (2 * PHI.num_parameters - norms) // size + norms
+        assert rollout["rollout_kv"] == KV_BYTES // size
+        assert over[size]["training"] == over[1]["training"]
+    # 8 key heads over 16 GPUs: one each, twice.
+    assert over[16]["rollout"]["rollout_kv"] == KV_BYTES // 8
+    with pytest.raises(
+        ValueError, match="Workload.rollout_tensor_parallel: expected at least 1, got 0"
+    ):
+        dataclasses.replace(RLVR, rollout_tensor_parallel=0)
 
 
 # --- measured on the CPU -------------------------------------------------------------------------
@@ -114,72 +185,88 @@ def sum_of_squares(
     return hidden_MD.square().sum() + 0 * weight_VD.sum(), torch.tensor(1), {}
 
 
-def saved_layer_bytes(world: World, recompute: Recompute) -> int:
-    """What autograd keeps for the layers' backward on this rank: every storage once, no parameters."""
-    model = build_model(CONFIG, world, recompute=recompute)
-    parameters = {p.untyped_storage().data_ptr() for _, p in model.named_parameters()}
-    storages: dict[int, int] = {}
-    alive: list[Tensor] = []  # a storage that dies would lend its address to another
-    done = False
+class Allocated(TorchDispatchMode):
+    """Every storage that an operation returned while the mode was on, held weakly."""
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if not done and storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
+    def __init__(self, but: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.others = {tensor.untyped_storage()._cdata for tensor in but}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                known = self.storages.get(storage._cdata)
+                new = known is None or known[0].expired()
+                if new and storage._cdata not in self.others:
+                    self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    @property
+    def alive_bytes(self) -> int:
+        return sum(nbytes for ref, nbytes in self.storages.values() if not ref.expired())
+
+
+def kept_bytes(world: World, recompute: Recompute) -> int:
+    """What is alive on this rank between forward and backward, beside the model: counted, whoever holds it."""
+    model = build_model(CONFIG, world, recompute=recompute)
+    alive: list[int] = []
 
     def head(hidden_MD: Tensor, *args, **kwargs):
-        nonlocal done
-        done = True  # backward's own forward, of full recomputation, is not kept
+        alive.append(allocated.alive_bytes)
         return sum_of_squares(hidden_MD, *args, **kwargs)
 
     tokens = [i % CONFIG.vocab_size for i in range(TOKENS)]
     batch = pack([Document(tokens=tokens, targets=tokens)])
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    rotary_tables(CONFIG, torch.arange(TOKENS), TOKENS)  # keeps a table
+    with Allocated(but=(p for _, p in model.named_parameters())) as allocated:
         forward_backward(model, [batch], head)
-    return sum(storages.values())
+    return alive[0]
 
 
 CPU_LAYOUTS = {
     "tp1": Layout(),
     "tp2": Layout(tensor=2),
     "tp2-sp": Layout(tensor=2, sequence_parallel=True),
-    "cp2": Layout(context=2),
+    "cp2": Layout(context=2, context_keys="gathered"),
+    "cp2-ring": Layout(context=2, context_keys="ring"),
 }
+MODES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
-def expected_layer_bytes(layout: Layout, recompute: Recompute) -> float:
-    elements = activation_elements(CONFIG, layout)
-    rows = TOKENS // layout.context
+def expected_bytes(layout: Layout, recompute: Recompute) -> float:
+    options = MemoryOptions(recompute=recompute, element_bytes=4)
+    kept, _ = layer_bytes_per_token(CONFIG, layout, options)
     residual_split = layout.tensor if layout.sequence_parallel else 1
-    if recompute == "full":
-        per_token = 4 * elements["norm inputs"] / 2
-    else:
-        # The CPU's attention keeps its output once more, per document, and norms keep 1/rms.
-        copies = elements["attention out"] + CONFIG.num_heads / layout.tensor + 2 / residual_split
-        per_token = 4 * (sum(elements.values()) + copies)
-    # Outside the layers: token ids, the rope tables, the final norm.
+    if recompute != "full":
+        # Norms keep 1/rms; the CPU's attention keeps its output once more, per document.
+        kept += 4 * 2 / residual_split
+        if layout.context_keys != "ring":
+            kept += 4 * activation_elements(CONFIG, layout)["attention out"]
+    # Outside the layers: token ids and which rows they are, the rope tables, the final norm's input and output (under
+    # sequence parallelism gathered, and Megatron's buffer for gathers), the head's rows of it.
+    ids = 8 * (1 + 5 * (layout.context > 1)) + 9 * (layout.tensor > 1)
     rope_tables = 4 * (CONFIG.head_dim + CONFIG.rotary_dim / 2)
-    outside = (
-        8
-        + (rope_tables if recompute == "none" else 0)
-        + 4 * (CONFIG.model_dim + 1) / residual_split
-    )
-    return rows * (CONFIG.num_layers * per_token + outside)
+    residual = 4 * CONFIG.model_dim / residual_split
+    copies = 4 * CONFIG.model_dim * (1 + (layout.context > 1) + layout.sequence_parallel)
+    outside = ids + rope_tables + residual + 4 / residual_split + copies
+    return TOKENS // layout.context * (CONFIG.num_layers * kept + outside)
 
 
 @pytest.mark.parametrize("name", CPU_LAYOUTS)
-def test_activations_are_what_autograd_keeps(name: str) -> None:
+def test_activations_are_what_is_alive_before_backward(name: str) -> None:
     layout = CPU_LAYOUTS[name]
 
     def run() -> dict[Recompute, int]:
         world = initialize(layout, CONFIG)
-        return {"none": saved_layer_bytes(world, "none"), "full": saved_layer_bytes(world, "full")}
+        return {recompute: kept_bytes(world, recompute) for recompute in MODES}
 
-    for recompute, measured in run_ranks(run, layout.model_size)[0].items():
-        expected = expected_layer_bytes(layout, recompute)
-        assert measured == pytest.approx(expected, rel=0.02), (recompute, measured, expected)
+    measured = run_ranks(run, layout.model_size)[0]
+    for recompute in MODES:
+        expected = expected_bytes(layout, recompute)
+        assert measured[recompute] == pytest.approx(expected, rel=0.02), (recompute, measured, expected)  # fmt: skip
 
 
 def held_bytes(layout: Layout, zero1: bool) -> dict[str, int]:
@@ -216,7 +303,7 @@ def test_weights_gradients_and_optimizer_are_what_is_allocated(layout: Layout, z
     planned = memory_bytes(
         CONFIG, layout, MemoryOptions(zero1=zero1, element_bytes=4),
         tokens=TOKENS, sequence_length=TOKENS, num_microbatches=2,
-    )  # fmt: skip
+    )["training"]  # fmt: skip
     fullest = max(ranks, key=lambda held: held["weights"])
     for part, measured in fullest.items():
         # Buckets are padded to multiples of 128 elements per data rank.
@@ -236,9 +323,7 @@ def test_every_parameter_is_on_some_stage(pipeline: int, tied: bool) -> None:
 def test_json_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     workloads = {
         "midtrain": MIDTRAIN,
-        "rlvr": Workload(
-            stage="rlvr", sequence_length=25600, rows_per_step=128, rollout_sequences=8
-        ),
+        "rlvr": RLVR,
     }
     path = tmp_path / "plan.json"
     arguments = ["stage=midtrain", "gpu=h100", "gpus=8", "--json", str(path)]
@@ -259,9 +344,9 @@ def test_json_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(stages) == {"midtrain", "rlvr"}
     peaks = {stage: plan["layouts"][0]["peak_bytes"] for stage, plan in stages.items()}
     assert document["stage"] == max(peaks, key=lambda stage: peaks[stage])
-    parts = stages["rlvr"]["layouts"][0]["memory_bytes"]
-    assert parts["rollout_weights"] == 2 * PHI.num_parameters
-    assert parts["rollout_kv"] == 8 * 25600 * 2 * 2 * 32 * 8 * 128
+    best = stages["rlvr"]["layouts"][0]
+    assert set(best["phases"]) == {"training", "rollout"}
+    assert best["peak_bytes"] == max(sum(parts.values()) for parts in best["phases"].values())
 
 
 def test_what_does_not_fit_says_why_and_what_would() -> None:

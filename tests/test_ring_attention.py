@@ -101,7 +101,7 @@ def attention_rank(
     size: int, packs: list[list[int]], change: Callable[[], None] | None, flash: bool
 ) -> list[list[Tensor]]:
     """Of each pack: this rank's out, dq, dk, dv."""
-    world = initialize(Layout(context=size, context_keys="ring"), config(), timeout_s=60)
+    world = initialize(Layout(context=size, context_keys="ring"), config(), timeout_s=240)
     if change is not None:
         change()
     kernel = kernel_for(CPU)
@@ -142,7 +142,7 @@ def attention_errors(
     flash: bool = False,
 ) -> list[float]:
     """Of each pack: the largest error of out, dq, dk and dv, relative to the largest entry."""
-    ranks = run_ranks(attention_rank, size, size, packs, change, flash, timeout_s=60)
+    ranks = run_ranks(attention_rank, size, size, packs, change, flash, timeout_s=240)
     worst = []
     for i, lengths in enumerate(packs):
         q, k, v, dy, _ = inputs_of(lengths)
@@ -231,7 +231,7 @@ def test_a_broken_ring_is_seen(change: Callable[[], None]) -> None:
 
 # --- memory --------------------------------------------------------------------------------------
 def memory_rank(size: int) -> dict[str, Any]:
-    world = initialize(Layout(context=size, context_keys="ring"), config(), timeout_s=60)
+    world = initialize(Layout(context=size, context_keys="ring"), config(), timeout_s=240)
     right, receives = ring_attention.pass_on, []
 
     def noted(send: Tensor, receive: Tensor, group: Any, tag: int) -> Any:
@@ -263,7 +263,7 @@ def memory_rank(size: int) -> dict[str, Any]:
 @pytest.mark.parametrize("size", [4, 8])
 def test_no_rank_holds_more_than_two_others_keys(size: int) -> None:
     """What is alive at once has different addresses: all that a rank ever received lay in two."""
-    for found in run_ranks(memory_rank, size, size, timeout_s=60):
+    for found in run_ranks(memory_rank, size, size, timeout_s=240):
         keys = [r for r in found["forward"] if r[0] == ring_attention._KEYS]
         assert len(keys) == len(found["forward"]) == size - 1
         assert len({address for _, address, _ in keys}) == 2
@@ -279,7 +279,7 @@ def test_no_rank_holds_more_than_two_others_keys(size: int) -> None:
 # --- in the model --------------------------------------------------------------------------------
 def both_rank(lengths: list[int]) -> float:
     """The largest difference between ring and gathered keys, rotation included, on the same micro-batch."""
-    world = initialize(Layout(context=2), config(), timeout_s=60)
+    world = initialize(Layout(context=2), config(), timeout_s=240)
     cuts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     torch.manual_seed(0)
     rows = rows_of_rank(sum(lengths), world.context_rank, 2)
@@ -294,11 +294,11 @@ def both_rank(lengths: list[int]) -> float:
 
 
 def test_ring_and_gathered_keys_agree() -> None:
-    assert max(run_ranks(both_rank, 2, [3, 1, 27, 30, 2, 1], timeout_s=60)) <= 1e-6
+    assert max(run_ranks(both_rank, 2, [3, 1, 27, 30, 2, 1], timeout_s=240)) <= 1e-6
 
 
 def broken_model_rank(change: Callable[[], None]) -> tuple[float, dict[str, Tensor]]:
-    world = initialize(Layout(context=4, context_keys="ring"), config(), timeout_s=60)
+    world = initialize(Layout(context=4, context_keys="ring"), config(), timeout_s=240)
     change()
     model = build_model(config(), world, seed=0)
     model.zero_grad()
@@ -311,7 +311,7 @@ def broken_model_rank(change: Callable[[], None]) -> tuple[float, dict[str, Tens
 @pytest.mark.parametrize("change", [merge_without_lse, miss_the_last_hop, go_the_wrong_way])
 def test_the_model_s_test_sees_a_broken_ring(change: Callable[[], None]) -> None:
     _, want = reference(config(), GROUPS)
-    _, gradients = run_ranks(broken_model_rank, 4, change, timeout_s=100)[0]
+    _, gradients = run_ranks(broken_model_rank, 4, change, timeout_s=240)[0]
     assert worst_error(gradients, want)[0] > 1000 * LIMIT
 
 
