@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from phimini.parallel.weight_sync_transport import Fields, meet, send_to_all
 from phimini.parallel.weight_sync_wait import Receiver, Wait
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class IpcTransport:
         self._buffer = torch.empty(bucket_bytes, dtype=torch.uint8, device=on_device())
         self._workers = workers_per_engine
 
-    def open(self, receivers: Sequence[Receiver], info: dict[str, Any], wait: Wait) -> None:
+    def open(self, receivers: Sequence[Receiver], info: Fields, wait: Wait) -> None:
         wait.at("init")
         futures = []
         for receiver in receivers:
@@ -57,11 +58,7 @@ class IpcTransport:
         return self._buffer
 
     def send(
-        self,
-        receivers: Sequence[Receiver],
-        update: dict[str, Any],
-        tensors: list[Tensor],
-        wait: Wait,
+        self, receivers: Sequence[Receiver], update: Fields, tensors: list[Tensor], wait: Wait
     ) -> None:
         try:
             finish(self._buffer.device, wait.remaining_s)  # the copies into the bucket
@@ -85,39 +82,24 @@ class NcclTransport:
         self._host, self._workers = host, workers_per_engine
         self._communicator: Any = None
 
-    def open(self, receivers: Sequence[Receiver], info: dict[str, Any], wait: Wait) -> None:
+    def open(self, receivers: Sequence[Receiver], info: Fields, wait: Wait) -> None:
         wait.at("init")
         size = 1 + self._workers * len(receivers)
         link = {"host": self._host, "port": free_port(self._host), "size": size}
-        futures = []
-        for i, receiver in enumerate(receivers):
-            first = {"first_rank": 1 + i * self._workers}
-            futures += wait.start([receiver], "init", info | {"link": link | first})
-        try:
-            self._communicator = within(lambda: communicator(link, 0), wait.remaining_s)
-        except RuntimeError as error:
-            wait.answers(receivers, futures)  # an engine's own error says more
-            raise wait.error(f"nccl: {error}") from error
-        wait.answers(receivers, futures)
+        self._communicator = meet(
+            receivers, info, link, self._workers, wait,
+            lambda: within(lambda: communicator(link, 0), wait.remaining_s),
+        )  # fmt: skip
 
     def buffer(self) -> Tensor | None:
         return self._buffer
 
     def send(
-        self,
-        receivers: Sequence[Receiver],
-        update: dict[str, Any],
-        tensors: list[Tensor],
-        wait: Wait,
+        self, receivers: Sequence[Receiver], update: Fields, tensors: list[Tensor], wait: Wait
     ) -> None:
-        assert self._communicator is not None, "open comes first"
-        futures = wait.start(receivers, "update", update)
-        try:
-            broadcast(self._communicator, self._buffer[: update["num_bytes"]], wait.remaining_s)
-        except RuntimeError as error:
-            self.close()
-            raise wait.error(f"nccl: {error}") from error
-        wait.answers(receivers, futures)
+        joined, data = self._communicator, self._buffer[: update["num_bytes"]]
+        assert joined is not None, "open comes first"
+        send_to_all(receivers, update, wait, lambda: broadcast(joined, data, wait.remaining_s))
 
     def close(self) -> None:
         if self._communicator is not None:
@@ -130,7 +112,7 @@ def on_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def communicator(link: dict[str, Any], rank: int) -> Any:
+def communicator(link: Fields, rank: int) -> Any:
     """Joins the group of the trainer (rank 0) and all workers. RuntimeError if NCCL is not there."""
     from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 

@@ -8,10 +8,13 @@ oneDNN and the parameter is left with shape (0,)) and copied to where its old we
 before anything of it is loaded, and after `finish` every parameter is read back (`weight_sync_readback.py`).
 """
 
+import contextlib
 import ctypes
 import os
+import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -327,13 +330,30 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_watched: list[threading.Thread] = []
+"""the thread of this worker that waits for its server's end"""
+
+
+def _end_core(server: int, core: int) -> None:
+    """Once the server is gone, ends the core; workers of a core that is gone end by themselves."""
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(server)], [], [])
+    if os.getppid() == core:
+        os.kill(core, signal.SIGKILL)
+
+
 class WorkerExtension:
     """Methods that vLLM adds to its worker (`worker_extension_cls`); called with `collective_rpc`."""
 
     def phimini_guard(self, server: int) -> int:
-        """Answers, and makes sure that this process does not outlive the engine server that forked it."""
-        if sys.platform == "linux" and os.getppid() == server:
+        """Answers, and makes sure that the engine does not outlive the server that forked it."""
+        parent = os.getppid()
+        if sys.platform == "linux" and parent == server:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        elif sys.platform == "linux" and not _watched:
+            # One of several workers: the server forked their core, which would go on without it.
+            _watched.append(threading.Thread(target=_end_core, args=(server, parent), daemon=True))
+            _watched[0].start()
         return os.getpid()
 
     def phimini_sync(self, phase: str, info: dict[str, Any]) -> dict[str, Any]:

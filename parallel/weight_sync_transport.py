@@ -10,9 +10,9 @@
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from torch.distributed import ProcessGroupGloo
 
 from phimini.parallel.weight_sync_wait import Receiver, Wait
 
+T = TypeVar("T")
+Fields = dict[str, Any]
 IN_THIS_PROCESS: dict[int, list[Tensor]] = {}
 """inproc: what the update that is under way hands over, by the transport's number"""
 _numbers = itertools.count()
@@ -34,7 +36,7 @@ class InprocTransport:
     def __init__(self) -> None:
         self._key = next(_numbers)
 
-    def open(self, receivers: Sequence[Receiver], info: dict[str, Any], wait: Wait) -> None:
+    def open(self, receivers: Sequence[Receiver], info: Fields, wait: Wait) -> None:
         wait.at("init")
         wait.call(receivers, "init", info | {"link": {"key": self._key}})
 
@@ -42,11 +44,7 @@ class InprocTransport:
         return None
 
     def send(
-        self,
-        receivers: Sequence[Receiver],
-        update: dict[str, Any],
-        tensors: list[Tensor],
-        wait: Wait,
+        self, receivers: Sequence[Receiver], update: Fields, tensors: list[Tensor], wait: Wait
     ) -> None:
         IN_THIS_PROCESS[self._key] = tensors
         try:
@@ -67,7 +65,7 @@ class ShmTransport:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._bucket_bytes = bucket_bytes
 
-    def open(self, receivers: Sequence[Receiver], info: dict[str, Any], wait: Wait) -> None:
+    def open(self, receivers: Sequence[Receiver], info: Fields, wait: Wait) -> None:
         wait.at("init")
         handle = os.memfd_create(
             "phimini-weights"
@@ -85,11 +83,7 @@ class ShmTransport:
         return self._buffer
 
     def send(
-        self,
-        receivers: Sequence[Receiver],
-        update: dict[str, Any],
-        tensors: list[Tensor],
-        wait: Wait,
+        self, receivers: Sequence[Receiver], update: Fields, tensors: list[Tensor], wait: Wait
     ) -> None:
         wait.call(receivers, "update", update)
 
@@ -114,54 +108,74 @@ class GlooTransport:
         self._group: ProcessGroupGloo | None = None
         self._store: TCPStore | None = None
 
-    def open(self, receivers: Sequence[Receiver], info: dict[str, Any], wait: Wait) -> None:
+    def open(self, receivers: Sequence[Receiver], info: Fields, wait: Wait) -> None:
         wait.at("init")
         size = 1 + self._workers * len(receivers)
         timeout = timedelta(seconds=wait.remaining_s)
-        self._store = TCPStore(
+        self._store = store = TCPStore(
             self._host, 0, None, is_master=True, wait_for_workers=False, timeout=timeout
         )
-        link = {"host": self._host, "port": self._store.port, "size": size}
-        futures = []
-        for i, receiver in enumerate(receivers):
-            first = {"first_rank": 1 + i * self._workers}
-            futures += wait.start([receiver], "init", info | {"link": link | first})
-        try:
-            self._group = gloo_group(self._store, 0, size, wait.remaining_s)
-        except RuntimeError as error:
-            wait.answers(receivers, futures)  # an engine's own error says more
-            raise wait.error(f"gloo: {first_line(error)}") from error
-        wait.answers(receivers, futures)
+        link = {"host": self._host, "port": store.port, "size": size}
+        self._group = meet(
+            receivers, info, link, self._workers, wait,
+            lambda: gloo_group(store, 0, size, wait.remaining_s),
+        )  # fmt: skip
 
     def buffer(self) -> Tensor | None:
         return self._buffer
 
     def send(
-        self,
-        receivers: Sequence[Receiver],
-        update: dict[str, Any],
-        tensors: list[Tensor],
-        wait: Wait,
+        self, receivers: Sequence[Receiver], update: Fields, tensors: list[Tensor], wait: Wait
     ) -> None:
-        assert self._group is not None, "open comes first"
-        futures = wait.start(receivers, "update", update)
-        try:
-            broadcast(self._group, self._buffer[: update["num_bytes"]], wait.remaining_s)
-        except RuntimeError as error:
-            for future in futures:  # a worker's own error says more, if it has one
-                end = time.monotonic() + min(1.0, wait.remaining_s)
-                while not future.done() and time.monotonic() < end:
-                    time.sleep(0.01)
-            done = [(r, f) for r, f in zip(receivers, futures, strict=True) if f.done()]
-            wait.answers([r for r, _ in done], [f for _, f in done])
-            raise wait.error(f"gloo: {first_line(error)}") from error
-        wait.answers(receivers, futures)
+        group, data = self._group, self._buffer[: update["num_bytes"]]
+        assert group is not None, "open comes first"
+        send_to_all(receivers, update, wait, lambda: broadcast(group, data, wait.remaining_s))
 
     def close(self) -> None:
         self._group, self._store = None, None
 
 
-def join_gloo(link: dict[str, Any], worker: int, timeout_s: float) -> ProcessGroupGloo:
+def meet(
+    receivers: Sequence[Receiver],
+    info: Fields,
+    link: Fields,
+    workers: int,
+    wait: Wait,
+    join: Callable[[], T],
+) -> T:
+    """Tells every engine its workers' first rank in the trainer's group, and joins as rank 0. Raises WeightSyncError."""
+    futures = []
+    for i, receiver in enumerate(receivers):
+        first = {"first_rank": 1 + i * workers}
+        futures += wait.start([receiver], "init", info | {"link": link | first})
+    try:
+        joined = join()
+    except RuntimeError as error:
+        wait.answers(receivers, futures)  # an engine's own error says more
+        raise wait.error(f"the group: {first_line(error)}") from error
+    wait.answers(receivers, futures)
+    return joined
+
+
+def send_to_all(
+    receivers: Sequence[Receiver], update: Fields, wait: Wait, send: Callable[[], None]
+) -> None:
+    """Announces a bucket, sends it, and waits until it is loaded. Raises WeightSyncError."""
+    futures = wait.start(receivers, "update", update)
+    try:
+        send()
+    except RuntimeError as error:
+        for future in futures:  # a worker's own error says more, if it has one
+            end = time.monotonic() + min(1.0, wait.remaining_s)
+            while not future.done() and time.monotonic() < end:
+                time.sleep(0.01)
+        done = [(r, f) for r, f in zip(receivers, futures, strict=True) if f.done()]
+        wait.answers([r for r, _ in done], [f for _, f in done])
+        raise wait.error(f"the broadcast: {first_line(error)}") from error
+    wait.answers(receivers, futures)
+
+
+def join_gloo(link: Fields, worker: int, timeout_s: float) -> ProcessGroupGloo:
     """A worker's end of the transport."""
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(link["host"], link["port"], None, is_master=False, timeout=timeout)

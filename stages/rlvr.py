@@ -16,15 +16,11 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from phimini.kernels import linear_logprob, linear_policy_loss
 from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import Document, PackedBatch, pack
 from phimini.parallel.builder import Model
-from phimini.parallel.step import forward_backward, forward_only
+from phimini.parallel.step import forward_backward
 from phimini.parallel.timing import phase
 from phimini.parallel.world import World
 from phimini.stages.config import RlvrConfig, RunConfig
@@ -37,11 +33,11 @@ from phimini.stages.mismatch import (
     MismatchError,
     MismatchMeter,
     alarm_level,
-    importance_weights,
     precision_of,
 )
 from phimini.stages.mismatch_doctor import EXAMINED, Case, diagnose
 from phimini.stages.packing import EpochSampler, Example, flops_of, parts, shares
+from phimini.stages.policy_head import policy_head, with_reference_logps
 from phimini.stages.remedies import (
     advantages,
     keeps_prompt,
@@ -265,85 +261,6 @@ def rollout_batch(
             )
         )
     return pack(pieces, multiple_of=world.layout.token_multiple)
-
-
-def with_reference_logps(frozen: Model, microbatches: list[PackedBatch]) -> list[PackedBatch]:
-    """The batches with the frozen stage-3 model's log-probs of their tokens, at the rollouts' temperatures."""
-
-    def logp(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
-        return linear_logprob(
-            hidden_MD,
-            weight_VD,
-            batch.targets_T,
-            temperature=batch.fields["temperature"],
-            group=group,
-        ).logp_M
-
-    results = forward_only(frozen, microbatches, logp)
-    return [
-        dataclasses.replace(batch, fields=batch.fields | {"reference_logp": result})
-        for batch, result in zip(microbatches, results, strict=True)
-    ]
-
-
-def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float):
-    """The clipped policy loss; the count is trained tokens, or rollouts where each weighs the same.
-
-    The trainer's log-probs of the sampled tokens are computed first, for the mismatch and the importance weights.
-    """
-
-    def head(
-        hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup | None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        weight_M, old_logp_M = batch.fields["weight"], batch.fields["old_logp"]
-        with torch.no_grad():
-            logp_M = linear_logprob(
-                hidden_MD,
-                weight_VD,
-                batch.targets_T,
-                temperature=batch.fields["temperature"],
-                group=group,
-                with_entropy=False,
-            ).logp_M
-        counts_M, importance_M = weight_M != 0, None
-        meter.add(logp_M - old_logp_M, batch.fields["age"], counts_M)
-        if config.importance != "off":
-            importance_M = importance_weights(
-                logp_M - old_logp_M,
-                counts_M,
-                config.importance,
-                cap=config.importance_cap,
-                low=config.importance_low,
-                documents_M=batch.document_ids_T,
-                num_documents=batch.num_documents,
-                context_group=batch.context_group,
-                rounding=rounding,
-            )
-            old_logp_M = logp_M
-        loss, metrics = linear_policy_loss(
-            hidden_MD,
-            weight_VD,
-            batch.targets_T,
-            old_logp_M,
-            batch.fields["advantage"],
-            row_weight_M=weight_M,
-            importance_weight_M=importance_M,
-            temperature=batch.fields["temperature"],
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            reference_logp_M=batch.fields.get("reference_logp"),
-            kl_coef=config.kl_coef,
-            group=group,
-        )
-        sums = {
-            "rows": metrics.num_rows,
-            "entropy": metrics.entropy_sum,
-            "clipped": metrics.clipped_sum,
-            "kl": metrics.kl_sum,
-        }
-        return loss, weight_M.sum(), sums
-
-    return head
 
 
 def stop_on_mismatch(

@@ -134,23 +134,6 @@ class EngineClient:
             future.set_exception(ConnectionError(f"{self.name}: {self._gone}"))
 
 
-def start_engine(
-    config: ModelConfig,
-    settings: EngineSettings,
-    *,
-    name: str,
-    devices: str = "",
-    context: Any = None,
-    timeout_s: float = 600.0,
-) -> EngineClient:
-    """An engine process on this machine, up and connected; it ends with the trainer's connection.
-
-    Raises RuntimeError if it ends or is not up within `timeout_s`.
-    """
-    process, wait = launch_engine(config, settings, devices=devices, context=context)
-    return EngineClient(f"127.0.0.1:{wait(timeout_s)}", name=name, process=process)
-
-
 def launch_engine(
     config: ModelConfig,
     settings: EngineSettings,

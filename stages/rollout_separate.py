@@ -234,7 +234,7 @@ def transport_of(run: RunConfig) -> str:
 def serve(run: RunConfig, config: ModelConfig, address: str) -> None:
     """`phimini serve NAME address=HOST:PORT key=value ...`: one engine for a trainer with the same settings.
 
-    Until it is stopped. A trainer whose settings differ is refused, naming the first that does.
+    Until it is stopped (Ctrl-C or SIGTERM). A trainer whose settings differ is refused, naming the first that does.
     """
     host, port = split_address(address)
     there = dataclasses.replace(run.rollout, addresses=(address,))

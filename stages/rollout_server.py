@@ -55,12 +55,15 @@ def run_server(
 ) -> None:
     """Serves until told to stop. `announce(port)` is called once the engine is up and listens.
 
-    owned: ends when its trainer's connection does. devices: CUDA_VISIBLE_DEVICES of this engine.
+    Ctrl-C and SIGTERM stop it. owned: it ends when its trainer's connection does, and Ctrl-C is not for it but for
+    the trainer, which finishes its step first. devices: CUDA_VISIBLE_DEVICES of this engine.
     """
     for name in [v for v in os.environ if v in JOB_VARIABLES or v.startswith("TORCHELASTIC")]:
         del os.environ[name]
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    if owned:
+        os.setsid()  # a terminal's Ctrl-C reaches every process of its session, vLLM's core too
     if owned and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
@@ -87,6 +90,8 @@ class _Server:
         }  # fmt: skip
 
     async def run(self, host: str, port: int, announce: Callable[[int], None]) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop.set)
         with tempfile.TemporaryDirectory(prefix="phimini-vllm-") as folder:
             write_engine_config(self.config, self.settings, folder)
             self.engine = _start_engine(engine_arguments(self.settings, folder))

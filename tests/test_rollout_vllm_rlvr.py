@@ -1,5 +1,6 @@
 """Stage 4 with each rollout engine: the same policy on both sides at every step, and a stop when it is not."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -95,5 +96,7 @@ def asynchronous(run) -> list[dict]:
     rollout_separate.multiprocessing.get_context = lambda method: get_context("fork")
     rows = reinforce(run)
     assert rollout_separate._engines is not None
+    for engine in rollout_separate._engines.service.engines:
+        assert os.getsid(engine.process.pid) == engine.process.pid, "out of reach of a Ctrl-C"
     rollout_separate._engines.close()
     return rows

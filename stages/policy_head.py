@@ -1,0 +1,93 @@
+"""Stage 4's head: the clipped policy loss of a micro-batch, its importance weights, and what it reports of itself."""
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phimini.kernels import linear_logprob, linear_policy_loss
+from phimini.parallel.batch import PackedBatch
+from phimini.parallel.builder import Model
+from phimini.parallel.step import forward_only
+from phimini.stages.config import RlvrConfig
+from phimini.stages.mismatch import MismatchMeter, importance_weights
+
+
+def with_reference_logps(frozen: Model, microbatches: list[PackedBatch]) -> list[PackedBatch]:
+    """The batches with the frozen stage-3 model's log-probs of their tokens, at the rollouts' temperatures."""
+
+    def logp(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
+        return linear_logprob(
+            hidden_MD,
+            weight_VD,
+            batch.targets_T,
+            temperature=batch.fields["temperature"],
+            group=group,
+        ).logp_M
+
+    results = forward_only(frozen, microbatches, logp)
+    return [
+        dataclasses.replace(batch, fields=batch.fields | {"reference_logp": result})
+        for batch, result in zip(microbatches, results, strict=True)
+    ]
+
+
+def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float):
+    """The clipped policy loss; the count is trained tokens, or rollouts where each weighs the same.
+
+    The trainer's log-probs of the sampled tokens are computed first, for the mismatch and the importance weights.
+    """
+
+    def head(
+        hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        weight_M, old_logp_M = batch.fields["weight"], batch.fields["old_logp"]
+        with torch.no_grad():
+            logp_M = linear_logprob(
+                hidden_MD,
+                weight_VD,
+                batch.targets_T,
+                temperature=batch.fields["temperature"],
+                group=group,
+                with_entropy=False,
+            ).logp_M
+        counts_M, importance_M = weight_M != 0, None
+        meter.add(logp_M - old_logp_M, batch.fields["age"], counts_M)
+        if config.importance != "off":
+            importance_M = importance_weights(
+                logp_M - old_logp_M,
+                counts_M,
+                config.importance,
+                cap=config.importance_cap,
+                low=config.importance_low,
+                documents_M=batch.document_ids_T,
+                num_documents=batch.num_documents,
+                context_group=batch.context_group,
+                rounding=rounding,
+            )
+            old_logp_M = logp_M
+        loss, metrics = linear_policy_loss(
+            hidden_MD,
+            weight_VD,
+            batch.targets_T,
+            old_logp_M,
+            batch.fields["advantage"],
+            row_weight_M=weight_M,
+            importance_weight_M=importance_M,
+            temperature=batch.fields["temperature"],
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            reference_logp_M=batch.fields.get("reference_logp"),
+            kl_coef=config.kl_coef,
+            group=group,
+        )
+        sums = {
+            "rows": metrics.num_rows,
+            "entropy": metrics.entropy_sum,
+            "clipped": metrics.clipped_sum,
+            "kl": metrics.kl_sum,
+        }
+        return loss, weight_M.sum(), sums
+
+    return head
