@@ -1,5 +1,6 @@
 """Stage 4 with each rollout engine: the same policy on both sides at every step, and a stop when it is not."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from vllm_process import in_vllm
 
 from phimini.parallel.launch import RankFailure, run_ranks
 from phimini.parallel.layout import Layout
-from phimini.stages.rollout import LocalEngine
+from phimini.stages.rollout import LocalEngine, Sampled, Span
 
 VLLM = "rollout.engine=vllm"
 SEPARATE = (VLLM, "rollout.placement=separate")
@@ -50,6 +51,32 @@ def test_a_sampler_left_behind_stops_the_run_with_the_cause(tmp_path: Path) -> N
     page = (Path(run.out) / "rlvr" / "mismatch.txt").read_text()
     assert page.startswith("phimini doctor --mismatch: ") and page.strip() in str(e.value)
     assert not (Path(run.out) / "rlvr" / "model").exists()
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_answers_older_than_the_limit_are_not_trained_on(tmp_path: Path, limit: int) -> None:
+    run = run_config(make_run(tmp_path / "run"), f"rollout.max_staleness={limit}")
+
+    def two_updates_old() -> list[dict]:
+        generate = LocalEngine.generate
+
+        def tagged(engine: LocalEngine, *args) -> list[Sampled]:
+            now = engine._version
+            return [
+                dataclasses.replace(c, versions=(Span(now - 2, 0, 1), Span(now, 1, len(c.tokens))))
+                for c in generate(engine, *args)
+            ]
+
+        LocalEngine.generate = tagged  # pyright: ignore[reportAttributeAccessIssue]
+        return reinforce(run)
+
+    rows = run_ranks(two_updates_old, 1)[0]
+    if limit == 1:
+        assert all(row["too_stale"] > 0 and row["used_rollouts"] == 0 for row in rows)
+        assert not any("mismatch" in row for row in rows), "no update was made"
+    else:
+        assert all(row["too_stale"] == 0 for row in rows)
+        assert {row["max_age"] for row in rows if "max_age" in row} == {2}
 
 
 def test_options_that_need_engines_of_their_own_say_so(tmp_path: Path) -> None:

@@ -29,7 +29,14 @@ LARGEST = 4 * 256 * 64  # qkv_proj, bytes
 BUCKET = (
     4 * LARGEST + ALIGNMENT
 )  # gathering it takes three; a collective may hold its last buffers a while
-LAYOUTS = {"tp1": Layout(), "tp2": Layout(tensor=2), "pp2": Layout(pipeline=2)}
+LAYOUTS = {
+    "tp1": Layout(),
+    "tp2": Layout(tensor=2),
+    "pp2": Layout(pipeline=2),
+    "pp2-virtual": Layout(pipeline=2, virtual_pipeline=3),
+    "tp2-pp2": Layout(tensor=2, pipeline=2),
+    "cp2": Layout(context=2),
+}
 NAMES = list(hf_names(CONFIG))
 
 
@@ -220,8 +227,10 @@ def sync_from_ranks(layout: Layout, name: str) -> tuple[int, int] | None:
     return meter.peak_bytes, report.bytes
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["shm", "gloo"])
+@pytest.mark.parametrize(
+    "layout, name",
+    [(layout, "shm") for layout in LAYOUTS] + [("tp2", "gloo"), ("pp2", "gloo")],
+)
 def test_from_any_layout_within_two_buckets(layout: str, name: str) -> None:
     results = run_ranks(sync_from_ranks, LAYOUTS[layout].model_size, LAYOUTS[layout], name)
     model_bytes = results[0][1]
