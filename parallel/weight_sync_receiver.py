@@ -337,7 +337,9 @@ _watched: list[threading.Thread] = []
 def _end_core(server: int, core: int) -> None:
     """Once the server is gone, ends the core; workers of a core that is gone end by themselves."""
     with contextlib.suppress(ProcessLookupError):
-        select.select([os.pidfd_open(server)], [], [])
+        ended = select.poll()
+        ended.register(os.pidfd_open(server), select.POLLIN)
+        ended.poll()
     if os.getppid() == core:
         os.kill(core, signal.SIGKILL)
 
