@@ -5,6 +5,7 @@ Two engines serve the whole module (3 CPU seconds each); what a test does to one
 
 import dataclasses
 import os
+import re
 import signal
 import threading
 import time
@@ -283,7 +284,7 @@ def test_a_truncated_bucket_and_a_flipped_bit_are_refused_whole(engines: dict[st
 
 
 def test_a_frozen_engine_is_noticed_and_its_requests_go_to_the_other(
-    engines: dict[str, Engine], connected: list[EngineClient]
+    engines: dict[str, Engine], connected: list[EngineClient], capfd: pytest.CaptureFixture
 ) -> None:
     for engine, client in zip(engines.values(), connected, strict=True):
         engine.give(client, 3)
@@ -296,6 +297,8 @@ def test_a_frozen_engine_is_noticed_and_its_requests_go_to_the_other(
         os.kill(engines["gloo"].core, signal.SIGCONT)
     assert done.keys() == {r.id for r in asked} and service.report.requeued == 8
     assert service.alive == connected[:1]
+    noticed = re.findall(r"silent for ([\d.]+) s; its request", capfd.readouterr().err)
+    assert len(noticed) == 8 and 3.0 <= float(noticed[0]) < 6.0, "at the deadline of 3 s"
     assert span_differences(asked, done) <= LIMIT
 
 
