@@ -36,6 +36,8 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from phimini.kernels.linear import matmul
+
 Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8"]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
@@ -100,17 +102,19 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_MK, w_NK)
         ctx.recipe, ctx.group = recipe, group
-        return round_activation(x_MK, E4M3, recipe, group) @ round_weight(w_NK, recipe, group).T
+        return matmul(
+            round_activation(x_MK, E4M3, recipe, group), round_weight(w_NK, recipe, group).T
+        )
 
     @staticmethod
     def backward(ctx: Any, dy_MN: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_MK, w_NK = ctx.saved_tensors
         recipe, group = ctx.recipe, ctx.group
         w_KN = round_weight(w_NK.T, recipe, group)
-        dx_MK = round_activation(dy_MN, E5M2, recipe, group) @ w_KN.T
+        dx_MK = matmul(round_activation(dy_MN, E5M2, recipe, group), w_KN.T)
         dy_NM = round_activation(dy_MN.T, E5M2, recipe, group)
         x_KM = round_activation(x_MK.T, E4M3, recipe, group)
-        return dx_MK, dy_NM @ x_KM.T, None, None
+        return dx_MK, matmul(dy_NM, x_KM.T), None, None
 
 
 def fp8_linear(
