@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"phimini: {error}", file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt) as stop:
-        print(f"phimini: {stop or 'stopped'}", file=sys.stderr)
+        print(f"phimini: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     except LostRanks as lost:
         print(f"phimini: {lost}", file=sys.stderr, flush=True)
