@@ -13,7 +13,7 @@ from pathlib import Path
 from phimini.model.words import nearest
 from phimini.stages.cli import main as stages_main
 
-_FIRST_LINE = re.compile(r'"""`(phimini bench ([a-z-]+)[^`]*)`[.:]? *(.*?)(?:""")?$')
+_FIRST_LINE = re.compile(r'"""`(phimini bench ([a-z0-9-]+)[^`]*)`[.:]? *(.*?)(?:""")?$')
 
 
 def benches() -> dict[str, tuple[str, str]]:

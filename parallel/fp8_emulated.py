@@ -15,11 +15,10 @@ A block's s is rounded up to a power of two, as Transformer Engine does. (Micike
 as DeepSeek-V3, arXiv 2412.19437, 3.3.) The values of a Transformer Engine linear with the same recipe, but that its
 tensorwise scale of a sharded weight is each rank's own. Slower than fp32, so for numerics only.
 
-Measured (2026-11-25, CPU, `phimini midtrain tiny seed=2 fp8=emulate`, blockwise, against fp8=none at the same code): the
-training loss averaged over all 3,200 steps is 1.0 % lower, over the last 200 4.9 % lower, the validation loss at the
-end 2.2 % higher (0.0704, 0.0688). Single points of such runs part by rounding alone: a second fp32 run, of an older
-commit, has 3.8 % over the last 200 steps and 0.0817 at the end (19 %), 0.02 % on average over all. One fp32 model's
-validation loss computed in FP8: tensorwise 0.1 % higher, blockwise and mxfp8 1.1 %.
+What it costs the demo's stage 1 is measured by `phimini bench fp8` (README, Measured): 0.1 % of the loss on the same
+weights, averaged over the stage; of one model at the end of all 3,200 steps, where the loss is 0.05, 0.3 to 0.5 % (0.5 to
+0.9 % of the validation loss), with scales that are powers of two or not. Whole runs are compared over seeds only: points of two runs that differ in rounding alone part by several per
+cent. At all 3,200 steps of seed 2 the loss averaged over the stage was 0.3 % and, in another run, 1.0 % below fp32's.
 M rows, N output and K input features; letters of a suffix are the axes of a tensor.
 """
 
