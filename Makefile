@@ -4,7 +4,7 @@ VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check -q
 MCORE_NEXT_VERSION := 0.19.2
 MCORE_NEXT := $(VENV)/megatron-core-$(MCORE_NEXT_VERSION)
-MCORE_TESTS := cpu_shim layout batch attention ring_attention builder parallel_parity parallel_losses parallel_fake step nonfinite \
+MCORE_TESTS := cpu_shim layout batch attention ring_attention builder recompute parallel_parity parallel_losses parallel_fake step nonfinite \
 	optimizer weights checkpoint checkpoint_failures weight_sync doctor fp8 fp8_checkpoint te
 TE_VERSION := 2.20.2
 TE := $(VENV)/transformer-engine-$(TE_VERSION)

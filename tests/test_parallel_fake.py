@@ -29,12 +29,14 @@ from phimini.parallel.weights import slots
 from phimini.parallel.world import initialize
 
 PHI = preset("phi-4-mini")
-# The paper's lengths (arXiv 2504.21233): 16k packed, 20k not packed, 16k pairs, 25k rollouts.
+# The paper's lengths (arXiv 2504.21233): 16k packed, 20k not packed, 16k pairs, 25k rollouts. Keys in a ring as on GPUs,
+# and once gathered.
 STAGES = {
-    "midtrain": ([5000, 300, 11084], Layout(tensor=2, context=2, sequence_parallel=True)),
+    "midtrain": ([5000, 300, 11084], Layout(tensor=2, context=2, sequence_parallel=True, context_keys="ring")),
     "sft": ([20480], Layout(tensor=4, context=2, sequence_parallel=True)),
     "dpo": ([8000, 8000, 200, 184], Layout(tensor=4, pipeline=2, sequence_parallel=True)),
-    "rlvr": ([25600], Layout(tensor=2, pipeline=2, virtual_pipeline=2, context=4, sequence_parallel=True)),
+    "rlvr": ([25600], Layout(tensor=2, pipeline=2, virtual_pipeline=2, context=4, sequence_parallel=True,
+                              context_keys="ring")),
 }  # fmt: skip
 
 

@@ -230,6 +230,36 @@ def test_a_broken_ring_is_seen(change: Callable[[], None]) -> None:
 
 
 # --- memory --------------------------------------------------------------------------------------
+def order_rank() -> list[str]:
+    world = initialize(Layout(context=4, context_keys="ring"), config(), timeout_s=240)
+    kernel, events = kernel_for(CPU), []
+
+    def noted(name: str, function: Callable) -> Callable:
+        return lambda *args: (events.append(name), function(*args))[1]
+
+    ring_attention.pass_on = noted("send", ring_attention.pass_on)
+    ring_attention._Travelling.receive = noted("receive", ring_attention._Travelling.receive)
+    kernel = kernel._replace(forward=noted("block", kernel.forward))
+    q, k, v, _, _ = inputs_of([64])
+    mine = of_rows(rows_of_rank(64, world.context_rank, 4), q, k, v)
+    sources = [(world.context_rank - hop) % 4 for hop in range(4)]
+    hops = tuple(blocks_of_hop([0, 64], world.context_rank, s, 4, CPU) for s in sources)
+    ring_attention.ring_attention(*mine, hops, world.context_group, SCALE, kernel)
+    world.close()
+    return events
+
+
+def test_the_next_transfer_is_under_way_while_a_block_is_computed() -> None:
+    hop = ["send", "block", "receive"]
+    own = [
+        "send",
+        "block",
+        "block",
+        "receive",
+    ]  # a causal block, and the late queries with the early keys
+    assert run_ranks(order_rank, 4, timeout_s=240) == [[*own, *hop, *hop, "block"]] * 4
+
+
 def memory_rank(size: int) -> dict[str, Any]:
     world = initialize(Layout(context=size, context_keys="ring"), config(), timeout_s=240)
     right, receives = ring_attention.pass_on, []
