@@ -4,14 +4,15 @@ Holds the rows of a run to a baseline: a file, a folder of files, or, if none is
 device under DIR (bench/baselines). What is held to what, row by row (the same bench, case, provider and unit):
 
     time      the ratio to the reference provider, measured in turns in the same run, so that a slower clock cancels
-              out. Fails past 5 % if the p20-p80 bands do not overlap either. A row without a reference, or on a GPU
-              any row: also the absolute value, past 8 %, and only between equal machines and versions.
+              out. Fails past 5 % if the bands of both ratios do not overlap either (`bench/paired.py` says how a
+              ratio and its band come from the rounds). A row without a reference, or on a GPU any row: also the
+              absolute value, past 8 %, and only between equal machines and versions.
     memory    peak_bytes, past 1 % (on a CPU, whose resident set is counted in pages, also past 1 MiB)
     correct   a wrong result fails
     faster    never fails
 
-A row whose bands are so wide that a slow-down of twice the limit would hide in them passes as `noisy`. A row of
-another project's provider that is held to nothing is a yardstick and never fails. Exit status:
+A row whose bands are so wide that a slow-down of twice the limit would hide in them passes as `noisy`, and is named:
+measure it again, for longer. A row of another project's provider that is held to nothing is a yardstick and never fails. Exit status:
 
     0  every row passed
     1  a row is slower, needs more memory, is wrong or is gone
@@ -21,7 +22,6 @@ another project's provider that is held to nothing is a yardstick and never fail
 """
 
 import argparse
-import math
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -29,13 +29,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from phimini.bench.rows import BETTER, Band, Environment, Row, SchemaError, read
+from phimini.bench.environment import Environment
+from phimini.bench.paired import Typical, typical
+from phimini.bench.rows import BETTER, Row, SchemaError, read
 
 BASELINES = Path("bench/baselines")
 MIN_ROUNDS = 5
 """fewer have no band to speak of"""
-FULL_ROUNDS = 15
-"""with fewer, bands are taken wider, by the square root of what is missing"""
 CPU_MEMORY_SLACK_BYTES = 2**20
 FAILURES = ("slower", "more memory", "wrong", "gone")
 UNDECIDED = ("no baseline", "stale baseline", "too few rounds")
@@ -95,7 +95,7 @@ def judge(base: Row, new: Row, limits: Limits) -> list[Judgement]:
         ]
     if new.reference is None and new.provider != "phimini":
         return [_said(new, "yardstick", "held to nothing")]
-    if base.value is None or new.value is None:
+    if not base.samples or not new.samples:
         return [_said(new, "no baseline", "the baseline's result was wrong")]
     then, now = _environments(base, new)
     if then.slug != now.slug:
@@ -113,21 +113,20 @@ def _time(base: Row, new: Row, limits: Limits) -> Judgement:
     if min(base.num_samples, new.num_samples) < MIN_ROUNDS:
         rounds = f"{base.num_samples} and {new.num_samples}"
         return _said(new, "too few rounds", f"expected at least {MIN_ROUNDS}, got {rounds}")
-    assert base.value is not None and new.value is not None
     then, now = _environments(base, new)
     pairs = []
-    if base.ratio is not None and new.ratio is not None:
-        pairs.append((f"ratio to {new.reference}", base.ratio, new.ratio, limits.ratio))
+    if base.ratios and new.ratios:
+        pairs.append((f"ratio to {new.reference}", base.ratios, new.ratios, limits.ratio))
     wanted = limits.when_absolute == "always" or (
         limits.when_absolute == "auto" and (not pairs or now.device_kind == "cuda")
     )
     if wanted and then.same_machine(now):
-        pairs.append((new.unit, base.value, new.value, limits.absolute))
+        pairs.append((new.unit, base.samples, new.samples, limits.absolute))
     if not pairs:
         return _said(
             new, "no baseline", f"no reference, and {_difference(then, now)}: nothing to hold it to"
         )
-    pairs = [(what, _widened(b, base), _widened(n, new), limit) for what, b, n, limit in pairs]
+    pairs = [(what, typical(b), typical(n), limit) for what, b, n, limit in pairs]
     changes = [(what, _slowdown(new.unit, b, n), limit, b, n) for what, b, n, limit in pairs]
     for what, (change, apart), limit, b, n in changes:
         if change > limit and apart:
@@ -138,30 +137,15 @@ def _time(base: Row, new: Row, limits: Limits) -> Judgement:
     said = _described(what, change, b, n)
     if change < -limit and apart:
         return _said(new, "faster", said)
-    if _reach(b) * _reach(n) > 1 + 2 * limit:
+    if b.reach * n.reach > 1 + 2 * limit:
         return _said(new, "noisy", f"{said}; bands too wide to show one of {200 * limit:g} %")
     return _said(new, "ok", said)
 
 
-def _reach(band: Band) -> float:
-    """By what factor the median may move before it leaves the band."""
-    return max(band.p80 / band.p50, band.p50 / band.p20 if band.p20 > 0 else math.inf)
-
-
-def _widened(band: Band, row: Row) -> Band:
-    """Quantiles of few rounds come out too close to each other, and two such bands fall apart by chance."""
-    factor = max(1.0, math.sqrt(FULL_ROUNDS / row.num_samples))
-    return Band(
-        p20=band.p50 - factor * (band.p50 - band.p20),
-        p50=band.p50,
-        p80=band.p50 + factor * (band.p80 - band.p50),
-    )
-
-
-def _slowdown(unit: str, base: Band, new: Band) -> tuple[float, bool]:
+def _slowdown(unit: str, base: Typical, new: Typical) -> tuple[float, bool]:
     """(how much more time the new one takes, as a share; whether the bands are apart)"""
-    apart = new.p20 > base.p80 or new.p80 < base.p20
-    factor = new.p50 / base.p50 if BETTER[unit] == "lower" else base.p50 / new.p50
+    apart = new.low > base.high or new.high < base.low
+    factor = new.mid / base.mid if BETTER[unit] == "lower" else base.mid / new.mid
     return factor - 1, apart
 
 
@@ -211,8 +195,8 @@ def _environments(base: Row, new: Row) -> tuple[Environment, Environment]:
     return base.environment, new.environment
 
 
-def _described(what: str, change: float, base: Band, new: Band) -> str:
-    bands = " to ".join(f"{b.p50:.4g} ({b.p20:.4g}-{b.p80:.4g})" for b in (base, new))
+def _described(what: str, change: float, base: Typical, new: Typical) -> str:
+    bands = " to ".join(f"{b.mid:.4g} ({b.low:.4g}-{b.high:.4g})" for b in (base, new))
     return f"{what} {bands}, {100 * change:+.1f} % time"
 
 

@@ -2,7 +2,7 @@
 
 What a stage does before its first GPU second, and stage 4 after each answer: reading examples, packing them, judging
 answers. Units of work per second of the process's CPU time. All of it is Python, so each is held to a fixed loop of
-plain Python measured in the same rounds. Checked in the same run: every example is packed once and whole, every
+plain Python measured in the same rounds, which go on until every ratio is known (`paired.Rounds`). Checked in the same run: every example is packed once and whole, every
 verdict is the one that the data came with.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from phimini.bench.paired import Rounds
 from phimini.bench.rows import Row, measured, write
 from phimini.model.tokenizer import Tokenizer, train_tiny_tokenizer
 from phimini.parallel.batch import pack
@@ -26,7 +27,8 @@ from phimini.stages.recipes import tiny
 from phimini.stages.training import read_examples
 from phimini.stages.verify import verify
 
-ROUNDS, QUICK_ROUNDS = 20, 7
+ROUNDS = Rounds(seconds=60.0)
+QUICK_ROUNDS = Rounds(at_least=8, seconds=5.0)
 CAPACITY = 256
 """tokens of a packed row, as in the tiny recipe"""
 
@@ -43,13 +45,16 @@ class Work:
 def main(argv: list[str] | None = None) -> int:
     """0; 1 where a result was wrong."""
     parser = argparse.ArgumentParser(prog="phimini bench data", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, help="as many, instead of as many as it takes")
     parser.add_argument("--quick", action="store_true", help="few rounds, little data")
     parser.add_argument(
         "--json", type=Path, help="write the rows here, as `bench compare` reads them"
     )
     args = parser.parse_args(argv)
-    rows = bench(200 if args.quick else 1000, QUICK_ROUNDS if args.quick else args.rounds)
+    rounds = QUICK_ROUNDS if args.quick else ROUNDS
+    if args.rounds is not None:
+        rounds = Rounds(at_least=args.rounds, at_most=args.rounds)
+    rows = bench(200 if args.quick else 1000, rounds)
     for row in rows:
         value = (
             "WRONG"
@@ -62,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(row.correct for row in rows) else 1
 
 
-def bench(num_problems: int, rounds: int) -> list[Row]:
+def bench(num_problems: int, rounds: Rounds) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="phimini-bench-") as folder:
         run = override(tiny(), [f"out={folder}", f"distill.num_problems={num_problems}", "distill.num_prompts=24",
                                 "distill.num_heldout=24", "distill.num_validation=24"])  # fmt: skip
@@ -72,7 +77,10 @@ def bench(num_problems: int, rounds: int) -> list[Row]:
         right = {name: work.run() for name, work in works.items()}  # also the warm-up
         seconds: dict[str, list[float]] = {name: [] for name in works}
         python: list[float] = []
-        for _ in range(rounds):
+        start = time.perf_counter()
+        while not python or not all(
+            rounds.enough(taken, python, time.perf_counter() - start) for taken in seconds.values()
+        ):
             for name, work in works.items():
                 seconds[name].append(_cpu_seconds(work.run))
             python.append(_cpu_seconds(plain_python))

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from phimini.bench.compare import BASELINES
-from phimini.bench.rows import Environment, environment
+from phimini.bench.environment import Environment, environment
 from phimini.parallel.launch import run_ranks
 from phimini.stages import cli, rollout_groups
 from phimini.stages.jsonl import read_json, read_rows, write_json

@@ -1,8 +1,9 @@
 """Time several providers of one op in one run, after checking that each gives the right result.
 
 The same code on a CPU and on a GPU. One sample is one call (several where a call is too short for the clock);
-the providers take turns, a different one first in each round, and before every sample a buffer larger than the
-last cache is written, so that inputs come from memory. `ms` is wall time on a CPU and device time on CUDA;
+the providers take turns, a different one first in each round, each round on copies of the inputs of its own (where
+they lie decides up to 30 % of a short op's time), and before every sample a buffer larger than the last cache is
+written, so that inputs come from memory. Rounds go on until the ratio of ours to eager is known (`paired.Rounds`). `ms` is wall time on a CPU and device time on CUDA;
 `cpu_seconds` is the process's CPU time, the number to compare on a shared machine. `peak_extra_bytes` is what
 a call needs beyond its inputs: the allocator's peak on CUDA, the growth of the resident set on a CPU.
 
@@ -12,9 +13,9 @@ a call needs beyond its inputs: the allocator's peak on CUDA, the growth of the 
 A result that is wrong is not timed: its row has the error and no times.
 """
 
-import ctypes
 import functools
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -24,6 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from phimini.bench.memory import peak_extra_bytes
+from phimini.bench.paired import Rounds
 
 # dense bf16 FLOP/s, HBM bytes/s, from the data sheets. A device that is not listed gets no percentage.
 PEAKS = {
@@ -78,16 +82,14 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Rounds of samples: at least `min_rounds`, then until `seconds` of wall time per case and pass are used."""
+    """How long one case and pass is measured."""
 
-    min_rounds: int = 5
-    max_rounds: int = 50
-    seconds: float = 5.0
+    rounds: Rounds = Rounds(seconds=20.0)
     sample_ms: float = 1.0
     """calls are repeated within a sample until it takes this long (CPU only)"""
 
 
-QUICK = Timing(min_rounds=5, max_rounds=5, seconds=0.0)
+QUICK = Timing(rounds=Rounds(at_least=8, seconds=1.5))
 
 
 # --- one call --------------------------------------------------------------------------------------
@@ -135,9 +137,12 @@ class _Call:
     run: Callable[[Any], Any]
 
 
-def _call(case: Case, provider: Callable[..., Any], which: str) -> _Call:
+def _call(
+    case: Case, provider: Callable[..., Any], which: str, upstream: list[Tensor] | None
+) -> _Call:
+    """`upstream`: the gradients of the outputs; None for the forward alone."""
     leaves = _leaves(case)
-    if which == "fwd":
+    if upstream is None:
         plain = {name: t.detach() for name, t in leaves.items()}
 
         def forward(_nothing: None) -> Any:
@@ -145,7 +150,6 @@ def _call(case: Case, provider: Callable[..., Any], which: str) -> _Call:
                 return provider(**plain)
 
         return _Call(lambda: None, forward)
-    upstream = _upstream(_outputs(provider(**leaves)))
     if which == "fwd+bwd":
         return _Call(
             lambda: None, lambda _: _backward(_outputs(provider(**leaves)), leaves, upstream)
@@ -216,29 +220,9 @@ def _sample(call: _Call, device: torch.device, repeats: int) -> tuple[float, flo
     return 1e3 * wall / repeats, cpu / repeats
 
 
-def _peak_extra_bytes(call: _Call, device: torch.device) -> int | None:
-    """What one call holds at its peak beyond what was there before it; None where the system cannot say."""
+def _extra_bytes(call: _Call, device: torch.device) -> int | None:
     state = call.prepare()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call.run(state)
-        return torch.cuda.max_memory_allocated() - before
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return None
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that glibc keeps would hide the next growth
-    reset.write_text("5")  # the peak of the resident set starts anew (Linux, man 5 proc)
-    before = _resident_bytes("VmRSS")
-    call.run(state)
-    return max(0, _resident_bytes("VmHWM") - before)
-
-
-def _resident_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {name}")
+    return peak_extra_bytes(lambda: call.run(state), device)
 
 
 def device_name(device: torch.device) -> str:
@@ -268,9 +252,9 @@ def run_case(case: Case, timing: Timing) -> list[Row]:
     right = [p for p in case.providers if errors[p] <= case.error_limits.get(p, limit)]
     rows = []
     for which in case.min_bytes:
-        calls = {p: _call(case, case.providers[p], which) for p in right}
-        memory = {p: _peak_extra_bytes(call, case.device) for p, call in calls.items()}
-        samples = _alternate(calls, case.device, timing)
+        calls = _Calls(case, which, right)
+        memory = {p: _extra_bytes(call, case.device) for p, call in calls.fresh().items()}
+        samples = _alternate(calls, timing)
         for provider in case.providers:
             row: Row = {
                 "op": case.op,
@@ -294,24 +278,65 @@ def run_case(case: Case, timing: Timing) -> list[Row]:
     return rows
 
 
-def _alternate(
-    calls: dict[str, _Call], device: torch.device, timing: Timing
-) -> dict[str, list[tuple[float, float]]]:
-    repeats = {}
-    for provider, call in calls.items():  # also the warm-up
-        ms, _cpu = _sample(call, device, 1)
-        repeats[provider] = (
-            1 if device.type == "cuda" else 1 + int(timing.sample_ms / max(ms, 1e-3))
-        )
-    samples: dict[str, list[tuple[float, float]]] = {p: [] for p in calls}
-    order, start = list(calls), time.perf_counter()
-    for round_number in range(timing.max_rounds):
-        if round_number >= timing.min_rounds and time.perf_counter() - start > timing.seconds:
-            break
-        for provider in order:
-            samples[provider].append(_sample(calls[provider], device, repeats[provider]))
+class _Calls:
+    """The calls of one case and pass, as often as wanted: each time on copies of the inputs that lie somewhere else."""
+
+    def __init__(self, case: Case, which: str, providers: list[str]) -> None:
+        self.case, self.which, self.providers = case, which, providers
+        self._upstream: dict[str, list[Tensor] | None] = dict.fromkeys(providers)
+        if which != "fwd":
+            for p in providers:
+                self._upstream[p] = _upstream(_outputs(case.providers[p](**_leaves(case))))
+
+    def fresh(self) -> dict[str, _Call]:
+        ballast = [torch.empty(random.randrange(1, 2**20)) for _ in range(3)]
+        shuffled = random.sample(self.providers, len(self.providers))
+        calls = {
+            p: _call(self.case, self.case.providers[p], self.which, self._upstream[p])
+            for p in shuffled
+        }
+        del ballast  # only now, or a copy could lie in it
+        return calls
+
+
+def _repeats(case: Case, which: str, sample_ms: float) -> int:
+    """Calls to a sample, the same for all providers and in every run: only the first of them finds cold inputs.
+
+    From what the case must do at least, on a slow core: 5 GB/s and 50 GFLOP/s. One call on CUDA.
+    """
+    if case.device.type == "cuda":
+        return 1
+    call_ms = 1e3 * max(case.min_bytes[which] / 5e9, case.min_flops[which] / 50e9)
+    return min(50, 1 + int(sample_ms / call_ms))
+
+
+def _alternate(calls: _Calls, timing: Timing) -> dict[str, list[tuple[float, float]]]:
+    device, providers = calls.case.device, calls.providers
+    repeats = _repeats(calls.case, calls.which, timing.sample_ms)
+    for call in calls.fresh().values():  # the warm-up
+        _sample(call, device, 1)
+    samples: dict[str, list[tuple[float, float]]] = {p: [] for p in providers}
+    clock = 0 if device.type == "cuda" else 1
+    order, start = list(providers), time.perf_counter()
+    while order:
+        these = calls.fresh()
+        for p in order:
+            samples[p].append(_sample(these[p], device, repeats))
         order = order[1:] + order[:1]
+        # Ours and eager, as `bench compare` holds them; where one of them is not there, any two.
+        held = [samples[p] for p in ("phimini", "eager") if p in samples] + list(samples.values())
+        ours, reference = (
+            [sample[clock] for sample in held[i]] for i in (0, min(1, len(held) - 1))
+        )
+        if timing.rounds.enough(ours, reference, time.perf_counter() - start):
+            break
     return samples
+
+
+def _held(providers: list[str]) -> tuple[str, str]:
+    """Whose ratio is to be known: as `bench compare` has it, ours to eager."""
+    ours = "phimini" if "phimini" in providers else providers[0]
+    return ours, "eager" if "eager" in providers else providers[-1]
 
 
 def _quantiles(samples: list[tuple[float, float]]) -> dict[str, float | None]:

@@ -1,9 +1,12 @@
 """Bytes that a stretch of code holds at its peak: exact by allocation, and the resident set for what is not torch's."""
 
+import ctypes
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -50,3 +53,30 @@ def peak_rss_bytes() -> int | None:
     lines = status.read_text().splitlines() if status.exists() else []
     peaks = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
     return peaks[0] if peaks else None
+
+
+def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """What `run()` holds at its peak beyond what was there before it; None where the system cannot say.
+
+    By torch's allocator on CUDA, else by the resident set, which counts what is not torch's too.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that glibc keeps would hide the next growth
+    reset.write_text("5")  # the peak of the resident set starts anew (Linux, man 5 proc)
+    before = _resident_bytes("VmRSS")
+    run()
+    return max(0, _resident_bytes("VmHWM") - before)
+
+
+def _resident_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {name}")

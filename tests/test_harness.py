@@ -12,12 +12,13 @@ from torch import Tensor
 
 from phimini.bench import harness, kernels, rows
 from phimini.bench.harness import QUICK, Case, Timing, run_case
+from phimini.bench.paired import Rounds
 
 COLUMNS = [
     "op", "provider", "pass", "shape", "dtype", "device", "ms_p20", "ms_p50", "ms_p80", "cpu_seconds",
     "peak_extra_bytes", "max_relative_error", "percent_of_peak", "samples",
 ]  # fmt: skip
-FAST = Timing(min_rounds=4, max_rounds=4, seconds=0.0)
+FAST = Timing(rounds=Rounds(at_least=4, seconds=0.0))
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +80,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_result_is_not_timed(wrong: str) -> None:
     case = make_case(providers={"ours": WRONG[wrong], "eager": torch.square})
-    for row in run_case(case, QUICK):
+    for row in run_case(case, FAST):
         timed = row["ms_p50"] is not None
         assert timed == (row["provider"] == "eager"), row
         if not timed:
@@ -89,7 +90,7 @@ def test_a_wrong_result_is_not_timed(wrong: str) -> None:
 
 def test_each_provider_may_have_its_own_limit() -> None:
     case = make_case(providers={"ours": lambda x: x * x + 1e-3}, error_limits={"ours": 1e-2})
-    assert all(row["ms_p50"] is not None for row in run_case(case, QUICK))
+    assert all(row["ms_p50"] is not None for row in run_case(case, FAST))
 
 
 def test_providers_take_turns_and_start_in_turn() -> None:
@@ -104,7 +105,7 @@ def test_providers_take_turns_and_start_in_turn() -> None:
 
     providers = {name: provider(name) for name in "abc"}
     case = make_case(providers=providers, min_bytes={"fwd": 1}, min_flops={"fwd": 1})
-    run_case(case, Timing(min_rounds=3, max_rounds=3, seconds=0.0, sample_ms=0.0))
+    run_case(case, Timing(rounds=Rounds(at_least=3, at_most=3), sample_ms=0.0))
     assert "".join(called[-9:]) == "abcbcacab"
 
 
@@ -126,12 +127,12 @@ def test_frozen_inputs_and_several_outputs() -> None:
         reference=lambda x, scale, index: (x * scale, x[index]),
         frozen=("scale",),
     )
-    assert run_case(case, QUICK)[0]["max_relative_error"] < 1e-6
+    assert run_case(case, FAST)[0]["max_relative_error"] < 1e-6
 
 
 def test_16_bit_inputs_are_compared_with_fp32() -> None:
     case = make_case(inputs={"x": torch.randn(100).bfloat16()})
-    row = run_case(case, QUICK)[0]
+    row = run_case(case, FAST)[0]
     assert row["dtype"] == "bfloat16" and 1e-4 < row["max_relative_error"] < 1e-2
 
 
@@ -143,7 +144,7 @@ def test_peak_memory_is_what_a_call_holds_at_once() -> None:
         return x * x + (one + two)[0] * 0
 
     case = make_case(providers={"ours": hungry, "eager": torch.square})
-    rows = {row["provider"]: row["peak_extra_bytes"] for row in run_case(case, QUICK)}
+    rows = {row["provider"]: row["peak_extra_bytes"] for row in run_case(case, FAST)}
     assert abs(rows["ours"] - 3 * size) < 0.05 * size
     assert rows["eager"] < 0.05 * size
 
@@ -168,7 +169,7 @@ def test_short_calls_are_repeated_within_a_sample() -> None:
         return x * x
 
     case = make_case(providers={"ours": ours}, min_bytes={"fwd": 1}, min_flops={"fwd": 1})
-    run_case(case, Timing(min_rounds=2, max_rounds=2, seconds=0.0, sample_ms=2.0))
+    run_case(case, Timing(rounds=Rounds(at_least=2, at_most=2), sample_ms=2.0))
     assert count > 20
 
 
@@ -185,7 +186,7 @@ def test_the_command_times_an_op_and_writes_rows(
     written = rows.read(path)
     assert {row.provider for row in written} >= {"phimini", "eager"}
     for row in written:
-        assert row.bench == "kernels" and row.correct and row.num_samples == QUICK.min_rounds
+        assert row.bench == "kernels" and row.correct and row.num_samples >= QUICK.rounds.at_least
         assert row.value is not None and row.value.p50 > 0 and row.error is not None
         ours = row.provider == "phimini"
         assert (row.reference == "eager" and row.ratio is not None) == ours

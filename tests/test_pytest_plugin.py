@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from phimini.bench.bless import bless
-from phimini.bench.rows import environment, read
+from phimini.bench.environment import environment
+from phimini.bench.rows import read
 
 CONFTEST = 'pytest_plugins = ["phimini.bench.pytest_plugin"]\n'
 TESTS = """
