@@ -16,6 +16,8 @@ from phimini.stages.config import RunConfig
 TRAINING_PHASES = tuple(p for p in PHASES if p not in ("rollout", "verify", "sync"))
 ESSENTIAL = ("rollout", "forward", "head", "backward", "optimizer", "verify", "sync")
 """a step's purpose; the head is the end of the forward and the start of the backward pass"""
+OUTSIDE_LIMIT = 0.05
+"""share of an RL step that may lie outside its purpose"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,16 @@ def _size_of_step(run: RunConfig, stage: str) -> str:
     return f"{run.rlvr.prompts_per_step}x{run.rlvr.rollouts_per_prompt}, to {run.rlvr.max_new_tokens}"  # fmt: skip
 
 
+def outside_share(row: Row) -> float:
+    """Of a step: data, communication and what no mark claims."""
+    return 1 - row.info["essential_share"]
+
+
+def too_much_outside(row: Row) -> bool:
+    """Whether an RL step spends more than OUTSIDE_LIMIT on what it is not for."""
+    return row.correct and row.case["stage"] == "rlvr" and outside_share(row) > OUTSIDE_LIMIT
+
+
 def describe(row: Row) -> str:
     name = f"{row.case['stage']} ({', '.join(f'{k} {v}' for k, v in row.case.items() if k != 'stage')})"
     if row.value is None:
@@ -148,6 +160,7 @@ def describe(row: Row) -> str:
     info = row.info
     shares = "  ".join(f"{p} {100 * s:.1f}" for p, s in info["share"].items())
     seconds = "CPU s" if "cpu" in row.unit else "s"
+    alarm = f", MORE THAN {100 * OUTSIDE_LIMIT:g}" if too_much_outside(row) else ""
     measured_against = (
         f"MFU {100 * info['mfu']:.1f} % of dense bf16"
         if info["mfu"] is not None
@@ -158,7 +171,7 @@ def describe(row: Row) -> str:
         f"{name}\n"
         f"  {row.value.p50:,.0f} {row.unit} ({row.value.p20:,.0f} to {row.value.p80:,.0f}; {info['steps']} steps of "
         f"{info['step_seconds']:.3f} {seconds}, {info['tokens_per_step']:,.0f} trained-on tokens)\n"
-        f"  % of the step: {shares}; outside its purpose {100 * (1 - info['essential_share']):.1f}\n"
+        f"  % of the step: {shares}; outside its purpose {100 * outside_share(row):.1f}{alarm}\n"
         f"  {info['flops_per_second'] / 1e9:.1f} model GFLOP/s, {measured_against} "
         "(causal half, no recomputation, rollout, verify and sync left out)\n"
         f"  peak of a step {(row.peak_bytes or 0) / 2**20:.1f} MiB{rss}"
