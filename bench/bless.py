@@ -7,6 +7,7 @@ reason is kept in the file with the commit, the day and how many rows it was for
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from phimini.bench.compare import BASELINES, MIN_ROUNDS, SCHEMA_STATUS
 from phimini.bench.rows import Row, SchemaError, read, read_all, write
@@ -32,7 +33,7 @@ def bless(new: list[Row], reason: str, baselines: Path = BASELINES) -> list[Path
         here = mine[0].environment
         assert here is not None
         path = baselines / here.slug / f"{bench}.jsonl"
-        old, blessings = read_all(path) if path.exists() else ([], [])
+        old, blessings = _before(path)
         keys = {row.key for row in mine}
         kept = [row for row in old if row.key not in keys]
         blessings.append(
@@ -41,6 +42,15 @@ def bless(new: list[Row], reason: str, baselines: Path = BASELINES) -> list[Path
         write(path, sorted([*kept, *mine], key=lambda row: row.key), blessings)
         paths.append(path)
     return paths
+
+
+def _before(path: Path) -> tuple[list[Row], list[dict[str, Any]]]:
+    """What the file has. Rows of another schema are dropped, which is said: nothing could be held to them any more."""
+    try:
+        return read_all(path) if path.exists() else ([], [])
+    except SchemaError as problem:
+        print(f"bench bless: the old file is replaced: {problem}", file=sys.stderr)
+        return [], []
 
 
 def _check(row: Row) -> None:

@@ -77,9 +77,9 @@ def bench(num_problems: int, rounds: Rounds) -> list[Row]:
         right = {name: work.run() for name, work in works.items()}  # also the warm-up
         seconds: dict[str, list[float]] = {name: [] for name in works}
         python: list[float] = []
-        start = time.perf_counter()
+        start = time.process_time()
         while not python or not all(
-            rounds.enough(taken, python, time.perf_counter() - start) for taken in seconds.values()
+            rounds.enough(taken, python, time.process_time() - start) for taken in seconds.values()
         ):
             for name, work in works.items():
                 seconds[name].append(_cpu_seconds(work.run))

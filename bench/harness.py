@@ -317,7 +317,7 @@ def _alternate(calls: _Calls, timing: Timing) -> dict[str, list[tuple[float, flo
         _sample(call, device, 1)
     samples: dict[str, list[tuple[float, float]]] = {p: [] for p in providers}
     clock = 0 if device.type == "cuda" else 1
-    order, start = list(providers), time.perf_counter()
+    order, start = list(providers), _clock(device)
     while order:
         these = calls.fresh()
         for p in order:
@@ -328,15 +328,22 @@ def _alternate(calls: _Calls, timing: Timing) -> dict[str, list[tuple[float, flo
         ours, reference = (
             [sample[clock] for sample in held[i]] for i in (0, min(1, len(held) - 1))
         )
-        if timing.rounds.enough(ours, reference, time.perf_counter() - start):
+        if timing.rounds.enough(ours, reference, _clock(device) - start):
             break
     return samples
 
 
+def _clock(device: torch.device) -> float:
+    """Seconds: on a CPU this process's, so that a busy machine takes as many rounds as an idle one."""
+    return time.perf_counter() if device.type == "cuda" else time.process_time()
+
+
 def _held(providers: list[str]) -> tuple[str, str]:
     """Whose ratio is to be known: as `bench compare` has it, ours to eager."""
-    ours = "phimini" if "phimini" in providers else providers[0]
-    return ours, "eager" if "eager" in providers else providers[-1]
+    first, last = providers[0], providers[-1]
+    return ("phimini" if "phimini" in providers else first), (
+        "eager" if "eager" in providers else last
+    )
 
 
 def _quantiles(samples: list[tuple[float, float]]) -> dict[str, float | None]:

@@ -90,7 +90,7 @@ class Rounds:
     at_least: int = 15
     at_most: int = 400
     seconds: float = math.inf
-    """of wall time, once there are `at_least`"""
+    """once there are `at_least`; wall time on a GPU, the process's CPU time elsewhere"""
 
     def enough(self, samples: Sequence[float], reference: Sequence[float], spent_s: float) -> bool:
         """After these rounds. Looks whenever there are a fifth more: who looks often finds a lucky moment."""

@@ -1,4 +1,6 @@
-"""`phimini bench peers [sft] [dpo] [grpo] [--rounds N] [--steps N] [--json PATH]`: TRL beside our stages, taking turns
+"""`phimini bench peers [sft] [dpo] [grpo] [--provider NAME ...] [--rounds N] [--steps N] [--json PATH]`: peers beside our stages, taking turns
+
+    --provider trl (default), megatron_bridge, verl, nemo_rl     the last three on a GPU: `bench/peers_gpu.py`
 
 Each side is a process of one thread on the tiny preset in fp32: ours runs the real stage (`stages/sft.py`,
 `rollout_dpo.py`, `rlvr.py`), TRL its SFTTrainer, DPOTrainer or GRPOTrainer on Phi3ForCausalLM, from the same model
@@ -7,8 +9,12 @@ of the same batch. Then they take turns of a few optimizer steps; what counts is
 reading its batches, metrics and, for DPO, the reference's forward pass; for GRPO sampling, verifying and weight sync.
 A GRPO sample is a sampled answer: our stage does not train on groups with equal rewards, whose gradient is zero; TRL does.
 
-TRL lives in an environment of its own (`make bench-peers`); `--python` names another. On a GPU the same command compares
-with TRL there; trainers that cannot be installed beside it (verl, NeMo-RL) are not compared.
+TRL lives in an environment of its own (`make bench-peers`); `--python` names another provider's interpreter. Where one
+is not there, or there is no GPU for it, a line says so, `--json` has a row with a `verdict` and no numbers, and the status is 2.
+
+`--json PATH` has a row per task and provider, whatever PATH ends in (a JSON list; JSON lines in *.jsonl): task, provider,
+unit, per_cpu_second, peak_rss_bytes, first_loss, versions, ratio (of ours, else null). On a GPU per_cpu_second and
+peak_rss_bytes are null and per_gpu_second, peak_gpu_bytes, gpus and device follow.
 """
 
 import argparse
@@ -17,7 +23,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -30,42 +35,33 @@ from typing import Any
 
 import torch
 
-from phimini.kernels import linear_logprob
-from phimini.model.chat import render
-from phimini.model.huggingface import load_config
-from phimini.model.tokenizer import Tokenizer
-from phimini.parallel.batch import IGNORE, PackedBatch, pack
+from phimini.bench import peers_gpu
+from phimini.bench.peers_ground import (
+    BATCH,
+    BETA,
+    FIRST_LOSS,
+    GROUP,
+    MAX_NEW_TOKENS,
+    SETTINGS,
+    prepare,
+)
 from phimini.parallel.builder import Model
-from phimini.parallel.launch import run_ranks
 from phimini.parallel.layout import Layout
-from phimini.parallel.step import forward_backward, forward_only
-from phimini.parallel.world import World, initialize
+from phimini.parallel.world import initialize
 from phimini.stages import rlvr, rollout_dpo, sft
 from phimini.stages.cli import model_config
 from phimini.stages.config import RunConfig, override
-from phimini.stages.jsonl import read_json, read_rows, write_json, write_rows
+from phimini.stages.jsonl import write_json, write_rows
 from phimini.stages.metrics import MetricsLog
-from phimini.stages.mismatch import MismatchMeter
-from phimini.stages.packing import documents
-from phimini.stages.recipe import DATA, TRAINING
 from phimini.stages.recipes import tiny
-from phimini.stages.rollout_groups import Rollout
-from phimini.stages.training import cross_entropy_head, load_model, read_examples
 
 Row = dict[str, Any]
 UNITS = {"sft": "tokens", "dpo": "pairs", "grpo": "samples"}
 TARGETS = {"sft": 1.8, "dpo": 2.2, "grpo": 4.0}
 """of our rate over TRL's"""
-BATCH = {"sft": 32, "dpo": 32, "grpo": 192}
-GROUP, MAX_NEW_TOKENS, BETA = 8, 160, 0.1
 SAME_LOSS = 1e-4
 WARM_UP = 2
 PYTHON = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
-SETTINGS = [
-    "processes=1", "distill.num_problems=1500", "distill.rollouts_per_problem=4", "distill.num_prompts=600",
-    "distill.num_heldout=24", "distill.num_validation=24", "curate.sft_examples=1500", "midtrain.steps=500",
-    "midtrain.validate_every=500", "sft.epochs=2", "sft.validate_every=1000000", "sft.examples_per_step=32",
-]  # fmt: skip
 # The stages as they are timed: TRL's defaults where they decide how much work a step is.
 TIMED = [
     "sft.epochs=1000", "rollout_dpo.pairs=teacher", "rollout_dpo.epochs=1", "rollout_dpo.pairs_per_step=32",
@@ -77,101 +73,71 @@ TIMED = [
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 1 where the two sides' losses differ or a target is missed; 2 without TRL's environment."""
-    parser = argparse.ArgumentParser(prog="phimini bench peers", description=__doc__)
+    """0; 1 where a target against TRL is missed; 2 where a provider could not be compared with. RuntimeError: other losses."""
+    parser = argparse.ArgumentParser(
+        prog="phimini bench peers", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument(
         "tasks", nargs="*", metavar="TASK", help=f"of {', '.join(UNITS)}; none: all"
     )
+    parser.add_argument("--provider", action="append", choices=["trl", *peers_gpu.PROVIDERS])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a turn")
-    parser.add_argument("--python", type=Path, default=PYTHON, help="TRL's interpreter")
+    parser.add_argument("--python", type=Path, help="the provider's interpreter")
+    parser.add_argument("--run", help="GPU: start from the models and rows of this finished run")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs of this machine")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args(argv)
     if unknown := [t for t in args.tasks if t not in UNITS]:
         parser.error(f"unknown task {unknown[0]!r}; expected {', '.join(UNITS)}")
-    if not args.python.exists():
-        print(f"phimini bench peers: {args.python} does not exist; `make bench-peers` sets it up", file=sys.stderr)  # fmt: skip
-        return 2
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as name:
-        run = prepare(Path(name))
-        for task in args.tasks or list(UNITS):
-            rows += compare(task, run, args.python, args.rounds, args.steps)
-            print(describe(rows[-2:]), flush=True)
+    tasks, providers = args.tasks or list(UNITS), args.provider or ["trl"]
+    python = {p: args.python or (PYTHON if p == "trl" else Path(sys.executable)) for p in providers}
+    absent = {(p, t): why for p in providers for t in tasks if (why := why_not(p, t, python[p]))}
+    rows = [peers_gpu.no_row(p, task, why) for (p, task), why in absent.items()]
+    for why in dict.fromkeys(absent.values()):
+        print(f"phimini bench peers: {why}", file=sys.stderr)
+    if wanted := [(p, task) for p in providers for task in tasks if (p, task) not in absent]:
+        with tempfile.TemporaryDirectory() as name:
+            run = prepare(Path(name)) if args.run is None else finished(args.run)
+            for p, task in wanted:
+                if p == "trl":
+                    rows += compare(task, run, python[p], args.rounds, args.steps)
+                    print(describe(rows[-2:]), flush=True)
+                else:
+                    job = peers_gpu.job_of(task, run, Path(name), args.steps, args.gpus)
+                    rows += peers_gpu.compare(p, job, str(python[p]), args.rounds)
+                    print(peers_gpu.describe(rows[-2:]), flush=True)
     if args.json is not None:
-        write_rows(args.json, rows)
-    wrong = [
-        r for r in rows if r["provider"] == "phimini" and (r["ratio"] or 0) < TARGETS[r["task"]]
-    ]
-    return 1 if wrong else 0
+        write_either(args.json, rows)
+    held = [r for r in rows if r["provider"] == "phimini" and "device" not in r]
+    if any(r["ratio"] < TARGETS[r["task"]] for r in held):
+        return 1
+    return 2 if absent else 0
 
 
-# --- the common ground ---------------------------------------------------------------------------
-def prepare(folder: Path) -> RunConfig:
-    """A small run up to stage 2, and what TRL reads of it: models, rows of token ids, settings."""
-    run = override(tiny(), [f"out={folder / 'run'}", *SETTINGS])
-    run_ranks(_train, 1, run)
-    out = folder / "run"
-    tokenizer = Tokenizer.load(out / "sft" / "model")
-    for task in UNITS:
-        _for_transformers(
-            out / ("midtrain" if task == "sft" else "sft") / "model", folder / task / "model"
-        )
-        _for_transformers(out / "midtrain" / "model", folder / task / "reference")
-    examples = read_examples(out / "curate" / "sft.jsonl", tokenizer, run.chat_template)
-    write_rows(
-        folder / "sft" / "sft.jsonl",
-        [
-            {"input_ids": e.tokens, "labels": [IGNORE] * e.loss_from + e.tokens[e.loss_from :]}
-            for e in examples
-        ],
+def why_not(provider: str, task: str, python: Path) -> str | None:
+    """Why this provider cannot be compared with; None: it can."""
+    if provider != "trl":
+        return peers_gpu.why_not(provider, task, str(python))
+    return (
+        None if python.exists() else f"trl: {python} does not exist; `make bench-peers` sets it up"
     )
-    pairs = rollout_dpo.read_pairs(out / "curate" / "pairs.jsonl", tokenizer, run.chat_template)
-    rows = []
-    for pair in pairs:
-        prompt = pair.chosen.loss_from
-        rows.append({"prompt": "", "prompt_ids": pair.chosen.tokens[:prompt],
-                     "chosen_ids": pair.chosen.tokens[prompt:], "rejected_ids": pair.rejected.tokens[prompt:]})  # fmt: skip
-    write_rows(folder / "dpo" / "dpo.jsonl", rows)
-    problems = read_rows(out / "distill" / "prompts.jsonl", {"question": str, "answer": str})
-    write_rows(
-        folder / "grpo" / "grpo.jsonl",
-        [{"prompt": _prompt(p["question"], run), "answer": p["answer"]} for p in problems],
-    )  # fmt: skip
-    tokens = statistics.mean(len(e.tokens) - e.loss_from for e in examples) * BATCH["sft"]
-    for task in UNITS:
-        write_json(folder / task / "settings.json", {"batch": BATCH[task], "beta": BETA, "group": GROUP,
-                   "max_new_tokens": MAX_NEW_TOKENS, "tokens_per_step": tokens})  # fmt: skip
-    return run
 
 
-def _for_transformers(model: Path, copy: Path) -> None:
-    """Transformers picks a LongRoPE table per batch, by length; with both lists equal it computes what we do.
-
-    Where an answer crosses the border, at 128 tokens here, its generate computes the whole cache again, a cost that no
-    real Phi-4-mini batch has in this proportion: the border is moved to the end, its attention factor kept.
-    """
-    shutil.copytree(model, copy)
-    config = read_json(copy / "config.json")
-    rope = config["rope_scaling"]
-    rope["short_factor"] = rope["long_factor"]
-    rope["attention_factor"] = load_config(model).attention_factor
-    config["original_max_position_embeddings"] = config["max_position_embeddings"]
-    write_json(copy / "config.json", config)
+def finished(out: str) -> RunConfig:
+    """Of a run that is complete up to stage 2. ValueError where it is not."""
+    if not (Path(out) / "sft" / "summary.json").exists():
+        raise ValueError(f"--run {out}: expected a finished stage sft, found none")
+    return override(tiny(), [f"out={out}"])
 
 
-def _prompt(question: str, run: RunConfig) -> str:
-    message = {"role": "user", "content": question}
-    return render([message], run.chat_template, add_generation_prompt=True)
-
-
-def _train(run: RunConfig) -> None:
-    for stage in DATA.values():
-        stage(run)
-    world = initialize(Layout(), model_config(run))
-    for stage in ("midtrain", "sft"):
-        TRAINING[stage](run, world)
-    world.close()
+def write_either(path: Path, rows: list[Row]) -> None:
+    """The same rows as JSON lines into a .jsonl, as one list into any other file."""
+    if path.suffix == ".jsonl":
+        write_rows(path, rows)
+    else:
+        write_json(path, rows)
 
 
 # --- our side ------------------------------------------------------------------------------------
@@ -258,64 +224,6 @@ class TurnLog(MetricsLog):
     def write(self, step: int, *, tokens: int, **values: Any) -> None:
         super().write(step, tokens=tokens, **values)
         self.turns.after_step(values | {"tokens": tokens})
-
-
-# --- the loss of the same batch ------------------------------------------------------------------
-def sft_loss(run: RunConfig, world: World, folder: Path) -> float:
-    model, tokenizer = load_model(run, world, "midtrain")
-    rows = Path(run.out) / "curate" / "sft.jsonl"
-    examples = read_examples(rows, tokenizer, run.chat_template)[: BATCH["sft"]]
-    return forward_backward(model, [pack(documents(examples))], cross_entropy_head).loss
-
-
-def dpo_loss(run: RunConfig, world: World, folder: Path) -> float:
-    """The reference is stage 1's model here: with stage 2's the loss is ln 2, whatever the batch."""
-    model, tokenizer = load_model(run, world, "sft")
-    frozen, _ = load_model(run, world, "midtrain")
-    rows = Path(run.out) / "curate" / "pairs.jsonl"
-    pairs = rollout_dpo.read_pairs(rows, tokenizer, run.chat_template)[: BATCH["dpo"]]
-    reference = rollout_dpo.reference_logps(frozen, pairs, run.rollout_dpo, world)
-    batch = rollout_dpo.pair_batch(pairs, reference, world)
-    return forward_backward(model, [batch], rollout_dpo.dpo_head(run.rollout_dpo)).loss
-
-
-def grpo_loss(run: RunConfig, world: World, folder: Path) -> float:
-    """Of teacher rollouts with advantages of both signs and old log-probs that are off, so that some are clipped."""
-    model, tokenizer = load_model(run, world, "sft")
-    rows = Path(run.out) / "distill" / "rollouts.jsonl"
-    examples = read_examples(rows, tokenizer, run.chat_template)[:64]
-    logps = _logps(model, pack(documents(examples))).split([len(e.tokens) - 1 for e in examples])
-    generator = torch.Generator().manual_seed(0)
-    rollouts = []
-    for i, (example, logp) in enumerate(zip(examples, logps, strict=True)):
-        mine = logp[example.loss_from - 1 :]
-        old = mine + 0.2 * torch.randn(len(mine), generator=generator)
-        rollouts.append(Rollout(
-            id=str(i), prompt_id=str(i), step=0, prompt=example.tokens[: example.loss_from],
-            response=example.tokens[example.loss_from :], logprobs=old.tolist(), temperature=1.0,
-            reward=0.0, truncated=False, versions=[[0, 0, len(mine)]], advantage=(-1.0) ** i * (1 + i % 3),
-        ))  # fmt: skip
-    write_json(
-        folder / "grpo_batch.json",
-        [{"prompt": r.prompt, "response": r.response, "old_logps": r.logprobs, "advantage": r.advantage} for r in rollouts],
-    )  # fmt: skip
-    head = rlvr.policy_head(run.rlvr, MismatchMeter(), 0.0)
-    batch = rlvr.rollout_batch(rollouts, 0, run.rlvr, world)
-    return forward_backward(model, [batch], head).loss
-
-
-def _logps(model: Model, batch: PackedBatch) -> torch.Tensor:
-    def fn(hidden_MD: torch.Tensor, weight_VD: torch.Tensor, batch: PackedBatch, *, group: Any):
-        return linear_logprob(hidden_MD, weight_VD, batch.targets_T, group=group).logp_M
-
-    return forward_only(model, [batch], fn)[0].cpu()
-
-
-FIRST_LOSS: dict[str, Callable[[RunConfig, World, Path], float]] = {
-    "sft": sft_loss,
-    "dpo": dpo_loss,
-    "grpo": grpo_loss,
-}
 
 
 # --- taking turns --------------------------------------------------------------------------------

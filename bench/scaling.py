@@ -42,7 +42,7 @@ from phimini.stages.packing import EpochSampler, best_fit
 from phimini.stages.training import cross_entropy_head
 
 LONGEST = 8192
-ROUNDS = 5
+ROUNDS = 8
 QUICK_FLOPS = 15e9
 """--quick leaves out points whose step is more than this"""
 QUICK_DOCUMENTS = 4000

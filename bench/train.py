@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few steps, few rollouts")
     parser.add_argument("--profile", type=Path, help="write a trace of two steps into this folder")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # stages before the options, key=value after them
     assignments = [word for word in args.words if "=" in word]
     stages = [word for word in args.words if "=" not in word] or list(STAGES)
     if unknown := [stage for stage in stages if stage not in STAGES]:

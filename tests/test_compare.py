@@ -317,6 +317,20 @@ def test_bless_then_compare_by_device(tmp_path: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
 
 
+def test_bless_replaces_a_file_of_another_schema_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (path,) = bless([row(case={"op": "old"})], "first", tmp_path)
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 1'))
+    assert bless([row()], "second", tmp_path) == [path]
+    rows, blessings = read_all(path)
+    assert ([r.case["op"] for r in rows], [b["reason"] for b in blessings]) == (
+        ["rope"],
+        ["second"],
+    )
+    assert "the old file is replaced" in capsys.readouterr().err
+
+
 REFUSED = {
     "no reason": ([row()], " ", "reason: expected a sentence, got nothing"),
     "dirty": ([row(environment=dataclasses.replace(HERE, dirty=True))], "x", "measured with uncommitted changes"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phimini.bench import peers
+from phimini.bench import peers, peers_ground
 from phimini.model.config import preset
 from phimini.model.huggingface import save_reference
 from phimini.model.reference import Phi4Mini
@@ -100,7 +100,7 @@ def test_transformers_computes_our_function_on_either_side_of_the_border(tmp_pat
     model.init_weights(0)
     assert model.config.original_max_positions < 200 and model.config.attention_factor > 1
     save_reference(model, tmp_path / "ours")
-    peers._for_transformers(tmp_path / "ours", tmp_path / "theirs")
+    peers_ground._for_transformers(tmp_path / "ours", tmp_path / "theirs")
     theirs = transformers.Phi3ForCausalLM.from_pretrained(tmp_path / "theirs").eval()
     assert theirs.config.original_max_position_embeddings == model.config.max_positions
     tokens = torch.randint(0, 256, (2, 200), generator=torch.Generator().manual_seed(0))
