@@ -1,15 +1,21 @@
-"""`phimini bench bless NEW --reason TEXT [--baselines DIR]`: rows of a run become the baseline of their device.
+"""`phimini bench bless NEW [NEW ...] --reason TEXT [--baselines DIR]`: rows of a run become the baseline of their device.
+
+Of several runs each row is the one whose ratio lies in the middle, and its band takes in the others': what differs from
+process to process is then no slow-down.
 
 Writes DIR/<device>/<bench>.jsonl, a file per bench: a row replaces the one with its key, the others stay, and the
 reason is kept in the file with the commit, the day and how many rows it was for. Commit the files.
 """
 
 import argparse
+import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from phimini.bench.compare import BASELINES, MIN_ROUNDS, SCHEMA_STATUS
+from phimini.bench.paired import typical
 from phimini.bench.rows import Row, SchemaError, read, read_all, write
 
 
@@ -44,6 +50,23 @@ def bless(new: list[Row], reason: str, baselines: Path = BASELINES) -> list[Path
     return paths
 
 
+def together(runs: list[list[Row]]) -> list[Row]:
+    """One row per key: of those of several runs the middle one, with half of what lies between the outermost two."""
+    keyed: dict[str, list[Row]] = {}
+    for row in (row for run in runs for row in run):
+        keyed.setdefault(row.key, []).append(row)
+    return [_middle(rows) for rows in keyed.values()]
+
+
+def _middle(rows: list[Row]) -> Row:
+    wrong = [row for row in rows if not row.correct]
+    if wrong or len(rows) == 1:
+        return (wrong or rows)[0]
+    mids = sorted((typical(row.ratios or row.samples).mid, i) for i, row in enumerate(rows))
+    middle = rows[mids[len(mids) // 2][1]]
+    return dataclasses.replace(middle, run_to_run=math.log(mids[-1][0] / mids[0][0]) / 2)
+
+
 def _before(path: Path) -> tuple[list[Row], list[dict[str, Any]]]:
     """What the file has. Rows of another schema are dropped, which is said: nothing could be held to them any more."""
     try:
@@ -72,12 +95,13 @@ def _check(row: Row) -> None:
 def main(argv: list[str] | None = None) -> int:
     """0; 2 where nothing was written, 4 for another schema."""
     parser = argparse.ArgumentParser(prog="phimini bench bless", description=__doc__)
-    parser.add_argument("new", type=Path, metavar="NEW")
+    parser.add_argument("new", nargs="+", type=Path, metavar="NEW")
     parser.add_argument("--reason", required=True, help="why later runs are held to this one")
     parser.add_argument("--baselines", type=Path, default=BASELINES)
     args = parser.parse_args(argv)
     try:
-        for path in bless(read(args.new), args.reason, args.baselines):
+        new = together([read(path) for path in args.new])
+        for path in bless(new, args.reason, args.baselines):
             print(f"wrote {path}")
     except SchemaError as problem:
         print(f"schema change: {problem}", file=sys.stderr)

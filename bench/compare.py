@@ -126,7 +126,7 @@ def _time(base: Row, new: Row, limits: Limits) -> Judgement:
         return _said(
             new, "no baseline", f"no reference, and {_difference(then, now)}: nothing to hold it to"
         )
-    pairs = [(what, typical(b), typical(n), limit) for what, b, n, limit in pairs]
+    pairs = [(what, typical(b, base.run_to_run), typical(n), limit) for what, b, n, limit in pairs]
     changes = [(what, _slowdown(new.unit, b, n), limit, b, n) for what, b, n, limit in pairs]
     for what, (change, apart), limit, b, n in changes:
         if change > limit and apart:

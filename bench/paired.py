@@ -13,7 +13,8 @@ So the estimate is of the ratio within a round, and of its logarithm:
 Rounds must be independent for that: the harness gives every one its own copies of the inputs, because where they
 happen to lie decides up to 30 % of a short op's time (swiglu's ratio to eager moved by 14 % from run to run before, by
 2 % since, with six other processes on each core). What a process never moves again, such as Python's own objects, no
-round shows: a plain loop over a dictionary differed by 20 % between processes. Hold such work to a wider limit.
+round shows: a plain loop over a dictionary differed by 20 % between processes. Bless several runs together, then: the baseline's band takes in
+what lay between them.
 """
 
 import math
@@ -45,10 +46,10 @@ class Typical:
         return self.high / self.mid
 
 
-def typical(samples: Sequence[float]) -> Typical:
+def typical(samples: Sequence[float], run_to_run: float = RUN_TO_RUN) -> Typical:
     """Of positive samples, one per round. ValueError for fewer than 3, which have no error to speak of."""
     log, error = _log_estimate(samples)
-    half = _half_width(error, len(samples)) + RUN_TO_RUN
+    half = _half_width(error, len(samples)) + max(run_to_run, RUN_TO_RUN)
     return Typical(*(math.exp(log + sign * half) for sign in (-1, 0, 1)))
 
 

@@ -81,6 +81,8 @@ class Row:
     reference: str | None = None
     reference_samples: list[float] = field(default_factory=list)
     """of the same rounds; in the unit's direction too: ms to ms, or rate to rate"""
+    run_to_run: float = 0.0
+    """of a baseline: by what share its ratio moved between the runs that were blessed together"""
     peak_bytes: int | None = None
     error: float | None = None
     """largest error of the check; None: not finite, or no number"""

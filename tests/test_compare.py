@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from phimini.bench import compare as module
-from phimini.bench.bless import bless
+from phimini.bench.bless import bless, together
 from phimini.bench.bless import main as bless_main
 from phimini.bench.compare import Limits, Report, compare, main
 from phimini.bench.environment import Environment
@@ -329,6 +329,27 @@ def test_bless_replaces_a_file_of_another_schema_and_says_so(
         ["second"],
     )
     assert "the old file is replaced" in capsys.readouterr().err
+
+
+def test_what_differs_between_runs_of_one_code_is_no_slow_down(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    paths = [tmp_path / f"{i}.jsonl" for i in range(3)]
+    for path, moved in zip(paths, (1.2, 1.0, 0.85), strict=True):
+        write(path, [row(moved, CPU)])
+    assert (
+        bless_main([*map(str, paths), "--reason", "three", "--baselines", str(tmp_path / "b")]) == 0
+    )
+    (base,) = read_all(tmp_path / "b" / CPU.slug / "kernels.jsonl")[0]
+    assert base.samples == row(1.0).samples
+    assert base.run_to_run == pytest.approx(math.log(1.2 / 0.85) / 2, rel=0.01)
+    assert verdicts(compare([base], [row(1.2, CPU)])) == ["noisy"]
+    assert verdicts(compare([base], [row(1.4, CPU)])) == ["slower"]
+    alone = dataclasses.replace(base, run_to_run=0.0)
+    assert verdicts(compare([alone], [row(1.2, CPU)])) == ["slower"]
+    wrong = row(environment=CPU, correct=False, samples=[], reference_samples=())
+    assert together([[row(environment=CPU)], [wrong]]) == [wrong]
+    capsys.readouterr()
 
 
 REFUSED = {
