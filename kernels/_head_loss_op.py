@@ -1,12 +1,14 @@
 """Makes a loss that computes its gradients in the forward into a pair of custom ops and one function.
 
-`phimini::<name>` returns dX and dW beside the loss; autograd keeps them and the backward only scales them.
+`phimini::<name>` returns dX and dW beside the loss; autograd keeps them and the backward only scales them. Both return
+metrics, and log-probs by row where the loss has use for them.
 `phimini::<name>_into` adds dW to a given buffer instead. Both have one schema for all losses: numbers and words
 are lists (words: one string), which the loss's own `run` unpacks.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,24 +37,34 @@ class LossCall(HeadCall):
         return self.open(rows, needs_dx=self.needs_dx, dw_VD=self.dw_VD, **options)
 
 
-Run = Callable[[LossCall], tuple[Tensor, Tensor, Tensor]]
-"""call -> (loss, (num_metrics,) metrics, dX or empty); adds dW to call.dw_VD"""
+class LossResult(NamedTuple):
+    loss: Tensor
+    metrics: Tensor
+    """(num_metrics,)"""
+    dx_MD: Tensor
+    """empty if it was not wanted"""
+    logp_M: Tensor
+    """of all rows, 0 where they do not count; empty from a loss without `gives_logp`"""
+
+
+Run = Callable[[LossCall], LossResult]
+"""Adds dW to call.dw_VD."""
 
 
 class HeadLoss:
     """The function made of a `run`."""
 
-    def __init__(self, name: str, num_metrics: int, run: Run) -> None:
-        self.op = _functional_op(name, num_metrics, run)
-        self.op_into = _into_op(name, num_metrics, run)
+    def __init__(self, name: str, num_metrics: int, run: Run, *, gives_logp: bool = False) -> None:
+        self.op = _functional_op(name, num_metrics, gives_logp, run)
+        self.op_into = _into_op(name, num_metrics, gives_logp, run)
 
     def __call__(
         self, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, *,
         row_values: Sequence[Tensor | None], numbers: Sequence[float], words: str,
         temperature: float | Tensor, ignore_index: int, group: dist.ProcessGroup | None, sequence_parallel: bool,
         main_grad: Tensor | None, chunk_bytes: int | None, max_rows: int | None, backend: Backend | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """(loss, metrics), the loss with gradients for hidden_MD and, unless main_grad takes it, weight_VD."""
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """(loss, metrics, logp_M), the loss with gradients for hidden_MD and, unless main_grad takes it, weight_VD."""
         needs_dx = torch.is_grad_enabled() and hidden_MD.requires_grad
         needs_dw = torch.is_grad_enabled() and weight_VD.requires_grad
         is_row_wise = isinstance(temperature, Tensor)
@@ -63,14 +75,16 @@ class HeadLoss:
             needs_dx,
         )  # fmt: skip
         if main_grad is None or not needs_dw:
-            loss, metrics, _dx, _dw = self.op(hidden_MD, weight_VD, targets_M, *common, needs_dw)
-            return loss, metrics
-        loss, metrics, dx = self.op_into(
+            loss, metrics, _dx, logp_M, _dw = self.op(
+                hidden_MD, weight_VD, targets_M, *common, needs_dw
+            )
+            return loss, metrics, logp_M
+        loss, metrics, dx, logp_M = self.op_into(
             hidden_MD.detach(), weight_VD.detach(), targets_M, *common, main_grad
         )
         # a frozen trunk: the weight stands in, so that the loss can be backpropagated like any other
         leaf = hidden_MD if needs_dx else weight_VD
-        return _AttachGradient.apply(leaf, loss, dx if needs_dx else None), metrics
+        return _AttachGradient.apply(leaf, loss, dx if needs_dx else None), metrics, logp_M
 
 
 def _call(name: str, hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index,
@@ -83,14 +97,14 @@ def _call(name: str, hidden, weight, targets, row_values, numbers, words, temper
     )  # fmt: skip
 
 
-def _functional_op(name: str, num_metrics: int, run: Run):
+def _functional_op(name: str, num_metrics: int, gives_logp: bool, run: Run):
     @torch.library.custom_op(f"phimini::{name}", mutates_args=())
     def op(
         hidden: Tensor, weight: Tensor, targets: Tensor, row_values: Sequence[Tensor | None],
         numbers: Sequence[float], words: str, temperature_M: Tensor | None, temperature: float,
         ignore_index: int, group_name: str, sequence_parallel: bool, chunk_bytes: int, max_rows: int, backend: str, needs_dx: bool,
         needs_dw: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         dw_VD = (
             torch.zeros(weight.shape, dtype=compute_dtype(weight.dtype), device=weight.device)
             if needs_dw
@@ -98,28 +112,28 @@ def _functional_op(name: str, num_metrics: int, run: Run):
         )
         call = _call(name, hidden, weight, targets, row_values, numbers, words, temperature_M, temperature,
                      ignore_index, group_name, sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, dw_VD)  # fmt: skip
-        loss, metrics, dx = run(call)
-        return loss, metrics, dx, weight.new_empty(0) if dw_VD is None else dw_VD
+        loss, metrics, dx, logp = run(call)
+        return loss, metrics, dx, logp, weight.new_empty(0) if dw_VD is None else dw_VD
 
     @op.register_fake
     def _(hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index, group_name,
           sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, needs_dw):  # fmt: skip
         dtype = compute_dtype(weight.dtype)
         dw = weight.new_empty(weight.shape, dtype=dtype) if needs_dw else weight.new_empty(0)
-        return *_fake_outputs(hidden, dtype, num_metrics, needs_dx), dw
+        return *_fake_outputs(hidden, targets, dtype, num_metrics, gives_logp, needs_dx), dw
 
     op.register_autograd(_backward, setup_context=_setup)
     return op
 
 
-def _into_op(name: str, num_metrics: int, run: Run):
+def _into_op(name: str, num_metrics: int, gives_logp: bool, run: Run):
     @torch.library.custom_op(f"phimini::{name}_into", mutates_args={"main_grad"})
     def op(
         hidden: Tensor, weight: Tensor, targets: Tensor, row_values: Sequence[Tensor | None],
         numbers: Sequence[float], words: str, temperature_M: Tensor | None, temperature: float,
         ignore_index: int, group_name: str, sequence_parallel: bool, chunk_bytes: int, max_rows: int, backend: str, needs_dx: bool,
         main_grad: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         return run(_call(
             name, hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index,
             group_name, sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, main_grad,
@@ -128,25 +142,27 @@ def _into_op(name: str, num_metrics: int, run: Run):
     @op.register_fake
     def _(hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index, group_name,
           sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, main_grad):  # fmt: skip
-        return _fake_outputs(hidden, compute_dtype(weight.dtype), num_metrics, needs_dx)
+        dtype = compute_dtype(weight.dtype)
+        return _fake_outputs(hidden, targets, dtype, num_metrics, gives_logp, needs_dx)
 
     return op
 
 
 def _fake_outputs(
-    hidden: Tensor, dtype: torch.dtype, num_metrics: int, needs_dx: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
+    hidden: Tensor, targets: Tensor, dtype: torch.dtype, num_metrics: int, gives_logp: bool, needs_dx: bool
+) -> LossResult:  # fmt: skip
+    return LossResult(
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(num_metrics, dtype=dtype),
         hidden.new_empty(hidden.shape if needs_dx else 0),
+        hidden.new_empty(targets.shape if gives_logp else 0, dtype=dtype),
     )
 
 
 def _setup(ctx, inputs, output) -> None:
     needs_dx, needs_dw = inputs[-2:]
-    _loss, metrics, dx, dw = output
-    ctx.mark_non_differentiable(metrics, dx, dw)
+    _loss, metrics, dx, logp, dw = output
+    ctx.mark_non_differentiable(metrics, dx, logp, dw)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dx if needs_dx else None, dw if needs_dw else None)
     ctx.weight_dtype = inputs[1].dtype

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phimini.kernels._head_base import RowGrads
-from phimini.kernels._head_loss_op import HeadLoss, LossCall
+from phimini.kernels._head_loss_op import HeadLoss, LossCall, LossResult
 from phimini.kernels._head_rows import check_head, check_main_grad, check_rows, compute_dtype
 from phimini.kernels._launch import Backend
 
@@ -76,7 +76,7 @@ def linear_cross_entropy_reference(
 
 
 # --- forward with gradients, custom op ------------------------------------------------------------
-def _run(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
+def _run(call: LossCall) -> LossResult:
     (row_weight_M,) = call.row_values
     smoothing, z_loss, with_entropy = call.numbers
     rows = call.counting_rows(row_weight_M)
@@ -105,7 +105,9 @@ def _run(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
             torch.ones_like(nll_M),
         ]
         sums_5 += rows.sum(torch.stack(values), chunk)
-    return sums_5[0].clone(), sums_5[1:].clone(), call.close(head, rows)
+    return LossResult(
+        sums_5[0].clone(), sums_5[1:].clone(), call.close(head, rows), sums_5.new_empty(0)
+    )
 
 
 _cross_entropy = HeadLoss("linear_cross_entropy", len(CrossEntropyMetrics._fields), _run)
@@ -157,7 +159,7 @@ def linear_cross_entropy(
     for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
         if not 0 <= value <= 1:
             raise ValueError(f"{op}: {name} must be in [0, 1], got {value}")
-    loss, metrics_4 = _cross_entropy(
+    loss, metrics_4, _ = _cross_entropy(
         hidden_MD, weight_VD, targets_M, row_values=[row_weight_M],
         numbers=[label_smoothing, z_loss, float(with_entropy)], words="",
         temperature=temperature, ignore_index=ignore_index, group=group, sequence_parallel=sequence_parallel,

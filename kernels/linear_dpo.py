@@ -27,7 +27,7 @@ from torch import Tensor
 
 from phimini.kernels._head_base import ChunkedHead, RowGrads
 from phimini.kernels._head_call import group_of, name_of
-from phimini.kernels._head_loss_op import HeadLoss, LossCall
+from phimini.kernels._head_loss_op import HeadLoss, LossCall, LossResult
 from phimini.kernels._head_pairs import PairGroup, plan_pairs
 from phimini.kernels._head_rows import (
     check_group,
@@ -135,7 +135,7 @@ class _Dpo:
         self.logp_S = torch.zeros_like(self.reference_S)
         self.scratch_VD: list[Tensor] = []
 
-    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self) -> LossResult:
         head = self.call.open_for_loss(self.rows)
         if self.plan.groups is None:
             self._twice(head)
@@ -153,7 +153,8 @@ class _Dpo:
             self.smoothing,
             self.nll_weight,
         )
-        return loss, torch.stack(metrics), self.call.close(head, self.rows)
+        dx_MD = self.call.close(head, self.rows)
+        return LossResult(loss, torch.stack(metrics), dx_MD, loss.new_empty(0))
 
     def _sequence_within(self, sequences: slice, rows: slice) -> Tensor:
         """Rows that do not count have sequence 0 and log-prob 0: they may be anywhere."""
@@ -317,7 +318,7 @@ def linear_dpo(
             f"{op}: expected beta > 0, label_smoothing in [0, 0.5), nll_weight >= 0, "
             f"got {beta}, {label_smoothing}, {nll_weight}"
         )
-    loss, metrics_9 = _dpo(
+    loss, metrics_9, _ = _dpo(
         hidden_MD, weight_VD, targets_M, row_values=[sequence_M, reference_logp_S, pair_weight_P],
         numbers=[beta, label_smoothing, nll_weight], words=name_of(sequence_group),
         temperature=1.0, ignore_index=ignore_index, group=group, sequence_parallel=sequence_parallel,

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phimini.kernels._head_base import RowGrads, RowStats
-from phimini.kernels._head_loss_op import HeadLoss, LossCall
+from phimini.kernels._head_loss_op import HeadLoss, LossCall, LossResult
 from phimini.kernels._head_rows import (
     check_head,
     check_main_grad,
@@ -39,10 +39,12 @@ from phimini.kernels._launch import Backend
 from phimini.kernels.linear_logprob import linear_logprob_reference
 
 MAX_EXPONENT = 20.0
+_LOGP = 7
+"""its row among `_policy_rows`' values"""
 
 
 class PolicyMetrics(NamedTuple):
-    """Sums over the rows that count, without their weights; scalars, detached."""
+    """Sums over the rows that count, without their weights; scalars but for the last, detached."""
 
     policy_loss_sum: Tensor
     """the clipped term alone, importance weight included"""
@@ -57,6 +59,8 @@ class PolicyMetrics(NamedTuple):
     logp_sum: Tensor
     accuracy_sum: Tensor
     num_rows: Tensor
+    logp_M: Tensor
+    """of each row's target, 0 where it does not count: what a recomputation of old_logp_M would give"""
 
 
 # --- reference -----------------------------------------------------------------------------------
@@ -108,7 +112,8 @@ def linear_policy_loss_reference(
         is_top_M = z_MV.gather(1, targets_M.where(counts_M, 0)[:, None])[:, 0] >= z_MV.amax(-1)
         rows = (policy_M, kl_M, entropy_M, ratio_M, (clipped_M < unclipped_M).to(dtype), logp_M - old_logp_M.to(dtype),
                 logp_M, is_top_M.to(dtype), torch.ones_like(logp_M))  # fmt: skip
-        metrics = PolicyMetrics(*(value_M.where(counts_M, 0).sum() for value_M in rows))
+        sums = (value_M.where(counts_M, 0).sum() for value_M in rows)
+        metrics = PolicyMetrics(*sums, logp_M=logp_M.where(counts_M, 0))
     return loss_M.where(counts_M, 0).sum(), metrics
 
 
@@ -198,7 +203,7 @@ def _kl_derivative(d_M: Tensor, kl: str) -> Tensor:
 
 
 # --- forward with gradients, custom op ------------------------------------------------------------
-def _run(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
+def _run(call: LossCall) -> LossResult:
     clip_low, clip_high, kl_coef, entropy_coef, with_entropy = call.numbers
     kl, kl_gradient = call.words.split()
     settings = _Settings(clip_low, clip_high, kl_coef, entropy_coef, kl, kl_gradient)
@@ -212,6 +217,7 @@ def _run(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
         entropy_gradient=entropy_coef != 0 and call.needs_gradient,
     )
     sums_10 = torch.zeros(10, dtype=call.dtype, device=call.weight_VD.device)
+    logp_M = torch.zeros(len(rows), dtype=call.dtype, device=call.weight_VD.device)
     for chunk in call.chunks(rows, call.needs_gradient):
         stats = head.forward(chunk)
         chunk_inputs = _chunk_inputs(inputs, chunk)
@@ -219,10 +225,16 @@ def _run(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
         if call.needs_gradient:
             head.backward(chunk, grads)
         sums_10 += rows.sum(values_10M, chunk)
-    return sums_10[0].clone(), sums_10[1:].clone(), call.close(head, rows)
+        logp_M[chunk] = values_10M[_LOGP]
+    if rows.active_M is not None:
+        logp_M = logp_M.where(rows.active_M, 0)
+    return LossResult(
+        sums_10[0].clone(), sums_10[1:].clone(), call.close(head, rows), rows.expand(logp_M)
+    )
 
 
-_policy_loss = HeadLoss("linear_policy_loss", len(PolicyMetrics._fields), _run)
+_NUM_SUMS = len(PolicyMetrics._fields) - 1
+_policy_loss = HeadLoss("linear_policy_loss", _NUM_SUMS, _run, gives_logp=True)
 
 
 # --- public op -----------------------------------------------------------------------------------
@@ -294,10 +306,10 @@ def linear_policy_loss(
         )
     if kl_coef and reference_logp_M is None:
         raise ValueError(f"{op}: kl_coef {kl_coef} needs reference_logp_M, got None")
-    loss, metrics_9 = _policy_loss(
+    loss, metrics_9, logp_M = _policy_loss(
         hidden_MD, weight_VD, targets_M, row_values=list(row_values.values()),
         numbers=[clip_low, clip_high, kl_coef, entropy_coef, float(with_entropy)], words=f"{kl} {kl_gradient}",
         temperature=temperature, ignore_index=ignore_index, group=group, sequence_parallel=sequence_parallel,
         main_grad=main_grad, chunk_bytes=chunk_bytes, max_rows=max_rows, backend=_backend,
     )  # fmt: skip
-    return loss, PolicyMetrics(*metrics_9.unbind())
+    return loss, PolicyMetrics(*metrics_9.unbind(), logp_M=logp_M)

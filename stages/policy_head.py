@@ -36,27 +36,27 @@ def with_reference_logps(frozen: Model, microbatches: list[PackedBatch]) -> list
 def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float):
     """The clipped policy loss; the count is trained tokens, or rollouts where each weighs the same.
 
-    The trainer's log-probs of the sampled tokens are computed first, for the mismatch and the importance weights.
+    The trainer's log-probs of the sampled tokens come with the loss, for the mismatch; importance weights need them
+    first, which is a product more.
     """
 
     def head(
         hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        weight_M, old_logp_M = batch.fields["weight"], batch.fields["old_logp"]
-        with torch.no_grad():
-            logp_M = linear_logprob(
-                hidden_MD,
-                weight_VD,
-                batch.targets_T,
-                temperature=batch.fields["temperature"],
-                group=group,
-                with_entropy=False,
-            ).logp_M
-        counts_M, importance_M = weight_M != 0, None
-        meter.add(logp_M - old_logp_M, batch.fields["age"], counts_M)
+        weight_M, sampled_logp_M = batch.fields["weight"], batch.fields["old_logp"]
+        counts_M, old_logp_M, importance_M = weight_M != 0, sampled_logp_M, None
         if config.importance != "off":
+            with torch.no_grad():
+                old_logp_M = linear_logprob(
+                    hidden_MD,
+                    weight_VD,
+                    batch.targets_T,
+                    temperature=batch.fields["temperature"],
+                    group=group,
+                    with_entropy=False,
+                ).logp_M
             importance_M = importance_weights(
-                logp_M - old_logp_M,
+                old_logp_M - sampled_logp_M,
                 counts_M,
                 config.importance,
                 cap=config.importance_cap,
@@ -66,7 +66,6 @@ def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float):
                 context_group=batch.context_group,
                 rounding=rounding,
             )
-            old_logp_M = logp_M
         loss, metrics = linear_policy_loss(
             hidden_MD,
             weight_VD,
@@ -82,6 +81,7 @@ def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float):
             kl_coef=config.kl_coef,
             group=group,
         )
+        meter.add(metrics.logp_M - sampled_logp_M, batch.fields["age"], counts_M)
         sums = {
             "rows": metrics.num_rows,
             "entropy": metrics.entropy_sum,
