@@ -136,7 +136,7 @@ class HeadCall:
         """The fused forward-only kernel keeps no logits, so it takes all rows at once."""
         if self.backend == "triton" and not with_gradient:
             return chunk_slices(len(rows), max(1, len(rows)))
-        return chunk_slices(len(rows), self.chunk_rows, 128 if self.backend == "triton" else 8)
+        return chunk_slices(len(rows), self.chunk_rows, 128 if self.backend == "triton" else 32)
 
     def new_weight_gradient(self, wanted: bool) -> Tensor | None:
         if not wanted:

@@ -244,7 +244,7 @@ def move_counting_rows_first(
     )
 
 
-def chunk_slices(num_rows: int, rows_at_most: int, multiple: int = 8) -> list[slice]:
+def chunk_slices(num_rows: int, rows_at_most: int, multiple: int = 32) -> list[slice]:
     """Even chunks of at most `rows_at_most` rows, so that the last one is not a crumb."""
     if num_rows == 0:
         return []

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from phimini.kernels._head_base import ChunkedHead, LocalStats, LogitGrads
 from phimini.kernels._head_rows import HeadRows
-from phimini.kernels.linear import matmul, uses_onednn
+from phimini.kernels.linear import matmul, outer, uses_onednn
 
 TINY = 1e-30
 DW_BLOCK_ELEMENTS = 1 << 18
@@ -134,4 +134,4 @@ def _accumulate(dw_VD: Tensor, dz_MV: Tensor, x_MD: Tensor) -> None:
         return
     block = max(1, DW_BLOCK_ELEMENTS // dw_VD.shape[1])
     for a in range(0, dw_VD.shape[0], block):
-        dw_VD[a : a + block] += matmul(dz_MV[:, a : a + block].t(), x_MD)
+        dw_VD[a : a + block] += outer(dz_MV[:, a : a + block], x_MD)

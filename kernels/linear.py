@@ -5,6 +5,9 @@ On a Zen 5 core (AMD EPYC, family 26) oneDNN computes 220 to 270 GFLOP/s where M
 (`phimini bench kernels linear`). Its entry is the operator that inductor puts into compiled models,
 `torch.ops.mkldnn._linear_pointwise` (aten/src/ATen/native/mkldnn/Linear.cpp); it has no `out=` and no accumulation.
 
+oneDNN makes code for every shape it meets, half a millisecond and a quarter of a megabyte each, and keeps 1,024 of them.
+So products are cut into blocks of 256 rows, and what is left is filled up with zeros: about ten numbers of rows in all.
+
 Which one is used is a property of the processor, never of a timing: the same machine gives the same bits every time.
 PHIMINI_CPU_GEMM=mkl or onednn decides otherwise.
 """
@@ -21,6 +24,7 @@ from torch.autograd.function import once_differentiable
 LIBRARIES = ("mkl", "onednn")
 MIN_ROWS = 4
 """Below, oneDNN's packing costs more than the product."""
+BLOCK_ROWS = 256
 _linear = (
     torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 )
@@ -56,13 +60,47 @@ def uses_onednn(a: Tensor) -> bool:
 
 
 def matmul(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """(M, K) @ (K, N) -> (M, N), not differentiable. `b_KN` may be a transposed view at no cost."""
+    """(M, K) @ (K, N) -> (M, N), not differentiable. M may be another one at each call; `b_KN` may be a transposed view."""
     if not uses_onednn(a_MK):
         return torch.mm(a_MK, b_KN)
-    assert _linear is not None
-    w_NK = b_KN.t()
-    if not w_NK.is_contiguous() and not b_KN.is_contiguous():
-        w_NK = w_NK.contiguous()  # other strides end in oneDNN's reference code, 1,000 times slower
+    w_NK, M = _dense(b_KN.t()), a_MK.shape[0]
+    if M <= BLOCK_ROWS or M % BLOCK_ROWS == 0:
+        return _product(_padded(a_MK), w_NK)[:M]
+    out_MN = a_MK.new_empty(M, b_KN.shape[1])
+    for start in range(0, M, BLOCK_ROWS):
+        rows = a_MK[start : start + BLOCK_ROWS]
+        out_MN[start : start + BLOCK_ROWS] = _product(_padded(rows), w_NK)[: len(rows)]
+    return out_MN
+
+
+def outer(a_MN: Tensor, b_MK: Tensor) -> Tensor:
+    """a^T @ b -> (N, K), a weight's gradient; not differentiable. M may be another one at each call."""
+    if not uses_onednn(a_MN):
+        return torch.mm(a_MN.t(), b_MK)
+    size = len(a_MN) if len(a_MN) % BLOCK_ROWS == 0 else BLOCK_ROWS
+    total_NK = None
+    for a, b in zip(a_MN.split(size), b_MK.split(size), strict=True):
+        part_NK = _product(_padded(a).t(), _dense(_padded(b).t()))
+        total_NK = part_NK if total_NK is None else total_NK.add_(part_NK)
+    assert total_NK is not None, "at least MIN_ROWS rows"
+    return total_NK
+
+
+def _padded(a_MK: Tensor) -> Tensor:
+    """With rows of zeros, up to one of the few numbers of rows that oneDNN makes code for."""
+    M = a_MK.shape[0]
+    quantum = 16 if M <= 64 else 32
+    return a_MK if M % quantum == 0 else F.pad(a_MK, (0, 0, 0, -M % quantum))
+
+
+def _dense(w_NK: Tensor) -> Tensor:
+    """Other strides end in oneDNN's reference code, 1,000 times slower."""
+    is_dense = w_NK.is_contiguous() or w_NK.t().is_contiguous()
+    return w_NK if is_dense else w_NK.contiguous()
+
+
+def _product(a_MK: Tensor, w_NK: Tensor) -> Tensor:
+    assert _linear is not None, "library() is 'onednn'"
     return _linear(a_MK, w_NK, None, "none", [], "")
 
 
@@ -77,7 +115,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy_MN: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_MK, w_NK = ctx.saved_tensors
         dx_MK = matmul(dy_MN, w_NK) if ctx.needs_input_grad[0] else None
-        dw_NK = matmul(dy_MN.t(), x_MK) if ctx.needs_input_grad[1] else None
+        dw_NK = outer(dy_MN, x_MK) if ctx.needs_input_grad[1] else None
         return dx_MK, dw_NK
 
 

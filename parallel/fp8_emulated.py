@@ -35,7 +35,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from phimini.kernels.linear import matmul
+from phimini.kernels.linear import matmul, outer
 
 Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8"]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -113,7 +113,7 @@ class _Product(torch.autograd.Function):
         dx_MK = matmul(round_activation(dy_MN, E5M2, recipe, group), w_KN.T)
         dy_NM = round_activation(dy_MN.T, E5M2, recipe, group)
         x_KM = round_activation(x_MK.T, E4M3, recipe, group)
-        return dx_MK, matmul(dy_NM, x_KM.T), None, None
+        return dx_MK, outer(dy_NM.T, x_KM.T), None, None
 
 
 def fp8_linear(

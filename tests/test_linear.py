@@ -6,10 +6,13 @@ import pytest
 import torch
 from numerics import DEVICE, check_against_reference
 
-from phimini.kernels.linear import LIBRARIES, library, linear, linear_reference, matmul
+from phimini.kernels.linear import LIBRARIES, library, linear, linear_reference, matmul, outer
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 4), (3, 7, 5), (65, 33, 1), (64, 128, 512), (2, 5, 9, 3)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 8, 4), (3, 7, 5), (65, 33, 1), (64, 128, 512), (2, 5, 9, 3), (512, 16, 24), (300, 16, 24)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_value_and_gradients(each_library: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     *rows, K, N = shape
@@ -45,6 +48,36 @@ def test_any_strides_on_either_side(each_library: str, kind: str) -> None:
     }[kind]
     for a, b in ((make(9, 12), torch.randn(12, 7)), (torch.randn(9, 12), make(12, 7))):
         torch.testing.assert_close(matmul(a, b), (a.double() @ b.double()).float())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100, 256, 300, 512, 777])
+def test_a_weights_gradient_of_any_number_of_rows(each_library: str, rows: int) -> None:
+    a, b = torch.randn(rows, 24), torch.randn(rows, 7)
+    torch.testing.assert_close(
+        outer(a, b), (a.double().t() @ b.double()).float(), atol=1e-4, rtol=1e-5
+    )
+    wide, tall = torch.randn(rows, 60)[:, 5:29], torch.randn(7, rows).t()
+    torch.testing.assert_close(
+        outer(wide, tall), (wide.double().t() @ tall.double()).float(), atol=1e-4, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("each_library", ["onednn"], indirect=True)
+def test_few_shapes_reach_onednn(each_library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes code for each: a training run of many lengths grew by a gigabyte."""
+    module = sys.modules["phimini.kernels.linear"]  # a function of its name hides it
+    shapes: set[tuple[torch.Size, torch.Size]] = set()
+    product = module._product
+
+    def counted(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        shapes.add((a.shape, w.shape))
+        return product(a, w)
+
+    monkeypatch.setattr(module, "_product", counted)
+    w = torch.randn(24, 16, requires_grad=True)
+    for rows in range(4, 1000, 7):
+        linear(torch.randn(rows, 16, requires_grad=True), w).sum().backward()
+    assert len(shapes) <= 3 * (4 + 6 + 2)
 
 
 def test_only_what_is_needed_gets_a_gradient(each_library: str) -> None:
