@@ -64,7 +64,7 @@ WARM_UP = 2
 PYTHON = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
 # The stages as they are timed: TRL's defaults where they decide how much work a step is.
 TIMED = [
-    "sft.epochs=1000", "rollout_dpo.pairs=teacher", "rollout_dpo.epochs=1", "rollout_dpo.pairs_per_step=32",
+    "sft.epochs=1000", "rollout_dpo.pairs=teacher", "rollout_dpo.epochs=100", "rollout_dpo.pairs_per_step=32",
     "rollout_dpo.nll_weight=0", f"rollout_dpo.beta={BETA}", "rlvr.steps=100000",
     f"rlvr.prompts_per_step={BATCH['grpo'] // GROUP}", f"rlvr.rollouts_per_prompt={GROUP}", "rlvr.rebalance=false",
     "rlvr.uniform_length=false", "rlvr.anneal=false", "rlvr.start_temperature=1", "rlvr.min_rollouts=1",
