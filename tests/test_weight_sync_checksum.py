@@ -10,9 +10,21 @@ from torch import Tensor
 from phimini.parallel import weight_sync_checksum
 from phimini.parallel.weight_sync_checksum import checksum, fingerprint
 
-ROW, BLOCK = 64 * 8, 64 * 8 * 4096  # bytes
+ROW, BLOCK = 128 * 8, 128 * 8 * 2048  # bytes
 PAGE = 4096
-SIZES = (1, 3, 8, 508, ROW, ROW + 4, 40 * PAGE, 40 * PAGE + 12, BLOCK, BLOCK + 2 * ROW + 20)
+SIZES = (
+    1,
+    3,
+    8,
+    508,
+    ROW,
+    ROW + 4,
+    40 * PAGE,
+    40 * PAGE + 12,
+    BLOCK,
+    BLOCK + ROW,
+    BLOCK + 2 * ROW + 20,
+)
 
 
 def noise(num_bytes: int, seed: int = 0) -> Tensor:
@@ -22,17 +34,20 @@ def noise(num_bytes: int, seed: int = 0) -> Tensor:
 
 def defined(data: Tensor) -> int:
     """The docstring's sum, word by word."""
-    padded = np.zeros(-(-len(data) // 8) * 8, dtype=np.uint8)
+    padded = np.zeros(max(1, -(-len(data) // ROW)) * ROW, dtype=np.uint8)
     padded[: len(data)] = data.numpy()
-    rows, columns = (
-        w.numpy().view(np.uint64) for w in weight_sync_checksum._weights(torch.device("cpu"))
-    )
-    place = np.arange(len(padded) // 8)
-    steps = np.array(
-        [weight_sync_checksum._block_weight(k) for k in range(1 + len(place) // (64 * 4096))]
-    ).view(np.uint64)
-    weights = (rows[place // 64 % 4096] + columns[place % 64]) * steps[place // (64 * 4096)]
-    return int(np.sum(padded.view(np.uint64) * weights) + np.uint64(len(data)))
+    words_NC = padded.view(np.uint64).reshape(-1, 128)
+    later = np.frombuffer(padded.tobytes()[4:-4] + bytes(8), dtype=np.uint64)
+    sums = []
+    for start in range(0, len(words_NC), 2048):
+        of_rows = words_NC[start : start + 2048].sum(1).tolist()
+        sums += of_rows + [0] * (min(len(words_NC), 2048) - len(of_rows))
+        sums += later.reshape(-1, 128)[start : start + 2048].sum(0).tolist()
+    sums = np.array(sums, dtype=np.uint64)
+    weights = weight_sync_checksum._weights(torch.device("cpu"), 1 + len(sums) // 4096).numpy()
+    high = (sums.view(np.int64) >> 32).view(np.uint64)
+    total = ((sums + high) * weights[: len(sums)].view(np.uint64)).sum()
+    return int(total + np.uint64(len(data)))
 
 
 @pytest.mark.parametrize("num_bytes", SIZES)
@@ -44,14 +59,11 @@ def test_it_is_what_its_docstring_says_on_a_cpu_and_at_once(num_bytes: int, monk
     assert int(checksum(data)) % 2**64 == expected
 
 
-def test_every_words_weight_is_odd_and_no_two_are_equal() -> None:
-    rows, columns = (
-        w.numpy().view(np.uint64) for w in weight_sync_checksum._weights(torch.device("cpu"))
-    )
-    weights = rows[:, None] + columns[None]
-    assert bool((weights % 2 == 1).all()) and len(np.unique(weights)) == weights.size
-    steps = [weight_sync_checksum._block_weight(k) for k in range(10_000)]
-    assert len(set(steps)) == len(steps) and all(step % 2 == 1 for step in steps)
+def test_every_places_weight_is_odd_its_own_and_the_same_for_any_size() -> None:
+    cpu = torch.device("cpu")
+    weights = weight_sync_checksum._weights(cpu, 3)
+    assert bool((weights % 2 != 0).all()) and len(weights.unique()) == len(weights)
+    assert torch.equal(weight_sync_checksum._weights(cpu, 2), weights[: 2 * 4096])
 
 
 # --- faults ----------------------------------------------------------------------------------------
@@ -137,10 +149,64 @@ def test_it_is_of_order_and_not_of_strides() -> None:
     assert fingerprint({"a": 1, "b": 2}) != fingerprint({"a": 2, "b": 1})
 
 
+# --- top bits ---------------------------------------------------------------------------------------
+def negated(data: Tensor, dtype: torch.dtype, places: Tensor | slice) -> Tensor:
+    spoilt = data.clone().view(dtype)
+    spoilt[places] = -spoilt[places]
+    return spoilt.view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("every", [1, 2, 4, 8, 128, 256, 512])
+def test_the_signs_of_every_nth_element_are_seen(dtype: torch.dtype, every: int) -> None:
+    """In words of 8 bytes it is the top bit that changes, and an even number of times."""
+    data = torch.randn(BLOCK // 2).to(dtype).view(torch.uint8)
+    ones = torch.ones(BLOCK // 2, dtype=dtype).view(torch.uint8)
+    for first in range(min(every, 8)):
+        places = slice(first, None, every)
+        assert int(checksum(data)) != int(checksum(negated(data, dtype, places))), first
+        assert int(checksum(ones)) != int(checksum(negated(ones, dtype, places))), first
+
+
+@faults
+@given(
+    sizes.filter(lambda size: size >= 508),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(1, 3),
+    st.integers(0, 10_000),
+)
+def test_the_signs_of_any_few_elements_are_seen(
+    size: int, dtype: torch.dtype, count: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randn(size // dtype.itemsize, generator=generator).to(dtype).view(torch.uint8)
+    number = data.numel() // dtype.itemsize
+    places = torch.randperm(number, generator=generator)[:count]
+    assert int(checksum(data)) != int(checksum(negated(data, dtype, places)))
+
+
+@pytest.mark.parametrize("apart", [2, 256, 512, 256 * 2048], ids="{} elements apart".format)
+@pytest.mark.parametrize("first", [0, 1, 254, 255])
+def test_two_opposite_signs_are_seen_in_one_row_one_column_and_two_blocks(
+    first: int, apart: int
+) -> None:
+    x = torch.zeros(256 * 2048 + 1024)
+    x[first], x[first + apart] = 1.5, -1.5
+    places = torch.tensor([first, first + apart])
+    data = x.view(torch.uint8)
+    assert int(checksum(data)) != int(checksum(negated(data, torch.float32, places)))
+
+
 def test_what_the_docstring_says_is_not_seen_is_not() -> None:
     """A rectangle within one block, by design: who relies on more must know."""
-    words = noise(BLOCK).view(torch.int64).view(4096, 64)
-    spoilt = words.clone()
-    for row, column, sign in ((3, 5, 1), (3, 40, -1), (900, 5, -1), (900, 40, 1)):
+    numbers = torch.randint(10**5, 10**6, (2048, 256), dtype=torch.int32)
+    spoilt = numbers.clone()
+    for row, column, sign in ((3, 5, 1), (3, 41, -1), (900, 5, -1), (900, 41, 1)):
         spoilt[row, column] += sign * 12345
-    assert int(checksum(words)) == int(checksum(spoilt))
+    assert int(checksum(numbers)) == int(checksum(spoilt))
+    signs = torch.ones(2048, 256)
+    signs[3, 41] = signs[900, 5] = -1
+    spoilt = signs.clone()
+    for row, column in ((3, 5), (3, 41), (900, 5), (900, 41)):
+        spoilt[row, column] *= -1
+    assert int(checksum(signs)) == int(checksum(spoilt))
