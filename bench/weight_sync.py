@@ -7,11 +7,9 @@ time: use an idle machine, or read the shares, which are medians of each sync's 
 needed more than two buckets. PATH.jsonl gets rows for `bench compare`, any other PATH a JSON list of plain ones.
 
 "checksums" is wall time around the checksums of what was sent and what arrived, against the target of 5 % of a sync.
-On a CPU of two cores (AMD EPYC, November 2026, 9 syncs) the target is missed nearly everywhere: mid 11 % inproc, 13 %
-shm and 10 % gloo from tp1, 11 % shm and 9 % gloo from pp2, 9 % shm and 8 % gloo from tp2, 5.5 % inproc from pp2; tiny
-11 % inproc, 5.6 % shm and 5.4 % gloo from tp1, 5.9 % shm and 5.4 % gloo from tp2. At 5.0 % or below: inproc from tp2,
-and tiny from pp2. With none at all, those of reading back included, a sync inproc from tp1 takes 83 ms of CPU
-time instead of 92 (mid), 16.5 instead of 19.5 (tiny). No GPU was measured.
+On two idle cores of a CPU (AMD EPYC, November 2026, 9 syncs) the target is missed everywhere: mid 7 to 11 % inproc, 10
+to 13 % shm, 9 to 10 % gloo; tiny 6.5 to 10 % inproc, 5.6 to 6.7 % shm and gloo. With none at all, those of reading back
+included, a sync inproc from tp1 takes 83 ms of CPU time instead of 92 (mid), 16.5 instead of 19.5 (tiny). No GPU was measured.
 """
 
 import argparse
