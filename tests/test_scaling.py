@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from phimini.bench.rows import Row
-from phimini.bench.scaling import POINTS, Point, measure_data, measure_steps, write_csv
+from phimini.bench.scaling import POINTS, ROUNDS, Point, measure_data, measure_steps, write_csv
 from phimini.bench.scaling_gpus import COLUMNS, COUNTS, write_gpus
 from phimini.bench.scaling_plot import plot_gpus, plot_scaling
 from phimini.parallel.launch import run_ranks
@@ -29,7 +29,7 @@ def test_every_point_is_right_and_held_to_a_yardstick(rows: list[Row]) -> None:
     assert [(r.case["axis"], r.case["x"]) for r in rows] == [
         ("batch", 1), ("batch", 4), ("vocabulary", 1024), ("data_size", 50), ("data_size", 100),
     ]  # fmt: skip
-    assert all(r.correct and r.value and r.ratio and r.num_samples == 5 for r in rows)
+    assert all(r.correct and r.value and r.ratio and r.num_samples == ROUNDS for r in rows)
     assert len({r.key for r in rows}) == len(rows)
     one, four, wide, *_ = rows
     assert one.peak_bytes and four.peak_bytes and wide.peak_bytes

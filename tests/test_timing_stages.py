@@ -17,7 +17,7 @@ from phimini.parallel.launch import run_ranks
 from phimini.parallel.layout import Layout
 from phimini.parallel.timing import PHASES, Recorder, Step
 from phimini.parallel.world import World, initialize
-from phimini.stages import rlvr, rollout, rollout_groups
+from phimini.stages import policy_head, rlvr, rollout, rollout_groups
 from phimini.stages.cli import model_config
 from phimini.stages.config import RunConfig, override
 from phimini.stages.recipes import tiny
@@ -80,7 +80,7 @@ class Planted:
     def everywhere(self) -> None:
         self.before(rlvr, "rollout_batch", "data")
         self.in_model()
-        self.before(rlvr, "linear_policy_loss", "head")
+        self.before(policy_head, "linear_policy_loss", "head")
         self.before(dist.ProcessGroup, "allreduce", "communication")
         self.before(optimizer, "refuse_unscheduled_decay", "optimizer")
         self.before(rollout, "sample", "rollout")
