@@ -114,8 +114,8 @@ def test_a_late_rank_is_named() -> None:
 
 
 def wait_to_be_interrupted(folder: Path) -> None:
-    (folder / f"started{os.environ['RANK']}").touch()
     try:
+        (folder / f"started{os.environ['RANK']}").touch()  # the signal may come right after
         time.sleep(60)
     except KeyboardInterrupt:
         time.sleep(0.5)  # time enough for a second signal to do harm
