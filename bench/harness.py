@@ -1,15 +1,13 @@
 """Time several providers of one op in one run, after checking that each gives the right result.
 
-The same code on a CPU and on a GPU. One sample is one call (several where a call is too short for the clock);
-the providers take turns, a different one first in each round, each round on copies of the inputs of its own (where
-they lie decides up to 30 % of a short op's time), and before every sample a buffer larger than the last cache is
-written, so that inputs come from memory. Rounds go on until the ratio of ours to eager is known (`paired.Rounds`). `ms` is wall time on a CPU and device time on CUDA;
-`cpu_seconds` is the process's CPU time, the number to compare on a shared machine. `peak_extra_bytes` is what
-a call needs beyond its inputs: the allocator's peak on CUDA, the growth of the resident set on a CPU.
+The same code on a CPU and on a GPU. One sample is one call (several where a call is too short for the clock). Providers
+take turns, a different one first in each round, each round on its own copies of the inputs (where they lie decides up to
+30 % of a short op's time); before every sample a buffer larger than the last cache is written. Rounds go on until the
+ratio of ours to eager is known (`paired.Rounds`). `ms` is wall time on a CPU, device time on CUDA; `cpu_seconds`, the
+process's CPU time, is what to compare on a shared machine. `peak_extra_bytes` is what a call needs beyond its inputs.
 
     percent_of_peak = the time the hardware needs at best / the median measured time
     at best         = max(min_bytes / peak bandwidth, min_flops / peak dense 16-bit FLOP/s)
-
 A result that is wrong is not timed: its row has the error and no times.
 """
 

@@ -40,6 +40,7 @@ def each_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     from phimini.kernels.linear import library
 
     if request.param == "onednn" and not torch.backends.mkldnn.is_available():
+        # right: then `library()` refuses onednn, and no product can reach it
         pytest.skip("this torch was built without oneDNN")
     monkeypatch.setenv("PHIMINI_CPU_GEMM", request.param)
     library.cache_clear()

@@ -117,6 +117,7 @@ def test_a_disk_that_is_too_small(taken: int, message: str, tmp_path: Path) -> N
         ["mount", "-t", "tmpfs", "-o", "size=5m", "none", tmp_path], capture_output=True
     )
     if mounted.returncode:
+        # right: the test after this one fails a write in the same way without that right
         pytest.skip("needs the right to mount a small file system")
 
     def run() -> str:
