@@ -321,11 +321,7 @@ def _alternate(calls: _Calls, timing: Timing) -> dict[str, list[tuple[float, flo
         for p in order:
             samples[p].append(_sample(these[p], device, repeats))
         order = order[1:] + order[:1]
-        # Ours and eager, as `bench compare` holds them; where one of them is not there, any two.
-        held = [samples[p] for p in ("phimini", "eager") if p in samples] + list(samples.values())
-        ours, reference = (
-            [sample[clock] for sample in held[i]] for i in (0, min(1, len(held) - 1))
-        )
+        ours, reference = ([sample[clock] for sample in samples[p]] for p in _held(providers))
         if timing.rounds.enough(ours, reference, _clock(device) - start):
             break
     return samples
@@ -336,12 +332,10 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter() if device.type == "cuda" else time.process_time()
 
 
-def _held(providers: list[str]) -> tuple[str, str]:
-    """Whose ratio is to be known: as `bench compare` has it, ours to eager."""
-    first, last = providers[0], providers[-1]
-    return ("phimini" if "phimini" in providers else first), (
-        "eager" if "eager" in providers else last
-    )
+def _held(providers: list[str]) -> list[str]:
+    """The two whose ratio is to be known: ours and eager, as `bench compare` has it, or who else is there."""
+    by_rank = sorted(providers, key=lambda p: ("phimini", "eager", p).index(p))
+    return (by_rank * 2)[:2]
 
 
 def _quantiles(samples: list[tuple[float, float]]) -> dict[str, float | None]:

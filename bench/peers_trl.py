@@ -89,9 +89,7 @@ def sft(folder: Path, rows: list, settings: dict, common: dict) -> tuple[Any, fl
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer_of(folder / "model"),
     )
-    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(settings["batch"])])
-    with torch.no_grad():
-        return trainer, float(trainer.compute_loss(trainer.model, dict(inputs)))
+    return trainer, first_loss(trainer, settings["batch"])
 
 
 def dpo(folder: Path, rows: list, settings: dict, common: dict) -> tuple[Any, float]:
@@ -108,9 +106,13 @@ def dpo(folder: Path, rows: list, settings: dict, common: dict) -> tuple[Any, fl
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer_of(folder / "model"),
     )
-    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(settings["batch"])])
+    return trainer, first_loss(trainer, settings["batch"])
+
+
+def first_loss(trainer: Any, batch: int) -> float:
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(batch)])
     with torch.no_grad():
-        return trainer, float(trainer.compute_loss(trainer.model, dict(inputs)))
+        return float(trainer.compute_loss(trainer.model, dict(inputs)))
 
 
 def grpo(folder: Path, rows: list, settings: dict, common: dict) -> tuple[Any, float]:

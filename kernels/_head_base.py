@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from phimini.kernels._head_rows import HeadRows, compute_dtype
+from phimini.kernels._head_rows import HeadRows
+from phimini.kernels._launch import compute_dtype
 
 
 class LocalStats(NamedTuple):

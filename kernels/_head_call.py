@@ -18,12 +18,12 @@ from phimini.kernels._head_rows import (
     check_targets,
     check_temperatures,
     chunk_slices,
-    compute_dtype,
     keep_counting_rows,
     move_counting_rows_first,
 )
 from phimini.kernels._head_torch import TorchHead
 from phimini.kernels._head_triton import TritonHead
+from phimini.kernels._launch import compute_dtype
 
 
 def name_of(group: dist.ProcessGroup | None) -> str:

@@ -17,8 +17,8 @@ from torch import Tensor
 from phimini.kernels._head_base import ChunkedHead
 from phimini.kernels._head_call import HeadCall, name_of
 from phimini.kernels._head_errors import raise_pending
-from phimini.kernels._head_rows import HeadRows, compute_dtype
-from phimini.kernels._launch import Backend
+from phimini.kernels._head_rows import HeadRows
+from phimini.kernels._launch import Backend, compute_dtype
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,15 +105,11 @@ def _functional_op(name: str, num_metrics: int, gives_logp: bool, run: Run):
         ignore_index: int, group_name: str, sequence_parallel: bool, chunk_bytes: int, max_rows: int, backend: str, needs_dx: bool,
         needs_dw: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        dw_VD = (
-            torch.zeros(weight.shape, dtype=compute_dtype(weight.dtype), device=weight.device)
-            if needs_dw
-            else None
-        )
         call = _call(name, hidden, weight, targets, row_values, numbers, words, temperature_M, temperature,
-                     ignore_index, group_name, sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, dw_VD)  # fmt: skip
+                     ignore_index, group_name, sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, None)  # fmt: skip
+        call.dw_VD = call.new_weight_gradient(needs_dw)
         loss, metrics, dx, logp = run(call)
-        return loss, metrics, dx, logp, weight.new_empty(0) if dw_VD is None else dw_VD
+        return loss, metrics, dx, logp, weight.new_empty(0) if call.dw_VD is None else call.dw_VD
 
     @op.register_fake
     def _(hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index, group_name,

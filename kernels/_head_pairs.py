@@ -57,7 +57,7 @@ def plan_pairs(
             host_M = sequence_M.clamp(0, num_sequences - 1)
             lengths = torch.bincount(host_M, minlength=num_sequences).tolist()
             groups = pair_groups(lengths, lengths, call.chunk_rows)
-            segment_M = _segments(groups, lengths, call.chunk_rows).to(on_device_M.device)[
+            segment_M = _segments(groups, call.chunk_rows).to(on_device_M.device)[
                 host_M.to(on_device_M.device, non_blocking=True)
             ]
         else:
@@ -137,7 +137,7 @@ def pair_groups(lengths: list[int], largest: list[int], rows_at_most: int) -> li
     return groups
 
 
-def _segments(groups: list[PairGroup], lengths: list[int], rows_at_most: int) -> Tensor:
+def _segments(groups: list[PairGroup], rows_at_most: int) -> Tensor:
     """(S,): which stretch of rows a sequence is in; within one, rows that count come first."""
     segments, segment = [], 0
     for group in groups:

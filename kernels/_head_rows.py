@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phimini.kernels._head_errors import check_later
+from phimini.kernels._launch import compute_dtype
 
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1536 << 20}
 """Logits of one chunk. CPU: 32 MiB, so that the whole op stays near the size of dW. CUDA: 4,096 rows of a
@@ -76,10 +77,6 @@ class HeadRows:
         return out.index_copy_(0, self.kept_M, value_M)
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def check_head(
     op: str,
     hidden_MD: Tensor,
@@ -124,9 +121,9 @@ def check_head(
         raise ValueError(
             f"{op}: temperature must be a finite number above 0, or one per row, got {temperature}"
         )
-    for name, value in (("chunk_bytes", chunk_bytes), ("max_rows", max_rows)):
-        if value is not None and (not isinstance(value, int) or value < 1 - (name == "max_rows")):
-            raise ValueError(f"{op}: {name} must be a positive integer, got {value}")
+    for name, value, least in (("chunk_bytes", chunk_bytes, 1), ("max_rows", max_rows, 0)):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {value}")
     if not isinstance(ignore_index, int):
         raise ValueError(f"{op}: ignore_index must be an integer, got {ignore_index}")
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from phimini.kernels._head_base import RowGrads
 from phimini.kernels._head_loss_op import HeadLoss, LossCall, LossResult
-from phimini.kernels._head_rows import check_head, check_main_grad, check_rows, compute_dtype
-from phimini.kernels._launch import Backend
+from phimini.kernels._head_rows import check_head, check_main_grad, check_rows
+from phimini.kernels._launch import Backend, compute_dtype
 
 
 class CrossEntropyMetrics(NamedTuple):

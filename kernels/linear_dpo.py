@@ -277,8 +277,9 @@ def linear_dpo(
     """(sum over pairs of weight * loss, metrics); fp32 scalars (fp64 for fp64 input).
 
     sequence_M (M,) int64: row -> sequence, 2i the chosen and 2i+1 the rejected answer of pair i; rows may come in any
-    order. Best on the CPU, whatever the device of the others: the host plans chunks of whole pairs with it. reference_logp_S (2P,): the reference model's sums. pair_weight_P (P,): rows of a pair of weight 0 are
-    not computed. nll_weight: adds that times the mean token nll of the chosen answer.
+    order. Best on the CPU, whatever the device of the others: the host plans chunks of whole pairs with it.
+    reference_logp_S (2P,): the reference model's sums. pair_weight_P (P,): rows of a pair of weight 0 are not computed.
+    nll_weight: adds that times the mean token nll of the chosen answer.
     sequence_group: context parallel, each rank has some rows of each sequence: log-probs are summed over the group,
     every rank returns the whole loss, and the ranks' gradients add up to the loss's gradient.
     The other arguments, and the errors raised: as in `linear_cross_entropy`.

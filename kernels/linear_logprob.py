@@ -19,8 +19,8 @@ from torch import Tensor
 
 from phimini.kernels._head_base import RowGrads
 from phimini.kernels._head_call import HeadCall, name_of
-from phimini.kernels._head_rows import check_head, compute_dtype
-from phimini.kernels._launch import Backend
+from phimini.kernels._head_rows import check_head
+from phimini.kernels._launch import Backend, compute_dtype
 
 
 class LinearLogprob(NamedTuple):

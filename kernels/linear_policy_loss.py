@@ -33,9 +33,8 @@ from phimini.kernels._head_rows import (
     check_main_grad,
     check_rows,
     check_tensor,
-    compute_dtype,
 )
-from phimini.kernels._launch import Backend
+from phimini.kernels._launch import Backend, compute_dtype
 from phimini.kernels.linear_logprob import linear_logprob_reference
 
 MAX_EXPONENT = 20.0

@@ -42,7 +42,7 @@ _FWD_PROGRAMS_PER_SM, _BWD_PROGRAMS_PER_SM = 4, 2
 # --- reference -----------------------------------------------------------------------------------
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """The definition. Computes in fp32 (fp64 for fp64 input) and casts at the end."""
-    x_f = x.to(compute_dtype(x))
+    x_f = x.to(compute_dtype(x.dtype))
     rstd = torch.rsqrt(x_f.square().mean(-1, keepdim=True) + eps)
     return (x_f * rstd * weight.to(x_f.dtype)).to(x.dtype)
 
@@ -247,7 +247,7 @@ class _TorchRmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x_f = x.to(compute_dtype(x))
+        x_f = x.to(compute_dtype(x.dtype))
         mean_square = torch.linalg.vector_norm(x_f, dim=-1, keepdim=True).square_()
         rstd = mean_square.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)

@@ -51,10 +51,10 @@ def rope_reference(
     # (*positions, 1..., 1, R/2): the same for every group and head
     shape = (*positions.shape, *(1,) * (x.ndim - positions.ndim - 1), R // 2)
     c, s = (
-        (attention_factor * table.to(compute_dtype(x))[positions]).view(shape)
+        (attention_factor * table.to(compute_dtype(x.dtype))[positions]).view(shape)
         for table in (cos, sin)
     )
-    a, b, tail = rotated.to(compute_dtype(x)).split([R // 2, R // 2, x.shape[-1] - R], dim=-1)
+    a, b, tail = rotated.to(compute_dtype(x.dtype)).split([R // 2, R // 2, x.shape[-1] - R], dim=-1)
     turned = torch.cat([a * c - b * s, b * c + a * s, tail], dim=-1).to(x.dtype)
     return torch.cat([turned, rest], dim=-2)
 
@@ -174,7 +174,7 @@ def _rotate_with_torch(
     a, b = rotated_LGNK[..., :half], rotated_LGNK[..., half : 2 * half]
     c, s = (
         table.index_select(0, positions.reshape(-1))
-        .to(compute_dtype(x))
+        .to(compute_dtype(x.dtype))
         .mul_(factor)[:, None, None]
         for table, factor in (
             (cos, attention_factor),

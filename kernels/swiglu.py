@@ -33,7 +33,7 @@ from phimini.kernels._launch import (
 # --- reference -----------------------------------------------------------------------------------
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     """The definition. Computes in fp32 (fp64 for fp64 input) and casts at the end."""
-    gate, up = gate_up.to(compute_dtype(gate_up)).chunk(2, dim=-1)
+    gate, up = gate_up.to(compute_dtype(gate_up.dtype)).chunk(2, dim=-1)
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
@@ -141,14 +141,14 @@ class _TorchSwiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.to(compute_dtype(gate_up)).chunk(2, dim=-1)
+        gate, up = gate_up.to(compute_dtype(gate_up.dtype)).chunk(2, dim=-1)
         return silu(gate).mul_(up).to(gate_up.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        wide = gate_up.to(compute_dtype(gate_up))
+        wide = gate_up.to(compute_dtype(gate_up.dtype))
         gate, up = wide.chunk(2, dim=-1)
         dy = dy.to(wide.dtype)
         dgate_up = torch.empty_like(wide)

@@ -101,11 +101,6 @@ class Tokenizer:
         self._check(text)
         return self.inner.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        for text in texts:
-            self._check(text)
-        return [e.ids for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
-
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """`skip_special` drops control tokens; `<think>` and `</think>` are text and stay."""
         return self.inner.decode(list(ids), skip_special_tokens=skip_special)

@@ -37,7 +37,7 @@ def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) ->
     tokenizer = Tokenizer.load(directory)
     engine = build_engine(run, load_config(directory), world)
     engine.load(directory)
-    result = evaluate_problems(run, world, engine, tokenizer, problems)
+    result = evaluate_problems(run, engine, tokenizer, problems)
     result = {"stage": stage, "model_id": made} | result
     if world.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,9 +45,7 @@ def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) ->
     return result
 
 
-def evaluate_problems(
-    run: RunConfig, world: World, engine, tokenizer: Tokenizer, problems: list[dict]
-) -> dict:
+def evaluate_problems(run: RunConfig, engine, tokenizer: Tokenizer, problems: list[dict]) -> dict:
     config, started = run.evaluate, time.perf_counter()
     prompts = [encode_prompt(tokenizer, p["question"], run.chat_template) for p in problems]
     greedy_params = SamplingParams(

@@ -108,11 +108,6 @@ class EpochSampler:
     batch_size: int
     seed: int
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """The last, incomplete batch of an epoch joins the next epoch's first items."""
-        return max(1, self.num_items // self.batch_size)
-
     @phase("data")
     def batch(self, step: int) -> list[int]:
         first = step * self.batch_size

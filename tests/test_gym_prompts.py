@@ -62,9 +62,7 @@ def test_the_stage_writes_them_and_none_has_a_held_out_questions_numbers(
     assert not held & {fingerprint(row["question"]) for row in prompts}
 
 
-def test_without_the_package_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match=r"pip install 'phimini\[prompts\]'"):
         gym_prompts(("sums",), 3, seed=1)

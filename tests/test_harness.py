@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,35 @@ def test_providers_take_turns_and_start_in_turn() -> None:
     case = make_case(providers=providers, min_bytes={"fwd": 1}, min_flops={"fwd": 1})
     run_case(case, Timing(rounds=Rounds(at_least=3, at_most=3), sample_ms=0.0))
     assert "".join(called[-9:]) == "abcbcacab"
+
+
+@pytest.mark.parametrize(
+    "providers, held",
+    [("a", "aa"), ("ab", "ab"), (["eager", "a"], ["eager", "a"]), (["phimini", "a"], ["phimini", "a"]),
+     (["a", "eager", "phimini"], ["phimini", "eager"])],
+)  # fmt: skip
+def test_rounds_go_on_until_the_ratio_of_two_providers_is_known(
+    providers: list[str], held: list[str]
+) -> None:
+    """Never of one with itself, which is known at once."""
+    times = {name: float(i) for i, name in enumerate(providers, 1)}
+    seen: list[tuple[list[float], ...]] = []
+
+    class Once(Rounds):
+        def enough(
+            self, samples: Sequence[float], reference: Sequence[float], spent_s: float
+        ) -> bool:
+            seen.append((list(samples), list(reference)))
+            return True
+
+    case = make_case(providers={name: lambda x: x * x for name in providers})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "_sample", lambda call, *_: (0.0, call))
+        patch.setattr(harness, "_call", lambda case, fn, *_: times[names[fn]])
+        names = {fn: name for name, fn in case.providers.items()}
+        calls = harness._Calls(case, "fwd", list(providers))
+        harness._alternate(calls, Timing(rounds=Once(at_least=1)))
+    assert seen == [tuple([times[name]] for name in held)]
 
 
 def test_an_op_in_place_disturbs_nobody() -> None:

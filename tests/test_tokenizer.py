@@ -70,17 +70,12 @@ def test_skip_special_keeps_thinking() -> None:
     assert TINY.decode(ids, skip_special=True) == "<think>1</think>2"
 
 
-def test_batch_equals_single() -> None:
-    assert TINY.encode_batch(TEXTS) == [TINY.encode(t) for t in TEXTS]
-
-
 @pytest.mark.parametrize("character", ["€", "\t", "é", "½"])
 def test_a_character_outside_the_vocabulary_is_an_error(character: str) -> None:
-    for encode in (TINY.encode, lambda text: TINY.encode_batch(["1", text])):
-        with pytest.raises(
-            ValueError, match=f"cannot encode {character!r}.* at character 10 of '<|user|>1 "
-        ):
-            encode(f"<|user|>1 {character} 2")
+    with pytest.raises(
+        ValueError, match=f"cannot encode {character!r}.* at character 10 of '<|user|>1 "
+    ):
+        TINY.encode(f"<|user|>1 {character} 2")
 
 
 def test_a_character_of_the_texts_joins_the_alphabet() -> None:
@@ -101,7 +96,7 @@ def test_training_is_repeatable_and_bounded() -> None:
 def test_save_and_load(tmp_path: Path) -> None:
     TINY.save(tmp_path, chat_template="{{ messages }}")
     loaded = Tokenizer.load(tmp_path)
-    assert loaded.encode_batch(TEXTS) == TINY.encode_batch(TEXTS)
+    assert [loaded.encode(t) for t in TEXTS] == [TINY.encode(t) for t in TEXTS]
     assert (loaded.stop_ids, loaded.vocab_size) == (TINY.stop_ids, TINY.vocab_size)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["eos_token"] == config["pad_token"] == "<|endoftext|>"
@@ -120,7 +115,7 @@ def test_transformers_reads_it_the_same(tmp_path: Path) -> None:
 
     TINY.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs(TEXTS)["input_ids"] == TINY.encode_batch(TEXTS)
+    assert theirs(TEXTS)["input_ids"] == [TINY.encode(t) for t in TEXTS]
     assert theirs.decode(TINY.encode(TEXTS[0])) == TEXTS[0]
     assert (theirs.eos_token_id, theirs.pad_token_id) == (TINY.eos_id, TINY.eos_id)
 
