@@ -50,12 +50,14 @@ class PackedBatch:
     cu_seqlens: Tensor
     """(N + 1,) int32, on the CPU: boundaries, from 0 to T"""
     fields: dict[str, Tensor] = field(default_factory=dict)
-    """anything else a head needs, per token (T,) or per document (N,)"""
+    """anything else a head needs, per token (T,)"""
+    document_fields: dict[str, Tensor] = field(default_factory=dict)
+    """and per document (N,)"""
     names: tuple[str, ...] = ()
     """the documents' names, for error messages; () if they have none"""
     rows: Tensor | None = None
-    """context parallel: which tokens of the whole micro-batch these T are; cu_seqlens, lengths and the fields per
-    document still speak of the whole documents. None means all, in order"""
+    """context parallel: which tokens of the whole micro-batch these T are; cu_seqlens, lengths and the
+    document fields still speak of the whole documents. None means all, in order"""
     context_group: dist.ProcessGroup | None = None
     """the ranks that hold the other tokens; None if there are none"""
 
@@ -93,12 +95,11 @@ class PackedBatch:
     def take(self, rows: Tensor, context_group: dist.ProcessGroup) -> "PackedBatch":
         """The tokens `rows` of this whole micro-batch, for the context rank that holds them."""
         assert self.rows is None, "already a part of a micro-batch"
-        T = self.num_tokens
         return replace(
             self,
             tokens_T=self.tokens_T[rows],
             targets_T=self.targets_T[rows],
-            fields={k: v[rows] if v.shape[0] == T else v for k, v in self.fields.items()},
+            fields={k: v[rows] for k, v in self.fields.items()},
             rows=rows,
             context_group=context_group,
         )
@@ -112,6 +113,9 @@ class PackedBatch:
             tokens_T=self.tokens_T.to(device, non_blocking=True),
             targets_T=self.targets_T.to(device, non_blocking=True),
             fields={k: v.to(device, non_blocking=True) for k, v in self.fields.items()},
+            document_fields={
+                k: v.to(device, non_blocking=True) for k, v in self.document_fields.items()
+            },
         )
 
 
@@ -143,7 +147,8 @@ def pack(documents: Sequence[Document], multiple_of: int = 1) -> PackedBatch:
     fields = {
         name: torch.tensor([v for d in documents for v in d.token_fields[name]] + [0] * tail)
         for name in first.token_fields
-    } | {
+    }
+    document_fields = {
         name: torch.tensor([d.document_fields[name] for d in documents] + [0] * bool(tail))
         for name in first.document_fields
     }
@@ -158,5 +163,6 @@ def pack(documents: Sequence[Document], multiple_of: int = 1) -> PackedBatch:
         ),
         cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         fields=fields,
+        document_fields=document_fields,
         names=tuple(d.name for d in documents) if any(d.name for d in documents) else (),
     )

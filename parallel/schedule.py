@@ -43,7 +43,8 @@ def run_schedule(
     """Runs every micro-batch through this rank's chunks; `on_hidden(index, prepared, hidden)` on the last stage.
 
     on_output: called on every stage with (index, prepared, this rank's chunk, what the chunk returned).
-    Interleaved stages work on multiples of `pipeline` micro-batches: one-token ones, which no head sees, fill up.
+    Interleaved stages work on multiples of `pipeline` micro-batches: one-token ones, which no head sees, come first. The
+    last must reach the head's weight: gradients that are reduced beside the computation wait for all of a bucket.
     """
     layout = model.world.layout
     if not microbatches:
@@ -57,12 +58,12 @@ def run_schedule(
             )
     longest = max(b.num_tokens for b in microbatches) if layout.pipeline > 1 else 0
     several = layout.virtual_pipeline > 1
-    number = _padded(len(microbatches), layout.pipeline) if several else len(microbatches)
+    first = len(microbatches) - _padded(len(microbatches), layout.pipeline) if several else 0
     prepared: dict[int, Prepared] = {}
 
     def forward_step(indices: Iterator[int], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         index = next(indices)
-        fills_up = index >= len(microbatches)
+        fills_up = index < 0
         if index not in prepared:
             batch = _one_token() if fills_up else microbatches[index]
             prepared[index] = _prepare(model, batch, longest)
@@ -75,12 +76,12 @@ def run_schedule(
             del prepared[index]
         return hidden, _no_loss if fills_up else phase("head")(partial(on_hidden, index, p))
 
-    iterators = [iter(range(number)) for _ in model.chunks]
+    iterators = [iter(range(first, len(microbatches))) for _ in model.chunks]
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if several else iterators[0],
         model=list(model.chunks) if several else model.chunks[0],
-        num_microbatches=number,
+        num_microbatches=len(microbatches) - first,
         seq_length=_padded(longest, layout.token_multiple),
         micro_batch_size=1,
         forward_only=forward_only,

@@ -214,7 +214,7 @@ def trainer_logprobs(model: Model, cases: Sequence[Case]) -> Tensor:
     ]
 
     def logprobs(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
-        temperature_M = batch.fields["temperature"][batch.document_ids_T]
+        temperature_M = batch.document_fields["temperature"][batch.document_ids_T]
         return linear_logprob(
             hidden_MD, weight_VD, batch.targets_T, temperature=temperature_M, group=group
         ).logp_M

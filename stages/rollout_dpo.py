@@ -223,7 +223,7 @@ def pair_batch(pairs: Sequence[Pair], reference_P2: Tensor, world: World) -> Pac
 
 def sequences_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """(sequence of each position (T,), reference log-prob of each sequence (2P,)), the padding document left out."""
-    reference_N = batch.fields["reference_logp"]
+    reference_N = batch.document_fields["reference_logp"]
     return batch.fields["sequence"], reference_N[: len(reference_N) // 2 * 2]
 
 

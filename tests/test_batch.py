@@ -28,7 +28,10 @@ def test_the_tail_is_a_dummy_document() -> None:
     assert batch.targets_T.tolist() == [2, 3, 4, -100]
     assert batch.cu_seqlens.tolist() == [0, 2, 3, 4]
     assert batch.fields["w"].tolist() == [0.5, 0.25, 1.0, 0.0]
-    assert batch.fields["id"].tolist() == [7, 8, 0] and batch.fields["id"].dtype == torch.int64
+    assert (
+        batch.document_fields["id"].tolist() == [7, 8, 0]
+        and batch.document_fields["id"].dtype == torch.int64
+    )
     assert batch.names == ("a:1", "a:2")
     assert pack([first, second], multiple_of=3).num_documents == 2
 

@@ -86,7 +86,29 @@ def rank(d: Draw) -> dict[str, tuple[float, dict[str, Tensor]]]:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_random_layout_matches_the_formulas(seed: int) -> None:
-    d = draw(seed)
+    check(draw(seed))
+
+
+INTERLEAVED = Layout(pipeline=2, virtual_pipeline=2)
+FOUND = {
+    "context ranks, documents of one token only": Draw(
+        Layout(context=2), 2, config(), [[1, 1], [5, 9]], {}
+    ),
+    "interleaved stages, overlap, an odd number of micro-batches": Draw(
+        INTERLEAVED, 2, config(), [[5, 9], [3, 4], [16, 1]], {"overlap": True}
+    ),
+    "the same on two replicas": Draw(
+        INTERLEAVED, 4, config(), [[5, 9], [16, 1]], {"overlap": True, "distributed_optimizer": True}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_random_draws_once_broke(name: str) -> None:
+    check(FOUND[name])
+
+
+def check(d: Draw) -> None:
     want = reference_losses(d.model, d.groups)
     for number, got in enumerate(run_ranks(rank, d.world_size, d, timeout_s=100)):
         for head, (loss, gradients) in want.items():

@@ -62,7 +62,7 @@ def policy(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group):
 
 def dpo(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group):
     loss, m = kernels.linear_dpo(
-        hidden_MD, weight_VD, batch.targets_T, batch.fields["sequence"], batch.fields["reference_logp"],
+        hidden_MD, weight_VD, batch.targets_T, batch.fields["sequence"], batch.document_fields["reference_logp"],
         nll_weight=0.2, group=group, sequence_group=batch.context_group,
     )  # fmt: skip
     return batch.once(loss), batch.once(m.num_pairs), {"margin": batch.once(m.margin_sum)}
@@ -97,7 +97,7 @@ def reference_losses(
                     weight,
                     targets,
                     f["sequence"],
-                    f["reference_logp"].double(),
+                    batch.document_fields["reference_logp"].double(),
                     nll_weight=0.2,
                 )
                 number = m.num_pairs

@@ -89,8 +89,8 @@ def test_forward_only_gives_each_micro_batch_s_result_on_every_rank(
 def weighted_head(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> tuple:
     """A loss counted by weights, per document and not whole numbers."""
     logp_M = log_probs(hidden_MD, weight_VD, batch, group=group)["logp"]
-    weight_M = batch.fields["weight"][batch.document_ids_T] * (batch.targets_T >= 0)
-    weight = batch.once(batch.fields["weight"].sum())
+    weight_M = batch.document_fields["weight"][batch.document_ids_T] * (batch.targets_T >= 0)
+    weight = batch.once(batch.document_fields["weight"].sum())
     return -(logp_M * weight_M).sum(), weight, {"logp": logp_M.detach().sum()}
 
 
