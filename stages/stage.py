@@ -5,6 +5,7 @@ runs/tiny/
   distill/ curate/   rows
   base/model/        what stage 1 starts from
   midtrain/ sft/ rollout_dpo/ rlvr/
+    begun.json       what an unfinished stage was begun from: settings and inputs
     model/           the result, a Hugging Face folder
     checkpoints/     to resume from; gone once the stage is complete
     metrics.jsonl    a row per step
@@ -47,6 +48,8 @@ INPUTS = {
 }
 # Settings that decide what every stage computes, beside its own.
 SHARED = ("seed", "model", "base", "chat_template", "rope_factors")
+# Settings of a stage that do not: an unfinished one may go on with others, and a complete one stays what it is.
+FREE = ("micro_rows", "micro_examples", "micro_pairs", "micro_rollouts", "checkpoint_every")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Stage:
 
     @classmethod
     def open(cls, run: RunConfig, name: str, *, redo: bool = False) -> "Stage":
-        """Raises ValueError when the stage is complete with other settings, or its inputs are missing."""
+        """Raises ValueError when the stage is complete with other settings or inputs, or its inputs are missing."""
         out = Path(run.out)
         path = out / name
         for earlier in INPUTS[name]:
@@ -73,19 +76,19 @@ class Stage:
                 )
         complete = (path / "summary.json").exists() and not redo
         if complete:
-            summary = read_json(path / "summary.json")
-            _same_settings(summary["settings"], settings(run, name), path)
-            for earlier, id in summary["inputs"].items():
-                if read_json(out / earlier / "summary.json")["id"] != id:
-                    raise ValueError(
-                        f"{path}: {earlier} was made again since; use --redo, or another out="
-                    )
+            _check_origin(path, read_json(path / "summary.json"), _origin(run, name))
         return cls(run, name, path, complete)
 
     @classmethod
     def begin(cls, run: RunConfig, name: str, world: World, *, redo: bool = False) -> "Stage":
-        """`open` and `prepare` on all ranks together."""
+        """`open` and `prepare` on all ranks together. ValueError also when the stage would go on from what was begun with
+        other settings or inputs."""
         stage = cls.open(run, name, redo=redo)
+        begun = stage.path / "begun.json"
+        if begun.exists() and not redo:
+            made = {path.name for path in stage.path.iterdir()} - {"begun.json", "metrics.jsonl"}
+            if made:
+                _check_origin(stage.path, read_json(begun), _origin(run, name))
         world.barrier()  # nobody removes or finishes anything before everybody has looked
         if world.is_main and not stage.complete:
             stage.prepare(redo=redo)
@@ -97,16 +100,15 @@ class Stage:
         if redo and self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "begun.json", _origin(self.run, self.name))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the stage complete. One rank calls it."""
-        out = Path(self.run.out)
-        inputs = {e: read_json(out / e / "summary.json")["id"] for e in INPUTS[self.name]}
+        begun = self.path / "begun.json"
         write_json(
-            self.path / "summary.json",
-            {"id": uuid.uuid4().hex, "inputs": inputs, "settings": settings(self.run, self.name)}
-            | summary,
+            self.path / "summary.json", {"id": uuid.uuid4().hex} | read_json(begun) | summary
         )
+        begun.unlink()
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
     def summary(self) -> dict[str, Any]:
@@ -124,8 +126,21 @@ def settings(run: RunConfig, name: str) -> dict[str, Any]:
     )
 
 
+def _origin(run: RunConfig, name: str) -> dict[str, Any]:
+    out = Path(run.out)
+    inputs = {e: read_json(out / e / "summary.json")["id"] for e in INPUTS[name]}
+    return {"inputs": inputs, "settings": settings(run, name)}
+
+
+def _check_origin(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    _same_settings(then["settings"], now["settings"], path)
+    for earlier, id in then["inputs"].items():
+        if now["inputs"][earlier] != id:
+            raise ValueError(f"{path}: {earlier} was made again since; use --redo, or another out=")
+
+
 def _same_settings(then: dict, now: dict, path: Path, prefix: str = "") -> None:
-    for key in sorted(then.keys() | now.keys()):
+    for key in sorted((then.keys() | now.keys()) - set(FREE)):
         a, b = then.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             _same_settings(a, b, path, f"{prefix}{key}.")

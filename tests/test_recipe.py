@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import psutil
 import pytest
 
 from phimini.parallel.launch import run_ranks
+from phimini.parallel.world import World
 from phimini.stages.cli import main
 from phimini.stages.jsonl import read_json
+from phimini.stages.stage import Interrupt
 
 MICRO = [
     "processes=1", "distill.num_problems=80", "distill.rollouts_per_problem=3", "distill.num_prompts=40",
@@ -123,6 +126,56 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(finished: Path, tmp_path:
     assert [row["step"] for row in got] == list(range(6))
     assert [row["loss"] for row in got] == pytest.approx([row["loss"] for row in want], abs=1e-5)
     assert got[-1]["validation_loss"] == pytest.approx(want[-1]["validation_loss"], abs=1e-5)
+
+
+def stopped_at_step(words: list[str], step: int) -> int:
+    """`phimini WORDS`, asked to stop after `step` steps."""
+
+    def stop() -> int:
+        asked: list[int] = []
+
+        def requested(self: Interrupt, world: World) -> bool:
+            asked.append(1)
+            return len(asked) == step
+
+        Interrupt.requested = requested
+        return main(words)
+
+    return run_ranks(stop, 1)[0]
+
+
+@pytest.mark.parametrize("change", ["seed=5", "midtrain.rows_per_step=8", "fp8=emulate", "curate"])
+def test_an_interrupted_stage_does_not_go_on_as_another(
+    change: str, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Half of a stage with one seed and half with another is neither; and its summary would name the second."""
+    run = tmp_path / "run"
+    for name in ("distill", "curate", "base"):
+        shutil.copytree(finished / name, run / name)
+    words = ["midtrain", "tiny", f"out={run}", *MICRO]
+    assert stopped_at_step(words, 3) == 130
+    if change == "curate":
+        assert command(["curate", *words[1:], "--redo"]) == 0
+        assert command(words) == 2
+        assert "midtrain: curate was made again since; use --redo" in capfd.readouterr().err
+    else:
+        assert command([*words, change]) == 2
+        assert f"midtrain was made with {change.split('=')[0]}=" in capfd.readouterr().err
+        # What changes nothing but the cost may change.
+        assert command([*words, "midtrain.micro_rows=1", "midtrain.checkpoint_every=2"]) == 0
+        assert [row["step"] for row in metrics(run, "midtrain")] == list(range(6))
+        assert command(words) == 0
+
+
+def test_a_stage_that_failed_before_it_made_anything_may_begin_otherwise(
+    finished: Path, tmp_path: Path
+) -> None:
+    for name in ("distill", "curate", "base"):
+        os.symlink(finished / name, tmp_path / name)
+    words = ["midtrain", "tiny", f"out={tmp_path}", *MICRO]
+    assert command([*words, "midtrain.sequence_length=20"]) == 2
+    assert command(words) == 0
+    assert read_json(tmp_path / "midtrain/summary.json")["settings"]["midtrain"]["sequence_length"] == 256  # fmt: skip
 
 
 def test_sigterm_to_torchrun_saves_and_says_how_to_go_on(finished: Path, tmp_path: Path) -> None:
