@@ -19,6 +19,7 @@ import multiprocessing
 import statistics
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from phimini.bench import rows as bench_rows
 from phimini.bench.memory import AllocationMeter
 from phimini.bench.rows import measured, write
 from phimini.model.config import ModelConfig, preset
-from phimini.parallel.builder import build_model
+from phimini.parallel.builder import Model, build_model
 from phimini.parallel.launch import run_ranks
 from phimini.parallel.layout import Layout
-from phimini.parallel.weight_sync import SyncReport
+from phimini.parallel.weight_sync import SyncReport, WeightSync
+from phimini.parallel.weight_sync_transport import InprocTransport
+from phimini.parallel.weight_sync_wait import completed
 from phimini.parallel.weights import to_hf
 from phimini.parallel.world import initialize
 from phimini.stages.config import RunConfig, override
@@ -39,7 +42,12 @@ from phimini.stages.recipes import tiny
 from phimini.stages.rollout_client import launch_engine
 from phimini.stages.rollout_separate import SeparateVllm
 from phimini.stages.rollout_vllm import ColocatedVllm
-from phimini.stages.rollout_vllm_settings import EngineSettings, engine_settings, require_vllm
+from phimini.stages.rollout_vllm_settings import (
+    EngineSettings,
+    bucket_bytes,
+    engine_settings,
+    require_vllm,
+)
 
 LAYOUTS = {"tp1": Layout(), "tp2": Layout(tensor=2), "pp2": Layout(pipeline=2)}
 TRANSPORTS = ("inproc", "shm", "gloo")
@@ -138,7 +146,10 @@ def measure(
     model = build_model(config, initialize(layout, config), seed=0)
     engine: ColocatedVllm | SeparateVllm
     if settings.transport == "inproc":
-        engine = ColocatedVllm(config, settings, model.world, run.rollout.deadline_s)
+        size = bucket_bytes(run, config, settings)
+        engine = ColocatedVllm(
+            config, settings, model.world, run.rollout.deadline_s, bucket_bytes=size
+        )
     else:
         engine = SeparateVllm(run, config, settings, model.world)
     reports: list[SyncReport] = []
@@ -150,8 +161,7 @@ def measure(
         copies.append(copy_ms(engine.last_sync.bytes, model.world.device))
     with AllocationMeter() as meter:
         if settings.transport == "inproc":
-            for _ in to_hf(model):  # what the engine allocates in this process is its own
-                pass
+            sync_to_nobody(model, size)  # what the engine allocates in this process is its own
         else:
             engine.sync(model)
     if isinstance(engine, SeparateVllm):
@@ -165,6 +175,29 @@ def measure(
     counts = {"parameters": last.parameters, "bytes": last.bytes, "copy_ms": copies[1:]}
     counts["total_ms"] = [1e3 * r.total_s for r in reports[1:]]
     return counts | medians | shares | {"peak_extra_bytes": meter.peak_bytes + own_bucket(engine)}
+
+
+class Nobody:
+    """Takes what it is sent without a look."""
+
+    name = "nobody"
+
+    def __init__(self) -> None:
+        self.checksums: dict[str, int] = {}
+
+    def call(self, phase: str, info: dict[str, Any]) -> "Future[list[dict[str, Any]]]":
+        entries = info["entries"] if phase == "update" else []
+        self.checksums |= {entry["name"]: entry["checksum"] for entry in entries}
+        seconds = dict.fromkeys(("load_s", "verify_s", "checksum_s"), 0.0)
+        answer = {"where": self.name, "checksums": self.checksums} | seconds
+        return completed(lambda: [answer])
+
+
+def sync_to_nobody(model: Model, size: int) -> None:
+    """The trainer's part of a sync inproc."""
+    transport = InprocTransport()
+    sync = WeightSync(model.config, transport, [Nobody()], bucket_bytes=size, deadline_s=60.0)
+    sync.sync(to_hf(model), 1)
 
 
 def copy_ms(num_bytes: int, device: torch.device) -> float:

@@ -2,8 +2,8 @@
 
     pause -> start -> (gather -> pack -> update: transfer, load) per bucket -> finish: verify -> resume
 
-The trainer streams whole tensors by their Hugging Face names and packs them into one bucket of fixed size; how a
-bucket travels is the transport's business (`weight_sync_transport.py`: inproc, shm, gloo; `weight_sync_cuda.py`:
+The trainer streams whole tensors by their Hugging Face names and packs them into one bucket of fixed size (inproc
+hands over as many by reference); how a bucket travels is the transport's business (`weight_sync_transport.py`: inproc, shm, gloo; `weight_sync_cuda.py`:
 ipc and nccl). Peak extra memory of a trainer rank is two buckets: the bucket, and one tensor being gathered.
 
 Every tensor carries a checksum that the engine's workers compare twice: with the bytes that arrived, before anything
@@ -25,12 +25,14 @@ from torch import Tensor
 
 from phimini.model.config import ModelConfig
 from phimini.parallel.weight_names import hf_names
-from phimini.parallel.weight_sync_checksum import checksum, fingerprint
+from phimini.parallel.weight_sync_checksum import checksums, fingerprint
 from phimini.parallel.weight_sync_fp8 import is_quantised, quantised_names, working_bytes
 from phimini.parallel.weight_sync_wait import Receiver, Wait, Watchdog, WeightSyncError
 
 __all__ = ["Entry", "Receiver", "SyncReport", "Transport", "Wait", "WeightSync", "WeightSyncError"]
 
+STILL_CACHED = 1 << 20
+"""bytes that a CPU has just written and still holds when it sums them"""
 ALIGNMENT = 16
 """bytes; tensors of a bucket start at multiples of it, so that any dtype can be viewed in place"""
 
@@ -265,9 +267,11 @@ class _Packer:
     def __init__(self, sync: WeightSync, wait: Wait, report: SyncReport) -> None:
         self.sync, self.wait, self.report = sync, wait, report
         self.buffer = sync.transport.buffer()
-        # Name, tensor or its copy, offset, checksum (on the device until the bucket is sent).
-        self.entries: list[tuple[str, Tensor, int, Tensor]] = []
-        self.used, self.number = 0, 0
+        self.entries: list[tuple[str, Tensor, int]] = []
+        """name, tensor or its copy, offset"""
+        self.sums: list[int] = []
+        """of the first entries"""
+        self.used, self.summed, self.number = 0, 0, 0
 
     def add(self, name: str, tensor: Tensor) -> None:
         sync, report = self.sync, self.report
@@ -276,39 +280,34 @@ class _Packer:
                 f"{name} has shape {tuple(tensor.shape)}, expected {sync.shapes.get(name)}"
             )
         num_bytes = tensor.numel() * tensor.element_size()
-        if self.buffer is None:
-            self.entries.append((name, tensor, 0, self.checksum(tensor)))
-            self.flush()
-            return
         if self.used + num_bytes > sync.bucket_bytes:
             self.flush()
         self.wait.at("pack", name)
         clock = time.perf_counter()
-        place = self.buffer[self.used : self.used + num_bytes].view(tensor.dtype).view(tensor.shape)
-        place.copy_(tensor)
+        if self.buffer is not None:
+            place = self.buffer[self.used : self.used + num_bytes]
+            tensor = place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
         report.pack_s += time.perf_counter() - clock
-        self.entries.append((name, place, self.used, self.checksum(place)))
+        self.entries.append((name, tensor, self.used))
         self.used += num_bytes + -num_bytes % ALIGNMENT
+        if tensor.is_cpu and self.used - self.summed >= STILL_CACHED:
+            self.sum()
 
-    def checksum(self, tensor: Tensor) -> Tensor:
-        """Of what has just been read or written, so that the cache still has it."""
+    def sum(self) -> None:
+        """The checksums that are missing, together: one by one each would find its code out of the cache."""
         clock = time.perf_counter()
-        value = checksum(tensor)
-        self.spent(clock)
-        return value
-
-    def spent(self, since: float) -> None:
-        self.report.checksum_s += time.perf_counter() - since
-        self.report.verify_s += time.perf_counter() - since
+        self.sums += checksums([tensor for _, tensor, _ in self.entries[len(self.sums) :]])
+        self.summed = self.used
+        spent = time.perf_counter() - clock
+        self.report.checksum_s += spent
+        self.report.verify_s += spent
 
     def flush(self) -> None:
         if not self.entries:
             return
         sync, report, wait = self.sync, self.report, self.wait
         wait.at("pack", self.entries[0][0])
-        clock = time.perf_counter()
-        sums = torch.stack([value for *_, value in self.entries]).tolist()
-        self.spent(clock)
+        self.sum()
         entries = [
             Entry(
                 name,
@@ -318,7 +317,7 @@ class _Packer:
                 t.numel() * t.element_size(),
                 value,
             )
-            for (name, t, offset, _), value in zip(self.entries, sums, strict=True)
+            for (name, t, offset), value in zip(self.entries, self.sums, strict=True)
         ]
         end = entries[-1].offset + entries[-1].num_bytes
         update = {
@@ -328,10 +327,11 @@ class _Packer:
         }
         wait.at("transfer", entries[0].name)
         clock = time.perf_counter()
-        sync.transport.send(sync.receivers, update, [t for _, t, *_ in self.entries], wait)
+        sync.transport.send(sync.receivers, update, [t for _, t, _ in self.entries], wait)
         report.transfer_s += time.perf_counter() - clock
         report.tensors += len(entries)
-        report.parameters += sum(t.numel() for _, t, *_ in self.entries)
+        report.parameters += sum(t.numel() for _, t, _ in self.entries)
         report.bytes += sum(entry.num_bytes for entry in entries)
         report.checksums.update({entry.name: entry.checksum for entry in entries})
-        self.entries, self.used, self.number = [], 0, self.number + 1
+        self.entries, self.sums, self.used, self.summed = [], [], 0, 0
+        self.number += 1

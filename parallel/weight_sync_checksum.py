@@ -2,88 +2,95 @@
 
 import functools
 import hashlib
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_COLUMNS, _ROWS = 128, 2048
-_ROW_BYTES = _COLUMNS * 8
-_HALF = 4
-"""bytes; by so much the columns' words begin later than the rows'"""
-_AT_ONCE = 32
-"""blocks that a GPU sums together: few kernels, and a copy of at most 64 MiB"""
+_ROWS, _COLUMNS = 127, 129
+_ROW_BYTES = 8 * _COLUMNS
+_BLOCK_BYTES = 8 * _ROWS * _COLUMNS
+_SUMS = _ROWS + _COLUMNS
+_CACHED = 4
+"""blocks (512 KiB) that a CPU still holds when it reads them for the second time"""
 _SEEDED = 4096
 """weights that one seed draws"""
 
 
-def checksum(tensor: Tensor) -> Tensor:
-    """A 0-d int64 of the tensor's bytes and their order; the same on any device, exact whatever the dtype.
+def checksum(tensor: Tensor) -> int:
+    """Of a tensor's bytes and their order, as a signed 64-bit number; the same on any device, exact whatever the dtype.
 
-    The bytes are int64 words in rows of 128 and blocks of 2,048 rows (2 MiB), the last row filled up with zeros. Each
-    row is summed modulo 2^64. So is each column of each block, but over the words that begin 4 bytes later, without
-    the tensor's last 4 bytes: what overflows in one sum, the top bits of a word, is in the middle of the other's.
-    Every sum s counts as s + floor(s / 2^32), times an odd number drawn at random for its place; the checksum is the
-    sum of that modulo 2^64, and the number of bytes. A tensor that does not fill its last row is copied to do so.
+    The bytes, filled up with zeros, are int64 words in blocks of 127 rows of 129. Each row and each column of a block is
+    summed modulo 2^64. Each sum s counts as s + floor(s / 2^32), times an odd number drawn at random for its place in
+    the block; the total of a block is multiplied by one for the block's place. The checksum is the sum of that modulo
+    2^64, and the number of bytes.
 
     What changes a row's or a column's sum is seen, but for a coincidence: one in 2^60 for bytes that are lost, old,
-    zeroed, shifted or exchanged; one in 2^32 where only top bits of 4-byte halves change, as with signs of fp32.
+    zeroed, shifted or exchanged; one in 2^32 where only top bits of words change, as with signs of every second fp32.
     A change that leaves every row's and every column's sum as it was is not seen: +d, -d, -d, +d in the corners of a
-    rectangle within one block is the simplest. Of signs of every second fp32 (every fourth bf16) that is an even
-    number in each row, and in each column as many from + to - as from - to +. Against faults, not an adversary.
+    rectangle within one block is the simplest, or, of top bits of words, an even number in each row and each column.
+    Rows and columns are odd in length so that no matrix is regular in that way. Against faults, not an adversary.
     """
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    num_bytes = data.numel()
-    if num_bytes % _ROW_BYTES or not num_bytes:
-        data = torch.nn.functional.pad(data, (0, -num_bytes % _ROW_BYTES or _ROW_BYTES))
-    rows = data.numel() // _ROW_BYTES
-    blocks = -(-rows // _ROWS)
-    sums_KS = data.new_zeros((blocks, min(rows, _ROWS) + _COLUMNS), dtype=torch.int64)
-    (_block_by_block if data.is_cpu else _at_once)(data, rows, sums_KS)
-    sums = sums_KS.view(-1)
-    weights = _weights(data.device, -(-sums.numel() // _SEEDED))[: sums.numel()]
-    return sums.add_(sums >> 32).mul_(weights).sum() + num_bytes
+    return checksums([tensor])[0]
 
 
-def _block_by_block(data: Tensor, rows: int, sums_KS: Tensor) -> None:
-    """For a CPU, which reads words wherever they begin: a block's second sum reads the cache."""
-    numbers = data.numpy()
-    words_NC = torch.from_numpy(numbers.view("int64").reshape(rows, _COLUMNS))
-    later = numbers[_HALF : _HALF - 8].view("int64")
-    whole = len(later) // _COLUMNS * _COLUMNS
-    later_NC = torch.from_numpy(later[:whole].reshape(-1, _COLUMNS))
-    for start, sums_S in zip(range(0, rows, _ROWS), sums_KS.unbind(), strict=True):
-        words_RC = words_NC[start : start + _ROWS]
-        torch.sum(words_RC, 1, out=sums_S[: len(words_RC)])
-        if start < len(later_NC):
-            torch.sum(later_NC[start : start + _ROWS], 0, out=sums_S[-_COLUMNS:])
-    sums_KS.numpy()[-1, -_COLUMNS:-1] += later[whole:]
+def checksums(tensors: Sequence[Tensor]) -> list[int]:
+    """`checksum` of each; a GPU is waited for once."""
+    sums = [_on_cpu(data) if data.is_cpu else _on_gpu(data) for data in map(_bytes, tensors)]
+    on_gpu = [value for value in sums if isinstance(value, Tensor)]
+    return torch.stack(on_gpu).tolist() if on_gpu else [int(value) for value in sums]
 
 
-def _at_once(data: Tensor, rows: int, sums_KS: Tensor) -> None:
-    """For a GPU: the same in few kernels, of the rows and then of the columns, whose words it copies."""
-    for start, num_rows in ((0, rows), (_HALF, rows - 1)):
-        whole = num_rows // _ROWS
-        spans = [(k, min(_AT_ONCE, whole - k), _ROWS) for k in range(0, whole, _AT_ONCE)]
-        if num_rows % _ROWS:
-            spans.append((whole, 1, num_rows % _ROWS))
-        for first, count, height in spans:
-            place = start + first * _ROWS * _ROW_BYTES
-            part = data[place : place + count * height * _ROW_BYTES]
-            part = part.clone() if start else part
-            words_KRC = part.view(torch.int64).view(count, height, _COLUMNS)
-            sums_S = sums_KS[first : first + count]
-            if start:
-                sums_S[:, -_COLUMNS:] = words_KRC.sum(1)
-            else:
-                sums_S[:, :height] = words_KRC.sum(2)
-    ends = data[_HALF - _ROW_BYTES : -_HALF].clone().view(torch.int64)
-    sums_KS[-1, -_COLUMNS:-1] += ends
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-@functools.lru_cache(maxsize=8)
-def _weights(device: torch.device, seeds: int) -> Tensor:
-    """Odd numbers; with more seeds more of them, after the same first ones."""
-    return torch.cat([_odd(_SEEDED, seed) for seed in range(seeds)]).to(device)
+def _on_cpu(tensor: Tensor) -> int:
+    data = tensor.numpy()  # torch refuses words that begin between two of its own
+    whole = len(data) // _BLOCK_BYTES
+    sums_KS = np.zeros((whole + 1, _SUMS), dtype=np.int64)
+    if whole:
+        blocks = data[: whole * _BLOCK_BYTES].view(np.int64).reshape(whole, _ROWS, _COLUMNS)
+        of_rows_KR, of_columns_KC = torch.from_numpy(sums_KS[:-1]).split((_ROWS, _COLUMNS), 1)
+        parts = (t.split(_CACHED) for t in (torch.from_numpy(blocks), of_rows_KR, of_columns_KC))
+        for words_KRC, rows_KR, columns_KC in zip(*parts, strict=True):
+            torch.sum(words_KRC, 2, out=rows_KR)
+            torch.sum(words_KRC, 1, out=columns_KC)
+    if len(data) > whole * _BLOCK_BYTES:
+        rest = data[whole * _BLOCK_BYTES :]
+        words_RC = np.zeros((-(-len(rest) // _ROW_BYTES), _COLUMNS), dtype=np.int64)
+        words_RC.reshape(-1).view(np.uint8)[: len(rest)] = rest
+        np.add.reduce(words_RC, 1, out=sums_KS[-1, : len(words_RC)])
+        np.add.reduce(words_RC, 0, out=sums_KS[-1, _ROWS:])
+    sums_KS += sums_KS >> 32
+    cpu = tensor.device
+    total = sums_KS @ _weights(cpu, _SUMS).numpy() @ _weights(cpu, whole + 1).numpy()
+    return (int(total) + len(data) + 2**63) % 2**64 - 2**63
+
+
+def _on_gpu(data: Tensor) -> Tensor:
+    """0-d int64; not waited for."""
+    if data.storage_offset() % 8:
+        data = data.clone()
+    whole = len(data) // _BLOCK_BYTES
+    sums_KS = data.new_zeros((whole + 1, _SUMS), dtype=torch.int64)
+    rest = data[whole * _BLOCK_BYTES :]
+    rest = torch.nn.functional.pad(rest, (0, _BLOCK_BYTES - len(rest)))
+    for first, part in ((0, data[: whole * _BLOCK_BYTES]), (whole, rest)):
+        part_KRC = part.view(torch.int64).view(-1, _ROWS, _COLUMNS)
+        part_KS = sums_KS[first : first + len(part_KRC)]
+        part_KS[:, :_ROWS], part_KS[:, _ROWS:] = part_KRC.sum(2), part_KRC.sum(1)
+    of_sum, of_block = (_weights(data.device, n) for n in (_SUMS, whole + 1))
+    of_block_K = (sums_KS + (sums_KS >> 32)).mul_(of_sum).sum(1)
+    return of_block_K.mul_(of_block).sum() + len(data)
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(device: torch.device, count: int) -> Tensor:
+    """Odd numbers; of more the first ones are the same."""
+    drawn = [_odd(_SEEDED, seed) for seed in range(-(-count // _SEEDED))]
+    return torch.cat(drawn)[:count].to(device)
 
 
 def _odd(count: int, seed: int) -> Tensor:

@@ -61,7 +61,7 @@ class ReadBack:
                     continue
                 part = self._part(entry.name, module, tensor)
                 same = part.numel() == tensor.numel()
-                value = entry.checksum if same else int(checksum(part))
+                value = entry.checksum if same else checksum(part)
                 first, columns_CN = 0, part[:0]
                 if part.ndim == 2:
                     first = entry.checksum % max(1, part.shape[1] - COLUMNS + 1)
@@ -137,7 +137,7 @@ class ReadBack:
             data = data[: indices.org_vocab_end_index - indices.org_vocab_start_index]
         key = data.data_ptr(), tuple(data.shape)
         if key not in self._sums:  # a tied head's is the embedding's
-            self._sums[key] = int(checksum(data))
+            self._sums[key] = checksum(data)
         if self._sums[key] == expected:
             return ""
         return f"the engine holds checksum {self._sums[key]}, it was sent {expected}"

@@ -38,7 +38,7 @@ from phimini.model.config import ModelConfig
 from phimini.parallel import weight_sync_cuda
 from phimini.parallel.weight_names import hf_names
 from phimini.parallel.weight_sync import Entry, entry_of
-from phimini.parallel.weight_sync_checksum import checksum
+from phimini.parallel.weight_sync_checksum import checksums
 from phimini.parallel.weight_sync_fp8 import SCALE_SUFFIX, quantised_names
 from phimini.parallel.weight_sync_readback import ReadBack
 from phimini.parallel.weight_sync_transport import (
@@ -199,7 +199,7 @@ class SyncEngine(WeightTransferEngine[SyncInit, SyncUpdate]):
             self.update.checksums[entry.name] = value
 
     def _arrived(self, entries: list[Entry], tensors: list[Tensor]) -> list[int]:
-        return torch.stack([checksum(t) for t in tensors]).tolist()
+        return checksums(tensors)
 
     def _kept(self, name: str, tensor: Tensor) -> Tensor:
         """vLLM keeps a tensor until its layer is complete: one of a pair must not change with the next bucket."""

@@ -29,7 +29,7 @@ _numbers = itertools.count()
 
 
 class InprocTransport:
-    """Trainer and engine share a process: tensors are handed over as they are, one at a time."""
+    """Trainer and engine share a process: tensors are handed over as they are."""
 
     name = "inproc"
 

@@ -25,6 +25,7 @@ from phimini.stages.rollout_engine import LOADED, Sampled, check_prompts
 from phimini.stages.rollout_vllm_settings import (
     EngineSettings,
     as_sent,
+    bucket_bytes,
     dtype_of,
     engine_arguments,
     engine_settings,
@@ -40,10 +41,17 @@ class ColocatedVllm:
     """A vLLM engine in every training rank, or one over each `engine_tensor_parallel` of them.
 
     vLLM allows one engine per process: `colocated_vllm` keeps it from stage to stage.
+    bucket_bytes: of tensors that it is given together in a sync, by reference.
     """
 
     def __init__(
-        self, config: ModelConfig, settings: EngineSettings, world: World, deadline_s: float
+        self,
+        config: ModelConfig,
+        settings: EngineSettings,
+        world: World,
+        deadline_s: float,
+        *,
+        bucket_bytes: int = 64 << 20,
     ) -> None:
         if world.world_size % settings.tensor_parallel:
             raise ValueError(
@@ -60,7 +68,7 @@ class ColocatedVllm:
             config,
             InprocTransport(),
             [_InprocReceiver(self)],
-            bucket_bytes=0,  # tensors are handed over one by one
+            bucket_bytes=bucket_bytes,
             deadline_s=deadline_s,
             dtype=dtype_of(settings),
             fp8=settings.fp8,
@@ -226,7 +234,8 @@ def colocated_vllm(run: RunConfig, config: ModelConfig, world: World) -> Colocat
     global _engine
     settings = engine_settings(run, config, "inproc")
     if _engine is None:
-        _engine = ColocatedVllm(config, settings, world, run.rollout.deadline_s)
+        size = bucket_bytes(run, config, settings)
+        _engine = ColocatedVllm(config, settings, world, run.rollout.deadline_s, bucket_bytes=size)
     if (_engine.config, _engine.settings) != (config, settings):
         raise ValueError(
             f"vllm: this process has an engine for {_engine.settings}, and can have no other; asked for {settings}"

@@ -57,7 +57,7 @@ class FakeEngine:
                 self._update(info)
             elif phase == "finish":
                 self.weights, self.staged, self.version = self.staged, {}, info["version"]
-                sums = {name: int(checksum(t)) for name, t in self.weights.items()}
+                sums = {name: checksum(t) for name, t in self.weights.items()}
                 answer |= {"checksums": sums, "load_s": 0.0, "verify_s": 0.0, "checksum_s": 0.0}
         except WeightSyncError as error:
             return [{"error": error.fields()}]
@@ -74,6 +74,6 @@ class FakeEngine:
             broadcast(self.group, data, 20.0)
             tensors = [entry.view(data) for entry in entries]
         for entry, tensor in zip(entries, tensors, strict=True):
-            if int(checksum(tensor)) != entry.checksum:
+            if checksum(tensor) != entry.checksum:
                 raise WeightSyncError("transfer", "worker 0", entry.name, "checksum differs")
             self.staged[entry.name] = self.spoil(entry.name, tensor).clone()
