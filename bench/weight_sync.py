@@ -6,10 +6,11 @@ its own, because counting costs time). Each row is the median of N syncs after a
 time: use an idle machine, or read the shares, which are medians of each sync's own. Status 1 where a trainer's rank
 needed more than two buckets. PATH.jsonl gets rows for `bench compare`, any other PATH a JSON list of plain ones.
 
-"checksums" is wall time around the checksums of what was sent and what arrived, against the target of 5 % of a sync.
-On two idle cores of a CPU (AMD EPYC, November 2026, 9 syncs) the target is missed everywhere: mid 7 to 11 % inproc, 10
-to 13 % shm, 9 to 10 % gloo; tiny 6.5 to 10 % inproc, 5.6 to 6.7 % shm and gloo. With none at all, those of reading back
-included, a sync inproc from tp1 takes 83 ms of CPU time instead of 92 (mid), 16.5 instead of 19.5 (tiny). No GPU was measured.
+"checksums" is how long those of what was sent and of what arrived keep a sync waiting, against the target of 5 % of it.
+On two cores of a CPU (AMD EPYC, November 2026, 9 syncs) the tiny model keeps to it but inproc from one rank (6 %), the mid
+one does not: 4 to 8 % inproc, 8 to 12 % shm, 6 to 8 % gloo. A sync moves some nine bytes for each byte of a weight, and
+so is bound by memory as a checksum is: reading 112 MiB once takes 3 ms, a sync inproc 80 ms. A second thread that
+summed while the first loaded made neither faster. No GPU was measured.
 """
 
 import argparse
