@@ -14,6 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from phimini.bench.clock import seconds
 from phimini.bench.paired import Rounds
 from phimini.bench.rows import Row, measured, write
 from phimini.model.tokenizer import Tokenizer, train_tiny_tokenizer
@@ -29,6 +32,7 @@ from phimini.stages.verify import verify
 
 ROUNDS = Rounds(seconds=60.0)
 QUICK_ROUNDS = Rounds(at_least=8, seconds=5.0)
+CPU = torch.device("cpu")
 CAPACITY = 256
 """tokens of a packed row, as in the tiny recipe"""
 
@@ -75,19 +79,19 @@ def bench(num_problems: int, rounds: Rounds) -> list[Row]:
         curate(run)
         works = works_of(run)
         right = {name: work.run() for name, work in works.items()}  # also the warm-up
-        seconds: dict[str, list[float]] = {name: [] for name in works}
+        taken: dict[str, list[float]] = {name: [] for name in works}
         python: list[float] = []
         start = time.process_time()
         while not python or not all(
-            rounds.enough(taken, python, time.process_time() - start) for taken in seconds.values()
+            rounds.enough(of_one, python, time.process_time() - start) for of_one in taken.values()
         ):
             for name, work in works.items():
-                seconds[name].append(_cpu_seconds(work.run))
-            python.append(_cpu_seconds(plain_python))
+                taken[name].append(seconds(work.run, CPU))
+            python.append(seconds(plain_python, CPU))
     return [
         measured(
             bench="data", case={"work": name, "amount": work.amount}, provider="phimini", unit=work.unit,
-            samples=[work.amount / s for s in seconds[name]] if right[name] else [], correct=right[name],
+            samples=[work.amount / s for s in taken[name]] if right[name] else [], correct=right[name],
             reference="python", reference_samples=[1 / s for s in python] if right[name] else [],
         )
         for name, work in works.items()
@@ -129,12 +133,6 @@ def plain_python() -> None:
     for number in range(40_000):
         key = str(number % 997)
         counts[key] = counts.get(key, 0) + number
-
-
-def _cpu_seconds(run: Callable[[], object]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
 
 
 if __name__ == "__main__":

@@ -270,9 +270,8 @@ def compare(task: str, run: RunConfig, python: Path, rounds: int, steps: int) ->
         "phimini", [sys.executable, "-W", "ignore", "-c", code, task, str(folder), str(steps)]
     )
     heard = {"phimini": ours.hear()}  # first: it writes the batch that both compute
-    script = (
-        Path(__file__).parent / "peers_trl.py"
-    )  # -P: its folder has a kernels.py, which transformers would import
+    script = Path(__file__).parent / "peers_trl.py"
+    # -P: its folder has a kernels.py, which transformers would import
     trl = Side(
         "trl",
         [str(python), "-P", "-W", "ignore", str(script), task, str(folder / task), str(steps)],

@@ -80,9 +80,8 @@ class TorchTraffic(TorchDispatchMode):
         if func.namespace not in ("aten", "prims"):
             with self:  # a custom op: count what its implementation does
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        with (
-            self
-        ):  # inside a custom op torch does not take composite operations (reshape, to) apart
+        # Inside a custom op torch does not take composite operations (reshape, to) apart.
+        with self:
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result

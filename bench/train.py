@@ -101,9 +101,8 @@ def bench(
 ) -> Row:
     """Times one stage of the tiny recipe with `assignments`."""
     num_steps = steps or (QUICK_STEPS if quick else STEPS)[stage]
-    total = (
-        WARM_UP + num_steps + 4
-    )  # one under the meter, two under the profiler, the last one validates
+    # One under the meter, two under the profiler, the last one validates.
+    total = WARM_UP + num_steps + 4
     with _shared_folder() as folder:
         settings = ["processes=1", *(SMALL_DATA if source is None else []), *(QUICK if quick else [])]  # fmt: skip
         run = override(recipe_config("tiny"), [*settings, *assignments, f"out={folder}"])

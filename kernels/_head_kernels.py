@@ -23,9 +23,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
-MASKED = tl.constexpr(
-    -1e30
-)  # a logit that is not there: finite, so that exp(z - max) * (z - max) is 0 and not NaN
+# A logit that is not there: finite, so that exp(z - max) * (z - max) is 0 and not NaN.
+MASKED = tl.constexpr(-1e30)
 
 # A chunk's rows start anywhere: whether these are aligned then must not compile a kernel anew.
 PER_ROW = ["targets_ptr", "inverse_temperature_ptr"]

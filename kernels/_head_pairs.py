@@ -110,9 +110,8 @@ def _sorted_plan(
         rows = rows_at(call.hidden_MD, call.targets_M, kept_M)
     length_S = torch.bincount(sequence_M, minlength=num_sequences)
     largest_S = length_S
-    if (
-        sequence_group is not None
-    ):  # all its ranks form the same groups: they sum log-probs group by group
+    if sequence_group is not None:
+        # All its ranks form the same groups: they sum log-probs group by group.
         largest_S = length_S.clone()
         dist.all_reduce(largest_S, op=dist.ReduceOp.MAX, group=sequence_group)
     groups = pair_groups(length_S.tolist(), largest_S.tolist(), call.chunk_rows)

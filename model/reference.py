@@ -12,6 +12,7 @@ Three ways to call `forward`:
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -219,19 +220,8 @@ class Phi4Mini(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal(0, initializer_range), drawn on the CPU so that every device gets the same numbers.
-
-        Projections into the residual stream are scaled by 1/sqrt(2L) (GPT-2's rule), norms are ones.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            if p.ndim == 1:
-                p.fill_(1.0)
-                continue
-            std = self.config.initializer_range
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= math.sqrt(2 * self.config.num_layers)
-            p.copy_(torch.randn(p.shape, generator=generator) * std)
+        for name, weight in initial_weights(self.config, seed):
+            self.get_parameter(name).copy_(weight)
 
     def _context(
         self,
@@ -275,6 +265,24 @@ class Phi4Mini(nn.Module):
         keys_S = torch.arange(longest, device=positions_BT.device)
         mask_BTS = cache.k_LBGSK.new_zeros(*positions_BT.shape, longest)
         return mask_BTS.masked_fill_(keys_S > positions_BT[..., None], -torch.inf)
+
+
+def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor), one at a time: normal(0, initializer_range), drawn on the CPU, so the same for every device.
+
+    Projections into the residual stream are scaled by 1/sqrt(2L) (GPT-2's rule), norms are ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = [(name, p.shape) for name, p in Phi4Mini(config).named_parameters()]
+    for name, shape in shapes:
+        if len(shape) == 1:
+            yield name, torch.ones(shape)
+            continue
+        std = config.initializer_range
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * config.num_layers)
+        yield name, torch.randn(shape, generator=generator) * std
 
 
 def _documents(cu_seqlens: Tensor | list[int], batch: int, num_tokens: int) -> list[slice]:

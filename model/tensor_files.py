@@ -112,9 +112,8 @@ def write_tensors(
             for i in range(len(shards))
         ]
         for old in [directory / INDEX_FILE, *directory.glob("model*.safetensors")]:
-            if not (
-                single and old.name == SINGLE_FILE
-            ):  # os.replace swaps a single file in one step
+            # os.replace swaps a single file in one step.
+            if not (single and old.name == SINGLE_FILE):
                 old.unlink(missing_ok=True)
         for temporary, file in zip(shards, files, strict=True):
             temporary.replace(directory / file)

@@ -170,9 +170,8 @@ class _CpuAttention(torch.autograd.Function):
             dks.append(dk)
             dvs.append(dv)
         dq_THK = _joined(dqs)
-        if len(k_SGK) == len(
-            q_THK
-        ):  # this rank holds all tokens: pieces are the documents, one after the other
+        if len(k_SGK) == len(q_THK):
+            # This rank holds all tokens: pieces are the documents, one after the other.
             dk_SGK, dv_SGK = _joined(dks), _joined(dvs)
         else:
             dk_SGK, dv_SGK = torch.zeros_like(k_SGK), torch.zeros_like(v_SGK)

@@ -4,7 +4,6 @@ GPTModel is deprecated upstream in favour of HybridModel; what the rest of the p
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from phimini.model.config import ModelConfig
-from phimini.model.reference import Phi4Mini
+from phimini.model.reference import initial_weights
 from phimini.parallel.attention import CoreAttention
 from phimini.parallel.fp8 import Fp8, check_alignment, is_fp8_layer, te_config_values
 from phimini.parallel.fp8_emulated import Fp8ColumnParallelLinear, Fp8RowParallelLinear, emulated
@@ -313,6 +312,7 @@ def build_model(
             gpt.cuda()
     model = Model(config, world, transformer_config, gpts)
     if seed is not None:
+        # Every rank draws all of them, one at a time, and keeps its shards: any layout starts equal.
         from_hf(model, initial_weights(config, seed))
     if trainable:
         ddp_values = dict(
@@ -366,21 +366,3 @@ def _build_chunk(
         position_embedding_type="none",  # CoreAttention rotates
         vp_stage=vp_stage,
     )
-
-
-def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor) in the order and with the numbers of `Phi4Mini.init_weights(seed)`.
-
-    One tensor at a time: every rank draws all of them and keeps its shards, so any layout starts equal.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        order = [(name, p.shape) for name, p in Phi4Mini(config).named_parameters()]
-    for name, shape in order:
-        if len(shape) == 1:
-            yield name, torch.ones(shape)
-            continue
-        std = config.initializer_range
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            std /= math.sqrt(2 * config.num_layers)
-        yield name, torch.randn(shape, generator=generator) * std

@@ -104,10 +104,8 @@ def install() -> None:
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
     tensor: Any = torch.Tensor
-    tensor.cuda = lambda self, *_, **__: (
-        self
-    )  # the copy of a tied embedding on the last pipeline stage
-
+    # The copy of a tied embedding on the last pipeline stage.
+    tensor.cuda = lambda self, *_, **__: self
     sys.meta_path.insert(0, _CpuFinder)  # pyright: ignore[reportArgumentType]
     if _PACKAGE in sys.modules:
         for thing in gc.get_objects():

@@ -17,8 +17,9 @@ tensorwise scale of a sharded weight is each rank's own. Slower than fp32, so fo
 
 What it costs the demo's stage 1 is measured by `phimini bench fp8` (README, Measured): 0.1 % of the loss on the same
 weights, averaged over the stage; of one model at the end of all 3,200 steps, where the loss is 0.05, 0.3 to 0.5 % (0.5 to
-0.9 % of the validation loss), with scales that are powers of two or not. Whole runs are compared over seeds only: points of two runs that differ in rounding alone part by several per
-cent. At all 3,200 steps of seed 2 the loss averaged over the stage was 0.3 % and, in another run, 1.0 % below fp32's.
+0.9 % of the validation loss), with scales that are powers of two or not. Whole runs are compared over seeds only: points
+of two runs that differ in rounding alone part by several per cent. At all 3,200 steps of seed 2 the loss averaged over
+the stage was 0.3 % and, in another run, 1.0 % below fp32's.
 M rows, N output and K input features; letters of a suffix are the axes of a tensor.
 """
 

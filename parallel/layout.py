@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from phimini.model.config import ModelConfig
+from phimini.model.flops import head_flops_per_token, layer_flops_per_token
 
 ContextKeys = Literal["auto", "gathered", "ring"]
 
@@ -109,7 +110,7 @@ class Layout:
         chunks = self.pipeline * self.virtual_pipeline
         if chunks == 1:
             return (model.num_layers,)
-        head_cost = model.vocab_size * model.model_dim / _layer_weights(model)
+        head_cost = model.num_layers * head_flops_per_token(model) / layer_flops_per_token(model)
 
         def worst(last: int) -> float:
             return max(-(-(model.num_layers - last) // (chunks - 1)), last + head_cost)
@@ -117,12 +118,6 @@ class Layout:
         last = min(range(1, model.num_layers - chunks + 2), key=lambda n: (worst(n), -n))
         each, more = divmod(model.num_layers - last, chunks - 1)
         return (*(each + (i >= chunks - 1 - more) for i in range(chunks - 1)), last)
-
-
-def _layer_weights(model: ModelConfig) -> int:
-    """Weights of one layer's matrices."""
-    attention = 2 * model.head_dim * (model.num_heads + model.num_kv_heads)
-    return model.model_dim * (attention + 3 * model.mlp_dim)
 
 
 def _tensor_sizes(model: ModelConfig) -> list[int]:

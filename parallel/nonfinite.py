@@ -109,7 +109,7 @@ def _gradient_findings(model: Model, index: int, batch: PackedBatch, loss: Any) 
     found: list[_Finding] = []
     handles: list[Any] = []
 
-    def watch(_: int, prepared: Prepared, chunk: int, hidden: Tensor) -> None:
+    def watch(prepared: Prepared, chunk: int, hidden: Tensor) -> None:
         def look(gradient: Tensor) -> None:
             if not torch.isfinite(gradient).all():
                 documents = _documents(model, prepared, gradient)
@@ -127,10 +127,10 @@ def _gradient_findings(model: Model, index: int, batch: PackedBatch, loss: Any) 
     if gpt.pre_process:
         handles.append(gpt.embedding.register_forward_hook(of_embedding))
 
-    def on_output(i: int, prepared: Prepared, chunk: int, hidden: Tensor) -> None:
-        watch(i, prepared, chunk, hidden)
+    def on_output(_: int, prepared: Prepared, chunk: int, hidden: Tensor) -> None:
+        watch(prepared, chunk, hidden)
         if chunk == 0 and embedded:
-            watch(i, prepared, chunk, embedded.pop())
+            watch(prepared, chunk, embedded.pop())
 
     model.zero_grad()
     with _without_reduction(model), torch.enable_grad():

@@ -1,6 +1,6 @@
 """The command `phimini plan`: its arguments, a plan as text for a person, and as JSON for a program
 
-phimini plan RECIPE [stage=NAME] gpu=h100 gpus=8 [--json PATH]
+phimini plan RECIPE [stage=NAME] [gpu=h100] [gpus=8] [--json PATH]
 """
 
 import json
@@ -43,7 +43,7 @@ def describe(plan: Plan) -> str:
 
 
 def main(arguments: list[str], config: ModelConfig, workloads: Mapping[str, Workload]) -> int:
-    """`[stage=NAME] gpu=NAME gpus=N [--json PATH]` for a recipe's model and stages; 0 if all fits, else 1.
+    """`[stage=NAME] [gpu=NAME] [gpus=N] [--json PATH]` for a recipe's model and stages; 0 if all fits, else 1.
 
     Without `stage` every stage is planned; the JSON is then that of the stage that needs the most memory,
     fits if all do, and has each one's under "stages". Raises ValueError for unknown words and values.

@@ -67,9 +67,8 @@ class ShmTransport:
 
     def open(self, receivers: Sequence[Receiver], info: Fields, wait: Wait) -> None:
         wait.at("init")
-        handle = os.memfd_create(
-            "phimini-weights"
-        )  # a file without a name: nothing is left when a process dies
+        # A file without a name: nothing is left when a process dies.
+        handle = os.memfd_create("phimini-weights")
         try:
             os.ftruncate(handle, self._bucket_bytes)
             path = f"/proc/{os.getpid()}/fd/{handle}"

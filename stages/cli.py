@@ -84,14 +84,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except LostRanks as lost:
         print(f"phimini: {lost}", file=sys.stderr, flush=True)
-        os._exit(
-            1
-        )  # not the interpreter's way: threads of gloo or NCCL may still wait for the missing
+        # Not the interpreter's way: threads of gloo or NCCL may still wait for the missing.
+        os._exit(1)
     except RankFailure as failure:
-        name, message = failure.error or (
-            "",
-            str(failure),
-        )  # without an error it died, and is named
+        # Without an error it died, and is named.
+        name, message = failure.error or ("", str(failure))
         if failure.error is not None and name not in EXPECTED:
             raise
         print(f"phimini: {message}", file=sys.stderr)

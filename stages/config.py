@@ -228,7 +228,7 @@ class RolloutConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """vLLM's; auto: bfloat16 on a GPU, float32 on a CPU"""
     quantization: Literal["none", "fp8"] = "none"
-    """vLLM quantises the weights when they arrive"""
+    """fp8: the trainer rounds the linears' weights to FP8, block by block, before they travel; needs a GPU"""
     memory_share: float = 0.5
     """of a GPU's memory, for one colocated vLLM engine"""
     oversample: float = 1.0

@@ -18,13 +18,9 @@ from phimini.stages.seeds import derive
 from phimini.stages.stage import Stage
 from phimini.stages.verify import verify
 
-ROLLOUT_FIELDS = {
-    "problem_id": str,
-    "question": str,
-    "answer": str,
-    "response": str,
-    "correct": bool,
-}
+GIVEN_FIELDS = {"question": str, "answer": str, "response": str}
+"""of a user's own rollout; what else our own have is worked out"""
+ROLLOUT_FIELDS = {"problem_id": str, **GIVEN_FIELDS, "correct": bool}
 PROBLEM_FIELDS = {"id": str, "question": str, "answer": str}
 
 
@@ -120,20 +116,10 @@ def _read(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict
         raise ValueError(
             f"distill.source: expected `generator`, a folder or a file of rollouts, got {source}"
         )
-    wanted = {
-        name: type_
-        for name, type_ in ROLLOUT_FIELDS.items()
-        if name not in ("problem_id", "correct")
-    }
     if source.is_file():
-        rows = [_verified(r, f"{source}:{i}") for i, r in enumerate(read_rows(source, wanted), 1)]
-        return _divide(run, rows)
+        return _divide(run, _read_rollouts(source, str(source)))
     rollouts, validation = (
-        [
-            _verified(row, f"{name}:{line}")
-            for line, row in enumerate(read_rows(source / name, wanted), 1)
-        ]
-        for name in ("rollouts.jsonl", "validation.jsonl")
+        _read_rollouts(source / name, name) for name in ("rollouts.jsonl", "validation.jsonl")
     )
     prompts = read_rows(source / "prompts.jsonl", PROBLEM_FIELDS)
     heldout = read_rows(source / "heldout.jsonl", PROBLEM_FIELDS)
@@ -179,6 +165,12 @@ def _divide(
         [row for row in validation if row["correct"]],
         problems[: config.num_heldout],
     )
+
+
+def _read_rollouts(path: Path, name: str) -> list[dict]:
+    """Ids and errors name the line of the file `name`."""
+    rows = read_rows(path, GIVEN_FIELDS)
+    return [_verified(row, f"{name}:{line}") for line, row in enumerate(rows, 1)]
 
 
 def _verified(row: dict, id: str) -> dict:

@@ -27,7 +27,7 @@ from phimini.parallel.layout import Layout
 from phimini.parallel.plan import MFUS, Plan, plan_stage
 from phimini.parallel.plan_memory import GIB, GPUS, Gpu
 from phimini.stages.config import RunConfig
-from phimini.stages.distill import PROBLEM_FIELDS
+from phimini.stages.distill import GIVEN_FIELDS, PROBLEM_FIELDS
 from phimini.stages.jsonl import read_rows
 from phimini.stages.midtrain import step_budget
 from phimini.stages.training import layout_of
@@ -40,8 +40,8 @@ ASSUMED_PAIRS = 300_000
 SAMPLED_ROWS = 200
 """rows of each data file that are read, checked and tokenised"""
 DATA_FILES = {
-    "rollouts.jsonl": {"question": str, "answer": str, "response": str},
-    "validation.jsonl": {"question": str, "answer": str, "response": str},
+    "rollouts.jsonl": GIVEN_FIELDS,
+    "validation.jsonl": GIVEN_FIELDS,
     "prompts.jsonl": PROBLEM_FIELDS,
     "heldout.jsonl": PROBLEM_FIELDS,
 }

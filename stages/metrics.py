@@ -38,9 +38,6 @@ class MetricsLog:
     def __init__(self, path: str | Path, total_steps: int, stage: str, is_main: bool) -> None:
         self.path = Path(path)
         self.is_main = is_main
-        self.total_tokens = 0
-        """of all rows, those of an interrupted run included"""
-        self.total_seconds = 0.0
         self._stage = stage
         self._bar = ProgressBar(total_steps, stage, is_main)
         self._file: IO[bytes] | None = None
@@ -77,8 +74,6 @@ class MetricsLog:
         if self.is_main and self._file is None:
             self._continue_file(step)
         self._last_step = step
-        self.total_tokens += tokens
-        self.total_seconds += seconds
         if self.is_main:
             numbers = {name: _plain(value) for name, value in values.items() if value is not None}
             rate = tokens / seconds if seconds > 0 else 0.0
@@ -114,20 +109,21 @@ class MetricsLog:
         """Opens the file behind the rows before `first_step`; later rows and a torn last line go."""
         kept: list[Row] = []
         lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
-        for number, line in enumerate(
-            lines[:-1], start=1
-        ):  # what follows the last \n is empty or torn
+        # What follows the last \n is empty or torn.
+        for number, line in enumerate(lines[:-1], start=1):
             try:
                 row = json.loads(line)
-                step, tokens, seconds = int(row["step"]), int(row["tokens"]), float(row["seconds"])
+                step, _tokens, _seconds = (
+                    int(row["step"]),
+                    int(row["tokens"]),
+                    float(row["seconds"]),
+                )
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{self.path}, line {number}: not a row of metrics: {line[:60]!r}"
                 ) from error
             if step < first_step:
                 kept.append(row)
-                self.total_tokens += tokens
-                self.total_seconds += seconds
         if len(kept) != len(lines) - 1 or lines[-1] or not self.path.exists():
             write_rows(self.path, kept)
         self._file = self.path.open("ab", buffering=0)
@@ -147,9 +143,8 @@ class ProgressBar:
         self._stream = stream or sys.stdout
         self._enabled = enabled
         self._on_terminal = enabled and self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._recent: deque[tuple[float, int, int]] = deque(
-            maxlen=_RECENT_STEPS + 1
-        )  # time, done, tokens
+        # time, done, tokens
+        self._recent: deque[tuple[float, int, int]] = deque(maxlen=_RECENT_STEPS + 1)
         self._recent.append((time.perf_counter(), 0, 0))
         self._drawn = ""
 
@@ -164,9 +159,8 @@ class ProgressBar:
         """`done` of the total are finished; `tokens` more went through since the last call."""
         if not self._on_terminal:
             return
-        if (
-            len(self._recent) == 1 and done > 1
-        ):  # a run that goes on: what was done before has no time here
+        if len(self._recent) == 1 and done > 1:
+            # A run that goes on: what was done before has no time here.
             self._recent[0] = (self._recent[0][0], done - 1, 0)
         self._recent.append((time.perf_counter(), done, self._recent[-1][2] + tokens))
         self._erase()

@@ -18,7 +18,6 @@ from phimini.model.chat import encode_prompt
 from phimini.model.config import ModelConfig
 from phimini.model.reference import Phi4Mini
 from phimini.model.sampler import SamplingParams
-from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import IGNORE, Document, PackedBatch, pack
 from phimini.parallel.builder import Model
 from phimini.parallel.step import forward_only
@@ -51,8 +50,6 @@ class Case:
     response: list[int]
     logprobs: list[float]
     temperature: float
-    text: str = ""
-    """what the prompt was encoded from, if known"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +57,11 @@ class Evidence:
     hypothesis: str
     mean_abs: float
     """mean |predicted - reported| log-prob if the hypothesis is true"""
-    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`cause` is one of: none, trainer kernel, weights, temperature, top-p, rope table, tokenizer, precision,
+    """`cause` is one of: none, trainer kernel, weights, temperature, top-p, rope table, precision,
     prefix cache, stale weights, engine."""
 
     cause: str
@@ -81,7 +77,7 @@ class Verdict:
             f"  {'if the cause were':<44}{'mean |dlogp| left':>18}",
         ]
         for e in self.evidence:
-            lines.append(f"  {e.hypothesis:<44}{e.mean_abs:>18.3g}  {e.note}".rstrip())
+            lines.append(f"  {e.hypothesis:<44}{e.mean_abs:>18.3g}")
         return "\n".join(lines)
 
 
@@ -151,7 +147,6 @@ def diagnose(
     cases: Sequence[Case],
     *,
     tolerance: float = 1e-4,
-    tokenizer: Tokenizer | None = None,
     max_new_tokens: int = 32,
 ) -> Verdict:
     """Bisects. Collective; the engine is sampled from and, if need be, synced. ValueError without cases."""
@@ -161,9 +156,9 @@ def diagnose(
     reported = torch.tensor([x for case in cases for x in case.logprobs])
     evidence: list[Evidence] = []
 
-    def left(hypothesis: str, predicted: Tensor, note: str = "") -> float:
+    def left(hypothesis: str, predicted: Tensor) -> float:
         size = (predicted - reported).abs().mean().item()
-        evidence.append(Evidence(hypothesis, size, note))
+        evidence.append(Evidence(hypothesis, size))
         return size
 
     truth = arbiter.logprobs(cases)
@@ -175,8 +170,6 @@ def diagnose(
         return Verdict("trainer kernel", detail, evidence)
     if whole <= tolerance:
         return Verdict("none", "Sampler and reference model agree on these answers.", evidence)
-    if found := _tokenizer(tokenizer, cases):
-        return Verdict("tokenizer", found, evidence)
     if found := _other_weights(engine, arbiter):
         return Verdict("weights" if "tensors" in found else "stale weights", found, evidence)
     for cause, predictions in _predictions(arbiter, cases).items():
@@ -280,13 +273,6 @@ def _predictions(
         "FP8 weights": lambda: arbiter.logprobs(cases, model=arbiter.in_fp8())
     }
     return predictions
-
-
-def _tokenizer(tokenizer: Tokenizer | None, cases: Sequence[Case]) -> str:
-    for case in cases:
-        if tokenizer is not None and case.text and tokenizer.encode(case.text) != case.prompt:
-            return "A prompt's text does not encode to the tokens that the sampler was given."
-    return ""
 
 
 def _other_weights(engine: RolloutEngine, arbiter: Arbiter) -> str:

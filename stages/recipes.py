@@ -84,9 +84,8 @@ def phi4_mini_reasoning() -> RunConfig:
         sequence_parallel=True,
         distributed_optimizer=True,
         distill=DistillConfig(source="data"),
-        curate=CurateConfig(
-            sft_examples=200_000, level_weights=(1.0,) * 5
-        ),  # paper: "compact"; five levels
+        # paper: "compact"; five levels
+        curate=CurateConfig(sft_examples=200_000, level_weights=(1.0,) * 5),
         midtrain=MidtrainConfig(
             optimizer=OptimizerSettings(
                 lr=1e-5,  # paper

@@ -134,10 +134,10 @@ def ladder_section(results: Row) -> str:
         for index, (name, colour) in enumerate(benchmarks)
     ]
     gains = [
-        (label, 100 * row["gain"] if "gain" in row else 50 * sum(row["gain_ci95"]), *(100 * x for x in row["gain_ci95"]))
+        (label, 100 * row["gain"], *(100 * x for x in row["gain_ci95"]))
         for label, row in zip(labels, stages, strict=True)
-        if row["gain_ci95"] is not None
-    ]  # fmt: skip
+        if row["gain"] is not None
+    ]
     charts = [
         figure("This run, held-out problems", ladder_chart(labels, ours), "whiskers: 95 % interval")
     ]
@@ -187,7 +187,7 @@ def ladder_table(stages: Sequence[Row]) -> str:
         rows.append([
             text(stage_name(row["stage"])),
             f"<strong>{percent(row['mean_at_8'])}</strong> <small>{interval(row['ci95'])}</small>",
-            "" if gain is None else f"{100 * row.get('gain', sum(gain) / 2):+.1f} <small>{interval(gain, sign='+')}</small>",
+            "" if gain is None else f"{100 * row['gain']:+.1f} <small>{interval(gain, sign='+')}</small>",
             percent(row["greedy"]),
             percent(row["pass_at_8"]),
             *((f"{row['steps']:,}", f"{row['tokens']:,}", duration(row["seconds"])) if row["steps"] else [""] * 3),

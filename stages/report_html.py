@@ -28,12 +28,12 @@ def figure(title: str, svg: str, note: str, *, note_is_html: bool = False) -> st
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], css: str = "") -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """`head` is text, the cells of `rows` are HTML."""
     heads = "".join(f"<th>{text(name)}</th>" for name in head)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return (
-        f'<div class="scroll"><table class="{css}"><thead><tr>{heads}</tr></thead>'
+        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

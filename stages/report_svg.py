@@ -190,9 +190,8 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
 
 def _padded(values: Sequence[float], share: float) -> Point:
     low, high = min(values), max(values)
-    if high - low <= 1e-12 * max(
-        abs(low), abs(high)
-    ):  # a flat curve stands in the middle, over zero
+    if high - low <= 1e-12 * max(abs(low), abs(high)):
+        # A flat curve stands in the middle, over zero.
         return (low - abs(low), high + abs(high)) if high else (0.0, 1.0)
     return low - share * (high - low), high + share * (high - low)
 

@@ -86,7 +86,7 @@ class _Server:
         self.writer: asyncio.StreamWriter | None = None
         self.ops: dict[str, Callable[[Message], Awaitable[Message]]] = {
             "hello": self.hello, "generate": self.generate, "cancel": self.cancel,
-            "sync": self.sync, "reset": self.reset, "shutdown": self.shutdown,
+            "sync": self.sync, "reset": self.reset,
         }  # fmt: skip
 
     async def run(self, host: str, port: int, announce: Callable[[int], None]) -> None:
@@ -151,9 +151,8 @@ class _Server:
             self.send({"id": id, **task.result()})
         elif not self.engine.errored:
             self.send({"id": id, "error": f"{type(error).__name__}: {error}"})
-        elif (
-            not self.stop.is_set()
-        ):  # no answer: a connection that ends says that the engine is gone
+        elif not self.stop.is_set():
+            # No answer: a connection that ends says that the engine is gone.
             print(f"phimini: the vLLM engine died: {error}", file=sys.stderr, flush=True)
             self.stop.set()
 
@@ -256,10 +255,6 @@ class _Server:
         if self.version is None:
             await self.engine.abort(list(self.requests))
         await self.engine.resume_generation()
-
-    async def shutdown(self, message: Message) -> Message:
-        self.stop.set()
-        return {}
 
 
 def _start_engine(arguments: dict[str, Any]) -> Any:

@@ -97,9 +97,8 @@ def _score_interval(mean: float, trials: float, z: float) -> tuple[float, float]
 @cache
 def _student_t(degrees: int) -> float:
     """The 97.5 % point of Student's t distribution, within 1e-4."""
-    if (
-        degrees > 60
-    ):  # Cornish-Fisher expansion around the normal point (Abramowitz and Stegun 26.7.5)
+    if degrees > 60:
+        # Cornish-Fisher expansion around the normal point (Abramowitz and Stegun 26.7.5).
         z = _Z
         return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
     low, high = _Z, 13.0

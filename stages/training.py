@@ -163,10 +163,9 @@ class Progress:
     def finish(self, tokenizer: Tokenizer, summary: Row) -> None:
         """Export the model as a Hugging Face folder and mark the stage complete."""
         directory = self.stage.path / "model"
-        export_hf(self.model, directory)
+        export_hf(self.model, directory, tokenizer=tokenizer)
         spent = self.time_spent()
         if self.world.is_main:
-            tokenizer.save(directory)
             self.stage.finish(self.state | spent | summary)
         self.world.barrier()
 

@@ -78,11 +78,6 @@ def judge(response: str, answer: str) -> Verdict:
     return Verdict(reason == "equal", extracted, reason)
 
 
-def reward(verdict: Verdict) -> float:
-    """+1.0 if correct, else -1.0 (arXiv 2504.21233, stage 4)."""
-    return 1.0 if verdict.correct else -1.0
-
-
 def extract_answer(text: str) -> str | None:
     r"""What stands in the last `\boxed{...}` of `text`, stripped; None if there is none or it is not closed.
 

@@ -26,8 +26,9 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # pyr
 from transformer_engine.pytorch.utils import assert_dim_for_fp8_exec  # pyright: ignore[reportMissingImports]
 
 from phimini.model.config import ModelConfig
+from phimini.model.reference import initial_weights
 from phimini.parallel.batch import Document, pack
-from phimini.parallel.builder import build_model, initial_weights
+from phimini.parallel.builder import build_model
 from phimini.parallel.fp8 import Fp8
 from phimini.parallel.fp8_emulated import Fp8Recipe
 from phimini.parallel.launch import run_ranks

@@ -44,14 +44,12 @@ def test_a_row_holds_plain_numbers_and_the_measured_speed(
         {"step": 0, "loss": 0.5, "lr": 1e-3, "zero_groups": 3, "tokens": 500, "tokens_per_second": 250.0, "seconds": 2.0},
         {"step": 1, "loss": None, "grad_norm": None, "done": 1, "tokens": 500, "tokens_per_second": 1000.0, "seconds": 0.5},
     ]  # fmt: skip
-    assert (log.total_tokens, log.total_seconds) == (1000, 2.5)
 
 
 def test_only_rank_0_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with MetricsLog(tmp_path / "metrics.jsonl", 10, "sft", is_main=False) as log:
         log.write(0, tokens=500, loss=0.5)
     assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
-    assert log.total_tokens == 500
 
 
 def test_a_run_that_goes_on_cuts_what_it_does_again(tmp_path: Path, clock: list[float]) -> None:
@@ -69,7 +67,6 @@ def test_a_run_that_goes_on_cuts_what_it_does_again(tmp_path: Path, clock: list[
     assert [(row["step"], row["loss"]) for row in rows_of(path)] == [
         (0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)
     ]  # fmt: skip
-    assert (log.total_tokens, log.total_seconds) == (600, 6.0)
 
 
 def test_a_stage_done_anew_starts_an_empty_file(tmp_path: Path) -> None:
@@ -78,7 +75,6 @@ def test_a_stage_done_anew_starts_an_empty_file(tmp_path: Path) -> None:
             log.write(0, tokens=1, loss=loss)
             log.write(1, tokens=1, loss=loss)
     assert [(row["step"], row["loss"]) for row in rows_of(log.path)] == [(0, 2.0), (1, 2.0)]
-    assert log.total_tokens == 2
 
 
 def test_a_killed_process_loses_no_row(tmp_path: Path) -> None:

@@ -61,6 +61,22 @@ def test_each_stage_leaves_a_model_a_summary_and_a_row_per_step(finished: Path) 
     assert "validation_loss" in metrics(finished, "midtrain")[-1]
 
 
+def test_each_stages_model_is_described_like_the_base(finished: Path) -> None:
+    """Where generation ends too: without it transformers and `vllm serve` would write on until the limit."""
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
+        base = read_json(finished / "base" / "model" / name)
+        for stage in ("midtrain", "sft", "rollout_dpo"):
+            assert read_json(finished / stage / "model" / name) == base, (stage, name)
+    assert (
+        len(read_json(finished / "sft" / "model" / "generation_config.json")["eos_token_id"]) == 2
+    )
+
+
 def test_the_loss_falls(finished: Path) -> None:
     rows = metrics(finished, "midtrain") + metrics(finished, "sft")
     assert rows[-1]["loss"] < rows[0]["loss"] - 1

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phimini.stages import verify_symbolic
-from phimini.stages.verify import extract_answer, judge, reward, verify
+from phimini.stages.verify import extract_answer, judge, verify
 
 
 def boxed(answer: str) -> str:
@@ -120,13 +120,13 @@ def cases(table: dict[str, list[str]]) -> list[tuple[str, str]]:
 def test_spellings_of_the_answer(answer: str, response: str) -> None:
     verdict = judge(boxed(response), answer)
     assert verdict.correct and verdict.reason == "equal", verdict
-    assert verify(boxed(response), answer) and reward(verdict) == 1.0
+    assert verify(boxed(response), answer)
 
 
 @pytest.mark.parametrize(("answer", "response"), cases(DIFFERENT), ids=str)
 def test_another_answer(answer: str, response: str) -> None:
     verdict = judge(boxed(response), answer)
-    assert not verdict and not verify(boxed(response), answer) and reward(verdict) == -1.0
+    assert not verdict and not verify(boxed(response), answer)
 
 
 @pytest.mark.parametrize(("answer", "response"), cases(WORK_LEFT_UNDONE), ids=str)
