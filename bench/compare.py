@@ -12,7 +12,8 @@ device under DIR (bench/baselines). What is held to what, row by row (the same b
     faster    never fails
 
 A row whose bands are so wide that a slow-down of twice the limit would hide in them passes as `noisy`, and is named:
-measure it again, for longer. A row of another project's provider that is held to nothing is a yardstick and never fails. Exit status:
+measure it again, for longer. A row of another project's provider that is held to nothing is a yardstick and never fails.
+Exit status:
 
     0  every row passed
     1  a row is slower, needs more memory, is wrong or is gone

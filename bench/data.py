@@ -2,8 +2,8 @@
 
 What a stage does before its first GPU second, and stage 4 after each answer: reading examples, packing them, judging
 answers. Units of work per second of the process's CPU time. All of it is Python, so each is held to a fixed loop of
-plain Python measured in the same rounds, which go on until every ratio is known (`paired.Rounds`). Checked in the same run: every example is packed once and whole, every
-verdict is the one that the data came with.
+plain Python measured in the same rounds, which go on until every ratio is known (`paired.Rounds`). Checked in the same
+run: every example is packed once and whole, every verdict is the one that the data came with.
 """
 
 import argparse

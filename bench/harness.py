@@ -12,13 +12,11 @@ A result that is wrong is not timed: its row has the error and no times.
 """
 
 import functools
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from phimini.bench.memory import peak_extra_bytes
 from phimini.bench.paired import Rounds
+from phimini.parallel.doctor import cpu_name
 
 # dense bf16 FLOP/s, HBM bytes/s, from the data sheets. A device that is not listed gets no percentage.
 PEAKS = {
@@ -226,10 +225,7 @@ def _extra_bytes(call: _Call, device: torch.device) -> int | None:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    return cpu_name()
 
 
 def percent_of_peak(case: Case, which: str, ms: float) -> float | None:

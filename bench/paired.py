@@ -13,8 +13,8 @@ So the estimate is of the ratio within a round, and of its logarithm:
 Rounds must be independent for that: the harness gives every one its own copies of the inputs, because where they
 happen to lie decides up to 30 % of a short op's time (swiglu's ratio to eager moved by 14 % from run to run before, by
 2 % since, with six other processes on each core). What a process never moves again, such as Python's own objects, no
-round shows: a plain loop over a dictionary differed by 20 % between processes. Bless several runs together, then: the baseline's band takes in
-what lay between them.
+round shows: a plain loop over a dictionary differed by 20 % between processes. Bless several runs together, then: the
+baseline's band takes in what lay between them.
 """
 
 import math

@@ -3,8 +3,9 @@
     python -m phimini.bench.static_report [op ...] [--json PATH] [--check]
 
 Needs triton's wheel alone (it brings ptxas, cuobjdump and nvdisasm), no GPU and no driver. Each bench file
-offers its kernels with `static_cases()`, and other projects' with `peer_static_cases()`: the arguments as a real launch on Phi-4-Mini's shapes gives them, since
-triton specialises on them (an int divisible by 16 turns 16-bit accesses into 128-bit ones).
+offers its kernels with `static_cases()`, and other projects' with `peer_static_cases()`: the arguments as a real launch
+on Phi-4-Mini's shapes gives them, since triton specialises on them (an int divisible by 16 turns 16-bit accesses into
+128-bit ones).
 
 Columns: registers per thread; spills, instructions that read or write local memory; shared_bytes per program;
 mma, the tensor-core instruction (on sm_100 with its PTX name, tcgen05); global_access_bits, the width through

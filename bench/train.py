@@ -35,7 +35,6 @@ from phimini.bench.memory import AllocationMeter, peak_rss_bytes
 from phimini.bench.rows import Row, write
 from phimini.bench.train_rows import RankResult, describe, make_row
 from phimini.parallel.launch import run_ranks
-from phimini.parallel.layout import Layout
 from phimini.parallel.timing import Recorder, phase
 from phimini.parallel.world import World, initialize
 from phimini.stages import rollout_groups
@@ -46,6 +45,7 @@ from phimini.stages.recipe import DATA, TRAINING
 from phimini.stages.recipes import recipe_config
 from phimini.stages.seeds import derive
 from phimini.stages.stage import INPUTS
+from phimini.stages.training import layout_of
 
 STAGES = {"midtrain": "midtrain", "sft": "sft", "dpo": "rollout_dpo", "rlvr": "rlvr"}
 WARM_UP = 3
@@ -176,14 +176,7 @@ def measure_stage(
 ) -> Row:
     """One rank: runs the stage, and gives all ranks' row."""
     run = _for_steps(run, stage, total)
-    layout = Layout(
-        tensor=run.tensor_parallel,
-        pipeline=run.pipeline_parallel,
-        virtual_pipeline=run.virtual_pipeline,
-        context=run.context_parallel,
-        sequence_parallel=run.sequence_parallel,
-    )
-    world = initialize(layout, model_config(run), seed=run.seed)
+    world = initialize(layout_of(run), model_config(run), seed=run.seed)
     watcher = _Watcher(world, stage, num_steps, profile)
     recorder = Recorder(world.device, lambda done: watcher.after_step(done, recorder))
     with _coin_rewards(coin), timed_collectives(), recorder:

@@ -174,6 +174,13 @@ def _join() -> tuple[dist.Store, int, int]:
     return dist.PrefixStore(f"phimini-doctor-{attempt}", store), rank, world_size
 
 
+def cpu_name() -> str:
+    """The processor's model, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return models[0] if models else platform.machine()
+
+
 def _facts(device: torch.device) -> dict[str, Any]:
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for package in _PACKAGES:
@@ -181,10 +188,7 @@ def _facts(device: torch.device) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    name = platform.machine()
-    cpus = Path("/proc/cpuinfo")
-    if cpus.exists() and (models := re.findall(r"model name\s*: (.*)", cpus.read_text())):
-        name = models[0]  # two kinds of CPU may round a product differently
+    name = cpu_name()  # two kinds of CPU may round a product differently
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from phimini.parallel.doctor import cpu_name
 from phimini.parallel.world import World
 from phimini.stages.base import base
 from phimini.stages.config import RunConfig, to_dict
@@ -118,13 +119,4 @@ def write_results(run: RunConfig, evaluations: list[dict], peak_rss: int, second
 
 def machine() -> str:
     """Processor model and number of cores, as far as the system tells."""
-    name = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.split(":", 1)[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if "model name" in line
-        ]
-        name = models[0] if models else name
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{cpu_name()}, {os.cpu_count()} cores"

@@ -97,6 +97,11 @@ def test_a_replica_s_ranks_are_one_and_replicas_add_up() -> None:
     assert (gpu.counts["tokens"], gpu.total_s) == (20, 2.0)
 
 
+def test_the_layout_is_the_runs_own() -> None:
+    row = bench("midtrain", [*SMALL, "processes=2", "context_parallel=2", "context_keys=ring"], steps=5)  # fmt: skip
+    assert (row.case["context"], row.case["context_keys"]) == (2, "ring") and row.correct
+
+
 def test_a_collective_is_communication() -> None:
     def rank() -> float:
         torch.distributed.init_process_group("gloo")
