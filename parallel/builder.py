@@ -29,7 +29,13 @@ from torch import Tensor, nn
 from phimini.model.config import ModelConfig
 from phimini.model.reference import initial_weights
 from phimini.parallel.attention import CoreAttention
-from phimini.parallel.fp8 import Fp8, check_alignment, is_fp8_layer, te_config_values
+from phimini.parallel.fp8 import (
+    Fp8,
+    check_alignment,
+    check_recompute,
+    is_fp8_layer,
+    te_config_values,
+)
 from phimini.parallel.fp8_emulated import Fp8ColumnParallelLinear, Fp8RowParallelLinear, emulated
 from phimini.parallel.layers import (
     ColumnParallelLinear,
@@ -288,11 +294,7 @@ def build_model(
     fp8: of the linears between the first and the last layer. Raises ValueError where their shards do not fit it.
     """
     if fp8 is not None:
-        if recompute == "selective" and not fp8.emulate:
-            raise ValueError(
-                "recompute: expected none or full with Transformer Engine, whose linears keep their inputs themselves, "
-                "in FP8; got selective"
-            )
+        check_recompute(recompute, fp8)
         check_alignment(config, world.layout, fp8)
     if dtype is None:
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32

@@ -382,7 +382,7 @@ def main(arguments: list[str]) -> int:
     axes = {}
     for word in arguments:
         key, separator, value = word.partition("=")
-        if separator and key in ("tensor", "pipeline", "context") and value.isdigit():
+        if separator and key in ("tensor", "pipeline", "context") and value.isdecimal():
             axes[key] = int(value)
         elif word != "--dist":
             raise ValueError(

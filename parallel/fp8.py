@@ -89,6 +89,14 @@ def check_alignment(config: ModelConfig, layout: Layout, fp8: Fp8) -> None:
             )
 
 
+def check_recompute(recompute: str, fp8: Fp8) -> None:
+    if recompute == "selective" and not fp8.emulate:
+        raise ValueError(
+            "recompute: expected none or full with Transformer Engine, whose linears keep their inputs themselves, in FP8; "
+            "got selective"
+        )
+
+
 def is_fp8_layer(layer: int, num_layers: int) -> bool:
     """The first and the last layer are the most sensitive and stay as they are."""
     return 0 < layer < num_layers - 1

@@ -200,7 +200,7 @@ def _value(key: str, text: str, expected: object) -> object:
             raise ValueError(f"launch {key}={text}: expected true or false")
         return text == "true"
     if expected is int:
-        if not text.isdigit():
+        if not text.isdecimal():
             raise ValueError(f"launch {key}={text}: expected a whole number")
         return int(text)
     return None if text == "none" else text

@@ -12,8 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, get_args
 
+import torch
+
 from phimini.model.config import ModelConfig
 from phimini.model.flops import attention_flops, head_flops_per_token, layer_flops_per_token
+from phimini.parallel import fp8
 from phimini.parallel.layout import Layout
 from phimini.parallel.plan_memory import (
     CUDA_BYTES,
@@ -178,16 +181,27 @@ def plan_stage(
     """The best few layouts of `world_size` GPUs for `workload`, or, if nothing fits, the nearest misses and why.
 
     recomputes: consider only these modes; `selective` is left out with FP8, where a run refuses it.
-    layouts: consider only these (as given, or with `data` None). Raises ValueError if one does not
-    divide the world or the model, or if the global batch cannot be divided over any layout's replicas.
+    layouts: consider only these (as given, or with `data` None).
+
+    Raises ValueError for what a run refuses: a layout that does not divide the world, the model or its FP8 products, a
+    recipe that the GPU has not, a global batch that cannot be divided over any layout's replicas.
     """
     if world_size < 1:
         raise ValueError(f"plan: expected at least 1 GPU, got {world_size}")
+    if workload.fp8 != "none" and len(recomputes) == 1:
+        fp8.check_recompute(recomputes[0], _fp8(workload, gpu))
     candidates = _planned(config, workload, gpu, world_size, layouts, recomputes)
     if not candidates:
+        near = (
+            (1 << world_size.bit_length() - 1, 1 << world_size.bit_length())
+            if layouts is None
+            else ()
+        )
+        fits = [str(n) for n in near if _planned(config, workload, gpu, n, None, recomputes)]
+        hint = f"; {' or '.join(fits)} GPUs would do" if fits else ""
         raise ValueError(
-            f"plan: rows_per_step {workload.rows_per_step} cannot be divided into micro-batches of "
-            f"{workload.micro_rows} rows over the replicas of any layout of {world_size} GPUs"
+            f"plan, {workload.stage}: rows_per_step {workload.rows_per_step} cannot be divided into micro-batches of "
+            f"{workload.micro_rows} rows over the replicas of any layout of {world_size} GPUs{hint}"
         )
     fitting = sorted((c for c in candidates if c.fits), key=lambda c: c.relative_cost)
     because = None
@@ -218,6 +232,8 @@ def _planned(
         if layouts is not None
         else _possible_layouts(config, world_size)
     )
+    if workload.fp8 != "none":
+        resolved = _aligned(config, _fp8(workload, gpu), resolved, ask=layouts is None)
     planned = []
     for layout, recompute in product(resolved, recomputes):
         assert layout.data is not None, "resolve fills it in"
@@ -267,6 +283,29 @@ def _possible_layouts(config: ModelConfig, world_size: int) -> list[Layout]:
             found.append(layout.resolve(world_size, config))
         except ValueError:
             continue  # not a layout of this world and model
+    return found
+
+
+def _fp8(workload: Workload, gpu: Gpu) -> fp8.Fp8:
+    assert workload.fp8 != "none", "asked only where there is FP8"
+    chosen = fp8.choose("te", workload.fp8, torch.device("cuda"), gpu.capability)
+    assert chosen is not None, "mode te is FP8, or an error"
+    return chosen
+
+
+def _aligned(
+    config: ModelConfig, how: fp8.Fp8, layouts: list[Layout], *, ask: bool
+) -> list[Layout]:
+    """Those whose shards an FP8 product can take; all must, unless we `ask` which do."""
+    found = []
+    for layout in layouts:
+        try:
+            fp8.check_alignment(config, layout, how)
+        except ValueError:
+            if not ask:
+                raise
+        else:
+            found.append(layout)
     return found
 
 

@@ -54,7 +54,7 @@ def main(arguments: list[str], config: ModelConfig, workloads: Mapping[str, Work
         raise ValueError(f"plan gpu={gpu_name}: {nearest(gpu_name, GPUS)}")
     if stage is not None and stage not in workloads:
         raise ValueError(f"plan stage={stage}: {nearest(stage, workloads)}")
-    if not values.get("gpus", "8").isdigit():
+    if not values.get("gpus", "8").isdecimal():
         raise ValueError(f"plan gpus={values['gpus']}: expected a number")
     world_size = int(values.get("gpus", "8"))
     chosen = [workloads[stage]] if stage is not None else list(workloads.values())
@@ -67,7 +67,10 @@ def main(arguments: list[str], config: ModelConfig, workloads: Mapping[str, Work
         document = largest.to_json() | {"fits": fits}
         if len(plans) > 1:
             document["stages"] = {plan.workload.stage: plan.to_json() for plan in plans}
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        try:
+            path.write_text(json.dumps(document, indent=1) + "\n")
+        except OSError as error:
+            raise ValueError(f"plan --json {path}: cannot be written: {error.strerror}") from error
     return 0 if fits else 1
 
 

@@ -15,7 +15,7 @@ from phimini.parallel.layout import Layout
 from phimini.parallel.weight_names import LAYER_NAMES, hf_names
 
 Recompute = Literal["none", "selective", "full"]
-Fp8 = Literal["none", "tensorwise", "blockwise", "mxfp8"]
+Fp8 = Literal["none", "auto", "tensorwise", "blockwise", "mxfp8"]
 GIB = 2**30
 # Estimates, not measured here; `plan` lists them among its assumptions.
 NCCL_BYTES_PER_GROUP = int(0.35 * GIB)
@@ -32,15 +32,17 @@ class Gpu:
     """what torch may allocate in all"""
     peak_flops: float
     """dense bf16 FLOP/s; the base of MFU in fp8 runs, too"""
+    capability: tuple[int, int]
+    """CUDA's compute capability: which FP8 recipes it has"""
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu(name="a100", memory_bytes=int(79.1 * GIB), peak_flops=312e12),
-        Gpu(name="h100", memory_bytes=int(79.1 * GIB), peak_flops=989e12),
-        Gpu(name="h200", memory_bytes=int(139.8 * GIB), peak_flops=989e12),
-        Gpu(name="b200", memory_bytes=int(178.3 * GIB), peak_flops=2250e12),
+        Gpu(name="a100", memory_bytes=int(79.1 * GIB), peak_flops=312e12, capability=(8, 0)),
+        Gpu(name="h100", memory_bytes=int(79.1 * GIB), peak_flops=989e12, capability=(9, 0)),
+        Gpu(name="h200", memory_bytes=int(139.8 * GIB), peak_flops=989e12, capability=(9, 0)),
+        Gpu(name="b200", memory_bytes=int(178.3 * GIB), peak_flops=2250e12, capability=(10, 0)),
     )
 }
 

@@ -94,6 +94,8 @@ def examine(run: RunConfig, gpus: int, gpu: str | None) -> tuple[list[str], list
     """
     if gpu is not None and gpu not in GPUS:
         raise ValueError(f"dry run: gpu={gpu}: {nearest(gpu, GPUS)}")
+    if gpus < 1:
+        raise ValueError(f"dry run: gpus={gpus}: expected at least 1")
     config = preset(run.model)
     problems = check_inputs(run, config)
     layout = planned_layout(run).resolve(gpus, config)

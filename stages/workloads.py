@@ -10,8 +10,7 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
     """By stage. Lengths are the configured limits: real answers are shorter, so memory is an upper bound."""
     dpo, rl = run.rollout_dpo, run.rlvr
     shares_gpu = run.rollout.placement == "colocated"
-    recipe = "blockwise" if run.fp8_recipe == "auto" else run.fp8_recipe
-    fp8 = recipe if run.fp8 == "te" else "none"
+    fp8 = run.fp8_recipe if run.fp8 == "te" else "none"
     workload = partial(Workload, fp8=fp8, zero1=run.distributed_optimizer)
     return {
         "midtrain": workload(

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -322,6 +323,32 @@ def test_every_parameter_is_on_some_stage(pipeline: int, tied: bool) -> None:
 
 
 # --- the document --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("recipe", "gpu", "layouts", "recomputes", "message"),
+    [
+        ("auto", "a100", None, ("none", "full"), "a GPU of compute capability 8.0 has no FP8 recipe"),
+        ("mxfp8", "h100", None, ("none", "full"), "fp8_recipe=mxfp8: .* 9.0 can do blockwise, tensorwise"),
+        ("auto", "h100", [Layout(tensor=8)], ("none",), r"over tensor 8 is .* not a multiple of 128"),
+        ("auto", "h100", None, ("selective",), "recompute: expected none or full with Transformer Engine"),
+    ],
+    ids=["no fp8", "other recipe", "shards", "recompute"],
+)  # fmt: skip
+def test_fp8_that_a_run_would_refuse_is_refused(
+    recipe: Any, gpu: str, layouts: Any, recomputes: Any, message: str
+) -> None:
+    odd = dataclasses.replace(PHI, mlp_dim=8256) if layouts else PHI
+    workload = dataclasses.replace(MIDTRAIN, fp8=recipe)
+    with pytest.raises(ValueError, match=message):
+        plan_stage(odd, workload, GPUS[gpu], 8, layouts=layouts, recomputes=recomputes)
+
+
+def test_only_layouts_whose_shards_fp8_can_take_are_proposed() -> None:
+    narrow = dataclasses.replace(PHI, mlp_dim=8320)  # 65 x 128
+    workload = dataclasses.replace(MIDTRAIN, fp8="auto")
+    planned = plan_stage(narrow, workload, GPUS["h100"], 8, best=1000).layouts
+    assert {p.layout.tensor for p in planned} == {1}
+
+
 def test_json_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     workloads = {
         "midtrain": MIDTRAIN,
@@ -368,8 +395,10 @@ def test_what_does_not_fit_says_why_and_what_would() -> None:
 
 def test_bad_requests_are_explained() -> None:
     odd = Workload(stage="x", sequence_length=1, rows_per_step=3, micro_rows=2)
-    with pytest.raises(ValueError, match="rows_per_step 3 cannot be divided"):
+    with pytest.raises(ValueError, match="plan, x: rows_per_step 3 cannot be divided"):
         plan_stage(PHI, odd, GPUS["h100"], 16)
+    with pytest.raises(ValueError, match="any layout of 7 GPUs; 4 or 8 GPUs would do"):
+        plan_stage(PHI, MIDTRAIN, GPUS["h100"], 7)
     with pytest.raises(ValueError, match="world size 6 is not a multiple"):
         plan_stage(PHI, MIDTRAIN, GPUS["h100"], 6, layouts=[Layout(tensor=4)])
     with pytest.raises(ValueError, match="trained_share"):
@@ -378,6 +407,11 @@ def test_bad_requests_are_explained() -> None:
         (["gpu=v100"], "expected one of a100, h100, h200, b200"),
         (["stage=sft"], "expected one of midtrain"),
         (["gpus=many"], "expected a number"),
+        (["gpus=²"], "expected a number"),
+        (
+            ["--json", "/nowhere/plan.json"],
+            "plan --json /nowhere/plan.json: cannot be written: No such",
+        ),
         (["layout=best"], "unknown argument 'layout=best'"),
         (["--json"], "expected a path"),
     ):

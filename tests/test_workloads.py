@@ -27,7 +27,7 @@ def test_what_a_setting_changes() -> None:
     kl = workloads(override(run, ["rlvr.kl_coef=0.1"]))["rlvr"]
     assert kl.reference_model and kl.extra_forwards == 1
     assert workloads(override(run, ["rollout.placement=separate"]))["rlvr"].rollout_sequences == 0
-    assert {x.fp8 for x in workloads(override(run, ["fp8=te"])).values()} == {"blockwise"}
+    assert {x.fp8 for x in workloads(override(run, ["fp8=te"])).values()} == {"auto"}
     assert {x.fp8 for x in workloads(override(run, ["fp8=emulate"])).values()} == {"none"}
     plain = dataclasses.replace(run, distributed_optimizer=False)
     assert not any(x.zero1 for x in workloads(plain).values())
