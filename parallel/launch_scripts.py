@@ -74,9 +74,12 @@ class LaunchSettings:
             raise ValueError(f"launch max_restarts={self.max_restarts}: expected at least 0")
         if not self.command:
             raise ValueError("launch: no command; put it behind --, e.g. `-- recipe tiny`")
-        if not re.fullmatch(r"[\w.-]+", self.name):
+        if self.port > 65535:
+            raise ValueError(f"launch port={self.port}: expected at most 65535")
+        # torchrun would take a name that begins with '-' for an option.
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(
-                f"launch name={self.name!r}: expected letters, digits, '.', '_' and '-'"
+                f"launch name={self.name!r}: expected letters, digits, '_' and, not first, '.' and '-'"
             )
         if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", self.time):
             raise ValueError(

@@ -201,6 +201,8 @@ def test_sigterm_for_the_script_reaches_torchrun(tmp_path: Path) -> None:
         ),
         (["slurm", "time=soon", "--", "recipe"], "expected Slurm's form"),
         (["slurm", "name=a b", "--", "recipe"], "expected letters"),
+        (["slurm", "name=-a", "--", "recipe"], "expected letters"),
+        (["slurm", "port=70000", "--", "recipe"], "port=70000: expected at most 65535"),
         (["slurm", "partition=a\n#SBATCH --x", "--", "recipe"], "expected one word"),
         (["slurm", "numa=1", "--", "recipe"], "expected true or false"),
     ],
