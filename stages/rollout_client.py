@@ -1,7 +1,10 @@
 """The trainer's end of an engine process: a connection, what is outstanding on it, and whether it still lives."""
 
+import contextlib
 import dataclasses
 import multiprocessing
+import queue
+import select
 import socket
 import threading
 import time
@@ -19,6 +22,7 @@ from phimini.stages.rollout_wire import Message, encode, receive, split_address
 class EngineClient:
     """One engine process. Every call returns a future; all of them fail with ConnectionError when the engine goes.
 
+    No call waits for the engine: one that stopped reading is as silent as any other, and whoever waits has a deadline.
     It is also what `WeightSync` calls a receiver.
     """
 
@@ -29,14 +33,19 @@ class EngineClient:
         self.process = process
         self.heard = time.monotonic()
         """when the engine last said anything"""
-        self._socket = socket.create_connection(split_address(address), timeout_s)
+        try:
+            self._socket = socket.create_connection(split_address(address), timeout_s)
+        except OSError as error:
+            raise ConnectionError(f"{self.name}: nothing answers there: {error}") from error
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._lock = threading.Lock()
         self._number = 0
         self._futures: dict[int, Future] = {}
         self._gone: str | None = None
-        threading.Thread(target=self._listen, name=f"listen to {self.name}", daemon=True).start()
+        self._unsent: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        for action in (self._listen, self._talk):
+            threading.Thread(target=action, name=f"{self.name}: {action}", daemon=True).start()
 
     @property
     def alive(self) -> bool:
@@ -48,8 +57,13 @@ class EngineClient:
         return len(self._futures)
 
     def silent_s(self) -> float:
-        """Seconds since the engine last said anything; it beats every second while its model answers."""
-        return time.monotonic() - self.heard
+        """Seconds since the engine last said anything; it beats every second while its model answers.
+
+        What has come and was not listened to yet counts: this process may itself have been stopped.
+        """
+        arrived = select.poll()
+        arrived.register(self._socket, select.POLLIN)
+        return 0.0 if arrived.poll(0) else time.monotonic() - self.heard
 
     def ask(self, op: str, **fields: Any) -> "Future[Message]":
         """Raises ConnectionError if the engine is known to be gone."""
@@ -59,12 +73,7 @@ class EngineClient:
                 raise ConnectionError(f"{self.name}: {self._gone}")
             self._number += 1
             self._futures[self._number] = future
-            data = encode({"id": self._number, "op": op, **fields})
-            try:
-                self._socket.sendall(data)
-            except OSError as error:
-                del self._futures[self._number]
-                raise ConnectionError(f"{self.name}: {error}") from error
+            self._unsent.put(encode({"id": self._number, "op": op, **fields}))
         return future
 
     def hello(self, config: ModelConfig, settings: EngineSettings, timeout_s: float) -> Message:
@@ -95,15 +104,10 @@ class EngineClient:
         self._lose(why)
         if self.process is not None:
             self.process.kill()
-        self._socket.close()
 
     def close(self) -> None:
         """Ends a connection; an engine of ours then ends too, any other waits for its next trainer."""
         self._lose("closed")
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it was closed from the other side
         self._socket.close()
         if self.process is not None:
             self.process.join(10)
@@ -111,25 +115,39 @@ class EngineClient:
                 self.process.kill()
 
     def _listen(self) -> None:
-        while (message := receive(self._socket)) is not None:
-            self.heard = time.monotonic()
-            if "id" not in message:
-                continue
-            with self._lock:
-                future = self._futures.pop(message["id"], None)
-            if future is None:
-                continue
-            if "error" in message:
-                future.set_exception(RuntimeError(message["error"]))
-            else:
-                future.set_result(message)
+        try:
+            while (message := receive(self._socket)) is not None:
+                self.heard = time.monotonic()
+                self._take(message)
+        except ConnectionError as error:
+            self._lose(str(error))
         self._lose("the engine process ended")
+
+    def _take(self, message: Message) -> None:
+        with self._lock:
+            future = self._futures.pop(message.get("id", 0), None)
+        if future is None:
+            return  # a beat
+        if "error" in message:
+            future.set_exception(RuntimeError(message["error"]))
+        else:
+            future.set_result(message)
+
+    def _talk(self) -> None:
+        while (data := self._unsent.get()) is not None:
+            try:
+                self._socket.sendall(data)
+            except OSError as error:
+                self._lose(str(error))
 
     def _lose(self, why: str) -> None:
         with self._lock:
             if self._gone is None:
                 self._gone = why
             futures, self._futures = list(self._futures.values()), {}
+        self._unsent.put(None)
+        with contextlib.suppress(OSError):  # it was closed from the other side
+            self._socket.shutdown(socket.SHUT_RDWR)
         for future in futures:
             future.set_exception(ConnectionError(f"{self.name}: {self._gone}"))
 

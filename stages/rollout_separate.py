@@ -7,6 +7,7 @@ on its machine. Weights travel by rollout.transport: shm and gloo on a CPU, ipc 
 import dataclasses
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,28 +131,7 @@ class SeparateVllm:
 
     def _open(self, run: RunConfig, context: Any) -> None:
         rollout = run.rollout
-        if rollout.addresses:
-            engines = [
-                EngineClient(address, name=f"engine {i}")
-                for i, address in enumerate(rollout.addresses)
-            ]
-        else:
-            context = context or multiprocessing.get_context("spawn")
-            devices = rollout.devices or ("",) * rollout.num_engines
-            if len(devices) != rollout.num_engines:
-                raise ValueError(
-                    f"rollout.devices: expected one entry for each of {rollout.num_engines} engines, got {devices}"
-                )
-            started = [
-                launch_engine(self.config, self.settings, devices=d, context=context)
-                for d in devices
-            ]
-            engines = [
-                EngineClient(f"127.0.0.1:{wait(START_S)}", name=f"engine {i}", process=process)
-                for i, (process, wait) in enumerate(started)
-            ]
-        for engine in engines:
-            engine.hello(self.config, self.settings, rollout.deadline_s)
+        engines = self._served(run) if rollout.addresses else self._started(run, context)
         per_engine = 2 * self.settings.max_num_seqs
         self._service = RolloutService(
             engines, deadline_s=rollout.deadline_s, per_engine=per_engine
@@ -167,6 +147,46 @@ class SeparateVllm:
             merging=self._world.layout.tensor > 1,
             pause=rollout.pause,
         )
+
+    def _served(self, run: RunConfig) -> list[EngineClient]:
+        engines = []
+        try:
+            for i, address in enumerate(run.rollout.addresses):
+                engines.append(EngineClient(address, name=f"engine {i}"))
+                engines[i].hello(self.config, self.settings, run.rollout.deadline_s)
+        except (RuntimeError, OSError) as error:
+            for engine in engines:
+                engine.close()
+            raise ValueError(f"rollout.addresses: {error}") from error
+        return engines
+
+    def _started(self, run: RunConfig, context: Any) -> list[EngineClient]:
+        rollout = run.rollout
+        context = context or multiprocessing.get_context("spawn")
+        devices = rollout.devices or ("",) * rollout.num_engines
+        if len(devices) != rollout.num_engines:
+            raise ValueError(
+                f"rollout.devices: expected one entry for each of {rollout.num_engines} engines, got {devices}"
+            )
+        started = [
+            launch_engine(self.config, self.settings, devices=d, context=context) for d in devices
+        ]
+        try:
+            engines = [
+                EngineClient(f"127.0.0.1:{wait(START_S)}", name=f"engine {i}", process=process)
+                for i, (process, wait) in enumerate(started)
+            ]
+            for engine in engines:
+                engine.hello(self.config, self.settings, rollout.deadline_s)
+        except (
+            BaseException
+        ):  # Ctrl-C too: an engine ends with its trainer's connection, if it has one
+            for process, _ in started:
+                process.kill()
+            raise
+        # multiprocessing waits for its processes at the end; an engine ends with its connection, not before.
+        Finalize(self, self.close, exitpriority=1)
+        return engines
 
     def _take(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         if not self._world.is_main:

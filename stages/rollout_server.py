@@ -10,11 +10,13 @@ that it was in the middle of leaves the engine refusing to sample until a whole 
 import asyncio
 import ctypes
 import dataclasses
+import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +68,9 @@ def run_server(
         os.setsid()  # a terminal's Ctrl-C reaches every process of its session, vLLM's core too
     if owned and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    trainer = multiprocessing.parent_process()
+    if owned and trainer is not None and not trainer.is_alive():
+        return  # it was killed while this process imported: nobody would ever end it
     torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
     asyncio.run(_Server(config, settings, owned).run(host, port, announce))
 
@@ -95,7 +100,9 @@ class _Server:
         with tempfile.TemporaryDirectory(prefix="phimini-vllm-") as folder:
             write_engine_config(self.config, self.settings, folder)
             self.engine = _start_engine(engine_arguments(self.settings, folder))
-            await self.engine.collective_rpc("phimini_guard", args=(os.getpid(),))
+            workers = await self.engine.collective_rpc("phimini_guard", args=(os.getpid(),))
+            if sys.platform == "linux":
+                _unname_shared_memory(workers)
         server = await asyncio.start_server(self.connection, host, port)
         beats = asyncio.create_task(self.beat())
         beats.add_done_callback(self.beats_ended)
@@ -255,6 +262,15 @@ class _Server:
         if self.version is None:
             await self.engine.abort(list(self.requests))
         await self.engine.resume_generation()
+
+
+def _unname_shared_memory(workers: list[int]) -> None:
+    """On a CPU, workers of one engine meet in shared memory that vLLM 0.32 never removes; they have it mapped by now."""
+    for pid in workers:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            path = line[line.find("/") :]
+            if path.startswith("/dev/shm/") and "-cpushm_" in path:
+                Path(path).unlink(missing_ok=True)
 
 
 def _start_engine(arguments: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ its spans say which tokens came from which weights. Groups may be oversampled: o
 the rest of it is called back.
 """
 
+import contextlib
 import dataclasses
 import queue
 import sys
@@ -109,6 +110,7 @@ class RolloutService:
         while not batch.complete:
             batch.send()
             batch.receive()
+            batch.give_up_silent()
         return batch.done
 
 
@@ -158,15 +160,12 @@ class _Batch:
             )
 
     def receive(self) -> None:
-        """Takes one answer, or gives up an engine that has been silent for too long."""
+        """Takes one answer, if one comes soon."""
         try:
             progress, engine, future = self.events.get(
                 timeout=min(0.2, self.service.deadline_s / 4)
             )
         except queue.Empty:
-            for engine in self.service.alive:
-                if self.load[engine] and engine.silent_s() > self.service.deadline_s:
-                    engine.kill(f"silent for {engine.silent_s():.1f} s")
             return
         self.load[engine] -= 1
         progress.engine = None
@@ -198,6 +197,11 @@ class _Batch:
             progress, "length" if answer["finish_reason"] == "abort" else answer["finish_reason"]
         )
 
+    def give_up_silent(self) -> None:
+        for engine in self.service.alive:
+            if self.load[engine] and engine.silent_s() > self.service.deadline_s:
+                engine.kill(f"silent for {engine.silent_s():.1f} s")
+
     def finish(self, progress: _Progress, reason) -> None:
         request = progress.request
         assert request.id not in self.done, f"request {request.id} was answered twice"
@@ -224,5 +228,5 @@ class _Batch:
             else:
                 self.waiting.remove(progress)
         for engine, requests in running.items():
-            if engine.alive:
+            with contextlib.suppress(ConnectionError):  # it is gone, and what it had with it
                 engine.ask("cancel", requests=requests)

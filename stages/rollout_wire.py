@@ -44,22 +44,26 @@ def receive(connection: socket.socket) -> Message | None:
 def split_address(address: str) -> tuple[str, int]:
     """`host:port` -> (host, port). ValueError for anything else."""
     host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdigit():
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"rollout.addresses: expected host:port, got {address!r}")
     return host, int(port)
 
 
 def _checked(length: int) -> int:
     if length > MAX_BYTES:
-        raise ConnectionError(
-            f"a message of {length} bytes: the other side does not speak this protocol"
-        )
+        raise ConnectionError(f"the other side does not speak this protocol: {length} bytes")
     return length
 
 
 def _decode(length: int, body: bytes) -> Message:
     assert len(body) == length, "read exactly"
-    return json.loads(body)
+    try:
+        message = json.loads(body)
+    except ValueError as error:
+        raise ConnectionError(f"the other side does not speak this protocol: {error}") from error
+    if not isinstance(message, dict):
+        raise ConnectionError(f"the other side does not speak this protocol: {message!r:.40}")
+    return message
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes | None:

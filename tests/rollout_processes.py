@@ -1,9 +1,11 @@
 """Engine processes for tests: started by the test, asked and synced by it, and what is asked of them."""
 
 import dataclasses
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from phimini.model.sampler import SamplingParams
 from phimini.parallel.layout import Layout
 from phimini.parallel.weight_sync import SyncReport, WeightSync
 from phimini.parallel.weight_sync_transport import GlooTransport, ShmTransport
+from phimini.parallel.world import initialize
 from phimini.stages.config import override
 from phimini.stages.recipes import tiny
 from phimini.stages.rollout_client import EngineClient, launch_engine
@@ -86,6 +89,18 @@ def from_trainer(
     results.append(parity(engine, model, 2))
     engine.close()
     return results
+
+
+def done_at_once(path: str) -> None:
+    """A trainer that starts an engine, writes its process id, and has nothing more to do."""
+    run = override(tiny(), ["rollout.engine=vllm", "rollout.deadline_s=60"])
+    world = initialize(Layout(), LONG, seed=0)
+    forking = multiprocessing.get_context("fork")  # the imports are paid already
+    engine = SeparateVllm(
+        run, LONG, dataclasses.replace(SETTINGS, transport="shm"), world, context=forking
+    )
+    Path(path).write_text(str(engine.service.engines[0].process.pid))
+    world.close()
 
 
 def requests(number: int, params: SamplingParams, groups: int = 1) -> list[Request]:

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rollout_cases import (
@@ -26,6 +27,7 @@ from rollout_processes import (
     BUCKET,
     LONG_ANSWERS,
     Engine,
+    done_at_once,
     from_trainer,
     in_thread,
     requests,
@@ -33,6 +35,7 @@ from rollout_processes import (
     span_differences,
     until,
 )
+from vllm_process import context
 
 from phimini.parallel.launch import RankFailure, run_ranks
 from phimini.parallel.layout import Layout
@@ -334,3 +337,17 @@ def test_an_engine_killed_in_a_sync_is_named_and_none_is_left(engines: dict[str,
     with pytest.raises(RolloutError, match="no vLLM engine is left; 2 of 2 requests"):
         RolloutService([client], deadline_s=30, per_engine=9).run(requests(2, SAMPLING))
     client.close()
+
+
+def test_a_trainer_that_is_done_ends_and_so_do_its_engines(tmp_path: Path) -> None:
+    process = context().Process(target=done_at_once, args=(str(tmp_path / "engine"),))
+    process.start()
+    process.join(90)
+    try:
+        assert process.exitcode == 0, (
+            "the interpreter waits for an engine that waits for the trainer"
+        )
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "engine").read_text()), 0)
+    finally:
+        process.kill()

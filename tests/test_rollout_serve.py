@@ -108,6 +108,10 @@ def test_an_engine_of_two_workers(transport: str) -> None:
         workers = client.hello(LONG, engine.settings, 30)["workers"]
         client.close()
         assert len(set(workers)) == 2, "two processes"
+        for worker in workers:
+            maps = Path(f"/proc/{worker}/maps").read_text().splitlines()
+            shared = [line for line in maps if "-cpushm_" in line]
+            assert shared and all(line.endswith("(deleted)") for line in shared), shared
         for rank in run_ranks(
             from_trainer, 2, Layout(tensor=2), engine.address, engine.settings, timeout_s=240
         ):

@@ -1,0 +1,167 @@
+"""The trainer's end of an engine process, against engines that are a socket and a few lines: strangers, mutes, corpses."""
+
+import dataclasses
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rollout_cases import LONG, SAMPLING, SETTINGS
+from rollout_processes import requests, until
+
+from phimini.parallel.launch import RankFailure, run_ranks
+from phimini.parallel.layout import Layout
+from phimini.parallel.world import initialize
+from phimini.stages import rollout_separate, rollout_server
+from phimini.stages.config import override
+from phimini.stages.recipes import tiny
+from phimini.stages.rollout_client import EngineClient
+from phimini.stages.rollout_separate import SeparateVllm
+from phimini.stages.rollout_service import RolloutError, RolloutService
+from phimini.stages.rollout_wire import encode, receive, split_address
+
+
+def served(handler: Callable[[socket.socket], None]) -> str:
+    """The address of something that does `handler` with every connection."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=handler, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def mute(connection: socket.socket) -> None:
+    time.sleep(300)
+
+
+def answering(connection: socket.socket) -> None:
+    while (message := receive(connection)) is not None:
+        time.sleep(0.05)
+        done = {"tokens": [9], "logprobs": [-1.0], "finish_reason": "stop", "versions": [[0, 0, 1]]}
+        connection.sendall(encode({"id": message["id"], **done}))
+
+
+def saying(data: bytes) -> Callable[[socket.socket], None]:
+    def say(connection: socket.socket) -> None:
+        connection.sendall(data)
+        time.sleep(300)
+
+    return say
+
+
+def test_an_engine_that_stopped_reading_is_given_up_at_the_deadline() -> None:
+    """What it was asked fills every buffer between the two; whoever asks waits no longer than for an answer."""
+    client = EngineClient(served(mute), name="engine")
+    asked = [dataclasses.replace(r, prompt=[200_000] * 20_000) for r in requests(150, SAMPLING)]
+    started = time.monotonic()
+    service = RolloutService([client], deadline_s=1.0, per_engine=999)
+    with pytest.raises(RolloutError, match="150 of 150 requests are unanswered"):
+        service.run(asked)
+    assert time.monotonic() - started < 20
+
+
+def test_a_mute_engine_is_given_up_while_another_answers(capfd: pytest.CaptureFixture) -> None:
+    """The other alone takes 4 s for all of them."""
+    clients = [EngineClient(served(handler), name="engine") for handler in (answering, mute)]
+    service = RolloutService(clients, deadline_s=1.0, per_engine=4)
+    assert len(service.run(requests(80, SAMPLING))) == 80
+    silent = re.findall(r"silent for ([\d.]+) s; its request", capfd.readouterr().err)
+    assert len(silent) == service.report.requeued == 4 and float(silent[0]) < 2.5
+    clients[0].close()
+
+
+def test_what_arrived_unheard_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that was stopped itself wakes up with the beats of that time before it."""
+    monkeypatch.setattr(EngineClient, "_listen", lambda self: None)
+    client = EngineClient(served(saying(encode({"beat": 1}))), name="engine")
+    client.heard -= 1000
+    until(lambda: client.silent_s() < 1, 10)
+    mutes = EngineClient(served(mute), name="engine")
+    mutes.heard -= 1000
+    assert mutes.silent_s() > 999
+
+
+@pytest.mark.parametrize(
+    "data", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0\0\0\4SSH-", b"\0\0\0\2[]"]
+)
+def test_a_stranger_at_the_address_is_refused_at_once(data: bytes) -> None:
+    client = EngineClient(served(saying(data)), name="engine")
+    with pytest.raises(ConnectionError, match="does not speak this protocol"):
+        client.hello(LONG, SETTINGS, 60)
+
+
+@pytest.mark.parametrize("address", ["localhost", ":80", "host:", "host:x", "host:65536", "host:²"])
+def test_a_bad_address_is_quoted(address: str) -> None:
+    with pytest.raises(ValueError, match="expected host:port, got "):
+        split_address(address)
+
+
+def opened(address: str) -> None:
+    run = override(tiny(), ["rollout.engine=vllm", f"rollout.addresses={address}"])
+    SeparateVllm(run, LONG, SETTINGS, initialize(Layout(), LONG))
+
+
+def test_an_address_where_nothing_answers_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    named = rf"ValueError: rollout\.addresses: engine 0 \(127\.0\.0\.1:{port}\): nothing answers"
+    with pytest.raises(RankFailure, match=named):
+        run_ranks(opened, 1, f"127.0.0.1:{port}")
+
+
+# --- processes -------------------------------------------------------------------------------------
+def test_an_engine_that_does_not_start_leaves_no_other_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = []
+
+    def launch(*_, **__):
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,))
+        process.start()
+        started.append(process)
+
+        def wait(timeout_s: float) -> int:
+            raise RuntimeError("the vLLM engine was not up")
+
+        return process, wait
+
+    monkeypatch.setattr(rollout_separate, "launch_engine", launch)
+    run = override(tiny(), ["rollout.num_engines=2"])
+    engine = SeparateVllm.__new__(SeparateVllm)
+    engine.config, engine.settings = LONG, SETTINGS
+    try:
+        with pytest.raises(RuntimeError, match="was not up"):
+            engine._started(run, None)
+        until(lambda: len(started) == 2 and not any(p.is_alive() for p in started), 10)
+    finally:
+        for process in started:
+            process.kill()
+
+
+def test_an_engine_whose_trainer_died_while_it_imported_ends(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+
+    def engine(trainer: int) -> None:
+        until(lambda: os.getppid() != trainer)
+        rollout_server._Server = lambda *_: said.write_text("served")  # pyright: ignore[reportAttributeAccessIssue]
+        rollout_server.run_server(LONG, SETTINGS, "127.0.0.1", 0, lambda port: None, owned=True)
+        said.write_text("ended")
+
+    def trainer() -> None:
+        context.Process(target=engine, args=(os.getpid(),)).start()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    context = multiprocessing.get_context("fork")
+    context.Process(target=trainer).start()
+    until(said.exists, 30)
+    assert said.read_text() == "ended"
