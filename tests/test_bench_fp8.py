@@ -28,19 +28,19 @@ def test_the_readme_shows_the_committed_rows() -> None:
 def test_fp8_costs_less_than_one_percent_of_the_loss() -> None:
     """On the same weights with its whole interval; of whole runs, which part by chaos, the mean over the seeds."""
     found = fp8.differences(ROWS)
-    (steps,) = {row["steps"] for row in ROWS}
-    assert f"{steps} of its {tiny().midtrain.steps:,} steps" in README, (
-        "how much of the stage it was"
-    )
+    whole, part = tiny().midtrain.steps, 800
+    assert whole is not None
+    assert f"{part} of its {whole:,} steps" in README, "how much of the stage it was"
     for arm in ("tensorwise", "blockwise"):
-        assert len(found[arm]["training"]) >= 4
-        assert abs(statistics.fmean(found[arm]["training"])) < 0.01
-        for question in ("forward", "forward, trained in FP8"):
-            _, low, high = fp8.interval(found[arm][question])
-            assert -0.01 < low < high < 0.01
+        for steps in (part, whole):
+            assert len(found[steps, arm]["training"]) >= 4
+            assert statistics.fmean(found[steps, arm]["training"]) < 0.01
+            for question in ("forward", "forward, trained in FP8"):
+                _, low, high = fp8.interval(found[steps, arm][question])
+                assert -0.01 < low < high < 0.01
         # What is left may be chaos: a change of that size moves runs in fp32 as far.
-        _, low, high = fp8.interval(found[arm]["training"])
-        _, floor_low, floor_high = fp8.interval(found["fp32 nudged"]["training"])
+        _, low, high = fp8.interval(found[part, arm]["training"])
+        _, floor_low, floor_high = fp8.interval(found[part, "fp32 nudged"]["training"])
         assert low < floor_high and floor_low < high
 
 
@@ -73,6 +73,8 @@ def test_arms_are_the_same_run_but_for_what_they_say(monkeypatch: pytest.MonkeyP
     small = override(tiny(), ["distill.num_problems=200", "distill.num_prompts=20", "distill.num_heldout=20",
                               "distill.num_validation=20", "curate.sft_examples=20"])  # fmt: skip
     monkeypatch.setattr(fp8, "tiny", lambda: small)
+    monkeypatch.setattr(fp8, "WINDOW", 4)
+    monkeypatch.setattr(fp8, "WINDOWS_APART", 8)
     rows: dict[str, Any] = {
         r["arm"]: r for r in fp8.run_seed(5, ["fp32", "fp32 again", "tensorwise"], 20)
     }
@@ -86,3 +88,19 @@ def test_arms_are_the_same_run_but_for_what_they_say(monkeypatch: pytest.MonkeyP
     assert len(set(same.values())) == 4 and same["tensorwise"] == pytest.approx(
         same["own"], rel=0.01
     )
+    again = rows["fp32"]["same_state"]
+    assert again.keys() == {"fp32", *fp8.RECIPES} and len(set(again.values())) == 4
+    assert again["tensorwise"] == pytest.approx(again["fp32"], rel=0.01)
+    assert rows["tensorwise"]["same_state"] == {}
+
+
+def test_a_window_that_is_not_taken_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps in fp32 must give the same losses; they do not where the weights stay those after it."""
+    small = override(tiny(), ["distill.num_problems=200", "distill.num_prompts=20", "distill.num_heldout=20",
+                              "distill.num_validation=20", "curate.sft_examples=20"])  # fmt: skip
+    monkeypatch.setattr(fp8, "tiny", lambda: small)
+    monkeypatch.setattr(fp8, "WINDOW", 2)
+    monkeypatch.setattr(fp8, "WINDOWS_APART", 4)
+    monkeypatch.setattr(fp8.Windows, "_restore", lambda self, tensors, steps: None)
+    with pytest.raises(RuntimeError, match="did not give the same losses again"):
+        list(fp8.run_seed(5, ["fp32"], 6))
