@@ -1,4 +1,4 @@
-"""Do the sampler and the trainer mean the same policy? Measured on every trained token of every RL step.
+"""Do the sampler and the trainer mean the same policy? Measured at every RL step, on every trained token that can tell.
 
 With d = trainer's log-prob - sampler's log-prob of a sampled token, both from the same weights:
 
@@ -9,7 +9,8 @@ Rounding gives d around 1e-6 in float32 and 1e-2 in bfloat16. More than `alarm_l
 different functions (stale weights, another rope table, another temperature, ...): the run stops before the update,
 and `mismatch_doctor.py` finds out which.
 
-Tokens from older weights than the trainer's are left out of the measure: their d is the policy's own movement.
+Tokens from older weights than the trainer's are left out of the measure: their d is the policy's own movement. One
+step off that is all of them; there the measure is of answers for the next step, which are of the present weights.
 
 What is left after the causes are gone (bfloat16, FP8, stale tokens) importance weights w = e^d can correct:
     truncated   min(w, cap)                      (TIS)

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
+from torch import Tensor
 
+from phimini.kernels import linear_logprob
 from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import Document, PackedBatch, pack
 from phimini.parallel.builder import Model
-from phimini.parallel.step import forward_backward
+from phimini.parallel.step import forward_backward, forward_only
 from phimini.parallel.timing import phase
 from phimini.parallel.world import World
 from phimini.stages.config import RlvrConfig, RunConfig
@@ -123,14 +125,17 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
                 if frozen is not None:
                     microbatches = with_reference_logps(frozen, microbatches)
                 metrics = forward_backward(model, microbatches, head)
+                examined = chosen
+                if ahead is not None and not run.rollout.partial:
+                    # Its answers are of one set of weights: these. What was trained on is of older ones.
+                    examined = some_of(ahead.result())
+                    measure(examined, model, config, meter)
                 mismatch = meter.take(world)
                 if mismatch.exceeds(alarm_level(config.max_mismatch, precision)):
                     if ahead is not None:
                         ahead.result()  # the engine is free for the doctor
-                    stop_on_mismatch(mismatch, chosen, engine, model, stage)
+                    stop_on_mismatch(mismatch, examined, engine, model, stage)
                 info = optimizer.step()
-                if ahead is not None and not run.rollout.partial:
-                    ahead.result()  # its answers are of one set of weights
                 with phase("sync"):
                     engine.sync(model)
                 state["tokens"] += sum(map(len, chosen))
@@ -263,6 +268,34 @@ def rollout_batch(
     return pack(pieces, multiple_of=world.layout.token_multiple)
 
 
+def some_of(groups: list[list[Rollout]]) -> list[Rollout]:
+    """About as many as the doctor looks at, from all over the groups."""
+    rollouts = [rollout for group in groups for rollout in group]
+    return rollouts[:: max(1, len(rollouts) // EXAMINED)]
+
+
+def measure(
+    rollouts: list[Rollout], model: Model, config: RlvrConfig, meter: MismatchMeter
+) -> None:
+    """Fills the meter with answers that are not trained on. Collective."""
+
+    def head(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
+        logp_M = linear_logprob(
+            hidden_MD,
+            weight_VD,
+            batch.targets_T,
+            temperature=batch.fields["temperature"],
+            group=group,
+            with_entropy=False,
+        ).logp_M
+        fields = batch.fields
+        meter.add(logp_M - fields["old_logp"], fields["age"], fields["weight"] != 0)
+        return logp_M
+
+    if len(rollouts) >= model.world.data_size:
+        forward_only(model, rollout_batches(rollouts, model, config), head)
+
+
 def stop_on_mismatch(
     mismatch: Mismatch, rollouts: list[Rollout], engine: RolloutEngine, model: Model, stage: Stage
 ) -> NoReturn:
@@ -272,7 +305,9 @@ def stop_on_mismatch(
         for r in rollouts
         if r.age(model.num_updates) == 0
     ]
-    page = diagnose(engine, model, cases[:EXAMINED]).page()
+    page = "No answer is wholly of the present weights: the doctor has nothing to look at."
+    if cases:
+        page = diagnose(engine, model, cases[:EXAMINED]).page()
     if model.world.is_main:
         (stage.path / "mismatch.txt").write_text(page + "\n")
     raise MismatchError(

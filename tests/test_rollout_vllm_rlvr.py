@@ -109,7 +109,11 @@ def test_one_step_ahead_with_an_engine_of_its_own(tmp_path: Path, partial: bool)
     rows = in_vllm(asynchronous, run)[0]
     updates = [row for row in rows if "max_age" in row]
     assert len(rows) == 4 and len(updates) >= 3
-    assert updates[0]["max_age"] == 0 and updates[0]["mismatch_max"] <= 1e-4
+    assert updates[0]["max_age"] == 0 and all(row["mismatch_max"] <= 1e-4 for row in updates)
+    measured = [row["mismatch_max"] > 0 for row in updates]
+    assert partial or all(measured[:-1]), (
+        "answers for the next step tell, where those of this one are old"
+    )
     assert all(row["max_age"] == 1 and row["stale_tokens"] > 0 for row in updates[1:])
 
 
@@ -127,3 +131,29 @@ def asynchronous(run) -> list[dict]:
         assert os.getsid(engine.process.pid) == engine.process.pid, "out of reach of a Ctrl-C"
     rollout_separate._engines.close()
     return rows
+
+
+@pytest.mark.vllm
+def test_a_sampler_with_other_weights_stops_a_run_that_is_one_step_ahead(tmp_path: Path) -> None:
+    """What it trains on is always older than its weights, so that alone would never tell."""
+    run = run_config(
+        make_run(tmp_path / "run"), *SEPARATE, "rollout.asynchronous=true", "rlvr.steps=4"
+    )
+    with pytest.raises(AssertionError, match="MismatchError.*more than the alarm level"):
+        in_vllm(misled, run)
+    page = (Path(run.out) / "rlvr" / "mismatch.txt").read_text()
+    assert page.startswith("phimini doctor --mismatch: ")
+
+
+def misled(run) -> list[dict]:
+    """From the second update on, the engine is sent something else."""
+    from phimini.stages.rollout_separate import SeparateVllm
+
+    send = SeparateVllm._send
+
+    def other(engine: SeparateVllm, tensors, version: int):
+        factor = 1.0 if version < 2 else 1.3
+        return send(engine, ((name, tensor * factor) for name, tensor in tensors), version)
+
+    SeparateVllm._send = other  # pyright: ignore[reportAttributeAccessIssue]
+    return asynchronous(run)
