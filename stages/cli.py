@@ -212,7 +212,9 @@ def start(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
 
 def run_rank(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
     """One rank's part of a training verb."""
-    world: World = initialize(layout_of(run), model_config(run), seed=run.seed)
+    world: World = initialize(
+        layout_of(run), model_config(run), timeout_s=run.collective_deadline_s, seed=run.seed
+    )
     with closing_or_naming_lost_ranks(world):
         if verb == "recipe":
             recipe(run, world, redo=redo)

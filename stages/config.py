@@ -261,6 +261,9 @@ class RunConfig:
     """which LongRoPE table every stage, the sampler and vLLM use"""
     processes: int = 1
     """ranks to start on this machine when not under torchrun"""
+    collective_deadline_s: float = 600.0
+    """ranks that wait longer than this for another end the run and name it; above what rank 0 alone may take, e.g. to
+    sample one step's answers"""
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     virtual_pipeline: int = 1
@@ -289,6 +292,12 @@ class RunConfig:
     rlvr: RlvrConfig
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.collective_deadline_s <= 1e6:
+            raise ValueError(
+                f"collective_deadline_s: expected 1 to 1e6 seconds, got {self.collective_deadline_s:g}"
+            )
 
 
 def override(config: C, assignments: list[str]) -> C:

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from phimini.parallel.launch import run_ranks
 from phimini.parallel.world import World
+from phimini.stages import training
 from phimini.stages.cli import main
 from phimini.stages.jsonl import read_json
 from phimini.stages.stage import Interrupt
@@ -253,6 +255,26 @@ def test_a_rank_killed_in_a_step_under_torchrun_ends_the_others_and_is_named(
     assert [row["step"] for row in metrics(run, "midtrain")] == list(range(20))
 
 
+def test_a_rank_that_hangs_is_named_within_the_run_s_deadline(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    for name in ("distill", "curate", "base"):
+        os.symlink(finished / name, tmp_path / name)
+    load = training.load_hf
+
+    def load_or_hang(*args: Any) -> None:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        load(*args)
+
+    monkeypatch.setattr(training, "load_hf", load_or_hang)
+    words = ["midtrain", "tiny", f"out={tmp_path}", *MICRO, "processes=2"]
+    began = time.monotonic()
+    assert main([*words, "collective_deadline_s=2"]) == 1
+    assert time.monotonic() - began < 60
+    assert "phimini: rank 1 of 2 gave no sign of life" in capfd.readouterr().err
+
+
 def test_tensor_parallel_under_torchrun_gives_the_same_first_losses(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -284,6 +306,7 @@ def test_tensor_parallel_under_torchrun_gives_the_same_first_losses(
         (["recipe", "tinny"], "unknown recipe 'tinny'"),
         (["recipe", "tiny", "--force"], "unknown option --force"),
         (["recipe", "tiny", "sed=1"], "unknown config key 'sed'"),
+        (["recipe", "tiny", "collective_deadline_s=0"], "collective_deadline_s: expected 1 to 1e6"),
         (["evaluate", "tiny"], "evaluate: expected stage=NAME"),
         (
             ["midtrain", "tiny", "processes=1", "tensor_parallel=3"],
