@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from phimini.model.config import ModelConfig
-from phimini.parallel.attention_blocks import kernel_for
+from phimini.parallel.attention_blocks import cpu_backward, cpu_forward, joined, kernel_for
 from phimini.parallel.context import Piece, blocks_of_hop, gather_keys, pieces_of_rank, rows_of_rank
 from phimini.parallel.ring_attention import Hops, ring_attention
 from phimini.parallel.rotary import apply_rotary, rotary_tables, rotate
@@ -106,10 +106,6 @@ def _cumulated(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
 def _later_keys(piece: Piece, like: Tensor) -> Tensor | None:
     """What to add to a piece's scores: -inf where a key comes after the query; None if `is_causal` says it."""
     if piece.is_whole:
@@ -121,11 +117,6 @@ def _later_keys(piece: Piece, like: Tensor) -> Tensor | None:
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     """(T, H, K) each -> views (1, H, T, K), as the flash kernel wants them."""
     return [x.transpose(0, 1)[None] for x in tensors]
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """(1, H, L, K) each -> (sum of L, H, K)"""
-    return torch.cat([x.transpose(1, 2) for x in parts], 1)[0]
 
 
 class _CpuAttention(torch.autograd.Function):
@@ -146,12 +137,12 @@ class _CpuAttention(torch.autograd.Function):
             q = q_1HTK[:, :, p.query_begin : p.query_end]
             k, v = (x[:, :, p.key_begin : p.key_end] for x in (k_1GSK, v_1GSK))
             mask = _later_keys(p, q)
-            out, lse = _flash_forward(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
+            out, lse = cpu_forward(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
             outs.append(out)
             lses.append(lse)
         ctx.save_for_backward(q_THK, k_SGK, v_SGK, *outs, *lses)
         ctx.pieces, ctx.scale, ctx.tables = pieces, scale, tables
-        return _joined(outs)
+        return joined(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -163,16 +154,16 @@ class _CpuAttention(torch.autograd.Function):
             q, dout = (x[:, :, p.query_begin : p.query_end] for x in (q_1HTK, dout_1HTK))
             k, v = (x[:, :, p.key_begin : p.key_end] for x in (k_1GSK, v_1GSK))
             mask = _later_keys(p, q)
-            dq, dk, dv = _flash_backward(
+            dq, dk, dv = cpu_backward(
                 dout, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask, scale=ctx.scale
             )
             dqs.append(dq)
             dks.append(dk)
             dvs.append(dv)
-        dq_THK = _joined(dqs)
+        dq_THK = joined(dqs)
         if len(k_SGK) == len(q_THK):
             # This rank holds all tokens: pieces are the documents, one after the other.
-            dk_SGK, dv_SGK = _joined(dks), _joined(dvs)
+            dk_SGK, dv_SGK = joined(dks), joined(dvs)
         else:
             dk_SGK, dv_SGK = torch.zeros_like(k_SGK), torch.zeros_like(v_SGK)
             for p, dk, dv in zip(pieces, dks, dvs, strict=True):

@@ -9,7 +9,7 @@ n queries and m keys of a `context.Block`, H query heads, G key/value heads, K h
 exp(scale q k^T - lse) and the term sum(dout * out) are then the whole attention's, and dq, dk, dv this block's part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,8 +81,8 @@ def _torch_backward(
     )  # fmt: skip
 
 
-_cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _parts(block: Block, *tensors: Tensor) -> list[list[Tensor]]:
@@ -94,7 +94,7 @@ def _parts(block: Block, *tensors: Tensor) -> list[list[Tensor]]:
     )  # fmt: skip
 
 
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+def joined(parts: Sequence[Tensor]) -> Tensor:
     """(1, H, length, K) each -> (sum of lengths, H, K)"""
     return torch.cat([x.transpose(1, 2) for x in parts], 1)[0]
 
@@ -105,12 +105,12 @@ def _forward_on_cpu(
     """torch's flash kernel for CPUs, once per part: it knows no cu_seqlens."""
     outs, lses = zip(
         *(
-            _cpu_forward(*parts, 0.0, block.causal, attn_mask=None, scale=scale)
+            cpu_forward(*parts, 0.0, block.causal, attn_mask=None, scale=scale)
             for parts in _parts(block, q, k, v)
         ),
         strict=True,
     )
-    return _joined(outs), torch.cat(lses, 2)[0]
+    return joined(outs), torch.cat(lses, 2)[0]
 
 
 def _backward_on_cpu(
@@ -118,10 +118,10 @@ def _backward_on_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     lses = lse[None].split(block.part_lengths, 2)
     gradients = [
-        _cpu_backward(*parts, part_lse, 0.0, block.causal, attn_mask=None, scale=scale)
+        cpu_backward(*parts, part_lse, 0.0, block.causal, attn_mask=None, scale=scale)
         for parts, part_lse in zip(_parts(block, dout, q, k, v, out), lses, strict=True)
     ]
-    dq, dk, dv = (_joined(parts) for parts in zip(*gradients, strict=True))
+    dq, dk, dv = (joined(parts) for parts in zip(*gradients, strict=True))
     return dq, dk, dv
 
 

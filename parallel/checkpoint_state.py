@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
     Float16OptimizerWithFloat16Params,
@@ -34,7 +34,7 @@ from megatron.core.optimizer.optimizer import (
 from torch import Tensor, nn
 
 from phimini.parallel.weight_names import LAYER_NAMES
-from phimini.parallel.weights import MegatronModel, Slot, slots
+from phimini.parallel.weights import MegatronModel, Slot, plain, slots
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _EMBEDDING = "model.embed_tokens.weight"
@@ -70,7 +70,7 @@ def model_state(model: MegatronModel) -> dict[str, ShardedTensor]:
     for i, slot in enumerate(slots(model)):
         # Replicas take turns to write: data rank j writes every j-th parameter.
         turn = (_data_rank() - i) % num_replicas
-        state |= _sharded(f"{i}", slot, "", _plain(slot.parameter), turn, model)
+        state |= _sharded(f"{i}", slot, "", plain(slot.parameter), turn, model)
     return state
 
 
@@ -258,10 +258,6 @@ def _sharded(
         )
         for part_name, (part, place) in parts.items()
     }
-
-
-def _plain(parameter: nn.Parameter) -> Tensor:
-    return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter.detach()
 
 
 def _data_rank() -> int:

@@ -33,6 +33,7 @@ __all__ = [
     "gradients_to_hf",
     "hf_names",
     "load_hf",
+    "plain",
     "slots",
     "to_hf",
 ]
@@ -137,7 +138,7 @@ def to_hf(
     """
     gather_parameters(model)
     params_dtype = _unwrap(model.chunks[0]).config.params_dtype
-    return _stream(model, _weight, dtype or params_dtype, every_rank)
+    return _stream(model, plain, dtype or params_dtype, every_rank)
 
 
 def gather_parameters(model: MegatronModel) -> None:
@@ -296,7 +297,8 @@ def _model_parallel_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     return tp_group, pp_group
 
 
-def _weight(parameter: nn.Parameter) -> Tensor:
+def plain(parameter: nn.Parameter) -> Tensor:
+    """Its values; an fp8 weight's in bf16."""
     return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter.detach()
 
 
