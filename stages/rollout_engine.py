@@ -79,10 +79,19 @@ class SyncedEngine(Protocol):
         ...
 
 
+def check_temperature(field: str, value: float) -> None:
+    """vLLM 0.32 samples at 0.01 what is asked for below, and says so in its log only; above 2 it refuses."""
+    if value > 2 or 0 < value < 0.01:
+        raise ValueError(
+            f"{field}={value:g}: vLLM samples at 0 or from 0.01 to 2; rollout.engine=local has no such limits"
+        )
+
+
 def check_prompts(
     prompts: list[list[int]], params: SamplingParams, vocab_size: int, max_model_len: int
 ) -> None:
-    """ValueError names the first prompt that is empty, too long for the engine or has an unknown token."""
+    """What a vLLM engine cannot sample: ValueError, for a prompt with the number of the first."""
+    check_temperature("temperature", params.temperature)
     for i, prompt in enumerate(prompts):
         if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
             raise ValueError(

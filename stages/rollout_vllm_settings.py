@@ -29,7 +29,7 @@ from phimini.parallel.weight_sync import smallest_bucket
 from phimini.parallel.weight_sync_fp8 import VLLM_CONFIG, check_blocks, quantise_stream
 from phimini.parallel.weights import to_hf
 from phimini.stages.config import RunConfig
-from phimini.stages.rollout_engine import Sampled, Span
+from phimini.stages.rollout_engine import Sampled, Span, check_temperature
 
 WORKER_EXTENSION = "phimini.parallel.weight_sync_receiver.WorkerExtension"
 ENVIRONMENT = {
@@ -81,13 +81,20 @@ def require_vllm() -> None:
 
 
 def engine_settings(run: RunConfig, config: ModelConfig, transport: str) -> EngineSettings:
-    """Raises ValueError if the recipe's sequences do not fit the model."""
+    """Raises ValueError if the recipe's sequences do not fit the model, or vLLM does not do what it asks for."""
     rollout, on_gpu = run.rollout, torch.cuda.is_available()
     length = rollout.max_model_len or max(run.rlvr.sequence_length, run.rollout_dpo.sequence_length)
     if length > config.max_positions:
         raise ValueError(
             f"rollout.max_model_len: {length} tokens exceed the model's max_positions {config.max_positions}"
         )
+    for stage, field in (
+        ("rollout_dpo", "temperature"),
+        ("rlvr", "start_temperature"),
+        ("rlvr", "end_temperature"),
+        ("evaluate", "temperature"),
+    ):
+        check_temperature(f"{stage}.{field}", getattr(getattr(run, stage), field))
     dtype = rollout.dtype if rollout.dtype != "auto" else "bfloat16" if on_gpu else "float32"
     if rollout.quantization == "fp8":
         if not on_gpu:

@@ -38,6 +38,7 @@ from phimini.parallel.weight_sync_wait import WeightSyncError
 from phimini.stages.config import override
 from phimini.stages.mismatch_doctor import diagnose
 from phimini.stages.recipes import tiny
+from phimini.stages.rollout_engine import check_prompts
 from phimini.stages.rollout_vllm import ColocatedVllm
 from phimini.stages.rollout_vllm_settings import STEP_TOKENS, EngineSettings, engine_settings
 
@@ -368,6 +369,16 @@ def test_the_recipe_sets_the_engines_length() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="fp8"):
             engine_settings(override(run, ["rollout.quantization=fp8"]), LONG, "inproc")
+
+
+@pytest.mark.parametrize("field", ["rlvr.end_temperature", "evaluate.temperature"])
+@pytest.mark.parametrize("value", [1e-3, 2.5])
+def test_a_temperature_that_vllm_changes_is_refused(field: str, value: float) -> None:
+    run = override(tiny(), ["rollout.engine=vllm", f"{field}={value}"])
+    with pytest.raises(ValueError, match=rf"{field}={value:g}: vLLM samples at 0 or from 0.01 to"):
+        engine_settings(run, LONG, "inproc")
+    with pytest.raises(ValueError, match=f"^temperature={value:g}: vLLM samples at"):
+        check_prompts([[1]], dataclasses.replace(SAMPLING, temperature=value), 256, 256)
 
 
 def test_what_is_called_of_vllm_exists() -> None:
