@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 
 from phimini.bench.harness import Case
-from phimini.bench.static_report import StaticCase
-from phimini.bench.traffic import TrafficCase
 from phimini.kernels.linear import linear, linear_reference
 
 
@@ -31,15 +29,3 @@ def _case(M: int, K: int, N: int, device: str, dtype: torch.dtype) -> Case:
         min_bytes={"fwd": values, "fwd+bwd": 3 * values},
         min_flops={"fwd": flops, "fwd+bwd": 3 * flops},
     )
-
-
-def static_cases() -> list[StaticCase]:
-    return []
-
-
-def peer_static_cases() -> list[StaticCase]:
-    return []
-
-
-def traffic_cases() -> list[TrafficCase]:
-    return []

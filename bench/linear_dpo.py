@@ -6,8 +6,6 @@ from torch import Tensor
 
 from phimini.bench._head import head_case, head_inputs, logps, shapes
 from phimini.bench.harness import Case
-from phimini.bench.static_report import StaticCase
-from phimini.bench.traffic import TrafficCase
 from phimini.kernels import linear_dpo
 
 NUM_PAIRS = 4
@@ -40,15 +38,3 @@ def timed_cases(device: str, quick: bool) -> list[Case]:
         inputs = head_inputs(*shape, device)
         cases.append(head_case("linear_dpo", shape, inputs, eager, ours, ("fwd", "fwd+bwd")))
     return cases
-
-
-def static_cases() -> list[StaticCase]:
-    return []
-
-
-def peer_static_cases() -> list[StaticCase]:
-    return []
-
-
-def traffic_cases() -> list[TrafficCase]:
-    return []

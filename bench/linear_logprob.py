@@ -48,10 +48,6 @@ def static_cases() -> list[StaticCase]:
     return matmul_static_cases("fwd")
 
 
-def peer_static_cases() -> list[StaticCase]:
-    return []
-
-
 def traffic_cases() -> list[TrafficCase]:
     """Requested bytes are tiles read again by each block of rows, from L2 on a GPU."""
     M, D, V = 256, 64, 4160

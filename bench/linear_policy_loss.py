@@ -7,8 +7,6 @@ from torch import Tensor
 
 from phimini.bench._head import head_case, head_inputs, logps, shapes
 from phimini.bench.harness import Case
-from phimini.bench.static_report import StaticCase
-from phimini.bench.traffic import TrafficCase
 from phimini.kernels import linear_policy_loss
 
 KL_COEF, ENTROPY_COEF = 0.04, 0.01
@@ -57,15 +55,3 @@ def _providers(shape: tuple[int, int, int], device: str, form: str) -> tuple[Cal
         return (loss, metrics.entropy_sum) if form == "_entropy_metric" else (loss,)
 
     return eager, ours
-
-
-def static_cases() -> list[StaticCase]:
-    return []
-
-
-def peer_static_cases() -> list[StaticCase]:
-    return []
-
-
-def traffic_cases() -> list[TrafficCase]:
-    return []

@@ -2,6 +2,7 @@
 
 A bench file `bench/<stem>.py` offers
     timed_cases(device, quick) -> list[harness.Case]            what `phimini bench kernels` times
+and, where there is something of that kind,
     static_cases() -> list[static_report.StaticCase]            what `--static` compiles: ours,
     peer_static_cases() -> list[static_report.StaticCase]       and other projects' kernels beside it
     traffic_cases() -> list[traffic.TrafficCase]                what `--traffic` counts
@@ -29,3 +30,8 @@ def bench_modules(ops: Iterable[str] = ()) -> list[ModuleType]:
         if op not in known:
             raise ValueError(f"bench kernels: unknown op {op!r}; expected one of {known}")
     return [importlib.import_module(f"phimini.bench.{op}") for op in chosen]
+
+
+def cases_of(module: ModuleType, kind: str) -> list:
+    """What `module` offers under one of the names above; none where it does not."""
+    return getattr(module, kind, list)()

@@ -35,7 +35,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from phimini.bench.ops import bench_modules
+from phimini.bench.ops import bench_modules, cases_of
 
 TARGETS = (80, 90, 100)
 
@@ -231,7 +231,8 @@ def all_cases(ops: Iterable[str] = (), peers: bool = True) -> list[StaticCase]:
     """The cases of the named ops, or of all; each op's own first, then other projects' kernels."""
     cases = []
     for module in bench_modules(ops):
-        cases += module.static_cases() + (module.peer_static_cases() if peers else [])
+        cases += cases_of(module, "static_cases")
+        cases += cases_of(module, "peer_static_cases") if peers else []
     return cases
 
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from phimini.bench import interpreter
-from phimini.bench.ops import bench_modules
+from phimini.bench.ops import bench_modules, cases_of
 
 # operations that move no data: views, allocations, questions
 _FREE = {
@@ -134,7 +134,7 @@ def count(case: TrafficCase) -> TrafficRow:
 
 def all_cases(ops: Iterable[str] = ()) -> list[TrafficCase]:
     """The cases of the named ops, or of all."""
-    return [case for module in bench_modules(ops) for case in module.traffic_cases()]
+    return [case for module in bench_modules(ops) for case in cases_of(module, "traffic_cases")]
 
 
 def main(argv: list[str] | None = None) -> int:
