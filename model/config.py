@@ -59,8 +59,16 @@ class ModelConfig:
         for name in ("num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
                      "vocab_size", "max_positions", "original_max_positions"):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"ModelConfig.{name}: expected a positive integer, got {value!r}")
+        for name in ("partial_rotary_factor", "rope_theta", "norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"ModelConfig.{name}: expected a positive number, got {value!r}")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ValueError(
+                f"ModelConfig.tie_embeddings: expected True or False, got {self.tie_embeddings!r}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"ModelConfig.num_heads: {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"

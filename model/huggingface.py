@@ -66,7 +66,7 @@ def load_config(
     raw = read_json(path)
     if raw.get("model_type") != "phi3":
         raise ValueError(f"{path}: model_type: expected 'phi3', got {raw.get('model_type')!r}")
-    missing = [key for key in _REQUIRED if not isinstance(raw.get(key), int)]
+    missing = [key for key in _REQUIRED if type(raw.get(key)) is not int]
     if missing:
         raise ValueError(
             f"{path}: expected an integer under {missing[0]!r}, got {raw.get(missing[0])!r}"
@@ -77,9 +77,11 @@ def load_config(
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{path}: hidden_act: expected 'silu', got {raw['hidden_act']!r}")
     window = raw.get("sliding_window")
-    if window is not None and window < raw["max_position_embeddings"]:
+    if window is not None and not (
+        isinstance(window, int) and window >= raw["max_position_embeddings"]
+    ):
         raise ValueError(
-            f"{path}: sliding_window: expected none below max_position_embeddings, got {window}"
+            f"{path}: sliding_window: expected none below max_position_embeddings, got {window!r}"
         )
     fields = {ours: raw[theirs] for theirs, ours in _REQUIRED.items()}
     fields["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
@@ -103,6 +105,8 @@ def _rope_dict(raw: dict) -> dict:
 
 def _rope_fields(path: Path, raw: dict) -> dict:
     rope = _rope_dict(raw)
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope parameters: expected an object, got {rope!r}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "longrope", "su"):  # su: what longrope was first called
         raise ValueError(f"{path}: rope type: expected 'default' or 'longrope', got {rope_type!r}")
@@ -142,7 +146,7 @@ def _check_attention_factor(path: Path, raw: dict, config: ModelConfig) -> None:
         if (
             config.long_factor is not None
             and given is not None
-            and abs(given - implied) > 1e-6 * implied
+            and not (isinstance(given, int | float) and abs(given - implied) <= 1e-6 * implied)
         ):
             raise ValueError(
                 f"{path}: {key}: expected {implied} (from the two maximum lengths), got {given}"
