@@ -6,6 +6,7 @@ on its machine. Weights travel by rollout.transport: shm and gloo on a CPU, ipc 
 
 import dataclasses
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -65,7 +66,14 @@ class SeparateVllm:
         self._take(files_of(directory, self.config, self.settings), LOADED)
 
     def sync(self, model: Model) -> None:
-        self._take(outgoing(model, self.settings, every_rank=False), model.num_updates)
+        """An engine that is lost on the way is given up and the sync repeated, if others are left."""
+        while True:
+            try:
+                self._take(outgoing(model, self.settings, every_rank=False), model.num_updates)
+                return
+            except WeightSyncError as error:
+                if not self._on_main(lambda error=error: self._gave_up_lost(error)):
+                    raise
 
     def as_sent(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """A model's tensors as a sync sends them."""
@@ -193,6 +201,20 @@ class SeparateVllm:
             for _ in tensors:
                 pass
         self.last_sync = self._on_main(lambda: self._send(tensors, version))
+
+    def _gave_up_lost(self, error: WeightSyncError) -> bool:
+        """Whether engines that died or fell silent are to blame, and others are there to go on with."""
+        assert self._sync is not None, "rank 0 has the sync"
+        half = self.service.deadline_s / 2
+        asked = [engine for engine in self.service.engines if engine in self._sync.receivers]
+        lost = [engine for engine in asked if not engine.alive or engine.silent_s() > half]
+        if not lost or len(lost) == len(asked):
+            return False
+        for engine in lost:
+            engine.kill(f"silent for {engine.silent_s():.1f} s")
+        without = ", ".join(engine.name for engine in lost)
+        print(f"phimini: {error}; it is repeated without {without}", file=sys.stderr, flush=True)
+        return True
 
     def _send(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
         assert self._sync is not None, "rank 0 has the sync"

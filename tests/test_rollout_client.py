@@ -10,13 +10,18 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from rollout_cases import LONG, SAMPLING, SETTINGS
-from rollout_processes import requests, until
+from fake_engine import FakeEngine
+from rollout_cases import LONG, SAMPLING, SETTINGS, weights
+from rollout_processes import BUCKET, requests, until
 
 from phimini.parallel.launch import RankFailure, run_ranks
 from phimini.parallel.layout import Layout
+from phimini.parallel.weight_sync import WeightSync
+from phimini.parallel.weight_sync_transport import ShmTransport
 from phimini.parallel.world import initialize
 from phimini.stages import rollout_separate, rollout_server
 from phimini.stages.config import override
@@ -117,6 +122,49 @@ def test_an_address_where_nothing_answers_is_named() -> None:
     named = rf"ValueError: rollout\.addresses: engine 0 \(127\.0\.0\.1:{port}\): nothing answers"
     with pytest.raises(RankFailure, match=named):
         run_ranks(opened, 1, f"127.0.0.1:{port}")
+
+
+# --- an engine lost in a sync -----------------------------------------------------------------------
+class Losable(FakeEngine):
+    """Frozen, dead or well."""
+
+    alive, silent = True, 0.0
+
+    def silent_s(self) -> float:
+        return self.silent
+
+    def kill(self, why: str) -> None:
+        self.alive, self.gone = False, True
+
+
+def synced(lost: tuple[str, ...]) -> tuple[list[str | None], list[bool]]:
+    engines: Any = [Losable(f"engine {i}") for i in range(2)]
+    for engine, what in zip(engines, lost, strict=True):
+        if what == "frozen":
+            engine.delay_s["pause"], engine.silent = 300.0, 2.0
+        elif what == "dead":
+            engine.delay_s["start"] = 0.2
+            threading.Timer(0.1, engine.kill, ("dead",)).start()
+    rollout_separate.outgoing = lambda *_, **__: iter(weights(1).items())  # pyright: ignore[reportAttributeAccessIssue]
+    separate = SeparateVllm.__new__(SeparateVllm)
+    separate.settings, separate._world = SETTINGS, initialize(Layout(), LONG)
+    separate._service = RolloutService(engines, deadline_s=1.0, per_engine=9)
+    separate._sync = WeightSync(
+        LONG, ShmTransport(BUCKET), engines, bucket_bytes=BUCKET, deadline_s=1.0
+    )
+    separate.sync(SimpleNamespace(num_updates=7))  # pyright: ignore[reportArgumentType]
+    return [engine.version for engine in engines], [engine.alive for engine in engines]
+
+
+@pytest.mark.parametrize("what", ["frozen", "dead"])
+def test_a_sync_goes_on_without_an_engine_that_is_lost_in_it(what: str) -> None:
+    versions, alive = run_ranks(synced, 1, (what, "well"))[0]
+    assert versions == [None, "7"] and alive == [False, True]
+
+
+def test_a_sync_that_loses_every_engine_is_an_error() -> None:
+    with pytest.raises(RankFailure, match="WeightSyncError.*phase pause, at engine 0"):
+        run_ranks(synced, 1, ("frozen", "frozen"))
 
 
 # --- processes -------------------------------------------------------------------------------------

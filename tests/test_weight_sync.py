@@ -169,6 +169,19 @@ def test_a_slow_engine_is_an_error_at_the_deadline() -> None:
     assert "no answer within 0.5 s" in str(e.value)
 
 
+def test_a_frozen_engine_is_named_before_the_watchdog_ends_the_trainer() -> None:
+    """Ending the update takes 5 s more, and the others may still be gathering."""
+
+    def frozen() -> None:
+        engine = FakeEngine("engine 7")
+        engine.delay_s["pause"] = 300.0
+        gathered = ((time.sleep(0.02), pair)[1] for pair in weights().items())
+        sync_to([engine], deadline_s=5.0).sync(gathered, 1)
+
+    with pytest.raises(RankFailure, match="in phase pause, at engine 7, .*no answer within 5 s"):
+        run_ranks(frozen, 1, timeout_s=60)
+
+
 def test_a_dead_engine_is_named_and_the_next_sync_goes_on_without_it() -> None:
     dead, other = FakeEngine("engine 0"), FakeEngine("engine 1")
     sync = sync_to([dead, other])
