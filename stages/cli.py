@@ -21,8 +21,8 @@
     phimini bench                            measuring; names its benches
     torchrun --nproc-per-node 2 -m phimini.stages.cli recipe tiny tensor_parallel=2
 
-A stage that is complete is not run again; `--redo` does. Exit status: 0 done, 1 a check or plan says no or a rank was
-lost, 2 bad input, 130 stopped and saved (Ctrl-C, SIGTERM; the same command goes on).
+A stage that is complete is not run again; `--redo` does. Exit status: 0 done, 1 a check or plan says no, a rank was
+lost or the disk is full, 2 bad input, 130 stopped and saved (Ctrl-C, SIGTERM; the same command goes on).
 """
 
 import os
@@ -53,7 +53,13 @@ from phimini.stages.training import layout_of
 from phimini.stages.workloads import workloads
 
 # What a rank may raise that is no fault of the program, and the exit status that it gives.
-EXPECTED = {"ValueError": 2, "Stopped": 130, "KeyboardInterrupt": 130, "LostRanks": 1}
+EXPECTED = {
+    "ValueError": 2,
+    "Stopped": 130,
+    "KeyboardInterrupt": 130,
+    "LostRanks": 1,
+    "OSError": 1,  # a full disk, an address in use; not its subclasses, such as a file of ours that is not there
+}
 VERBS = (
     "recipe",
     *DATA,
@@ -79,6 +85,11 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"phimini: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if type(error).__name__ not in EXPECTED:
+            raise
+        print(f"phimini: {error}", file=sys.stderr)
+        return 1
     except (Stopped, KeyboardInterrupt) as stop:
         print(f"phimini: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -273,6 +274,27 @@ def test_a_rank_that_hangs_is_named_within_the_run_s_deadline(
     assert main([*words, "collective_deadline_s=2"]) == 1
     assert time.monotonic() - began < 60
     assert "phimini: rank 1 of 2 gave no sign of life" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_ends_with_one_clear_line(
+    processes: int, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """A limit on the size of a file stands for the full disk."""
+    for name in ("distill", "curate", "base"):
+        os.symlink(finished / name, tmp_path / name)
+    words = ["midtrain", "tiny", f"out={tmp_path}", *MICRO, "midtrain.checkpoint_every=2"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_200_000, before[1]))
+    try:
+        status = command(words) if processes == 1 else main([*words, "processes=2"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capfd.readouterr().err
+    assert status == 1 and "Traceback" not in error, error
+    assert re.search(
+        r"phimini: .*step-00000002.tmp/\S+distcp: cannot be written, \d+ bytes are free", error
+    ), error
 
 
 def test_tensor_parallel_under_torchrun_gives_the_same_first_losses(
