@@ -77,6 +77,8 @@ class StaticCase:
     num_stages: int = 3
     targets: tuple[int, ...] = TARGETS
     is_matmul: bool = False
+    access_bits: int = 128
+    """that a thread must ask for at once; words of 64 bits that begin anywhere cannot be asked for in pairs"""
     max_registers: dict[int, int] = field(default_factory=dict)
     """the committed ceiling per target; a target that is not named has none"""
 
@@ -144,8 +146,10 @@ def violations(case: StaticCase, row: StaticRow) -> list[str]:
         found.append(f"{row.spills} spill instructions, expected 0")
     if row.shared_bytes > limit:
         found.append(f"{row.shared_bytes} bytes of shared memory, the chip has {limit}")
-    if row.global_access_bits < 128:
-        found.append(f"global accesses of {row.global_access_bits} bits, expected 128 or TMA")
+    if row.global_access_bits < case.access_bits:
+        found.append(
+            f"global accesses of {row.global_access_bits} bits, expected {case.access_bits} or TMA"
+        )
     if ceiling is None:
         found.append("no committed ceiling of registers for this target")
     elif row.registers > ceiling:

@@ -37,6 +37,7 @@ _WRITE_ONLY = {
     "zero_",
     "fill_",
     "zeros",
+    "new_full",
     "ones",
     "full",
     "zeros_like",

@@ -1,5 +1,6 @@
 """The ops: each file has its reference, its Triton kernels and one public function (plain torch on a CPU)."""
 
+from phimini.kernels.checksum import checksum, checksum_reference, checksums
 from phimini.kernels.linear import linear, linear_reference
 from phimini.kernels.linear_cross_entropy import (
     CrossEntropyMetrics,
@@ -31,6 +32,9 @@ __all__ = [
     "DpoMetrics",
     "LinearLogprob",
     "PolicyMetrics",
+    "checksum",
+    "checksum_reference",
+    "checksums",
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",

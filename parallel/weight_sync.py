@@ -14,6 +14,7 @@ Every wait has the sync's deadline; an error names rank or engine, tensor and ph
 """
 
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from phimini.kernels import checksums
 from phimini.model.config import ModelConfig
 from phimini.parallel.weight_names import hf_names
-from phimini.parallel.weight_sync_checksum import checksums, fingerprint
 from phimini.parallel.weight_sync_fp8 import is_quantised, quantised_names, working_bytes
 from phimini.parallel.weight_sync_wait import Receiver, Wait, Watchdog, WeightSyncError
 
@@ -259,6 +260,12 @@ class WeightSync:
             if whole is not None:
                 whole = whole and all(worker["whole"] for worker in workers)
         return whole
+
+
+def fingerprint(checksums: dict[str, int]) -> str:
+    """16 hex digits for a whole set of weights."""
+    lines = "\n".join(f"{name} {value}" for name, value in sorted(checksums.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 class _Packer:

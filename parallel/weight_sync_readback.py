@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phimini.kernels import checksum
 from phimini.model.config import ModelConfig
 from phimini.parallel.weight_sync import Entry
-from phimini.parallel.weight_sync_checksum import checksum
 from phimini.parallel.weight_sync_fp8 import BLOCK, SCALE_SUFFIX
 
 COLUMNS = 4

@@ -34,11 +34,11 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.platforms import current_platform
 
+from phimini.kernels import checksums
 from phimini.model.config import ModelConfig
 from phimini.parallel import weight_sync_cuda
 from phimini.parallel.weight_names import hf_names
 from phimini.parallel.weight_sync import Entry, entry_of
-from phimini.parallel.weight_sync_checksum import checksums
 from phimini.parallel.weight_sync_fp8 import SCALE_SUFFIX, quantised_names
 from phimini.parallel.weight_sync_readback import ReadBack
 from phimini.parallel.weight_sync_transport import (

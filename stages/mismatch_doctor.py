@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from phimini.kernels import linear_logprob
+from phimini.kernels import checksum, linear_logprob
 from phimini.model.chat import encode_prompt
 from phimini.model.config import ModelConfig
 from phimini.model.reference import Phi4Mini
@@ -21,7 +21,6 @@ from phimini.model.sampler import SamplingParams
 from phimini.parallel.batch import IGNORE, Document, PackedBatch, pack
 from phimini.parallel.builder import Model
 from phimini.parallel.step import forward_only
-from phimini.parallel.weight_sync_checksum import checksum
 from phimini.parallel.weight_sync_fp8 import dequantise_blocks, is_quantised, quantise_blocks
 from phimini.parallel.weights import to_hf
 from phimini.parallel.world import World
@@ -280,7 +279,7 @@ def _other_weights(engine: RolloutEngine, arbiter: Arbiter) -> str:
     if not isinstance(engine, SyncedEngine) or engine.last_sync is None:
         return ""
     last = engine.last_sync
-    now = {name: int(checksum(t)) for name, t in engine.as_sent(arbiter.weights.items())}
+    now = {name: checksum(t) for name, t in engine.as_sent(arbiter.weights.items())}
     differ = [name for name, value in now.items() if last.checksums.get(name) != value]
     if not differ:
         return ""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phimini.kernels import checksum
 from phimini.parallel.weight_sync import entry_of
-from phimini.parallel.weight_sync_checksum import checksum
 from phimini.parallel.weight_sync_transport import (
     IN_THIS_PROCESS,
     broadcast,

@@ -267,6 +267,21 @@ MUTATIONS = [
         "tl.store(y_ptr + row * F + cols, up * tl.sigmoid(up) * gate, mask=inside)",
         "test_swiglu.py -k 'test_swiglu and triton and float32'",
     ),
+    Mutation(
+        "checksum: the last column is not summed", "checksum.py",
+        "        last_column += last\n", "",
+        "test_checksum.py -k docstring_says",
+    ),
+    Mutation(
+        "checksum: a block's place does not count", "checksum.py",
+        "total * tl.load(of_block_ptr + k)", "total",
+        "test_checksum.py -k docstring_says",
+    ),
+    Mutation(
+        "checksum: top bits are left to cancel", "checksum.py",
+        "    sums_KS += sums_KS >> 32\n", "",
+        "test_checksum.py -k signs",
+    ),
 ]  # fmt: skip
 
 

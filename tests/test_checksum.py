@@ -1,17 +1,21 @@
-"""The checksum of a sync: its definition, and every fault that it is there for."""
+"""The checksum: its definition, its kernel, and every fault that it is there for."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import observe
+from numerics import DEVICE
 from torch import Tensor
 
-from phimini.parallel import weight_sync_checksum
-from phimini.parallel.weight_sync_checksum import checksum, checksums, fingerprint
+from phimini.kernels._launch import Backend
+from phimini.kernels.checksum import _weights, checksum, checksum_reference, checksums
+from phimini.parallel.weight_sync import fingerprint
 
 ROW, BLOCK = 129 * 8, 129 * 8 * 127  # bytes
 PAGE = 4096
+BACKENDS: list[Backend] = ["triton", "torch"]
 SIZES = (
     0,
     1,
@@ -41,7 +45,7 @@ def defined(data: Tensor) -> int:
     padded = np.zeros(blocks * BLOCK, dtype=np.uint8)
     padded[: len(data)] = data.numpy()
     words_KRC = padded.view(np.uint64).reshape(blocks, 127, 129)
-    weights = weight_sync_checksum._weights(cpu, max(blocks, 256)).tolist()
+    weights = _weights(cpu, max(blocks, 256)).tolist()
     total = len(data)
     for words_RC, of_block in zip(words_KRC, weights, strict=False):
         sums = [*words_RC.sum(1).tolist(), *words_RC.sum(0).tolist()]
@@ -51,27 +55,39 @@ def defined(data: Tensor) -> int:
 
 
 @pytest.mark.parametrize("num_bytes", SIZES)
-def test_it_is_what_its_docstring_says_on_a_cpu_and_as_a_gpu_does_it(num_bytes: int) -> None:
-    data = noise(num_bytes)
-    expected = defined(data)
-    assert checksum(data) % 2**64 == expected
-    assert int(weight_sync_checksum._on_gpu(data)) % 2**64 == expected
+def test_it_is_what_its_docstring_says(num_bytes: int) -> None:
+    data = noise(num_bytes).to(DEVICE)
+    expected = defined(data.cpu())
+    assert int(checksum_reference(data)) % 2**64 == expected
+    for backend in BACKENDS:
+        assert checksum(data, _backend=backend) % 2**64 == expected, backend
 
 
-def test_of_several_each_is_its_own_and_may_begin_anywhere() -> None:
-    bucket = noise(3 * BLOCK)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_of_several_each_is_its_own_and_may_begin_anywhere(backend: Backend) -> None:
+    bucket = noise(3 * BLOCK).to(DEVICE)
     tensors = [bucket[start:end] for start, end in ((0, 5), (2, 7), (3, BLOCK + 90), (8, 8))]
-    assert checksums(tensors) == [checksum(t.clone()) for t in tensors]
-    for tensor in tensors:
-        assert int(weight_sync_checksum._on_gpu(tensor)) == checksum(tensor)
-    assert checksums([]) == []
+    assert checksums(tensors, _backend=backend) == [int(checksum_reference(t)) for t in tensors]
+    assert checksums([], _backend=backend) == []
+
+
+def test_of_a_cpu_and_of_another_device_at_once_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected all on one device"):
+        checksums([torch.ones(1), torch.ones(1, device="meta")])
+
+
+def test_the_order_of_the_programs_does_not_matter_and_no_byte_beyond_the_end_is_read() -> None:
+    data = noise(3 * BLOCK + 5 * ROW + 16).to(DEVICE)
+    for seed in (None, 1, 2):
+        with observe(shuffle_seed=seed):
+            assert checksum(data, _backend="triton") == int(checksum_reference(data))
 
 
 def test_every_places_weight_is_odd_its_own_and_the_same_for_any_size() -> None:
     cpu = torch.device("cpu")
-    weights = weight_sync_checksum._weights(cpu, 9000)
+    weights = _weights(cpu, 9000)
     assert bool((weights % 2 != 0).all()) and len(weights.unique()) == len(weights) == 9000
-    assert torch.equal(weight_sync_checksum._weights(cpu, 5000), weights[:5000])
+    assert torch.equal(_weights(cpu, 5000), weights[:5000])
 
 
 # --- faults ----------------------------------------------------------------------------------------

@@ -1,0 +1,161 @@
+"""A checksum of a tensor's bytes: exact, the same on any device, at the speed of reading them.
+
+    The bytes, filled up with zeros, are int64 words in blocks of 127 rows of 129. Each row and each column of a block is
+    summed modulo 2^64. Each sum s counts as s + floor(s / 2^32), times an odd number drawn at random for its place in
+    the block; the total of a block is multiplied by one for the block's place. The checksum is the sum of that modulo
+    2^64, and the number of bytes.
+
+What changes a row's or a column's sum is seen, but for a coincidence: one in 2^60 for bytes that are lost, old, zeroed,
+shifted or exchanged; one in 2^32 where only top bits of words change, as with signs of every second fp32. A change that
+leaves every row's and every column's sum as it was is not seen: +d, -d, -d, +d in the corners of a rectangle within one
+block is the simplest, or, of top bits of words, an even number in each row and each column. Rows and
+columns are odd in length so that no matrix is regular in that way. Against faults, not an adversary.
+
+One program reads a block once and adds its total atomically: integers, so the order is of no account.
+
+Bound: memory. A tensor is read once; on a CPU twice, the second time from the cache.
+
+Letters: K blocks, R rows and C columns of a block, S sums of a block.
+"""
+
+# triton types constexpr parameters as tl.constexpr, not int
+# pyright: reportArgumentType=false
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from phimini.kernels._launch import Backend, runs_triton
+
+_ROWS, _COLUMNS = 127, 129
+_ROW_BYTES = 8 * _COLUMNS
+_BLOCK_BYTES = 8 * _ROWS * _COLUMNS
+_SUMS = _ROWS + _COLUMNS
+_CACHED = 4
+"""blocks (512 KiB) that a CPU still holds when it reads them for the second time"""
+_SEEDED = 4096
+"""weights that one seed draws"""
+
+
+# --- reference -----------------------------------------------------------------------------------
+def checksum_reference(tensor: Tensor) -> Tensor:
+    """The definition; 0-d int64, on the tensor's device."""
+    data = _bytes(tensor)
+    blocks = len(data) // _BLOCK_BYTES + 1
+    padded = torch.nn.functional.pad(data, (0, blocks * _BLOCK_BYTES - len(data)))
+    words_KRC = padded.view(torch.int64).view(blocks, _ROWS, _COLUMNS)
+    sums_KS = torch.cat((words_KRC.sum(2), words_KRC.sum(1)), 1)
+    of_sum, of_block = (_weights(data.device, n) for n in (_SUMS, blocks))
+    of_block_K = ((sums_KS + (sums_KS >> 32)) * of_sum).sum(1)
+    return (of_block_K * of_block).sum() + len(data)
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(device: torch.device, count: int) -> Tensor:
+    """Odd numbers; of more the first ones are the same."""
+    drawn = [_odd(_SEEDED, seed) for seed in range(-(-count // _SEEDED))]
+    return torch.cat(drawn)[:count].to(device)
+
+
+def _odd(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1
+
+
+# --- triton --------------------------------------------------------------------------------------
+@triton.jit
+def _checksum_kernel(
+    words_ptr, num_words, of_sum_ptr, of_block_ptr, out_ptr,  # (num_words,) (S,) (K,) ()
+    R: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_C)  # the last of BLOCK_C + 1 columns goes beside them
+    columns = tl.zeros([BLOCK_R, BLOCK_C], tl.int64)
+    last_column = tl.zeros([BLOCK_R], tl.int64)
+    totals = tl.zeros([BLOCK_R], tl.int64)
+    for first in range(0, R, BLOCK_R):
+        rows = first + tl.arange(0, BLOCK_R)
+        starts = (k * R + rows) * C
+        offsets = starts[:, None] + cols[None, :]
+        inside = (rows[:, None] < R) & (offsets < num_words)
+        words = tl.load(words_ptr + offsets, mask=inside, other=0)
+        inside = (rows < R) & (starts + BLOCK_C < num_words)
+        last = tl.load(words_ptr + starts + BLOCK_C, mask=inside, other=0)
+        columns += words
+        last_column += last
+        sums = tl.sum(words, axis=1) + last
+        weights = tl.load(of_sum_ptr + rows, mask=rows < R, other=0)
+        totals += (sums + (sums >> 32)) * weights
+    sums = tl.sum(columns, axis=0)
+    total = tl.sum((sums + (sums >> 32)) * tl.load(of_sum_ptr + R + cols), axis=0)
+    sum_of_last = tl.sum(last_column, axis=0)
+    total += (sum_of_last + (sum_of_last >> 32)) * tl.load(of_sum_ptr + R + BLOCK_C)
+    total += tl.sum(totals, axis=0)
+    tl.atomic_add(out_ptr, total * tl.load(of_block_ptr + k), sem="relaxed")
+
+
+# --- launch --------------------------------------------------------------------------------------
+def launch_config() -> dict[str, int]:
+    """A thread holds 8 words, of 8 rows: a warp reads 32 of a row, which begins anywhere."""
+    return {"R": _ROWS, "C": _COLUMNS, "BLOCK_R": 8, "BLOCK_C": _COLUMNS - 1, "num_warps": 4}
+
+
+def _with_triton(data: Tensor) -> Tensor:
+    """0-d int64; the GPU is not waited for. Bytes that do not fill their last word, or words that begin between two of
+    memory's, cost a copy: no weight of a model has them."""
+    num_bytes = len(data)
+    if num_bytes % 8 or data.data_ptr() % 8:
+        data = torch.nn.functional.pad(data, (0, -num_bytes % 8 or 8))
+    words = data.view(torch.int64)
+    blocks = max(1, -(-len(words) // (_ROWS * _COLUMNS)))
+    of_sum, of_block = (_weights(data.device, n) for n in (_SUMS, blocks))
+    out = words.new_full((), num_bytes)
+    _checksum_kernel[(blocks,)](words, len(words), of_sum, of_block, out, **launch_config())
+    return out
+
+
+def _on_cpu(tensor: Tensor) -> int:
+    data = tensor.numpy()  # torch refuses words that begin between two of its own
+    whole = len(data) // _BLOCK_BYTES
+    sums_KS = np.zeros((whole + 1, _SUMS), dtype=np.int64)
+    if whole:
+        blocks = data[: whole * _BLOCK_BYTES].view(np.int64).reshape(whole, _ROWS, _COLUMNS)
+        of_rows_KR, of_columns_KC = torch.from_numpy(sums_KS[:-1]).split((_ROWS, _COLUMNS), 1)
+        parts = (t.split(_CACHED) for t in (torch.from_numpy(blocks), of_rows_KR, of_columns_KC))
+        for words_KRC, rows_KR, columns_KC in zip(*parts, strict=True):
+            torch.sum(words_KRC, 2, out=rows_KR)
+            torch.sum(words_KRC, 1, out=columns_KC)
+    if len(data) > whole * _BLOCK_BYTES:
+        rest = data[whole * _BLOCK_BYTES :]
+        words_RC = np.zeros((-(-len(rest) // _ROW_BYTES), _COLUMNS), dtype=np.int64)
+        words_RC.reshape(-1).view(np.uint8)[: len(rest)] = rest
+        np.add.reduce(words_RC, 1, out=sums_KS[-1, : len(words_RC)])
+        np.add.reduce(words_RC, 0, out=sums_KS[-1, _ROWS:])
+    sums_KS += sums_KS >> 32
+    cpu = tensor.device
+    total = sums_KS @ _weights(cpu, _SUMS).numpy() @ _weights(cpu, whole + 1).numpy()
+    return (int(total) + len(data) + 2**63) % 2**64 - 2**63
+
+
+# --- public op -----------------------------------------------------------------------------------
+def checksum(tensor: Tensor, *, _backend: Backend | None = None) -> int:
+    """Of a tensor's bytes and their order, as a signed 64-bit number, whatever the dtype; a GPU is waited for."""
+    return checksums([tensor], _backend=_backend)[0]
+
+
+def checksums(tensors: Sequence[Tensor], *, _backend: Backend | None = None) -> list[int]:
+    """`checksum` of each; a GPU is waited for once. ValueError if some are on a GPU and some are not."""
+    if len({tensor.device for tensor in tensors}) > 1:
+        raise ValueError("checksums: tensors: expected all on one device")
+    flat = [_bytes(tensor) for tensor in tensors]
+    if not flat or not runs_triton(flat[0], _backend):
+        return [_on_cpu(data) for data in flat]
+    return torch.stack([_with_triton(data) for data in flat]).tolist()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
