@@ -31,10 +31,6 @@ def static_cases() -> list[StaticCase]:
     ]  # fmt: skip
 
 
-def peer_static_cases() -> list[StaticCase]:
-    return []
-
-
 # --- counted ---------------------------------------------------------------------------------------
 def traffic_cases() -> list[TrafficCase]:
     """Five blocks, the last one not full, of a tensor in bf16."""

@@ -201,22 +201,17 @@ class WeightSync:
         wait.call(self.receivers, "start", {"version": str(version)})
         report = SyncReport(version, self.transport.name, 0, 0, 0, "")
         packer = _Packer(self, wait, report)
-        names = iter(self.shapes)
-        while True:
-            expected, pair = (
-                next(names, None),
-                None,
-            )  # the last tensor is gone before the next one is gathered
+        for expected in (*self.shapes, None):
+            pair = None  # the last tensor is gone before the next one is gathered
             wait.at("gather", expected)
             clock = time.perf_counter()
             pair = next(tensors, None)
             report.gather_s += time.perf_counter() - clock
-            if pair is None or expected is None:
-                break
-            packer.add(*pair)
-        if pair is not None or expected is not None:
-            got = "the end" if pair is None else pair[0]
-            raise wait.error(f"expected {expected or 'the end'} from the trainer, got {got}")
+            if (pair and pair[0]) != expected:
+                got = "the end" if pair is None else pair[0]
+                raise wait.error(f"expected {expected or 'the end'} from the trainer, got {got}")
+            if pair is not None:
+                packer.add(*pair)
         packer.flush()
         wait.at("finish")
         finished = wait.call(self.receivers, "finish", {"version": str(version)})

@@ -121,7 +121,9 @@ def test_a_missing_a_late_and_a_misshapen_tensor_are_named() -> None:
     good = weights(2)
     cut = {n: t for n, t in good.items() if n != NAMES[5]}
     error = failing(FakeEngine(), cut.items())
-    assert (error.phase, error.tensor) == ("gather", NAMES[-1]) or NAMES[5] in str(error)
+    assert (error.phase, error.tensor) == ("gather", NAMES[5]) and NAMES[6] in str(error)
+    error = failing(FakeEngine(), (good | {"model.stray.weight": good[NAMES[3]]}).items())
+    assert "expected the end from the trainer, got model.stray.weight" in str(error)
     error = failing(FakeEngine(), itertools.islice(good.items(), 7))
     assert (error.phase, error.tensor, error.where) == ("gather", NAMES[7], "trainer rank 0")
     error = failing(FakeEngine(), (good | {NAMES[3]: good[NAMES[3]].T}).items())
