@@ -168,14 +168,16 @@ class WeightSync:
         Raises WeightSyncError; the engines then keep the old version or refuse to sample (`.whole`).
         """
         wait = Wait(self.deadline_s, self.where)
-        with Watchdog(wait):
-            try:
+        try:
+            with Watchdog(wait):
                 return self._sync(tensors, version, wait)
-            except WeightSyncError as error:
+        except WeightSyncError as error:
+            # Anew: that an engine let the deadline pass is not this rank's fault.
+            with Watchdog(wait):
                 whole = self._abort()
                 for _ in tensors:  # the other ranks are still gathering
                     pass
-                raise WeightSyncError(**{**error.fields(), "whole": whole}) from error
+            raise WeightSyncError(**{**error.fields(), "whole": whole}) from error
 
     def set_receivers(self, receivers: Sequence[Receiver]) -> None:
         """The engines that are left; the next sync makes their acquaintance."""

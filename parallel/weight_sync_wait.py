@@ -127,8 +127,7 @@ class Watchdog:
     is gone cannot be interrupted from Python.
     """
 
-    grace_s = 15.0
-    """after the deadline: ending the update takes up to 5 s, and the other ranks' gather has to be gone through"""
+    grace_s = 5.0
 
     def __init__(self, wait: Wait) -> None:
         self.wait = wait
