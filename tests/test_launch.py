@@ -175,6 +175,7 @@ def test_a_job_needs_a_rank() -> None:
 
 
 TORCHRUN_PROGRAM = """
+import os
 from test_parallel_parity import GROUPS, config, cross_entropy_head, share_of
 from phimini.parallel.builder import build_model
 from phimini.parallel.layout import Layout
@@ -184,7 +185,7 @@ from phimini.parallel.world import initialize
 world = initialize(Layout(tensor=2), config(), timeout_s=200)
 model = build_model(config(), world, seed=0)
 result = forward_backward(model, share_of(GROUPS, world.data_rank, world.data_size), cross_entropy_head)
-print(f"rank {world.rank} loss {result.loss!r}", flush=True)
+os.write(1, f"rank {world.rank} loss {result.loss!r}\\n".encode())  # at once: the ranks share the pipe
 world.close()
 """
 
