@@ -26,7 +26,7 @@ def test_the_readme_shows_the_committed_rows() -> None:
 
 
 def test_fp8_costs_less_than_one_percent_of_the_loss() -> None:
-    """On the same weights with its whole interval; of whole runs, which part by chaos, the mean over the seeds."""
+    """On the same weights and from the same state with its whole interval; of whole runs, which part by chaos, the mean."""
     found = fp8.differences(ROWS)
     whole, part = tiny().midtrain.steps, 800
     assert whole is not None
@@ -38,6 +38,8 @@ def test_fp8_costs_less_than_one_percent_of_the_loss() -> None:
             for question in ("forward", "forward, trained in FP8"):
                 _, low, high = fp8.interval(found[steps, arm][question])
                 assert -0.01 < low < high < 0.01
+        _, low, high = fp8.interval(found[whole, arm]["20 steps"])
+        assert -0.01 < low < high < 0.01
         # What is left may be chaos: a change of that size moves runs in fp32 as far.
         _, low, high = fp8.interval(found[part, arm]["training"])
         _, floor_low, floor_high = fp8.interval(found[part, "fp32 nudged"]["training"])
