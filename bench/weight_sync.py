@@ -7,10 +7,10 @@ time: use an idle machine, or read the shares, which are medians of each sync's 
 needed more than two buckets. PATH.jsonl gets rows for `bench compare`, any other PATH a JSON list of plain ones.
 
 "checksums" is how long those of what was sent and of what arrived keep a sync waiting, against the target of 5 % of it.
-On two idle cores of a CPU (AMD EPYC, November 2026, 9 syncs) the tiny model keeps to it (3.5 to 4.5 %) but inproc from one
-rank (6 %); the mid one does not: 6 to 8 % inproc, 9 to 12 % shm, 8.5 to 10 % gloo. A sync moves some nine bytes for each
-byte of a weight, and so is bound by memory as a checksum is: a plain sum of 112 MiB takes 3 ms, a sync inproc 80 ms. A
-second thread that summed while the first loaded made neither faster. No GPU was measured.
+On two idle cores of a CPU (AMD EPYC, November 2026, 15 syncs) the tiny model keeps to it everywhere (3.1 to 4.7 %), the mid
+one does not: 4 to 8 % inproc, 8 to 10 % shm, 7 to 9 % gloo. There a sync moves some nine bytes for each byte of a weight,
+and so is bound by memory as a checksum is: a plain sum of 112 MiB takes 3 ms, a sync inproc 80 ms. A second thread that
+summed while the first loaded made neither faster. No GPU was measured.
 """
 
 import argparse

@@ -120,25 +120,27 @@ def _with_triton(data: Tensor) -> Tensor:
 
 def _on_cpu(tensor: Tensor) -> int:
     data = tensor.numpy()  # torch refuses words that begin between two of its own
-    whole = len(data) // _BLOCK_BYTES
+    whole, rest = divmod(len(data), _BLOCK_BYTES)
     sums_KS = np.zeros((whole + 1, _SUMS), dtype=np.int64)
-    if whole:
-        blocks = data[: whole * _BLOCK_BYTES].view(np.int64).reshape(whole, _ROWS, _COLUMNS)
-        of_rows_KR, of_columns_KC = torch.from_numpy(sums_KS[:-1]).split((_ROWS, _COLUMNS), 1)
-        parts = (t.split(_CACHED) for t in (torch.from_numpy(blocks), of_rows_KR, of_columns_KC))
-        for words_KRC, rows_KR, columns_KC in zip(*parts, strict=True):
-            torch.sum(words_KRC, 2, out=rows_KR)
-            torch.sum(words_KRC, 1, out=columns_KC)
-    if len(data) > whole * _BLOCK_BYTES:
-        rest = data[whole * _BLOCK_BYTES :]
-        words_RC = np.zeros((-(-len(rest) // _ROW_BYTES), _COLUMNS), dtype=np.int64)
-        words_RC.reshape(-1).view(np.uint8)[: len(rest)] = rest
+    words_KRC = data[: len(data) - rest].view(np.int64).reshape(whole, _ROWS, _COLUMNS)
+    for k in range(0, whole, _CACHED):
+        part, sums = words_KRC[k : k + _CACHED], sums_KS[k : min(k + _CACHED, whole)]
+        words = torch.from_numpy(part)
+        torch.sum(words, 2, out=torch.from_numpy(sums[:, :_ROWS]))
+        torch.sum(words, 1, out=torch.from_numpy(sums[:, _ROWS:]))
+    if rest:
+        words_RC = np.zeros((-(-rest // _ROW_BYTES), _COLUMNS), dtype=np.int64)
+        words_RC.reshape(-1).view(np.uint8)[:rest] = data[len(data) - rest :]
         np.add.reduce(words_RC, 1, out=sums_KS[-1, : len(words_RC)])
         np.add.reduce(words_RC, 0, out=sums_KS[-1, _ROWS:])
     sums_KS += sums_KS >> 32
-    cpu = tensor.device
-    total = sums_KS @ _weights(cpu, _SUMS).numpy() @ _weights(cpu, whole + 1).numpy()
+    total = sums_KS @ _on_host(_SUMS) @ _on_host(whole + 1)
     return (int(total) + len(data) + 2**63) % 2**64 - 2**63
+
+
+@functools.lru_cache(maxsize=64)
+def _on_host(count: int) -> np.ndarray:
+    return _weights(torch.device("cpu"), count).numpy()
 
 
 # --- public op -----------------------------------------------------------------------------------
