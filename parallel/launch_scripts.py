@@ -109,7 +109,7 @@ def render_slurm(settings: LaunchSettings) -> str:
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
     lines += ["#SBATCH --exclusive", "#SBATCH --requeue", "#SBATCH --open-mode=append"]
     head = [
-        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
         f'id="{settings.name}-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"',
     ]
     # Since Slurm 22.05 a step does not inherit --cpus-per-task.

@@ -46,7 +46,7 @@ source .venv/bin/activate
 {ENVIRONMENT}export OMP_NUM_THREADS=12
 export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 id="phimini-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 launch=(
     srun --cpus-per-task=96 --kill-on-bad-exit=1
@@ -117,7 +117,8 @@ def run_script(
     record = f'python3 -c "{python}" "$@" >> {log}\n'
     stand_in(folder / "bin", "torchrun", record + f'if [[ "$*" == *"{fail}"* ]]; then exit 3; fi')
     stand_in(folder / "bin", "srun", 'while [[ "$1" == --* ]]; do shift; done; exec "$@"')
-    stand_in(folder / "bin", "scontrol", "echo first; echo second")
+    # The second name comes late: who stopped reading at the first would end scontrol, and with pipefail the job.
+    stand_in(folder / "bin", "scontrol", "echo first; sleep 0.1; echo second")
     script = folder / "job.sh"
     script.write_text(text)
     done = subprocess.run(
