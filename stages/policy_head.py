@@ -33,6 +33,16 @@ def with_reference_logps(frozen: Model, microbatches: list[PackedBatch]) -> list
     ]
 
 
+def logps(
+    hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, group: dist.ProcessGroup | None
+) -> Tensor:
+    """(M,): the trainer's log-probs of the sampled tokens, at the temperatures of their sampling."""
+    temperature = batch.fields["temperature"]
+    return linear_logprob(
+        hidden_MD, weight_VD, batch.targets_T, temperature=temperature, group=group, with_entropy=False
+    ).logp_M  # fmt: skip
+
+
 def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float):
     """The clipped policy loss; the count is trained tokens, or rollouts where each weighs the same.
 
@@ -47,14 +57,7 @@ def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float):
         counts_M, old_logp_M, importance_M = weight_M != 0, sampled_logp_M, None
         if config.importance != "off":
             with torch.no_grad():
-                old_logp_M = linear_logprob(
-                    hidden_MD,
-                    weight_VD,
-                    batch.targets_T,
-                    temperature=batch.fields["temperature"],
-                    group=group,
-                    with_entropy=False,
-                ).logp_M
+                old_logp_M = logps(hidden_MD, weight_VD, batch, group)
             importance_M = importance_weights(
                 old_logp_M - sampled_logp_M,
                 counts_M,

@@ -18,7 +18,6 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from torch import Tensor
 
-from phimini.kernels import linear_logprob
 from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import Document, PackedBatch, pack
 from phimini.parallel.builder import Model
@@ -39,7 +38,7 @@ from phimini.stages.mismatch import (
 )
 from phimini.stages.mismatch_doctor import EXAMINED, Case, diagnose
 from phimini.stages.packing import EpochSampler, Example, flops_of, parts, shares
-from phimini.stages.policy_head import policy_head, with_reference_logps
+from phimini.stages.policy_head import logps, policy_head, with_reference_logps
 from phimini.stages.remedies import (
     advantages,
     keeps_prompt,
@@ -280,14 +279,7 @@ def measure(
     """Fills the meter with answers that are not trained on. Collective."""
 
     def head(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
-        logp_M = linear_logprob(
-            hidden_MD,
-            weight_VD,
-            batch.targets_T,
-            temperature=batch.fields["temperature"],
-            group=group,
-            with_entropy=False,
-        ).logp_M
+        logp_M = logps(hidden_MD, weight_VD, batch, group)
         fields = batch.fields
         meter.add(logp_M - fields["old_logp"], fields["age"], fields["weight"] != 0)
         return logp_M

@@ -71,12 +71,16 @@ def test_a_mode_takes_the_middle_layers_and_gives_them_back() -> None:
     assert seen["mxfp8"] == [plain, rounded, rounded, plain]
 
 
-def test_arms_are_the_same_run_but_for_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def make_small(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
     small = override(tiny(), ["distill.num_problems=200", "distill.num_prompts=20", "distill.num_heldout=20",
                               "distill.num_validation=20", "curate.sft_examples=20"])  # fmt: skip
     monkeypatch.setattr(fp8, "tiny", lambda: small)
-    monkeypatch.setattr(fp8, "WINDOW", 4)
-    monkeypatch.setattr(fp8, "WINDOWS_APART", 8)
+    monkeypatch.setattr(fp8, "WINDOW", window)
+    monkeypatch.setattr(fp8, "WINDOWS_APART", 2 * window)
+
+
+def test_arms_are_the_same_run_but_for_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch, window=4)
     rows: dict[str, Any] = {
         r["arm"]: r for r in fp8.run_seed(5, ["fp32", "fp32 again", "tensorwise"], 20)
     }
@@ -98,11 +102,7 @@ def test_arms_are_the_same_run_but_for_what_they_say(monkeypatch: pytest.MonkeyP
 
 def test_a_window_that_is_not_taken_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its steps in fp32 must give the same losses; they do not where the weights stay those after it."""
-    small = override(tiny(), ["distill.num_problems=200", "distill.num_prompts=20", "distill.num_heldout=20",
-                              "distill.num_validation=20", "curate.sft_examples=20"])  # fmt: skip
-    monkeypatch.setattr(fp8, "tiny", lambda: small)
-    monkeypatch.setattr(fp8, "WINDOW", 2)
-    monkeypatch.setattr(fp8, "WINDOWS_APART", 4)
+    make_small(monkeypatch, window=2)
     monkeypatch.setattr(fp8.Windows, "_restore", lambda self, tensors, steps: None)
     with pytest.raises(RuntimeError, match="did not give the same losses again"):
         list(fp8.run_seed(5, ["fp32"], 6))
