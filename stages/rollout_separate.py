@@ -186,9 +186,8 @@ class SeparateVllm:
             ]
             for engine in engines:
                 engine.hello(self.config, self.settings, rollout.deadline_s)
-        except (
-            BaseException
-        ):  # Ctrl-C too: an engine ends with its trainer's connection, if it has one
+        except BaseException:
+            # Ctrl-C too: an engine ends with its trainer's connection, if it has one.
             for process, _ in started:
                 process.kill()
             raise
