@@ -10,7 +10,9 @@ from fake_engine import FakeEngine
 from torch import Tensor
 
 from phimini.bench.memory import AllocationMeter
+from phimini.kernels import checksum
 from phimini.model.config import ModelConfig
+from phimini.parallel import weight_sync
 from phimini.parallel.builder import Model, build_model
 from phimini.parallel.launch import RankFailure, run_ranks
 from phimini.parallel.layout import Layout
@@ -90,6 +92,17 @@ def test_every_transport_brings_every_tensor_twice(name: str) -> None:
     if name != "inproc":
         assert engines[0].phases.count("update") < len(NAMES), "tensors share buckets"
     sync.close()
+
+
+@pytest.mark.parametrize("size", [1, 5000], ids="summed after {} bytes".format)
+def test_the_checksums_of_a_bucket_may_be_made_in_parts(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, sent = FakeEngine(), weights()
+    monkeypatch.setattr(weight_sync, "STILL_CACHED", size)
+    report = sync_to([engine]).sync(iter(sent.items()), 1)
+    assert report.checksums == {name: checksum(tensor) for name, tensor in sent.items()}
+    assert engine.weights.keys() == sent.keys()
 
 
 def test_a_bucket_too_small_for_a_tensor_is_refused_by_name() -> None:
