@@ -125,6 +125,8 @@ def _(dlogp, dentropy, dlse, hidden, weight, targets, temperature_M, temperature
 
 def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
+    if not inputs[-1]:  # with_entropy
+        ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[:4])
     ctx.numbers, ctx.num_inputs = inputs[4:11], len(inputs)
 

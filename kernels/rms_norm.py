@@ -149,7 +149,7 @@ def _launch_fwd(
         config = launch_config(D)
         num_programs = _num_programs(M, config["ROWS"], x.device, _FWD_PROGRAMS_PER_SM)
         _rms_norm_fwd_kernel[(num_programs,)](
-            x_MD, residual_MD, weight, y_MD, h_MD, rstd_M,
+            x_MD, residual_MD, weight.contiguous(), y_MD, h_MD, rstd_M,
             x_MD.stride(0), residual_MD.stride(0),
             M, D, eps,
             HAS_RESIDUAL=residual is not None, **config,
@@ -185,7 +185,7 @@ def _rms_norm_bwd(
     num_programs = _num_programs(M, config["ROWS"], h.device, _BWD_PROGRAMS_PER_SM)
     dw_partial_PD = torch.empty(num_programs, D, dtype=torch.float32, device=h.device)
     _rms_norm_bwd_kernel[(num_programs,)](
-        dy_MD, dh_out_MD, h_MD, weight, rstd_M, dh_MD, dw_partial_PD,
+        dy_MD, dh_out_MD, h_MD, weight.contiguous(), rstd_M, dh_MD, dw_partial_PD,
         dy_MD.stride(0), dh_out_MD.stride(0), h_MD.stride(0),
         M, D,
         HAS_DH_OUT=dh_out is not None, **config,

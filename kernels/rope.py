@@ -130,7 +130,7 @@ def _launch(
         return
     config = launch_config(x.numel() // (L * N * K), N, K, 2 * cos.shape[-1], num_rotated_heads)
     _rope_kernel[(L,)](
-        x, out, cos, sin, positions, attention_factor, cos.stride(0), sin.stride(0),
+        x, out, cos, sin, positions.contiguous(), attention_factor, cos.stride(0), sin.stride(0),
         **config, INVERSE=backward, COPY_REST=backward,
     )  # fmt: skip
 

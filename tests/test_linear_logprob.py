@@ -100,6 +100,16 @@ def test_entropy_can_be_left_out() -> None:
     torch.testing.assert_close(bare.logp_M, full.logp_M)
 
 
+def test_an_entropy_left_out_has_no_gradient() -> None:
+    hidden, weight, targets = make_head(10, 8, 30)
+    bare = linear_logprob(hidden.requires_grad_(), weight, targets, with_entropy=False)
+    logp_only, both = (
+        torch.autograd.grad(value_M.sum(), hidden, retain_graph=True)[0]
+        for value_M in (bare.logp_M, bare.logp_M + bare.entropy_M)
+    )
+    assert torch.equal(both, logp_only)
+
+
 def test_second_derivative_is_refused() -> None:
     hidden, weight, targets = make_head(4, 8, 20)
     logp_M = linear_logprob(hidden.requires_grad_(), weight, targets).logp_M

@@ -98,6 +98,16 @@ def test_a_strided_input_is_read_in_place_of_a_copy(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_strided_weight_is_read_by_its_strides(backend: Backend) -> None:
+    check_against_reference(
+        lambda x, wide: rms_norm(x, wide[::2], _backend=backend),
+        lambda x, wide: rms_norm_reference(x, wide[::2]),
+        {"x": torch.randn(5, 32, device=DEVICE), "wide": torch.randn(64, device=DEVICE)},
+        torch.randn(5, 32, device=DEVICE),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend: Backend) -> None:
     x = torch.randn(0, 16, device=DEVICE, requires_grad=True)
     weight = torch.randn(16, device=DEVICE, requires_grad=True)

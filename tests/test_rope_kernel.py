@@ -67,6 +67,18 @@ def test_the_reference_is_hugging_faces() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_positions_may_have_any_strides(backend: Backend) -> None:
+    x, cos, sin, positions = case((2, 6), (5, 16), 12, torch.float32)
+    positions = positions.view(6, 2).T  # the same memory, another order
+    check_against_reference(
+        in_place(backend, cos, sin, positions),
+        lambda x: rope_reference(x, cos, sin, positions),
+        {"x": x},
+        torch.randn_like(x),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_rotated_part_changes_and_it_changes_in_place(backend: Backend) -> None:
     x, cos, sin, positions = case((2, 6), (8, 32), 24, torch.float32)
     before = x.clone()
