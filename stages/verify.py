@@ -6,7 +6,8 @@ rewarded for nothing or to lose a right answer:
 - the last box decides, and it must be closed: an earlier one is never recovered; no box, no answer
 - a number must be written as a number: `6*7`, `40+2`, `84/2` and `\sqrt{4}` are work left undone; a fraction
   must be in lowest terms (as the MATH data set's own checker asks)
-- `042`, `42.0`, `1,000`, `x=42`, `$42$`, `42\text{ cm}`, `42\%`, `\frac{1}{2}` = `1/2` = `0.5` are spellings
+- `042`, `42.0`, `1,000`, `x=42`, `$42$`, `42\text{ cm}`, `42\%`, `\frac{1}{2}` = `1/2` = `0.5` are spellings;
+  `(2,500)` is a pair and `0,100` a list
 - a time-out is reported as such and counted, never hidden in a plain "wrong"
 """
 
@@ -40,6 +41,8 @@ _UNDONE_ARITHMETIC = re.compile(
     r"(?<![\^_/.0-9A-Za-z])[0-9.]++\s*(?:[-+*]|\\(?:cdot|times|div|ast)(?![A-Za-z]))\s*"
     r"[0-9.]++(?!\s*[A-Za-z\\^({])"
 )
+# `101_2`, `3:30`, `2:3`: math-verify drops the base, and takes a time or a ratio for a division.
+_PAIR = re.compile(r"0*([0-9A-Z]+)\s*([_:])\s*\{?0*([0-9]+)\}?", re.IGNORECASE)
 _MAX_SYMBOLIC_CHARACTERS = 1000
 
 
@@ -144,6 +147,11 @@ def _compare(text: str, reference: _Reference) -> Reason:
         return "equal" if _word(text) == reference.word else "different"
     if re.sub(r"\s", "", text) == re.sub(r"\s", "", reference.text):
         return "equal"
+    if (got := _PAIR.fullmatch(text)) and (expected := _PAIR.fullmatch(reference.text)):
+        alike = [part.upper() for part in got.groups()] == [
+            part.upper() for part in expected.groups()
+        ]
+        return "equal" if alike else "different"
     if "$" in text or len(text) > _MAX_SYMBOLIC_CHARACTERS:
         return "unreadable"
     for undone in (_UNDONE_COMMAND, _UNDONE_ARITHMETIC):

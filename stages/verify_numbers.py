@@ -16,14 +16,16 @@ _MAX_WRAPPERS = 8
 
 _PLAIN_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _SIGN = r"(?P<sign>[+-]?)\s*"
-# Thousands are groups of exactly three with one separator throughout: `4\,2` is no number.
-_INTEGER = r"(?:[0-9]{1,3}(?P<comma>,|\{,\}|\\,)[0-9]{3}(?:(?P=comma)[0-9]{3})*|[0-9]+)"
+# Thousands are groups of exactly three with one separator throughout: `4\,2` and `0,100` are no numbers.
+_INTEGER = r"(?:[1-9][0-9]{0,2}(?P<comma>,|\{,\}|\\,)[0-9]{3}(?:(?P=comma)[0-9]{3})*|[0-9]+)"
 _DECIMAL = re.compile(rf"{_SIGN}(?P<whole>{_INTEGER})?(?:\.(?P<digits>[0-9]*))?")
 _SCIENTIFIC = re.compile(
     rf"{_SIGN}(?P<whole>[0-9])(?:\.(?P<digits>[0-9]+))?"
     r"(?:[eE](?P<e>[+-]?[0-9]{1,3})|\s*(?:\\times|\\cdot)\s*10\s*\^\s*(?:\{\s*(?P<ten>[+-]?[0-9]{1,3})\s*\}|(?P<digit>[0-9])))"
 )
-_SLASH = re.compile(rf"{_SIGN}\{{?(?P<top>[+-]?[0-9]+)\}}?\s*/\s*\{{?(?P<bottom>[+-]?[0-9]+)\}}?")
+_SLASH = re.compile(
+    rf"{_SIGN}(?:(?P<whole>[0-9]+) )?\{{?(?P<top>[+-]?[0-9]+)\}}?\s*/\s*\{{?(?P<bottom>[+-]?[0-9]+)\}}?"
+)
 # LaTeX takes a single digit for an argument without braces: \frac12 is a half.
 _FRAC = re.compile(
     rf"{_SIGN}(?P<whole>[0-9]+)?\s*\\frac\s*"
@@ -44,9 +46,12 @@ _UNIT = re.compile(
     r"|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|°|\\?%)$"
 )
 _MULTIPLIER = re.compile(r"hundred|thousand|[mbtr]+illion|dozen", re.IGNORECASE)
+_NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\}))?"
 _VARIABLE = re.compile(
-    r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\}))?\s*=(?!=)\s*"
+    rf"(?P<name>{_NAME}|\({_NAME}(?:\s*,\s*{_NAME})+\))\s*(?:=(?!=)|\\in(?=\s*[\[(\\]))\s*"
 )
+_COMMA = re.compile(r"(?<![{\\]),")
+_AND = re.compile(r"\s*,?\s*\\text\s*\{\s*(?:and|or)\s*\}\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +96,13 @@ def normalise(text: str) -> str:
     text = text.strip()
     if _PLAIN_INTEGER.fullmatch(text):
         return text
-    text = text.replace("−", "-").replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text.replace("−", "-"))
     text = _trimmed(_SPACES.sub(" ", _INVISIBLE.sub("", text)))
     for _ in range(_MAX_WRAPPERS):
         before = text
         text = _unwrapped(text)
         text = text[:-1].rstrip() if text.endswith(".") and len(text) > 1 else text
-        if match := _VARIABLE.match(text):
-            text = text[match.end() :]
+        text = _unnamed(text)
         if (match := _UNIT.search(text)) and match.start() > 0:
             if not _MULTIPLIER.search(match["words"] or ""):
                 text = _trimmed(text[: match.start()])
@@ -112,6 +116,8 @@ def parse_number(text: str) -> Number | None:
     if _PLAIN_INTEGER.fullmatch(text):
         return Number(int(text))
     if text.startswith("(") and text.endswith(")"):
+        if _COMMA.search(text):  # (2,500) is a pair
+            return None
         text = text[1:-1].strip()
     if (match := _DECIMAL.fullmatch(text)) and (match["whole"] or match["digits"]):
         return _decimal(match, exponent=0)
@@ -119,18 +125,21 @@ def parse_number(text: str) -> Number | None:
         exponent = int(match["e"] or match["ten"] or match["digit"])
         return _decimal(match, exponent) if abs(exponent) <= _MAX_EXPONENT else None
     if match := _SLASH.fullmatch(text):
-        return _fraction(match["sign"], 0, match["top"], match["bottom"])
-    if match := _FRAC.fullmatch(text):
+        top, bottom = match["top"], match["bottom"]
+    elif match := _FRAC.fullmatch(text):
         top, bottom = match["top"] or match["top1"], match["bottom"] or match["bottom1"]
-        if match["whole"] is None:
-            return _fraction(match["sign"], 0, top, bottom)
-        if top.isdigit() and bottom.isdigit() and int(top) < int(bottom):  # 3\frac12 = 3 + 1/2
-            return _fraction(match["sign"], int(match["whole"]), top, bottom)
+    else:
+        return None
+    if match["whole"] is None:
+        return _fraction(match["sign"], 0, top, bottom)
+    if top.isdigit() and bottom.isdigit() and int(top) < int(bottom):  # 3\frac12 = 3 + 1/2
+        return _fraction(match["sign"], int(match["whole"]), top, bottom)
     return None
 
 
 def parse_sequence(text: str) -> Sequence | None:
     r"""The tuple, interval, set or bare list of numbers that the normalised `text` is, or None."""
+    text = _AND.sub(",", text)
     if "," not in text:
         return None
     if text.startswith(r"\{") and text.endswith(r"\}"):
@@ -139,10 +148,20 @@ def parse_sequence(text: str) -> Sequence | None:
         brackets, inner = text[0] + text[-1], text[1:-1]
     else:
         brackets, inner = "{}", text
-    parts = re.split(r"(?<![{\\]),", inner)
+    parts = _COMMA.split(inner)
     numbers = [parse_number(_trimmed(part)) for part in parts]
     found = tuple(number for number in numbers if number is not None)
     return Sequence(brackets, found) if len(found) == len(parts) else None
+
+
+def _unnamed(text: str) -> str:
+    """`text` without `x =`, or without each in `x = 1, x = 2`; of several names each says whose its value is."""
+    match = _VARIABLE.match(text)
+    if match is None:
+        return text
+    again = rf"(?<=[,}}\s]){re.escape(match['name'])}\s*=(?!=)\s*"
+    value = re.sub(again, "", text[match.end() :])
+    return text if re.search(r",|\\text", value[: max(value.rfind("="), 0)]) else value
 
 
 def _trimmed(text: str) -> str:
