@@ -146,7 +146,6 @@ class ChunkedHead:
             logp_M=self.logp_M,
             lse_M=self.max_M + self.log_sum_M,
             entropy_M=self.entropy_M,
-            # mv, not @: autocast narrows that one
             mean_logit_M=None if self.mean_D is None else self.scaled_rows(rows).mv(self.mean_D),
             is_top_M=target_M >= 0,
         )

@@ -3,6 +3,7 @@
 Custom ops carry tensors, numbers and names, not process groups: a group travels as its name.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -92,6 +93,12 @@ class HeadCall:
         budget = self.chunk_bytes or CHUNK_BYTES["cpu" if is_cpu else "cuda"]
         rows = max(16, budget // (self.weight_VD.shape[0] * element_bytes))
         return rows // 128 * 128 if rows > 128 and self.backend == "triton" else rows
+
+    def without_autocast(self) -> AbstractContextManager:
+        """The op says what is fp32; autocast would narrow the products inside it. A meta device has none."""
+        kind = self.weight_VD.device.type
+        has_one = torch.amp.is_autocast_available(kind)
+        return torch.autocast(kind, enabled=False) if has_one else nullcontext()
 
     def counts(self, weights_M: Tensor | None) -> Tensor:
         """(M,) bool: rows whose target is not `ignore_index` and whose weight is not 0. Checks the targets."""

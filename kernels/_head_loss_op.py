@@ -108,7 +108,8 @@ def _functional_op(name: str, num_metrics: int, gives_logp: bool, run: Run):
         call = _call(name, hidden, weight, targets, row_values, numbers, words, temperature_M, temperature,
                      ignore_index, group_name, sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, None)  # fmt: skip
         call.dw_VD = call.new_weight_gradient(needs_dw)
-        loss, metrics, dx, logp = run(call)
+        with call.without_autocast():
+            loss, metrics, dx, logp = run(call)
         return loss, metrics, dx, logp, weight.new_empty(0) if call.dw_VD is None else call.dw_VD
 
     @op.register_fake
@@ -130,10 +131,10 @@ def _into_op(name: str, num_metrics: int, gives_logp: bool, run: Run):
         ignore_index: int, group_name: str, sequence_parallel: bool, chunk_bytes: int, max_rows: int, backend: str, needs_dx: bool,
         main_grad: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        return run(_call(
-            name, hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index,
-            group_name, sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, main_grad,
-        ))  # fmt: skip
+        call = _call(name, hidden, weight, targets, row_values, numbers, words, temperature_M, temperature,
+                     ignore_index, group_name, sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, main_grad)  # fmt: skip
+        with call.without_autocast():
+            return run(call)
 
     @op.register_fake
     def _(hidden, weight, targets, row_values, numbers, words, temperature_M, temperature, ignore_index, group_name,

@@ -81,7 +81,7 @@ class TorchHead(ChunkedHead):
             e = torch.exp(z, out=self.block_MV[: z.shape[0]])
             torch.sum(e, 1, out=sum_M[block])
             if self.entropy_gradient:
-                torch.linalg.vecdot(e, z, out=weighted_M[block])  # out: autocast narrows it without
+                torch.linalg.vecdot(e, z, out=weighted_M[block])
             else:
                 torch.sum(z.mul_(e), 1, out=weighted_M[block])
                 z.copy_(e)

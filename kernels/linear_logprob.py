@@ -78,11 +78,12 @@ def _logprob(
     logp_M, entropy_M, lse_M = (
         torch.zeros_like(rows.targets_M, dtype=call.dtype) for _ in range(3)
     )
-    for chunk in call.chunks(rows, with_gradient=False):
-        stats = head.forward(chunk)
-        logp_M[chunk], lse_M[chunk] = stats.logp_M, stats.lse_M
-        if stats.entropy_M is not None:
-            entropy_M[chunk] = stats.entropy_M
+    with call.without_autocast():
+        for chunk in call.chunks(rows, with_gradient=False):
+            stats = head.forward(chunk)
+            logp_M[chunk], lse_M[chunk] = stats.logp_M, stats.lse_M
+            if stats.entropy_M is not None:
+                entropy_M[chunk] = stats.entropy_M
     return rows.expand(logp_M), rows.expand(entropy_M), rows.expand(lse_M)
 
 
@@ -108,10 +109,11 @@ def _logprob_bwd(
     dlogp_M, dlse_M, dentropy_M = (rows.select(d, call.dtype) for d in (dlogp, dlse, dentropy))
     if dlogp_M is None:
         dlogp_M = torch.zeros_like(rows.targets_M, dtype=call.dtype)
-    for chunk in call.chunks(rows, with_gradient=True):
-        head.forward(chunk)
-        grads = (None if value_M is None else value_M[chunk] for value_M in (dlse_M, dentropy_M))
-        head.backward(chunk, RowGrads(dlogp_M[chunk], *grads))
+    with call.without_autocast():
+        for chunk in call.chunks(rows, with_gradient=True):
+            head.forward(chunk)
+            grads = (None if d_M is None else d_M[chunk] for d_M in (dlse_M, dentropy_M))
+            head.backward(chunk, RowGrads(dlogp_M[chunk], *grads))
     return call.close(head, rows), weight.new_empty(0) if dw_VD is None else dw_VD.to(weight.dtype)
 
 

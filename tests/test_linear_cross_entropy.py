@@ -201,6 +201,7 @@ def test_main_grad_with_a_frozen_trunk() -> None:
     torch.testing.assert_close(main_grad, want["dw"])
 
 
+@pytest.mark.usefixtures("each_library")
 def test_autocast_changes_nothing() -> None:
     """The op says what is fp32; autocast would narrow products inside it."""
     hidden, weight, targets = make_head(33, 8, 20)

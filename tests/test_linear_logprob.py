@@ -110,6 +110,21 @@ def test_an_entropy_left_out_has_no_gradient() -> None:
     assert torch.equal(both, logp_only)
 
 
+@pytest.mark.usefixtures("each_library")
+def test_autocast_changes_nothing() -> None:
+    hidden, weight, targets = make_head(33, 8, 20)
+    hidden.requires_grad_()
+
+    def run() -> list[torch.Tensor]:
+        out = linear_logprob(hidden, weight, targets)
+        return [*out, *torch.autograd.grad(torch.stack(list(out)).sum(), hidden)]
+
+    want = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_second_derivative_is_refused() -> None:
     hidden, weight, targets = make_head(4, 8, 20)
     logp_M = linear_logprob(hidden.requires_grad_(), weight, targets).logp_M
