@@ -89,6 +89,14 @@ class ModelConfig:
                     f"ModelConfig.{name}: expected {self.rotary_dim // 2} values (half of the rotated "
                     f"dimensions), got {len(factor)}"
                 )
+            if factor is not None and not all(0 < divisor < math.inf for divisor in factor):
+                raise ValueError(
+                    f"ModelConfig.{name}: expected positive numbers, got {list(factor)}"
+                )
+        if self.long_factor is not None and self.original_max_positions == 1:
+            raise ValueError(
+                "ModelConfig.original_max_positions: expected at least 2 with LongRoPE, got 1"
+            )
         if self.rope_factors not in ("short", "long"):
             raise ValueError(
                 f"ModelConfig.rope_factors: expected 'short' or 'long', got {self.rope_factors!r}"

@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 ROPE_FACTORS_KEY = "phimini_rope_factors"
+ORIGINAL_MAX_POSITIONS = 4096
+"""what transformers' Phi3Config takes where a LongRoPE file does not say"""
 
 _REQUIRED = {
     "num_hidden_layers": "num_layers",
@@ -100,7 +102,7 @@ def load_config(
 
 
 def _rope_dict(raw: dict) -> dict:
-    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    return raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
 
 
 def _rope_fields(path: Path, raw: dict) -> dict:
@@ -125,7 +127,7 @@ def _rope_fields(path: Path, raw: dict) -> dict:
         # transformers gives the top-level field priority here, and here only.
         "original_max_positions": raw.get("original_max_position_embeddings")
         or rope.get("original_max_position_embeddings")
-        or raw["max_position_embeddings"],
+        or (raw["max_position_embeddings"] if rope_type == "default" else ORIGINAL_MAX_POSITIONS),
     }
     if rope_type == "default":
         return fields

@@ -145,6 +145,20 @@ def test_transformers_keeps_the_runs_table(tmp_path: Path) -> None:
     assert load_config(tmp_path / "again").rope_factors == "short"
 
 
+@pytest.mark.parametrize("case", ["no original length", "both dictionaries"])
+def test_what_a_file_leaves_open_is_read_as_transformers_does(case: str, tmp_path: Path) -> None:
+    raw = phi4_mini_config_json()
+    if case == "both dictionaries":
+        twice = [2.0 * v for v in raw["rope_scaling"]["long_factor"]]
+        raw["rope_parameters"] = raw["rope_scaling"] | {"long_factor": twice}
+    else:
+        del raw["original_max_position_embeddings"]
+    config = load_config(write_config(tmp_path, raw))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert list(config.long_factor or ()) == theirs.rope_parameters["long_factor"]
+    assert config.original_max_positions == theirs.original_max_position_embeddings
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -60,6 +60,12 @@ def test_untied_head_is_counted() -> None:
         ({"partial_rotary_factor": 1.5}, "expected an even number up to head_dim"),
         ({"long_factor": None}, "given together or not at all"),
         ({"long_factor": (1.0,) * 11}, "long_factor: expected 12 values .* got 11"),
+        ({"long_factor": (0.0,) * 12}, "long_factor: expected positive numbers, got .0.0"),
+        (
+            {"short_factor": (float("nan"),) * 12},
+            "short_factor: expected positive numbers, got .nan",
+        ),
+        ({"original_max_positions": 1}, "original_max_positions: expected at least 2"),
         ({"rope_factors": "auto"}, "rope_factors: expected 'short' or 'long', got 'auto'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
