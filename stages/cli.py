@@ -22,7 +22,7 @@
     torchrun --nproc-per-node 2 -m phimini.stages.cli recipe tiny tensor_parallel=2
 
 A stage that is complete is not run again; `--redo` does. Exit status: 0 done, 1 a check or plan says no, a rank was
-lost or the disk is full, 2 bad input, 130 stopped and saved (Ctrl-C, SIGTERM; the same command goes on).
+lost, a file cannot be read or written, 2 bad input, 130 stopped and saved (Ctrl-C, SIGTERM; the same command goes on).
 """
 
 import os
@@ -58,8 +58,12 @@ EXPECTED = {
     "Stopped": 130,
     "KeyboardInterrupt": 130,
     "LostRanks": 1,
-    "OSError": 1,  # a full disk, an address in use; not its subclasses, such as a file of ours that is not there
-}
+    "ImportError": 2,  # a package that the config asks for; a module of ours would be a ModuleNotFoundError
+    # A full disk, an address in use, a path that is not there, no folder or not ours to write.
+    **dict.fromkeys(
+        ("OSError", "FileNotFoundError", "FileExistsError", "NotADirectoryError", "IsADirectoryError", "PermissionError"), 1
+    ),
+}  # fmt: skip
 VERBS = (
     "recipe",
     *DATA,
@@ -85,11 +89,11 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"phimini: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, ImportError) as error:
         if type(error).__name__ not in EXPECTED:
             raise
         print(f"phimini: {error}", file=sys.stderr)
-        return 1
+        return EXPECTED[type(error).__name__]
     except (Stopped, KeyboardInterrupt) as stop:
         print(f"phimini: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130

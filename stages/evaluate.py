@@ -30,7 +30,9 @@ def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) ->
     """Evaluate `stage`'s model, write `evaluate/STAGE.json` and return it; on every rank."""
     path = Path(run.out) / "evaluate" / f"{stage}.json"
     directory = Path(run.out) / stage / "model"
-    made = read_json(Path(run.out) / stage / "summary.json")["id"]
+    if not (summary := Path(run.out) / stage / "summary.json").exists():
+        raise ValueError(f"evaluate: {summary.parent} is not complete; run `phimini {stage}` first")
+    made = read_json(summary)["id"]
     if path.exists() and not redo and (old := read_json(path))["model_id"] == made:
         return old
     problems = read_rows(Path(run.out) / "distill" / "heldout.jsonl", PROBLEM_FIELDS)

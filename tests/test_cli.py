@@ -1,8 +1,12 @@
 """What the command line says of itself, and of words that it does not know."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from phimini.bench.cli import benches, main
+from phimini.parallel.launch import run_ranks
 from phimini.stages.cli import VERBS
 
 
@@ -52,4 +56,31 @@ def test_an_unknown_word_names_the_nearest_one(
 ) -> None:
     assert main(words) == 2
     error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        ("report tiny out={}/none", 1, "/none/results.json"),
+        ("distill tiny out={}/file", 1, "/file"),
+        ("distill tiny distill.source={}/empty out={}/run", 1, "/empty/rollouts.jsonl"),
+        ("distill tiny distill.gym_tasks=gcd out={}/run", 2, "reasoning-gym is not installed"),
+        ("evaluate tiny processes=1 stage=sft out={}/none", 2, "/none/sft is not complete"),
+    ],
+)
+def test_what_is_not_there_is_named_in_one_line(
+    words: str,
+    status: int,
+    message: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    command = words.replace("{}", str(tmp_path)).split()
+    assert run_ranks(main, 1, command) == [status]  # forked: an evaluation joins a job
+    error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1
