@@ -64,17 +64,13 @@ class Tokenizer:
         )
         if not path.is_file():
             raise ValueError(f"{path}: no such file; expected a directory with tokenizer.json")
-        text = path.read_text(encoding="utf-8")
+        config = _read_object(config_path) if config_path.is_file() else {}
+        _read_object(path)
         try:
-            json.loads(text)
-            config = (
-                json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
-            )
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path.parent}: tokenizer files are not valid JSON: {error}"
-            ) from error
-        return cls(tokenizers.Tokenizer.from_str(text), config)
+            inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no narrower one
+            raise ValueError(f"{path}: not a tokenizer: {error}") from error
+        return cls(inner, config)
 
     def save(self, directory: str | os.PathLike, *, chat_template: str | None = None) -> None:
         """Writes tokenizer.json and tokenizer_config.json; a chat template replaces the one loaded."""
@@ -124,6 +120,17 @@ class Tokenizer:
                 f"tokenizer: cannot encode {c!r} (U+{ord(c):04X}) at character {start} of "
                 f"{text[max(0, start - 20) : start + 20]!r}; the vocabulary has no token for it"
             )
+
+
+def _read_object(path: Path) -> dict:
+    """A JSON object, without the import of torch that `tensor_files.read_json` brings."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's and UTF-8's
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def _alphabet(inner: tokenizers.Tokenizer) -> frozenset[str] | None:

@@ -144,3 +144,22 @@ def test_wrong_folders(tmp_path: Path) -> None:
     Inner(models.BPE()).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="without <|end|>"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", b"{}", "not a tokenizer: Model missing"),
+        ("tokenizer.json", b"[]", "expected a JSON object, got list"),
+        ("tokenizer.json", b"\xff", "not valid JSON"),
+        ("tokenizer_config.json", b"null", "expected a JSON object, got NoneType"),
+        ("tokenizer_config.json", b"\xff", "not valid JSON"),
+    ],
+)
+def test_a_file_that_is_none_is_named(
+    file: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    TINY.save(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file}: {message}"):
+        Tokenizer.load(tmp_path)
