@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 ROPE_FACTORS_KEY = "phimini_rope_factors"
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 ORIGINAL_MAX_POSITIONS = 4096
 """what transformers' Phi3Config takes where a LongRoPE file does not say"""
 
@@ -214,7 +215,7 @@ def save_config(
 
 
 def check_tensors(config: ModelConfig, files: TensorFiles) -> None:
-    """ValueError names file and tensor: a missing one, one too many, or one of another shape."""
+    """ValueError names file and tensor: a missing one, one too many, one of another shape, or quantised."""
     expected = parameter_shapes(config)
     for name, shape in expected.items():
         if name not in files:
@@ -222,6 +223,11 @@ def check_tensors(config: ModelConfig, files: TensorFiles) -> None:
         if files.shape(name) != shape:
             raise ValueError(
                 f"{files.directory / files.file_of[name]}: {name}: expected shape {shape}, got {files.shape(name)}"
+            )
+        if files.dtype(name) not in _WEIGHT_DTYPES:
+            raise ValueError(
+                f"{files.directory / files.file_of[name]}: {name}: expected {', '.join(_WEIGHT_DTYPES)}, "
+                f"got {files.dtype(name)}"
             )
     # Some exporters store a tied head beside the embedding; it may not say anything else.
     if config.tie_embeddings and "lm_head.weight" in files:
@@ -260,11 +266,6 @@ def load_reference(
     state = {
         name: files[name].to(device=device, dtype=dtype) for name, _ in model.named_parameters()
     }
-    for name, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"{files.directory / files.file_of[name]}: {name}: expected floats, got {tensor.dtype}"
-            )
     model.load_state_dict(state, assign=True)
     return model
 

@@ -74,6 +74,10 @@ class TensorFiles(Mapping[str, Tensor]):
         """Read from the file's header alone."""
         return tuple(self._open(self.file_of[name]).get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """As safetensors writes it, F32 or BF16; from the header too."""
+        return self._open(self.file_of[name]).get_slice(name).get_dtype()
+
 
 def read_tensors(directory: str | os.PathLike) -> TensorFiles:
     """ValueError names the file: none there, one that the index names and is not there, a cut-off one."""

@@ -254,9 +254,11 @@ def test_wrong_shape_and_type(saved: Path) -> None:
         ValueError, match=rf"{file}: {DOWN}: expected shape \(128, 192\), got \(192, 128\)"
     ):
         load_reference(saved)
-    edit_shard(saved, DOWN, lambda t: t.update({DOWN: torch.ones(128, 192, dtype=torch.int8)}))
-    with pytest.raises(ValueError, match=f"{file}: {DOWN}: expected floats, got torch.int8"):
-        load_reference(saved)
+    for dtype, theirs in ((torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")):
+        quantised = torch.ones(128, 192).to(dtype)
+        edit_shard(saved, DOWN, lambda t, q=quantised: t.update({DOWN: q}))
+        with pytest.raises(ValueError, match=f"{file}: {DOWN}: expected F64, .*, got {theirs}"):
+            load_reference(saved, dtype=torch.float32)
 
 
 def test_missing_and_cut_off_files(saved: Path) -> None:
