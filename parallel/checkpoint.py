@@ -304,11 +304,14 @@ def _write(
             use_fsync=True,
         )
         _, outcome = done.get()
+        try:
+            described[path.name] = files.describe_file(path)
+        except OSError as e:
+            outcome = outcome if isinstance(outcome, BaseException) else e
         if isinstance(outcome, BaseException):
             free = files.free_bytes(path.parent)
             return {}, {}, f"{path}: cannot be written, {free} bytes are free: {outcome}"
         results[i] = outcome
-        described[path.name] = files.describe_file(path)
     return results, described, None
 
 

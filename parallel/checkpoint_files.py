@@ -26,6 +26,10 @@ POINTER = "latest.json"
 MANIFEST = "manifest.json"
 FORMAT = 1
 TEMPORARY = ".tmp"
+# of a manifest, and what `load_checkpoint` takes them for
+_FIELDS = {
+    "step": int, "model_config": dict, "params_dtype": str, "optimizer": dict | None, "extra": dict, "files": dict
+}  # fmt: skip
 _DIRECTORY = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 _TORCH_METADATA = ".metadata"
 # What torch's metadata file consists of. It is a pickle, and torch would call whatever it names.
@@ -77,7 +81,8 @@ def read_pointer(directory: Path) -> Path | None:
         return None
     content = _read_json(pointer)
     name = content.get("directory") if isinstance(content, dict) else None
-    if not isinstance(name, str) or not _DIRECTORY.fullmatch(name):
+    match = _DIRECTORY.fullmatch(name) if isinstance(name, str) else None
+    if name is None or match is None or content.get("step") != int(match[1]):
         raise ValueError(
             f"{pointer}: expected {{'step': .., 'directory': 'step-..'}}, got {content!r}"
         )
@@ -143,7 +148,28 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     recorded = manifest.pop("sha256", None)
     if recorded != _digest(manifest):
         raise ValueError(f"{path}: its content does not match its checksum")
+    _check_fields(path, manifest)
+    if manifest["step"] != step_of(checkpoint):
+        raise ValueError(f"{path}: step is {manifest['step']}, in a directory of another")
     return manifest
+
+
+def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
+    for field, kind in _FIELDS.items():
+        if field not in manifest or not isinstance(manifest[field], kind):
+            raise ValueError(f"{path}: {field} is missing, or no such thing")
+    optimizer, described = manifest["optimizer"], manifest["files"]
+    if optimizer is not None:
+        scheduler = optimizer.get("scheduler")
+        numbers = (
+            optimizer.get("num_updates"),
+            isinstance(scheduler, dict) and scheduler.get("num_steps"),
+        )
+        if not all(type(n) is int for n in numbers):
+            raise ValueError(f"{path}: optimizer: expected num_updates and a scheduler's num_steps")
+    whole = all(isinstance(d, dict) and {"bytes", "sha256"} <= d.keys() for d in described.values())
+    if not whole or _TORCH_METADATA not in described:
+        raise ValueError(f"{path}: files: expected bytes and sha256 of each, {_TORCH_METADATA} too")
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -173,17 +199,22 @@ def check_metadata_is_plain(checkpoint: Path) -> None:
     try:
         with path.open("rb") as f:
             _MetadataUnpickler(f).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError) as e:
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: not the metadata of a checkpoint: {e}") from e
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         is_dtype = module_name == "torch" and global_name.isidentifier() and _is_dtype(global_name)
-        allowed = module_name in _METADATA_MODULES or (module_name, global_name) in _METADATA_NAMES
-        if not (allowed or is_dtype) or "." in global_name:
+        of_module = module_name in _METADATA_MODULES
+        allowed = of_module or (module_name, global_name) in _METADATA_NAMES
+        found = None
+        if (allowed or is_dtype) and "." not in global_name:
+            found = super().find_class(module_name, global_name)
+        # Not what these modules import: `dataclass` compiles text that the pickle gives it.
+        if found is None or of_module and getattr(found, "__module__", None) != module_name:
             raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
-        return super().find_class(module_name, global_name)
+        return found
 
 
 def _is_dtype(name: str) -> bool:

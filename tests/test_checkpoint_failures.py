@@ -274,6 +274,72 @@ def test_damaged_files_are_named_and_the_previous_checkpoint_loads(
         assert expected in message, expected
 
 
+def test_a_manifest_that_was_signed_again_without_a_field(saved: Path, tmp_path: Path) -> None:
+    latest = shutil.copytree(saved / "run" / "step-00000002", tmp_path / "step-00000002")
+    whole = checkpoint_files.read_manifest(latest)
+    for field in ("step", "model_config", "params_dtype", "optimizer", "extra", "files"):
+        checkpoint_files.write_manifest(latest, {k: v for k, v in whole.items() if k != field})
+        with pytest.raises(ValueError, match=f"manifest.json: {field} is missing"):
+            checkpoint_files.read_manifest(latest)
+    optimizer = whole["optimizer"]
+    broken = {
+        "step is 3": {"step": 3},
+        "optimizer: expected num_updates": {"optimizer": {"scheduler": optimizer["scheduler"]}},
+        "and a scheduler's num_steps": {"optimizer": optimizer | {"scheduler": {}}},
+        "files: expected bytes": {"files": whole["files"] | {"__0_0.distcp": {}}},
+        "files: expected .*.metadata too": {"files": {}},
+    }
+    for message, change in broken.items():
+        checkpoint_files.write_manifest(latest, whole | change)
+        with pytest.raises(ValueError, match=f"manifest.json: .*{message}"):
+            checkpoint_files.read_manifest(latest)
+
+
+def test_a_pointer_whose_step_is_another_than_its_directorys(saved: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(saved / "run", tmp_path / "run")
+    for step in (1, "2", None):
+        pointer = {"step": step, "directory": "step-00000002"}
+        checkpoint_files.write_json(directory / "latest.json", pointer)
+        with pytest.raises(ValueError, match="latest.json: expected"):
+            latest_step(directory)
+
+
+@pytest.mark.parametrize("module", ["metadata", "planner"])
+def test_what_torchs_metadata_modules_import_is_not_theirs(module: str, tmp_path: Path) -> None:
+    """`dataclass` would make a class of the pickle's annotations, which are code to it."""
+    path = f"torch.distributed.checkpoint.{module}"
+    (tmp_path / ".metadata").write_bytes(f"c{path}\nMetadata\n.".encode())
+    if module == "metadata":
+        checkpoint_files.check_metadata_is_plain(tmp_path)
+    for name in ("dataclass", "reduce" if module == "planner" else "field"):
+        (tmp_path / ".metadata").write_bytes(f"c{path}\n{name}\n.".encode())
+        with pytest.raises(ValueError, match=f"it names {path}.{name}"):
+            checkpoint_files.check_metadata_is_plain(tmp_path)
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["save", "begin-finish"])
+def test_a_file_that_cannot_be_read_back_is_an_error_on_every_rank(
+    background: bool, tmp_path: Path
+) -> None:
+    def run() -> str:
+        model, optimizer = build(Layout(tensor=2))
+        if dist.get_rank() == 1:
+
+            def fail(path: Path) -> None:
+                raise OSError(f"no reading of {path.name}")
+
+            checkpoint_files.describe_file = fail
+        begin = begin_checkpoint if background else save_checkpoint
+        with pytest.raises(OSError) as e:
+            pending = begin(tmp_path, 1, model, optimizer)
+            if pending is not None:
+                pending.finish()
+        return str(e.value)
+
+    messages = run_ranks(run, 2)
+    assert messages[0] == messages[1] and "no reading of __1_0.distcp" in messages[0]
+
+
 def test_nothing_but_torch_metadata_is_unpickled(saved: Path, tmp_path: Path) -> None:
     """A checkpoint made by an attacker, checksums and all, does not get to run its code."""
     directory = tmp_path / "run"
