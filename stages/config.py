@@ -11,6 +11,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from phimini.stages.ranges import check_ranges
+
 C = TypeVar("C")
 
 
@@ -298,12 +300,13 @@ class RunConfig:
             raise ValueError(
                 f"collective_deadline_s: expected 1 to 1e6 seconds, got {self.collective_deadline_s:g}"
             )
+        check_ranges(self)
 
 
 def override(config: C, assignments: list[str]) -> C:
     """`config` with each `key=value` applied; nested fields are `stage.field=value`.
 
-    Raises ValueError for an unknown key (naming the nearest fields) or a value of another type.
+    Raises ValueError for an unknown key (naming the nearest fields), a value of another type or outside its range.
     """
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
