@@ -103,11 +103,14 @@ def forward_only(
     model: Model,
     microbatches: Sequence[PackedBatch],
     fn: Callable[..., Any],
+    *,
+    summed: bool = False,
 ) -> list[Any]:
     """`fn(hidden_MD, weight_VD, batch, group=...)` of each micro-batch, in order, on every rank of the replica.
 
     fn's results, from the last pipeline stage, are tensors, or dicts, lists and tuples of them. Under context
-    parallelism fn sees this rank's tokens: results with one row per token are put together, others summed.
+    parallelism fn sees this rank's tokens: results have one row per token, and the ranks' rows are put together.
+    Scalars are summed over the ranks instead, and with `summed` everything is, such as sums by document.
     """
     results: list[Any] = []
     rows: list[Tensor | None] = []
@@ -122,7 +125,7 @@ def forward_only(
     with phase("forward"):
         run_schedule(model, microbatches, collect, forward_only=True)
     if model.world.layout.context > 1:
-        results = _over_context_ranks(model, microbatches, rows, results)
+        results = _over_context_ranks(model, microbatches, rows, results, summed)
     return from_last_stage(model, results)
 
 
@@ -140,6 +143,7 @@ def _over_context_ranks(
     microbatches: Sequence[PackedBatch],
     rows: list[Tensor | None],
     results: list[Any],
+    summed: bool,
 ) -> list[Any]:
     """Puts the context ranks' results together; there are none on the earlier pipeline stages."""
     group = model.world.context_group
@@ -153,13 +157,14 @@ def _over_context_ranks(
             merged = [merge(index, list(v)) for v in zip(*values, strict=True)]
             named = hasattr(values[0], "_fields")
             return type(values[0])(*merged) if named else type(values[0])(merged)
-        owners = [part_rows[index] for part_rows, _ in parts]
-        if all(v.ndim and v.shape[0] == len(r) for v, r in zip(values, owners, strict=True)):
-            whole = values[0].new_empty(microbatches[index].num_tokens, *values[0].shape[1:])
-            for value, owned in zip(values, owners, strict=True):
-                whole[owned] = value.to(whole.device)
-            return whole
-        return torch.stack([v.to(values[0].device) for v in values]).sum(0)
+        if summed or not values[0].ndim:
+            return torch.stack([v.to(values[0].device) for v in values]).sum(0)
+        whole = values[0].new_empty(microbatches[index].num_tokens, *values[0].shape[1:])
+        for value, (part_rows, _) in zip(values, parts, strict=True):
+            owned = part_rows[index]
+            assert len(value) == len(owned), f"{len(value)} rows of {len(owned)} tokens: summed?"
+            whole[owned] = value.to(whole.device)
+        return whole
 
     return [merge(i, [part[i] for _, part in parts]) for i in range(len(results))]
 

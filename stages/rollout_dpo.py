@@ -246,7 +246,8 @@ def reference_logps(
     batches = [
         pair_batch([pairs[i] for i in part], torch.zeros(len(part), 2), world) for part in parts
     ]
-    for part, result in zip(parts, forward_only(model, batches, summed), strict=True):
+    results = forward_only(model, batches, summed, summed=True)
+    for part, result in zip(parts, results, strict=True):
         logps[part] = result.view(-1, 2).cpu()
     return sum_over_data(logps, world).cpu()
 

@@ -193,7 +193,9 @@ def validation_loss(model: Model, microbatches: list[PackedBatch], world: World)
         logp_M = linear_logprob(hidden_MD, weight_VD, batch.targets_T, group=group).logp_M
         return torch.stack([-logp_M.double().sum(), (batch.targets_T >= 0).sum().double()])
 
-    parts = forward_only(model, microbatches, nll) if microbatches else [torch.zeros(2).double()]
+    parts = [torch.zeros(2).double()]
+    if microbatches:
+        parts = forward_only(model, microbatches, nll, summed=True)
     total, count = sum_over_data(torch.stack(parts).sum(0), world).tolist()
     return total / count
 

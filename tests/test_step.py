@@ -46,11 +46,12 @@ def on_ranks(layout: Layout, world_size: int, job) -> list[Any]:
 def log_probs(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> dict[str, Any]:
     logp_MV = (hidden_MD @ weight_VD.T).log_softmax(-1)
     logp_M = logp_MV.gather(1, batch.targets_T.clamp(min=0)[:, None])[:, 0]
-    return {"logp": logp_M, "sums": (logp_M.sum(), _sum_by_document(logp_M, batch))}
+    return {"logp": logp_M, "sums": (logp_M.sum(), logp_M[:, None].expand(-1, 2))}
 
 
-def _sum_by_document(x_M: Tensor, batch: PackedBatch) -> Tensor:
-    return x_M.new_zeros(batch.num_documents).index_add_(0, batch.document_ids_T, x_M)
+def sums_by_document(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
+    logp_M = log_probs(hidden_MD, weight_VD, batch, group=group)["logp"]
+    return logp_M.new_zeros(batch.num_documents).index_add_(0, batch.document_ids_T, logp_M)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,20 @@ def test_forward_only_gives_each_micro_batch_s_result_on_every_rank(
                     got.shape == right.shape
                 )  # padding between stages and context ranks is cut off again
                 assert (got - right).abs().max() <= 1e-5 * right.abs().max()
+
+
+def test_sums_by_document_are_summed_whatever_their_number() -> None:
+    """Two documents of two tokens: each of two context ranks holds as many tokens as there are documents."""
+    batch = PackedBatch(
+        tokens_T=torch.arange(4), targets_T=torch.arange(1, 5), cu_seqlens=torch.tensor([0, 2, 4])
+    )
+    reference = Phi4Mini(config())
+    reference.init_weights(0)
+    hidden = reference(batch.tokens_T[None], cu_seqlens=batch.cu_seqlens)[0]
+    want = sums_by_document(hidden, reference.head_weight_VD, batch, group=None)
+    job = lambda model, _: forward_only(model, [batch], sums_by_document, summed=True)[0]
+    for got in on_ranks(Layout(context=2), 2, job):
+        assert got.shape == want.shape and (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def weighted_head(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> tuple:
