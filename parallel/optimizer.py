@@ -37,9 +37,9 @@ class OptimizerConfig:
     """the global gradient norm is scaled down to this; 0 turns it off"""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
+        if not 0 < self.lr < math.inf or not 0 <= self.min_lr <= self.lr:
             raise ValueError(
-                f"OptimizerConfig: expected lr > 0 and 0 <= min_lr <= lr, got lr {self.lr}, min_lr {self.min_lr}"
+                f"OptimizerConfig: expected a finite lr > 0 and 0 <= min_lr <= lr, got lr {self.lr}, min_lr {self.min_lr}"
             )
         if not 0 <= self.warmup_steps < self.total_steps:
             raise ValueError(
@@ -51,10 +51,14 @@ class OptimizerConfig:
                 f"OptimizerConfig.decay: expected cosine, linear or constant, got {self.decay!r}"
             )
         for name in ("weight_decay", "clip", "eps"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
-                    f"OptimizerConfig.{name}: expected >= 0, got {getattr(self, name)}"
+                    f"OptimizerConfig.{name}: expected a finite number >= 0, got {getattr(self, name)}"
                 )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                f"OptimizerConfig.betas: expected two numbers in [0, 1), got {self.betas}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

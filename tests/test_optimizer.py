@@ -177,11 +177,15 @@ def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        (dict(lr=0.0), "expected lr > 0 and 0 <= min_lr <= lr"),
+        (dict(lr=0.0), "expected a finite lr > 0 and 0 <= min_lr <= lr"),
+        (dict(lr=math.inf), "expected a finite lr > 0"),
         (dict(lr=1.0, min_lr=2.0), "min_lr 2.0"),
         (dict(lr=1.0, warmup_steps=5, total_steps=5), "expected 0 <= warmup_steps < total_steps"),
         (dict(lr=1.0, decay="steps"), "expected cosine, linear or constant, got 'steps'"),
-        (dict(lr=1.0, clip=-1.0), "OptimizerConfig.clip: expected >= 0"),
+        (dict(lr=1.0, clip=-1.0), "OptimizerConfig.clip: expected a finite number >= 0"),
+        (dict(lr=1.0, clip=math.nan), "OptimizerConfig.clip: .* got nan"),
+        (dict(lr=1.0, weight_decay=math.nan), "OptimizerConfig.weight_decay: .* got nan"),
+        (dict(lr=1.0, betas=(0.9, 1.0)), "OptimizerConfig.betas: expected two numbers in"),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
