@@ -15,7 +15,7 @@ from phimini.model.huggingface import load_config
 from phimini.model.sampler import Completion, SamplingParams
 from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.world import World
-from phimini.stages.config import RunConfig
+from phimini.stages.config import RunConfig, to_dict
 from phimini.stages.distill import PROBLEM_FIELDS
 from phimini.stages.jsonl import read_json, read_rows, write_json
 from phimini.stages.rollout import build_engine
@@ -27,20 +27,25 @@ SHOWN_PER_CELL = 1
 
 
 def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) -> dict:
-    """Evaluate `stage`'s model, write `evaluate/STAGE.json` and return it; on every rank."""
+    """Evaluate `stage`'s model, write `evaluate/STAGE.json` and return it; on every rank.
+
+    What is there already of this model with these settings is returned as it is.
+    """
     path = Path(run.out) / "evaluate" / f"{stage}.json"
     directory = Path(run.out) / stage / "model"
     if not (summary := Path(run.out) / stage / "summary.json").exists():
         raise ValueError(f"evaluate: {summary.parent} is not complete; run `phimini {stage}` first")
-    made = read_json(summary)["id"]
-    if path.exists() and not redo and (old := read_json(path))["model_id"] == made:
-        return old
+    made, settings = read_json(summary)["id"], to_dict(run.evaluate)
+    if path.exists() and not redo:
+        old = read_json(path)
+        if old["model_id"] == made and old.get("settings", settings) == settings:
+            return old
     problems = read_rows(Path(run.out) / "distill" / "heldout.jsonl", PROBLEM_FIELDS)
     tokenizer = Tokenizer.load(directory)
     engine = build_engine(run, load_config(directory), world)
     engine.load(directory)
     result = evaluate_problems(run, engine, tokenizer, problems)
-    result = {"stage": stage, "model_id": made} | result
+    result = {"stage": stage, "model_id": made, "settings": settings} | result
     if world.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)

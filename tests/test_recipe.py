@@ -110,6 +110,11 @@ def test_evaluation_is_of_the_model_it_names(finished: Path) -> None:
     result = read_json(finished / "evaluate" / "sft.json")
     assert result["model_id"] == read_json(finished / "sft" / "summary.json")["id"]
     assert result["num_problems"] == 24 and len(result["per_problem_mean"]) == 24
+    again = ["evaluate", "tiny", "stage=sft", f"out={finished}", *MICRO]
+    assert command(again) == 0
+    assert read_json(finished / "evaluate" / "sft.json") == result, "the same: nothing is done"
+    assert command([*again, "evaluate.samples=9"]) == 0
+    assert read_json(finished / "evaluate" / "sft.json")["num_samples"] == 9, "other settings"
 
 
 def run_command(*words: str, **kwargs) -> subprocess.Popen:
