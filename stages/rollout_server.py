@@ -3,7 +3,7 @@
     phimini serve tiny address=0.0.0.0:8765       on any node; the trainer names it in rollout.addresses
 
 or started by the trainer on its own machine. The engine has the recipe's model, random until the first sync, and
-samples nothing before. One trainer is connected at a time. Requests of a trainer that goes away are aborted; a sync
+samples nothing before. One trainer is connected at a time, from its hello on. Requests of a trainer that goes away are aborted; a sync
 that it was in the middle of leaves the engine refusing to sample until a whole one has succeeded.
 """
 
@@ -117,19 +117,27 @@ class _Server:
         self.engine.shutdown()
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        hello = await read(reader)
+        if hello is None or hello.get("op") != "hello" or "id" not in hello:
+            writer.close()  # a health check, or a port scan
+            return
         task = asyncio.current_task()
         assert task is not None, "a connection is served by a task"
         self.connections.add(task)
         task.add_done_callback(self.connections.discard)
         async with self.seat:  # a second trainer is not answered before the first has gone
-            await self.serve(reader, writer)
+            await self.serve(hello, reader, writer)
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(
+        self, hello: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self.writer = writer
-        while (message := await read(reader)) is not None:
+        message: Message | None = hello
+        while message is not None:
             task = asyncio.create_task(self.answer(message))
             self.tasks.add(task)
             task.add_done_callback(lambda task, id=message["id"]: self.answered(task, id))
+            message = await read(reader)
         self.writer = None
         writer.close()
         if self.owned:

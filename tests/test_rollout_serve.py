@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from phimini.stages.recipes import tiny
 from phimini.stages.rollout_client import EngineClient
 from phimini.stages.rollout_separate import transport_of
 from phimini.stages.rollout_vllm_settings import engine_settings
+from phimini.stages.rollout_wire import encode, split_address
 
 pytestmark = pytest.mark.vllm
 WORDS = ["rollout.engine=vllm", "rollout.max_batch=16", "rollout.transport=gloo"]
@@ -71,6 +73,23 @@ def test_a_trainer_with_another_recipe_is_refused_by_name(served: tuple) -> None
     with pytest.raises(RuntimeError, match=r"settings\.max_model_len: the engine has 256, .* 128"):
         client.hello(config, engine_settings(run, config, transport_of(run)), 30)
     client.close()
+
+
+def test_who_says_nothing_or_something_else_keeps_no_trainer_waiting(served: tuple) -> None:
+    """A connection that stays silent, a health check over HTTP, a message that is no hello."""
+    run = override(tiny(), WORDS)
+    config = model_config(run)
+    strangers = [socket.create_connection(split_address(served[1])) for _ in range(3)]
+    strangers[1].sendall(b"GET /health HTTP/1.1\r\n\r\n")
+    strangers[2].sendall(encode({"op": "generate"}))
+    for stranger in strangers[1:]:
+        stranger.settimeout(10)
+        assert stranger.recv(1) == b"", "it is hung up on"
+    client = EngineClient(served[1], name="engine")
+    assert client.hello(config, engine_settings(run, config, "gloo"), 10)["workers"]
+    client.close()
+    for stranger in strangers:
+        stranger.close()
 
 
 def test_ctrl_c_ends_it_and_its_workers(served: tuple) -> None:
