@@ -224,7 +224,8 @@ class RolloutConfig:
     """separate: what a sync does to requests under way: they go on with the new weights, finish first, or are cut
     short and continued"""
     max_model_len: int | None = None
-    """longest prompt and answer together, in tokens; none: the longest sequence_length of stages 3 and 4"""
+    """longest prompt and answer together, in tokens; none: vLLM gets the longest sequence_length of stages 3 and 4, the
+    local engine goes to the model's max_positions"""
     engine_tensor_parallel: int = 1
     """GPUs (or ranks) that share one vLLM engine"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

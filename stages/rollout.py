@@ -15,7 +15,7 @@ from phimini.parallel.builder import Model
 from phimini.parallel.weights import to_hf
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig
-from phimini.stages.rollout_engine import LOADED, RolloutEngine, Sampled, Span
+from phimini.stages.rollout_engine import LOADED, RolloutEngine, Sampled, Span, check_prompts
 
 __all__ = ["LocalEngine", "RolloutEngine", "Sampled", "Span", "build_engine"]
 
@@ -23,7 +23,11 @@ __all__ = ["LocalEngine", "RolloutEngine", "Sampled", "Span", "build_engine"]
 class LocalEngine:
     """The reference model's sampler, embedded in the training ranks."""
 
-    def __init__(self, config: ModelConfig, world: World, max_batch: int) -> None:
+    def __init__(
+        self, config: ModelConfig, world: World, max_batch: int, max_model_len: int | None = None
+    ) -> None:
+        self._vocab_size = config.vocab_size
+        self._max_model_len = max_model_len or config.max_positions
         self._model = Phi4Mini(config).to(world.device).eval()
         self._world = world
         self._max_batch = max_batch
@@ -52,6 +56,7 @@ class LocalEngine:
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> list[Sampled]:
+        check_prompts(prompts, seeds, params, self._vocab_size, self._max_model_len)
         # Prompts of like length side by side, so that every rank gets like work.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         mine = order[self._world.rank :: self._world.world_size]
@@ -107,4 +112,4 @@ def build_engine(run: RunConfig, config: ModelConfig, world: World) -> RolloutEn
         from phimini.stages.rollout_vllm import colocated_vllm
 
         return colocated_vllm(run, config, world)
-    return LocalEngine(config, world, run.rollout.max_batch)
+    return LocalEngine(config, world, run.rollout.max_batch, run.rollout.max_model_len)

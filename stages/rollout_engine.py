@@ -88,10 +88,17 @@ def check_temperature(field: str, value: float) -> None:
 
 
 def check_prompts(
-    prompts: list[list[int]], params: SamplingParams, vocab_size: int, max_model_len: int
+    prompts: list[list[int]],
+    seeds: list[int],
+    params: SamplingParams,
+    vocab_size: int,
+    max_model_len: int,
 ) -> None:
-    """What a vLLM engine cannot sample: ValueError, for a prompt with the number of the first."""
-    check_temperature("temperature", params.temperature)
+    """What no engine can sample: ValueError, for a prompt with the number of the first."""
+    if len(seeds) != len(prompts):
+        raise ValueError(
+            f"seeds: expected one for each of {len(prompts)} prompts, got {len(seeds)}"
+        )
     for i, prompt in enumerate(prompts):
         if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
             raise ValueError(

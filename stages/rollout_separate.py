@@ -25,7 +25,7 @@ from phimini.parallel.weight_sync_wait import WeightSyncError
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig
 from phimini.stages.rollout_client import EngineClient, launch_engine
-from phimini.stages.rollout_engine import LOADED, Sampled, check_prompts
+from phimini.stages.rollout_engine import LOADED, Sampled, check_prompts, check_temperature
 from phimini.stages.rollout_server import run_server
 from phimini.stages.rollout_service import Request, RolloutError, RolloutService
 from phimini.stages.rollout_vllm_settings import (
@@ -119,7 +119,8 @@ class SeparateVllm:
         groups: list[str],
         wanted: int | None,
     ) -> Sequence[Sampled | None]:
-        check_prompts(prompts, params, self.config.vocab_size, self.settings.max_model_len)
+        check_temperature("temperature", params.temperature)
+        check_prompts(prompts, seeds, params, self.config.vocab_size, self.settings.max_model_len)
         requests = [
             Request(id=str(i), prompt=prompt, params=params, seed=seed, group=group)
             for i, (prompt, seed, group) in enumerate(zip(prompts, seeds, groups, strict=True))

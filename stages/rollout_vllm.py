@@ -21,7 +21,7 @@ from phimini.parallel.weight_sync_transport import InprocTransport
 from phimini.parallel.weight_sync_wait import WeightSyncError, completed
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig
-from phimini.stages.rollout_engine import LOADED, Sampled, check_prompts
+from phimini.stages.rollout_engine import LOADED, Sampled, check_prompts, check_temperature
 from phimini.stages.rollout_vllm_settings import (
     EngineSettings,
     as_sent,
@@ -98,7 +98,8 @@ class ColocatedVllm:
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> list[Sampled]:
-        check_prompts(prompts, params, self.config.vocab_size, self.settings.max_model_len)
+        check_temperature("temperature", params.temperature)
+        check_prompts(prompts, seeds, params, self.config.vocab_size, self.settings.max_model_len)
         if self.version is None:
             raise RuntimeError(
                 "vllm: the engine has no whole set of weights; sync or load comes first"

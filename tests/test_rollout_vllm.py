@@ -38,7 +38,7 @@ from phimini.parallel.weight_sync_wait import WeightSyncError
 from phimini.stages.config import override
 from phimini.stages.mismatch_doctor import diagnose
 from phimini.stages.recipes import tiny
-from phimini.stages.rollout_engine import check_prompts
+from phimini.stages.rollout_engine import check_temperature
 from phimini.stages.rollout_vllm import ColocatedVllm
 from phimini.stages.rollout_vllm_settings import STEP_TOKENS, EngineSettings, engine_settings
 
@@ -378,7 +378,7 @@ def test_a_temperature_that_vllm_changes_is_refused(field: str, value: float) ->
     with pytest.raises(ValueError, match=rf"{field}={value:g}: vLLM samples at 0 or from 0.01 to"):
         engine_settings(run, LONG, "inproc")
     with pytest.raises(ValueError, match=f"^temperature={value:g}: vLLM samples at"):
-        check_prompts([[1]], dataclasses.replace(SAMPLING, temperature=value), 256, 256)
+        check_temperature("temperature", value)
 
 
 def test_what_is_called_of_vllm_exists() -> None:
