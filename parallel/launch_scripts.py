@@ -85,6 +85,8 @@ class LaunchSettings:
             raise ValueError(
                 f"launch time={self.time!r}: expected Slurm's form, e.g. 24:00:00 or 2-0"
             )
+        if self.venv == "":
+            raise ValueError("launch venv=: expected a folder, or none")
         for name in ("partition", "account", "interface"):
             value = getattr(self, name)
             if value is not None and not re.fullmatch(r"[\w.,=^-]+", value):
@@ -206,4 +208,4 @@ def _value(key: str, text: str, expected: object) -> object:
         if not text.isdecimal():
             raise ValueError(f"launch {key}={text}: expected a whole number")
         return int(text)
-    return None if text == "none" else text
+    return None if text == "none" and expected is not str else text

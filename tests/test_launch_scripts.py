@@ -200,6 +200,8 @@ def test_sigterm_for_the_script_reaches_torchrun(tmp_path: Path) -> None:
             ["slurm", "node=2", "--", "recipe"],
             "unknown setting 'node=2' .*did you mean nodes",
         ),
+        (["slurm", "time=none", "--", "recipe"], "time='none': expected Slurm's form"),
+        (["slurm", "venv=", "--", "recipe"], "venv=: expected a folder, or none"),
         (["slurm", "time=soon", "--", "recipe"], "expected Slurm's form"),
         (["slurm", "name=a b", "--", "recipe"], "expected letters"),
         (["slurm", "name=-a", "--", "recipe"], "expected letters"),
