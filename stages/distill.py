@@ -185,6 +185,15 @@ def _verified(row: dict, id: str) -> dict:
 
 
 def fingerprint(question: str) -> tuple:
-    """Two questions with one fingerprint count as paraphrases: the same numbers, or, without any, the same words."""
-    numbers = Counter(re.findall(r"\d+(?:\.\d+)?", question))
-    return tuple(sorted(numbers.items())) or tuple(question.lower().split())
+    """Two questions with one fingerprint count as paraphrases: the same numbers, or, without any, the same words.
+
+    `1,000`, `1{,}000`, `1000` and `1000.0` are one number; punctuation is no word.
+    """
+    joined = re.sub(r"(?<=\d)(?:,|\{,\}|\\,)(?=\d{3}(?!\d))", "", question)
+    numbers = Counter(
+        (whole.lstrip("0") or "0", part.rstrip("0"))
+        for whole, part in re.findall(r"(\d+)(?:\.(\d+))?", joined)
+    )
+    return tuple(sorted(numbers.items())) or tuple(
+        re.findall(r"\w+|[^\w\s.,:;?!]", question.lower())
+    )

@@ -140,3 +140,22 @@ def test_own_data_with_a_bad_row_names_file_and_line(
 def test_own_data_that_is_no_folder_is_named(run: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="distill.source: expected `generator`, a folder"):
         distill(override(run, [f"distill.source={tmp_path / 'none'}"]))
+
+
+@pytest.mark.parametrize(
+    ("question", "other", "same"),
+    [
+        ("Tom has 1,000 books.", "He owns 1000 books", True),
+        ("Halve 1{,}250,000", "What is half of 1250000.0?", True),
+        ("Add 007 and 0.50", "0.5 + 7", True),
+        ("Who is he?", "who is he ?", True),
+        ("What is gcd(100, 200)?", "gcd of 200 and 100", True),
+        ("Tom has 1,000 books.", "Tom has 1 book and 000", False),
+        ("Simplify x + y", "Simplify x - y", False),
+        ("Add 1 and 2", "Add 12", False),
+    ],
+)
+def test_a_number_written_otherwise_is_the_same_number(
+    question: str, other: str, same: bool
+) -> None:
+    assert (fingerprint(question) == fingerprint(other)) == same
