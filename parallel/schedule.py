@@ -56,6 +56,7 @@ def run_schedule(
                 f"micro-batch {index}: a document of {max(batch.lengths)} tokens is longer than the model's "
                 f"max_positions {model.config.max_positions}"
             )
+        _check_ids(index, batch, model.config.vocab_size)
     longest = max(b.num_tokens for b in microbatches) if layout.pipeline > 1 else 0
     several = layout.virtual_pipeline > 1
     first = len(microbatches) - _padded(len(microbatches), layout.pipeline) if several else 0
@@ -87,6 +88,19 @@ def run_schedule(
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
+
+
+def _check_ids(index: int, batch: PackedBatch, vocab_size: int) -> None:
+    """Tensor-parallel embeddings take any number, and make zeros of those that no rank has."""
+    targets_T = batch.targets_T.where(batch.targets_T != IGNORE, 0)
+    for name, ids_T in (("token", batch.tokens_T), ("target", targets_T)):
+        if ids_T.device.type != "cpu":
+            continue  # would wait for the GPU
+        low, high = (int(bound) for bound in ids_T.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"micro-batch {index}: {name} {low if low < 0 else high} is outside the model's vocabulary of {vocab_size}"
+            )
 
 
 def _padded(number: int, multiple: int) -> int:

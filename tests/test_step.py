@@ -228,6 +228,21 @@ def test_bad_micro_batch_lists_are_refused() -> None:
     assert on_ranks(Layout(pipeline=2, virtual_pipeline=2), 2, job) == ["refused"] * 2
 
 
+@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(pipeline=2)], ids=["tp2", "pp2"])
+def test_ids_outside_the_vocabulary_are_refused_on_every_rank(layout: Layout) -> None:
+    def job(model, batches):
+        V = config().vocab_size
+        for token, target, says in ((V, 1, f"token {V}"), (-1, 1, "token -1"), (1, V, "target")):
+            batch = pack([Document(tokens=[1, token], targets=[1, target])])
+            with pytest.raises(
+                ValueError, match=f"micro-batch 1: {says} .*outside the model's voc"
+            ):
+                forward_backward(model, [batches[0], batch], cross_entropy_head)
+        return "refused"
+
+    assert on_ranks(layout, 2, job) == ["refused"] * 2
+
+
 def test_interleaved_stages_take_any_number_of_micro_batches() -> None:
     """Three micro-batches on two interleaved stages: filled up, and the filling counts for nothing."""
 
