@@ -5,12 +5,16 @@ returning the exit status: 0 done, 1 a check that says no, 2 bad input.
 """
 
 import importlib
+import os
 import re
 import sys
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 
 from phimini.model.words import nearest
+from phimini.parallel.launch import RankFailure
+from phimini.stages.cli import EXPECTED
 from phimini.stages.cli import main as stages_main
 
 _FIRST_LINE = re.compile(r'"""`(phimini bench ([a-z0-9-]+)[^`]*)`[.:]? *(.*?)(?:""")?$')
@@ -47,10 +51,31 @@ def main(argv: list[str] | None = None) -> int:
         print(f"phimini: unknown bench {name!r}; {nearest(name, known)}", file=sys.stderr)
         return 2
     try:
+        check_options(arguments[2:])
         return importlib.import_module(known[name][0]).main(arguments[2:])
-    except ValueError as error:
-        print(f"phimini: bench {name}: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, RankFailure) as error:
+        kind, message = type(error).__name__, str(error)
+        if isinstance(error, RankFailure):
+            kind, message = error.error or (kind, message)
+        elif isinstance(error, ValueError):  # its subclasses too
+            kind = "ValueError"
+        if kind not in EXPECTED:
+            raise
+        print(f"phimini: bench {name}: {message}", file=sys.stderr)
+        return EXPECTED[kind]
+
+
+def check_options(words: list[str]) -> None:
+    """Before anything is measured: counts are at least 1, and the folder of `--json PATH` can be written."""
+    split = [part for w in words for part in (w.split("=", 1) if w.startswith("--") else [w])]
+    for option, value in pairwise(split):
+        if option in ("--rounds", "--steps", "--repeats") and re.fullmatch("-[0-9]+|0+", value):
+            raise ValueError(f"{option}: expected at least 1, got {value}")
+        if option == "--json":
+            folder = Path(value).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK) or Path(value).is_dir():
+                raise ValueError(f"--json {value}: expected a file that can be written")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,27 @@ def test_an_unknown_word_names_the_nearest_one(
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
+        ("data --rounds 0", 2, "bench data: --rounds: expected at least 1, got 0"),
+        ("rollout --rounds=0", 2, "bench rollout: --rounds: expected at least 1, got 0"),
+        ("train sft --steps -3", 2, "bench train: --steps: expected at least 1, got -3"),
+        ("weight-sync --repeats 0", 2, "bench weight-sync: --repeats: expected at least 1, got 0"),
+        ("kernels rope --json {}/file/x.json", 1, "/file"),
+        ("kernels rope --json {}", 2, "expected a file that can be written"),
+        ("engines --same-model {}/none", 2, "/none/"),
+    ],
+)
+def test_a_bench_refuses_before_it_measures(
+    words: str, status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["bench", *words.replace("{}", str(tmp_path)).split()]) == status
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
         ("report tiny out={}/none", 1, "/none/results.json"),
         ("distill tiny out={}/file", 1, "/file"),
         ("distill tiny distill.source={}/empty out={}/run", 1, "/empty/rollouts.jsonl"),
