@@ -236,8 +236,8 @@ def test_a_rank_killed_in_a_step_under_torchrun_ends_the_others_and_is_named(
     run.mkdir()
     for name in ("distill", "curate", "base"):
         os.symlink(finished / name, run / name)
-    words = ["midtrain", "tiny", f"out={run}", "tensor_parallel=2", *MICRO, "midtrain.steps=20",
-             "midtrain.checkpoint_every=2", "midtrain.validate_every=20"]  # fmt: skip
+    words = ["midtrain", "tiny", f"out={run}", "tensor_parallel=2", *MICRO, "midtrain.steps=60",
+             "midtrain.checkpoint_every=2", "midtrain.validate_every=60"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
          "-m", "phimini.stages.cli", *words],
@@ -245,7 +245,7 @@ def test_a_rank_killed_in_a_step_under_torchrun_ends_the_others_and_is_named(
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("midtrain 7/20"):
+        if line.startswith("midtrain 7/60"):
             ranks = {p.environ()["RANK"]: p for p in psutil.Process(process.pid).children()}
             ranks["1"].kill()
             break
@@ -258,7 +258,7 @@ def test_a_rank_killed_in_a_step_under_torchrun_ends_the_others_and_is_named(
     saved = read_json(run / "midtrain" / "checkpoints" / "latest.json")["step"]
     assert saved >= 2 and not (run / "midtrain" / "summary.json").exists()
     assert command([w for w in words if not w.startswith("tensor")]) == 0  # on one rank
-    assert [row["step"] for row in metrics(run, "midtrain")] == list(range(20))
+    assert [row["step"] for row in metrics(run, "midtrain")] == list(range(60))
 
 
 def test_a_rank_that_hangs_is_named_within_the_run_s_deadline(
