@@ -1,9 +1,11 @@
-"""`phimini bench engines [--same-model RUN] [local=RUN ...] [vllm=RUN ...]`: do both engines sample and teach the same?
+"""`phimini bench engines [--same-model RUN] [--recipe HOW=RUN ...] [local=RUN ...] [vllm=RUN ...]`: do both engines sample and teach the same?
 
-Two questions, each with an interval; their answers are rows of `bench/results/engines.jsonl`.
+Three questions, each with an interval; their answers are rows of `bench/results/engines.jsonl`.
 
     same model    both engines sample one model (RUN's stage 3), the same prompts many times: is there a difference
                   in accuracy, length, log-prob or in how many answers of a group differ? The unit is the prompt.
+    recipe        whole runs of `phimini recipe`, stages 3 and 4 sampled as HOW says ("local" for the one that others of
+                  its seed are held to), evaluated by their own engine. The difference is paired by problem
     after RL      stage 4 from one stage-3 model and one pool, sampled by each engine with several seeds (seed=11,
                   seed=12, ... with rollout.engine=local or vllm), all evaluated by the local engine. The interval is of
                   problems and of runs: it holds for other sampling seeds, which a single run's does not.
@@ -50,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="phimini bench engines", description=__doc__)
     parser.add_argument("--same-model", type=Path, metavar="RUN", help="sample RUN's stage-3 model")
     parser.add_argument(
+        "--recipe", action="append", default=[], metavar="HOW=RUN", help="a run of the whole recipe"
+    )
+    parser.add_argument(
         "runs",
         nargs="*",
         metavar="ENGINE=RUN",
@@ -61,15 +66,22 @@ def main(argv: list[str] | None = None) -> int:
         require_vllm()
         rows = [row for row in rows if row["kind"] != "same model"]
         rows += run_ranks(same_model, 1, args.same_model)[0]
+    new = []
+    for word in args.recipe:
+        how, _, run = word.partition("=")
+        if not how or not run:
+            raise ValueError(f"--recipe: expected HOW=RUN, got {word!r}")
+        new.append(recipe_run(how, Path(run)))
     for word in args.runs:
         engine, _, run = word.partition("=")
         if engine not in ("local", "vllm") or not run:
             raise ValueError(f"expected local=RUN or vllm=RUN, got {word!r}")
-        new = collect(engine, Path(run))
-        rows = [row for row in rows if _key(row) != _key(new)] + [new]
-    if args.same_model is not None or args.runs:
+        new.append(collect(engine, Path(run)))
+    for row in new:
+        rows = [other for other in rows if _key(other) != _key(row)] + [row]
+    if args.same_model is not None or new:
         write_rows(ROWS, rows)
-    print(table(rows))
+    print(recipe_table(rows), table(rows), sep="\n\n")
     return 0
 
 
@@ -145,6 +157,41 @@ def sampled(
         "logprob": [float(np.mean([sum(c.logprobs) for c in group])) for group in groups],
         "distinct": [float(len({tuple(c.tokens) for c in group})) for group in groups],
     }
+
+
+# --- the whole recipe ------------------------------------------------------------------------------
+def recipe_run(how: str, run: Path) -> Row:
+    """What of a whole run is kept. ValueError for a run that is not complete."""
+    if not (run / "results.json").exists():
+        raise ValueError(f"{run}: no results.json; `phimini recipe` writes it when all is complete")
+    results = read_json(run / "results.json")
+    found = read_json(run / "evaluate" / "rlvr.json")
+    steps = [row for row in read_rows(run / "rlvr" / "metrics.jsonl", {}) if "mismatch_max" in row]
+    dpo, rl = results["stages"][-2:]
+    return {
+        "kind": "recipe", "engine": how, "seed": results["seed"], "dpo": [dpo["mean_at_8"], *dpo["ci95"]],
+        "rl": [rl["mean_at_8"], *rl["ci95"]], "per_problem_mean": found["per_problem_mean"], "steps": len(steps),
+        "mismatch_max": max(row["mismatch_max"] for row in steps), "max_age": max(row["max_age"] for row in steps),
+        "machine": results["machine"], "date": results["date"],
+    }  # fmt: skip
+
+
+def recipe_table(rows: Sequence[Row]) -> str:
+    """Markdown: the runs of each seed, against its local one."""
+    lines = ["| seed | stages 3 and 4 sample with | after DPO | after RL | against local | updates | max dlogp | max age |",
+             "|" + "---|" * 8]  # fmt: skip
+    runs = [row for row in rows if row["kind"] == "recipe"]
+    local = {row["seed"]: row["per_problem_mean"] for row in runs if row["engine"] == "local"}
+    for row in sorted(runs, key=lambda row: (row["seed"], row["engine"] != "local")):
+        against = ""
+        if row["engine"] != "local":
+            against = _interval(paired_gain(local[row["seed"]], row["per_problem_mean"]))
+        dpo, rl = ("{:.3f} [{:.3f}, {:.3f}]".format(*row[stage]) for stage in ("dpo", "rl"))
+        lines.append(
+            f"| {row['seed']} | {row['engine']} | {dpo} | {rl} | {against} | {row['steps']} "
+            f"| {row['mismatch_max']:.0e} | {row['max_age']} |"
+        )
+    return "\n".join(lines)
 
 
 # --- after RL --------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from phimini.bench import engines
-from phimini.stages.jsonl import read_rows, write_json
+from phimini.stages.jsonl import read_rows, write_json, write_rows
+from phimini.stages.statistics import paired_gain
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -15,7 +16,21 @@ def committed() -> list[dict]:
 
 
 def test_the_readme_shows_the_committed_rows() -> None:
-    assert engines.table(committed()) in README, "README: paste what `phimini bench engines` prints"
+    for table in (engines.recipe_table(committed()), engines.table(committed())):
+        assert table in README, "README: paste what `phimini bench engines` prints"
+
+
+def test_the_recipe_gets_as_far_with_vllm() -> None:
+    """With an engine in each rank and one step ahead: no run is separated from the local one of its seed."""
+    runs = [row for row in committed() if row["kind"] == "recipe"]
+    local = {row["seed"]: row["per_problem_mean"] for row in runs if row["engine"] == "local"}
+    vllm = [row for row in runs if row["engine"] != "local"]
+    assert len({row["engine"] for row in vllm}) >= 3 and len(local) >= 3
+    assert max(row["max_age"] for row in vllm) == 1
+    for row in vllm:
+        _, low, high = paired_gain(local[row["seed"]], row["per_problem_mean"])
+        assert low <= 0 <= high and high - low < 0.05, (row["seed"], row["engine"])
+        assert row["steps"] >= 20 and 0 < row["mismatch_max"] < 1e-3
 
 
 def test_no_difference_between_the_engines_is_separated_from_nothing() -> None:
@@ -57,3 +72,32 @@ def test_runs_are_collected_and_replaced(
     assert printed in capsys.readouterr().out
     with pytest.raises(ValueError, match="expected local=RUN or vllm=RUN, got 'hf=x'"):
         engines.main(["hf=x"])
+
+
+def test_a_whole_run_is_held_to_the_local_one_of_its_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    after_rl = [row for row in committed() if row["kind"] == "after RL"]
+    monkeypatch.setattr(engines, "ROWS", tmp_path / "rows.jsonl")
+    for how, shares in (("local", [0.5, 0.25]), ("its own engine", [0.5, 0.75])):
+        run = tmp_path / how
+        (run / "evaluate").mkdir(parents=True)
+        stages = [{"mean_at_8": m, "ci95": [0.0, 1.0]} for m in (0.125, sum(shares) / 2)]
+        write_json(run / "results.json", {"seed": 3, "stages": stages, "machine": "m", "date": "d"})
+        write_json(run / "evaluate/rlvr.json", {"per_problem_mean": shares})
+        metrics = [{"step": 0}, {"mismatch_max": 1e-5, "max_age": 0}, {"mismatch_max": 2e-5, "max_age": 1}]  # fmt: skip
+        write_rows(run / "rlvr/metrics.jsonl", metrics)
+    words = [f"--recipe={how}={tmp_path / how}" for how in ("its own engine", "local")]
+    write_rows(engines.ROWS, after_rl)
+    assert engines.main(words) == 0 and engines.main(words[:1]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "| 3 | local | 0.125 [0.000, 1.000] | 0.375 [0.000, 1.000] |  | 2 | 2e-05 | 1 |" in printed
+    )
+    assert (
+        "| 3 | its own engine | 0.125 [0.000, 1.000] | 0.625 [0.000, 1.000] | +0.250 [" in printed
+    )
+    rows = read_rows(engines.ROWS, {"kind": str})
+    assert sum(row["kind"] == "recipe" for row in rows) == 2, "collected anew, it stands once"
+    with pytest.raises(ValueError, match="no results.json"):
+        engines.main([f"--recipe=local={tmp_path}"])
