@@ -44,6 +44,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "top_p": _POSITIVE_SHARE,
     "memory_share": _POSITIVE_SHARE,
     "oversample": (1, _LARGEST),
+    "rollout.deadline_s": (1, _LARGEST),
     "max_staleness": _NOT_NEGATIVE,
 }
 

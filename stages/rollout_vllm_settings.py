@@ -88,11 +88,6 @@ def engine_settings(run: RunConfig, config: ModelConfig, transport: str) -> Engi
         raise ValueError(
             f"rollout.max_model_len: {length} tokens exceed the model's max_positions {config.max_positions}"
         )
-    for field in ("max_batch", "num_engines", "engine_tensor_parallel", "oversample", "deadline_s"):
-        if getattr(rollout, field) < 1:
-            raise ValueError(
-                f"rollout.{field}: expected at least 1, got {getattr(rollout, field):g}"
-            )
     if config.num_heads % rollout.engine_tensor_parallel:
         raise ValueError(
             f"rollout.engine_tensor_parallel: {rollout.engine_tensor_parallel} does not divide the model's "

@@ -25,6 +25,10 @@ from phimini.stages.recipes import RECIPES, recipe_config
         ("distill.num_heldout=0", "at least 2, got 0"),
         ("curate.level_weights=1,nan,1", "at least 0, got nan"),
         ("evaluate.samples=4", "at least 8, got 4"),
+        ("rollout.num_engines=0", "at least 1, got 0"),
+        ("rollout.max_batch=0", "at least 1, got 0"),
+        ("rollout.oversample=0.5", "at least 1, got 0.5"),
+        ("rollout.deadline_s=0.5", "at least 1, got 0.5"),
     ],
 )
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -118,19 +118,9 @@ def test_what_serve_is_not_told_it_asks_for(capsys: pytest.CaptureFixture) -> No
     assert "expected address=HOST:PORT" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "word, message",
-    [
-        ("engine_tensor_parallel=3", "3 does not divide the model's 4 heads"),
-        ("num_engines=0", "expected at least 1, got 0"),
-        ("max_batch=0", "expected at least 1, got 0"),
-        ("oversample=0.5", "expected at least 1, got 0.5"),
-        ("deadline_s=0", "expected at least 1, got 0"),
-    ],
-)
-def test_what_no_engine_starts_with_is_refused_before_one_does(word: str, message: str) -> None:
-    run = override(tiny(), ["rollout.engine=vllm", f"rollout.{word}"])
-    with pytest.raises(ValueError, match=f"rollout.{word.split('=')[0]}: {message}"):
+def test_what_no_engine_starts_with_is_refused_before_one_does() -> None:
+    run = override(tiny(), ["rollout.engine=vllm", "rollout.engine_tensor_parallel=3"])
+    with pytest.raises(ValueError, match="parallel: 3 does not divide the model's 4 heads"):
         engine_settings(run, LONG, "shm")
 
 
