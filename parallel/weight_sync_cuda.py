@@ -88,7 +88,7 @@ class NcclTransport:
         link = {"host": self._host, "port": free_port(self._host), "size": size}
         self._communicator = meet(
             receivers, info, link, self._workers, wait,
-            lambda: within(lambda: communicator(link, 0), wait.remaining_s),
+            lambda: communicator_within(link, 0, wait.remaining_s),
         )  # fmt: skip
 
     def buffer(self) -> Tensor | None:
@@ -112,13 +112,17 @@ def on_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def communicator(link: Fields, rank: int) -> Any:
+def communicator_within(link: Fields, rank: int, timeout_s: float) -> Any:
+    """`communicator` on this thread's GPU. Raises Late."""
+    device = on_device()  # asked here: in a new thread CUDA's current GPU is number 0
+    return within(lambda: communicator(link, rank, device), timeout_s)
+
+
+def communicator(link: Fields, rank: int, device: torch.device) -> Any:
     """Joins the group of the trainer (rank 0) and all workers. RuntimeError if NCCL is not there."""
     from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
-    joined = stateless_init_process_group(
-        link["host"], link["port"], rank, link["size"], on_device()
-    )
+    joined = stateless_init_process_group(link["host"], link["port"], rank, link["size"], device)
     if joined.disabled:  # without NCCL vLLM's communicator does nothing, and says nothing
         raise RuntimeError("NCCL could not be loaded")
     return joined

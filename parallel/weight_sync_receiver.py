@@ -268,9 +268,7 @@ class NcclEngine(SyncEngine):
         self._buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
         rank = link["first_rank"] + self.parallel_config.rank
         try:
-            self._communicator = weight_sync_cuda.within(
-                lambda: weight_sync_cuda.communicator(link, rank), self._deadline_s
-            )
+            self._communicator = weight_sync_cuda.communicator_within(link, rank, self._deadline_s)
         except RuntimeError as error:
             raise self.error("init", None, f"nccl: {first_line(error)}") from error
 

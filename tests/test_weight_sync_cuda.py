@@ -3,8 +3,10 @@
 import dataclasses
 import inspect
 import json
+import sys
 import threading
 import time
+import types
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -35,7 +37,7 @@ class GlooCommunicator:
 
     disabled = False
 
-    def __init__(self, link: dict[str, Any], rank: int) -> None:
+    def __init__(self, link: dict[str, Any], rank: int, device: torch.device) -> None:
         timeout = timedelta(seconds=20)
         store = TCPStore(
             link["host"], link["port"], None, rank == 0, timeout, wait_for_workers=False
@@ -138,7 +140,7 @@ def test_an_engine_that_never_joins_nccl_is_an_error_at_the_deadline(
 ) -> None:
     replaced = {n: getattr(weight_sync_cuda, n) for n in ("on_device", "communicator")}
     monkeypatch.setattr(weight_sync_cuda, "on_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(weight_sync_cuda, "communicator", lambda link, rank: time.sleep(30))
+    monkeypatch.setattr(weight_sync_cuda, "communicator", lambda *_: time.sleep(30))
     assert all(getattr(weight_sync_cuda, n) is not f for n, f in replaced.items())
 
     class Joining:
@@ -152,6 +154,23 @@ def test_an_engine_that_never_joins_nccl_is_an_error_at_the_deadline(
     with pytest.raises(WeightSyncError, match="phase init, at engine 3") as e:
         sync.sync(iter(weights(1).items()), 1)
     assert time.monotonic() - started < 15 and e.value.whole is None
+
+
+def test_the_communicator_is_on_the_gpu_of_the_thread_that_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CUDA's current device is a thread's own, and 0 in a new one: of an engine's second worker too."""
+    of_thread = threading.local()
+    of_thread.number = 1
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(of_thread, "number", 0))
+    asked: list[tuple] = []
+    nccl = types.ModuleType("vllm.distributed.weight_transfer.nccl_common")
+    joined = types.SimpleNamespace(disabled=False)
+    nccl.stateless_init_process_group = lambda *a: asked.append(a) or joined  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, nccl.__name__, nccl)
+    link = {"host": "node7", "port": 5, "size": 3}
+    assert weight_sync_cuda.communicator_within(link, 2, 10.0) is joined
+    assert asked == [("node7", 5, 2, 3, torch.device("cuda", 1))]
 
 
 # --- CUDA's own calls ------------------------------------------------------------------------------
