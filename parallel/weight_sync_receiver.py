@@ -257,7 +257,9 @@ class IpcEngine(SyncEngine):
             raise self.error("init", None, f"ipc: {first_line(error)}") from error
 
     def _receive(self, update: SyncUpdate, entries: list[Entry]) -> list[Tensor]:
-        return [entry.view(self._bucket) for entry in entries]
+        # A copy only where the trainer's GPU is another: Triton's kernels run on this worker's, whatever they are given.
+        data = self._bucket[: update.num_bytes].to(self.device)
+        return [entry.view(data) for entry in entries]
 
 
 class NcclEngine(SyncEngine):

@@ -135,6 +135,29 @@ def test_the_same_tokens_and_log_probs_over_ipc_and_nccl() -> None:
     assert found["readers"] == [1], "a handle has one reader, and is sent once"
 
 
+class OnTrainersGpu(Tensor):
+    def to(self, device: torch.device) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.as_subclass(Tensor).to(device)
+
+
+def received_on_its_second_worker() -> list[tuple[bool, int]]:
+    """Of each tensor: whether it is still on the trainer's GPU, and its first byte."""
+    from phimini.parallel.weight_sync import Entry
+    from phimini.parallel.weight_sync_receiver import IpcEngine, SyncUpdate
+
+    engine = IpcEngine.__new__(IpcEngine)
+    engine._bucket = torch.arange(256, dtype=torch.uint8).as_subclass(OnTrainersGpu)
+    engine.device = torch.device("cpu")
+    entries = [Entry(f"t{i}", "uint8", (8, 4), 64 * i, 32, 0) for i in range(2)]
+    received = engine._receive(SyncUpdate(0, 128, []), entries)
+    return [(isinstance(t, OnTrainersGpu), int(t[0, 0])) for t in received]
+
+
+@pytest.mark.vllm
+def test_a_worker_on_another_gpu_than_the_trainer_s_takes_the_bucket_to_its_own() -> None:
+    assert in_vllm(received_on_its_second_worker)[0] == [(False, 0), (False, 64)]
+
+
 def test_an_engine_that_never_joins_nccl_is_an_error_at_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
