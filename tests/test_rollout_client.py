@@ -6,14 +6,16 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fake_engine import FakeEngine
 from rollout_cases import LONG, SAMPLING, SETTINGS, weights
 from rollout_processes import BUCKET, requests, until
@@ -213,3 +215,19 @@ def test_an_engine_whose_trainer_died_while_it_imported_ends(tmp_path: Path) -> 
     context.Process(target=trainer).start()
     until(said.exists, 30)
     assert said.read_text() == "ended"
+
+
+def test_with_cuda_the_core_is_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.is_available, asked before, makes CUDA unusable in a fork; vLLM forks by default."""
+    arguments, engine = ModuleType("vllm.engine.arg_utils"), ModuleType("vllm.v1.engine.async_llm")
+    made = SimpleNamespace(create_engine_config=lambda: None)
+    arguments.AsyncEngineArgs = lambda **_: made  # pyright: ignore[reportAttributeAccessIssue]
+    engine.AsyncLLM = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
+        from_vllm_config=lambda *_, **__: os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
+    )
+    monkeypatch.setitem(sys.modules, arguments.__name__, arguments)
+    monkeypatch.setitem(sys.modules, engine.__name__, engine)
+    for has_cuda, method in ((True, "spawn"), (False, "fork")):
+        monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has=has_cuda: has)
+        assert rollout_server._start_engine({}) == method
