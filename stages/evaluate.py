@@ -45,6 +45,7 @@ def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) ->
     engine = build_engine(run, load_config(directory), world)
     engine.load(directory)
     result = evaluate_problems(run, engine, tokenizer, problems)
+    engine.rest()  # the next stage trains
     result = {"stage": stage, "model_id": made, "settings": settings} | result
     if world.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -133,6 +133,7 @@ def sample_pairs(
         params,
         [derive(run.seed, "rollout_dpo", problem["id"], k) for problem, k in asked],
     )
+    engine.rest()
     if not world.is_main:
         world.barrier()
         return

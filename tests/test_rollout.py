@@ -1,15 +1,25 @@
-"""The local engine refuses what it cannot sample, as vLLM's engines do, instead of going on without it."""
+"""The local engine refuses what it cannot sample, as vLLM's engines do; and every engine rests before a stage trains."""
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from rl_run import make_run, run_config
+from rollout_cases import LONG, trainer
 
 from phimini.model.config import preset
 from phimini.model.sampler import SamplingParams
+from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.launch import RankFailure, run_ranks
 from phimini.parallel.layout import Layout
 from phimini.parallel.world import initialize
+from phimini.stages import evaluate, rollout_dpo
 from phimini.stages.config import override
+from phimini.stages.jsonl import read_rows, write_rows
 from phimini.stages.recipes import tiny
-from phimini.stages.rollout import build_engine
+from phimini.stages.rollout import LocalEngine, build_engine
 
 CONFIG = preset("tiny")
 PARAMS = SamplingParams(temperature=1.0, max_new_tokens=4, stop_ids=())
@@ -42,3 +52,44 @@ def test_what_it_cannot_sample_is_named(
 ) -> None:
     with pytest.raises(RankFailure, match=said):
         run_ranks(lengths, 1, words, [[7], prompt], [1] * num_seeds)
+
+
+class Noting(LocalEngine):
+    calls: list[str] = []
+
+    def generate(self, *args: Any) -> Any:
+        self.calls.append("generate")
+        return super().generate(*args)
+
+    def rest(self) -> None:
+        self.calls.append("rest")
+
+
+def sampled_for(stage: str, folder: Path) -> list[str]:
+    """What is asked of an engine on the GPU of its trainer."""
+    run = run_config(folder, "evaluate.max_new_tokens=2", "rollout_dpo.num_prompts=2", "rollout_dpo.pairs_per_step=1",
+                     "rollout_dpo.rollouts_per_prompt=2", "rollout_dpo.max_new_tokens=2")  # fmt: skip
+    model = trainer(LONG, Layout(), 1)
+    engine = Noting(LONG, model.world, 16)
+    verdicts = itertools.cycle([True, False])
+    stages: list[Any] = [evaluate, rollout_dpo]
+    for module in stages:
+        module.build_engine = lambda *_: engine
+        module.judge = lambda *_: next(verdicts)
+    if stage == "evaluate":
+        evaluate.evaluate(run, model.world, "rollout_dpo")
+    else:
+        tokenizer = Tokenizer.load(folder / "rollout_dpo" / "model")
+        here: Any = SimpleNamespace(path=folder)
+        rollout_dpo.sample_pairs(run, model.world, here, model, tokenizer)
+    return engine.calls
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "rollout_dpo"])
+def test_an_engine_rests_once_it_has_sampled(stage: str, tmp_path: Path) -> None:
+    """Awake, vLLM keeps half of a GPU from the stage that trains next."""
+    folder = make_run(tmp_path)
+    problems = read_rows(folder / "distill" / "prompts.jsonl", {})
+    write_rows(folder / "distill" / "heldout.jsonl", problems[:2])
+    calls = run_ranks(sampled_for, 1, stage, folder)[0]
+    assert "generate" in calls and calls[-1] == "rest"
