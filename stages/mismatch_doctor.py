@@ -317,14 +317,17 @@ def _sample_again(
         return size
 
     enough = max(tolerance, EXPLAINS * whole)
-    now = again("(sampled again, as it is)")
-    engine.reset_prefix_cache()
-    if again("(sampled again, prefix cache reset)") <= enough < now:
-        return Verdict(
-            "prefix cache", "Cached keys and values of older weights were used.", evidence
-        )
+    detail = "A new sync makes the difference go away: the engine had other weights"
+    if isinstance(engine, SyncedEngine) and engine.asleep:
+        detail += ", or keys and values of older ones in its cache; both went when it slept"
+    else:
+        now = again("(sampled again, as it is)")
+        engine.reset_prefix_cache()
+        if again("(sampled again, prefix cache reset)") <= enough < now:
+            return Verdict(
+                "prefix cache", "Cached keys and values of older weights were used.", evidence
+            )
     engine.sync(model)
     if again("(sampled again, after a new sync)") <= enough:
-        detail = "A new sync makes the difference go away: the engine had other weights."
-        return Verdict("stale weights", detail, evidence)
+        return Verdict("stale weights", f"{detail}.", evidence)
     return None

@@ -73,6 +73,8 @@ class SyncedEngine(Protocol):
     """An engine outside the trainer's own code, whose weights arrive by a weight sync."""
 
     last_sync: SyncReport | None
+    asleep: bool
+    """it has rested and given up its weights: `sync` comes before `generate`"""
 
     def as_sent(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """A model's tensors as a sync sends them: in the engine's precision."""

@@ -47,6 +47,8 @@ START_S = 600.0
 class SeparateVllm:
     """Engines behind sockets. Every method is collective but `generate_here`, which is rank 0's."""
 
+    asleep = False
+
     def __init__(
         self,
         run: RunConfig,

@@ -62,7 +62,7 @@ class ColocatedVllm:
         self._llm = _start_llm(config, settings, world)
         self.version: int | None = None
         """of the weights that may be sampled from; None: none, or mixed"""
-        self._asleep = False
+        self.asleep = False
         self.last_sync: SyncReport | None = None
         self._sync = WeightSync(
             config,
@@ -87,9 +87,9 @@ class ColocatedVllm:
 
     def rest(self) -> None:
         """Gives the engine's GPU memory to the trainer; its weights are gone and must be synced before sampling."""
-        if self.settings.sleeps and not self._asleep:
+        if self.settings.sleeps and not self.asleep:
             self._llm.sleep(level=2)
-            self.version, self._asleep = None, True
+            self.version, self.asleep = None, True
 
     def reset_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
@@ -130,11 +130,11 @@ class ColocatedVllm:
 
     def _take(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         old, self.version = self.version, None
-        if self._asleep:
+        if self.asleep:
             # Torch keeps the blocks of activations that are gone; while the engine is awake they are its.
             torch.cuda.empty_cache()
             self._llm.wake_up()
-            self._asleep = False
+            self.asleep = False
         error: WeightSyncError | None = None
         try:
             self.last_sync = self._sync.sync(tensors, version)

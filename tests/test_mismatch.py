@@ -132,6 +132,28 @@ class OtherFunction(LocalEngine):
                 p.data.mul_(-1)
 
 
+class Slept(LocalEngine):
+    """Its first answers were wrong, and then it gave its memory to the trainer."""
+
+    last_sync, asleep, answered = None, False, False
+
+    def as_sent(self, tensors):
+        return iter(tensors)
+
+    def sync(self, model) -> None:
+        super().sync(model)
+        self.asleep = False
+
+    def generate(self, *args):
+        if self.asleep:
+            raise RuntimeError("sync comes first")
+        done = super().generate(*args)
+        if self.answered:
+            return done
+        self.answered = self.asleep = True
+        return [dataclasses.replace(c, logprobs=[x - 0.2 for x in c.logprobs]) for c in done]
+
+
 def examined(engine_type: type[LocalEngine]) -> Verdict:
     model = trainer(LONG, Layout(), 1)
     engine = engine_type(LONG, model.world, 16)
@@ -153,6 +175,11 @@ def test_the_doctor_finds_nothing_where_nothing_is() -> None:
 def test_the_doctor_names_precision() -> None:
     verdict = cause(Rounded)
     assert verdict.cause == "precision", verdict.page()
+
+
+def test_the_doctor_wakes_an_engine_that_sleeps_while_the_trainer_trains() -> None:
+    verdict = cause(Slept)
+    assert verdict.cause == "stale weights" and "when it slept" in verdict.page(), verdict.page()
 
 
 def test_the_doctor_blames_the_engine_last() -> None:
