@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from phimini.model.flops import training_flops
 from phimini.parallel.batch import PackedBatch
@@ -110,7 +111,8 @@ def forward_only(
 
     fn's results, from the last pipeline stage, are tensors, or dicts, lists and tuples of them. Under context
     parallelism fn sees this rank's tokens: results have one row per token, and the ranks' rows are put together.
-    Scalars are summed over the ranks instead, and with `summed` everything is, such as sums by document.
+    Scalars are summed over the ranks instead, and with `summed` everything is, such as sums by document. What has come
+    from another rank is on the CPU.
     """
     results: list[Any] = []
     rows: list[Tensor | None] = []
@@ -124,6 +126,9 @@ def forward_only(
 
     with phase("forward"):
         run_schedule(model, microbatches, collect, forward_only=True)
+    if model.world.layout.context > 1 or model.world.layout.pipeline > 1:
+        # A pickled tensor comes up on the GPU that it was on, which is another rank's.
+        results = tree_map_only(Tensor, Tensor.cpu, results)
     if model.world.layout.context > 1:
         results = _over_context_ranks(model, microbatches, rows, results, summed)
     return from_last_stage(model, results)

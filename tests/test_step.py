@@ -17,6 +17,7 @@ from test_parallel_parity import (  # noqa: F401
     share_of,
 )
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from phimini.model.reference import Phi4Mini
 from phimini.parallel.batch import Document, PackedBatch, pack
@@ -99,6 +100,27 @@ def test_sums_by_document_are_summed_whatever_their_number() -> None:
     job = lambda model, _: forward_only(model, [batch], sums_by_document, summed=True)[0]
     for got in on_ranks(Layout(context=2), 2, job):
         assert got.shape == want.shape and (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+class OnGpu(Tensor):
+    """Stands for a tensor on this rank's GPU: another rank that unpickles it makes it on that GPU, not on its own."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result: Any = super().__torch_function__(func, types, args, kwargs or {})
+        return result.as_subclass(Tensor) if func is Tensor.cpu else result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AssertionError("a GPU's tensor is pickled")
+
+
+@pytest.mark.parametrize("layout", [Layout(pipeline=2), Layout(context=2)], ids=["pp2", "cp2"])
+def test_results_go_to_other_ranks_by_way_of_the_cpu(layout: Layout) -> None:
+    def log_probs_on_gpu(*args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(Tensor, lambda t: t.as_subclass(OnGpu), log_probs(*args, **kwargs))
+
+    for outputs in on_ranks(layout, 2, lambda m, batches: forward_only(m, batches, log_probs_on_gpu)):  # fmt: skip
+        assert outputs and all(type(t) is Tensor for t in tree_leaves(outputs))
 
 
 def weighted_head(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> tuple:
