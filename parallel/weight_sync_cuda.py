@@ -14,6 +14,8 @@ Not run on a GPU yet. Tests run both against the real vLLM with what is CUDA's r
 
 import base64
 import inspect
+import os
+import re
 import socket
 import threading
 import time
@@ -29,6 +31,7 @@ from phimini.parallel.weight_sync_wait import Receiver, Wait
 T = TypeVar("T")
 _BYTES = ("storage_handle", "ref_counter_handle", "event_handle")
 _NUMBERS = ("storage_size_bytes", "storage_offset_bytes", "ref_counter_offset", "event_sync_required")  # fmt: skip
+_EXPANDABLE = re.compile(r"expandable_segments\s*:\s*(True|1)\b", re.IGNORECASE)
 
 
 class Late(RuntimeError):
@@ -42,7 +45,7 @@ class IpcTransport:
     name = "ipc"
 
     def __init__(self, bucket_bytes: int, *, workers_per_engine: int = 1) -> None:
-        self._buffer = torch.empty(bucket_bytes, dtype=torch.uint8, device=on_device())
+        self._buffer = shareable(bucket_bytes)
         self._workers = workers_per_engine
 
     def open(self, receivers: Sequence[Receiver], info: Fields, wait: Wait) -> None:
@@ -110,6 +113,33 @@ class NcclTransport:
 # --- both sides ------------------------------------------------------------------------------------
 def on_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def expandable_segments() -> str:
+    """torch's settings of its allocator if they ask for expandable segments, else "". CUDA has no IPC handle of those."""
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    return settings if _EXPANDABLE.search(settings) else ""
+
+
+def shareable(num_bytes: int) -> Tensor:
+    """On this thread's GPU, in memory that the machine's other processes can map.
+
+    For an expandable segment torch hands on file descriptors, which the reader takes by pidfd_getfd: Yama and most
+    containers forbid that (pytorch issue 165685). What is allocated while the setting is off is of no such segment.
+    """
+    settings = expandable_segments()
+    if settings:
+        set_allocator(_EXPANDABLE.sub("expandable_segments:False", settings))
+    try:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=on_device())
+    finally:
+        if settings:
+            set_allocator(settings)
+
+
+def set_allocator(settings: str) -> None:
+    """All of its settings: those left out go back to their defaults."""
+    torch._C._accelerator_setAllocatorSettings(settings)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def communicator_within(link: Fields, rank: int, timeout_s: float) -> Any:

@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from phimini.model.sampler import SamplingParams
 from phimini.parallel.builder import Model
 from phimini.parallel.weight_names import hf_names
 from phimini.parallel.weight_sync import smallest_bucket
+from phimini.parallel.weight_sync_cuda import expandable_segments
 from phimini.parallel.weight_sync_fp8 import VLLM_CONFIG, check_blocks, quantise_stream
 from phimini.parallel.weights import to_hf
 from phimini.stages.config import RunConfig
@@ -152,6 +154,7 @@ def engine_arguments(settings: EngineSettings, folder: str) -> dict[str, Any]:
         "enable_chunked_prefill": on_gpu,
         "max_num_batched_tokens": None if on_gpu else max(STEP_TOKENS, settings.max_model_len),
         "tensor_parallel_size": settings.tensor_parallel,
+        "disable_custom_all_reduce": _without_custom_all_reduce(settings),
         "quantization": "fp8" if settings.fp8 else None,
         "kv_cache_memory_bytes": settings.kv_cache_bytes,
         "gpu_memory_utilization": settings.memory_share,
@@ -165,6 +168,20 @@ def engine_arguments(settings: EngineSettings, folder: str) -> dict[str, Any]:
         ),
         "worker_extension_cls": WORKER_EXTENSION,
     }
+
+
+def _without_custom_all_reduce(settings: EngineSettings) -> bool:
+    """vLLM 0.32's own all-reduce shares its CUDA graphs' memory by IPC handles, and ends the process where
+    torch's allocator gives it expandable segments (vllm issue 42609). NCCL's does not."""
+    off = settings.tensor_parallel > 1 and bool(expandable_segments())
+    if off:
+        print(
+            "phimini: vLLM reduces over its GPUs by NCCL, not by its own all-reduce: PYTORCH_ALLOC_CONF has "
+            "expandable_segments:True, with which that one dies",
+            file=sys.stderr,
+            flush=True,
+        )
+    return off
 
 
 def write_engine_config(config: ModelConfig, settings: EngineSettings, folder: str) -> None:

@@ -24,6 +24,7 @@ from phimini.parallel.weight_sync import WeightSync
 from phimini.parallel.weight_sync_cuda import IpcTransport, Late, NcclTransport, finish, within
 from phimini.parallel.weight_sync_transport import broadcast, gloo_group
 from phimini.parallel.weight_sync_wait import WeightSyncError
+from phimini.stages import rollout_vllm_settings
 from phimini.stages.config import override
 from phimini.stages.recipes import tiny
 from phimini.stages.rollout_separate import transport_of
@@ -197,6 +198,39 @@ def test_the_communicator_is_on_the_gpu_of_the_thread_that_asks(
 
 
 # --- CUDA's own calls ------------------------------------------------------------------------------
+def test_an_ipc_bucket_is_of_no_expandable_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our launch scripts ask for them; the other settings are kept, before and after."""
+    done: list[Any] = []
+    empty = torch.empty
+    monkeypatch.setattr(weight_sync_cuda, "on_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(weight_sync_cuda, "set_allocator", done.append)
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: done.append("empty") or empty(*a, **k))
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    IpcTransport(BUCKET)
+    assert done == ["empty"]
+    done.clear()
+    settings = "max_split_size_mb:512,expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", settings)
+    assert IpcTransport(BUCKET)._buffer.numel() == BUCKET
+    assert done == ["max_split_size_mb:512,expandable_segments:False", "empty", settings]
+
+
+def test_vllms_own_all_reduce_is_off_where_it_would_die(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    for settings, workers, off in (
+        ("expandable_segments:True", 2, True),
+        ("expandable_segments:True", 1, False),
+        ("expandable_segments:False", 2, False),
+    ):
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", settings)
+        engine = dataclasses.replace(SETTINGS, tensor_parallel=workers)
+        assert rollout_vllm_settings._without_custom_all_reduce(engine) is off
+        assert ("by NCCL" in capsys.readouterr().err) is off
+
+
 def test_a_handle_goes_through_json_and_comes_back_as_torchs_arguments(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -240,10 +274,12 @@ def signatures() -> bool:
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
     from vllm.distributed.device_communicators.pynccl_wrapper import ncclDataTypeEnum
     from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+    from vllm.engine.arg_utils import AsyncEngineArgs
 
     inspect.signature(stateless_init_process_group).bind("host", 1, 0, 2, torch.device("cpu"))
     inspect.signature(PyNcclCommunicator.broadcast).bind(None, torch.zeros(1), src=0)
     inspect.signature(PyNcclCommunicator.destroy).bind(None)
+    assert "disable_custom_all_reduce" in inspect.signature(AsyncEngineArgs).parameters
     assert "self.disabled = True" in inspect.getsource(PyNcclCommunicator.__init__)
     return ncclDataTypeEnum.from_torch(torch.uint8) >= 0
 
