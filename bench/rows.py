@@ -20,6 +20,7 @@ process CPU time, not wall time: other processes take turns with this one.
 
 import dataclasses
 import math
+import re
 import statistics
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phimini.bench.environment import Environment, environment
+from phimini.bench.environment import Environment, environment, slug_of
 from phimini.stages.jsonl import parsed_lines, write_rows
 
 SCHEMA = 2
@@ -54,13 +55,20 @@ class Band:
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Band":
         """ValueError for no sample, or one that is not a positive finite number."""
-        wrong = [s for s in samples if not (math.isfinite(s) and s > 0)]
+        wrong = [s for s in samples if not (_is_number(s) and 0 < s < math.inf)]
         if wrong or not samples:
             raise ValueError(f"samples: expected positive finite numbers, got {wrong or 'none'}")
         if len(samples) == 1:
             return cls(p20=samples[0], p50=samples[0], p80=samples[0])
         fifths = statistics.quantiles(samples, n=5, method="inclusive")
         return cls(p20=fifths[0], p50=statistics.median(samples), p80=fifths[3])
+
+
+def _is_number(value: object) -> bool:
+    """A float, or a whole number that is one: JSON has no limit, a float has."""
+    if type(value) is int:
+        return abs(value) < 2**1023
+    return isinstance(value, float)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,15 +137,6 @@ def measured(
     info: Mapping[str, Any] | None = None,
 ) -> Row:
     """A row from its samples. ValueError names the field that does not fit the others."""
-    at = f"row {bench}, {dict(case)}, {provider}"
-    if unit not in BETTER:
-        raise ValueError(f"{at}: unit: expected one of {list(BETTER)}, got {unit!r}")
-    if correct != bool(samples):
-        raise ValueError(
-            f"{at}: expected samples if and only if correct, got {len(samples)}, {correct=}"
-        )
-    if (reference is None) != (not reference_samples) and correct:
-        raise ValueError(f"{at}: expected reference and reference_samples together")
     row = Row(
         bench=bench,
         case=dict(case),
@@ -151,7 +150,7 @@ def measured(
         error=error if error is not None and math.isfinite(error) else None,
         info=dict(info or {}),
     )
-    _check_samples(row, at)
+    _check(row, f"row {bench}, {dict(case)}, {provider}")
     return row
 
 
@@ -160,12 +159,27 @@ def _rounded(sample: float) -> float:
     return float(f"{sample:.5g}")
 
 
-def _check_samples(row: Row, at: str) -> None:
+def _check(row: Row, at: str) -> None:
+    """ValueError for a row that says what none can mean, made here or read from a file."""
+    if not re.fullmatch(r"[\w-]+", row.bench):
+        raise ValueError(f"{at}: bench: expected a word, which names a file, got {row.bench!r}")
+    if not row.key.isprintable():
+        raise ValueError(f"{at}: expected names that can be printed, got {row.key!a:.60}")
+    if row.unit not in BETTER:
+        raise ValueError(f"{at}: unit: expected one of {list(BETTER)}, got {row.unit!r}")
+    if row.correct != bool(row.samples):
+        raise ValueError(
+            f"{at}: expected samples if and only if correct, got {row.num_samples}, correct={row.correct}"
+        )
+    if (row.reference is None) != (not row.reference_samples) and row.correct:
+        raise ValueError(f"{at}: expected reference and reference_samples together")
+    if not 0 <= row.run_to_run <= 1e3:
+        raise ValueError(f"{at}: run_to_run: expected a share from 0 on, got {row.run_to_run!r}")
     for name in ("samples", "reference_samples"):
         try:
             if values := getattr(row, name):
                 Band.of(values)
-        except (TypeError, ValueError) as problem:
+        except ValueError as problem:
             raise ValueError(f"{at}, {name}: {problem}") from problem
     if len(row.reference_samples) not in (0, len(row.samples)):
         raise ValueError(
@@ -219,20 +233,32 @@ def read_all(path: str | Path) -> tuple[list[Row], list[dict[str, Any]]]:
     environments: dict[str, Environment] = {}
     rows: list[Row] = []
     blessings: list[dict[str, Any]] = []
+    keys: set[str] = set()
     for at, line in parsed_lines(Path(path)):
         data = _of_our_schema(line, at)
         kind = data.pop("kind", None)
         if kind == "environment":
             id = data.pop("id", None)
-            environments[id] = _made(Environment, data, f"{at}, environment")
+            if not isinstance(id, str):
+                raise ValueError(f"{at}, environment, field 'id': expected str, got {id!r:.60}")
+            here = _made(Environment, data, f"{at}, environment")
+            if not here.slug or slug_of(here.slug) != here.slug:
+                raise ValueError(
+                    f"{at}, environment: slug: expected a folder name, got {here.slug!r}"
+                )
+            environments[id] = here
         elif kind == "row":
-            if data.get("environment") not in environments:
+            known = isinstance(data.get("environment"), str)
+            if not known or data["environment"] not in environments:
                 raise ValueError(
                     f"{at}: environment: expected the id of a line before, got {data.get('environment')!r}"
                 )
             data["environment"] = environments[data["environment"]]
             row = _made(Row, {k: v for k, v in data.items() if k not in FOR_READERS}, f"{at}, row")
-            _check_samples(row, f"{at}, row")
+            _check(row, f"{at}, row")
+            if row.key in keys:
+                raise ValueError(f"{at}, row: expected one row per key, got several of {row.key}")
+            keys.add(row.key)
             rows.append(row)
         elif kind == "blessing":
             blessings.append(data)

@@ -93,10 +93,18 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "field missing": (lambda row: {k: v for k, v in row.items() if k != "unit"}, r"lacks \['unit'\]"),
     "field unknown": (lambda row: row | {"colour": 1}, r"has \['colour'\] besides"),
     "type": (lambda row: row | {"unit": 4}, "field 'unit': expected str, got 4"),
-    "number": (lambda row: row | {"samples": [1.0, "2", 3.0, 4.0]}, "row, samples: .*str"),
+    "number": (lambda row: row | {"samples": [1.0, "2", 3.0, 4.0]}, r"row, samples: .*got \['2'\]"),
     "rounds": (lambda row: row | {"samples": [1.0]}, "row, reference_samples: expected 1 of the same rounds, got 4"),
     "bool for int": (lambda row: row | {"peak_bytes": True}, "'peak_bytes': expected int or null, got True"),
     "environment": (lambda row: row | {"environment": "ab"}, "expected the id of a line before, got 'ab'"),
+    "environment's id": (lambda row: row | {"environment": [1]}, r"expected the id of a line before, got \[1\]"),
+    "unit": (lambda row: row | {"unit": "parsecs"}, "unit: expected one of .*'ms'.*, got 'parsecs'"),
+    "huge number": (lambda row: row | {"samples": [10**400] * 4}, "samples: expected positive finite numbers"),
+    "bool for number": (lambda row: row | {"samples": [True] * 4}, r"positive finite numbers, got \[True"),
+    "path for a bench": (lambda row: row | {"bench": "../../x"}, "bench: expected a word, .* got '../../x'"),
+    "wrong with samples": (lambda row: row | {"correct": False}, "samples if and only if correct, got 4"),
+    "name": (lambda row: row | {"provider": "\ud800"}, "expected names that can be printed"),
+    "run to run": (lambda row: row | {"run_to_run": 1e308}, "run_to_run: expected a share from 0 on"),
 }  # fmt: skip
 
 
@@ -110,6 +118,27 @@ def test_a_damaged_row_is_named(damage: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         read(path)
     assert str(caught.value).startswith(f"{path}, line 3")  # the blank line counts
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("id", [1]), ("id", None), ("slug", "../.."), ("slug", "")]
+)
+def test_a_damaged_environment_is_named(field: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write(path, [make_row()])
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{json.dumps(json.loads(first) | {field: value})}\n{second}\n")
+    with pytest.raises(ValueError, match=f"line 1, environment.* {field}|'{field}'"):
+        read(path)
+
+
+def test_a_file_with_two_rows_of_one_key_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write(path, [make_row()])
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first}\n{second}\n{second}\n")
+    with pytest.raises(ValueError, match="line 3, row: expected one row per key, got several"):
+        read(path)
 
 
 def test_another_schema_is_named(tmp_path: Path) -> None:
