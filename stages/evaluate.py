@@ -124,7 +124,7 @@ def summarize(problems: list[dict], greedy_ok: np.ndarray, sampled_ok: np.ndarra
     for i, problem in enumerate(problems):
         groups["families"][str(problem.get("family", ""))].append(i)
         groups["levels"][str(problem.get("level", 0))].append(i)
-    mean, low, high = mean_interval(per_problem_mean)
+    mean, low, high = mean_interval(per_problem_mean, k)
     return {
         "num_problems": len(problems),
         "num_samples": k,

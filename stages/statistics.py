@@ -20,15 +20,18 @@ def wilson_interval(num_correct: int, num_trials: int) -> tuple[float, float]:
     return _score_interval(num_correct / num_trials, num_trials, _Z)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float], num_samples: int) -> tuple[float, float, float]:
     """(mean, low, high) of per-problem accuracies in [0, 1]: Wilson's interval for clustered samples.
 
     The number of trials is what would give one-sample problems the spread that `values` have,
     n * mean * (1 - mean) / variance (Korn and Graubard 1998), with Student's t for the spread being estimated.
-    Where all values are 0 or all are 1 the spread says nothing and each problem counts once, so an
+    It is never more than the samples there are, `num_samples` of each problem (Parker et al. 2017, National Center
+    for Health Statistics, Vital and Health Statistics 2:175), so equal accuracies have an interval too. Where all values are 0 or all are 1 the spread says nothing and each problem counts once, so an
     untrained model's 0 of 500 still has an interval.
     """
     n = len(values)
+    if num_samples < 1:
+        raise ValueError(f"mean_interval: expected at least one sample, got {num_samples}")
     if n < 2 or not all(0 <= value <= 1 for value in values):
         raise ValueError(
             f"mean_interval: expected two or more accuracies in [0, 1], got {n}: {list(values[:5])}"
@@ -37,10 +40,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     variance = sum((value - mean) ** 2 for value in values) / (n - 1)
     if mean in (0.0, 1.0):
         trials = float(n)
-    elif variance == 0:
-        return mean, mean, mean
     else:
-        trials = n * mean * (1 - mean) / variance
+        spread = mean * (1 - mean)
+        trials = n * min(spread / variance, num_samples) if variance else float(n * num_samples)
     low, high = _score_interval(mean, trials, _student_t(n - 1))
     return mean, low, high
 

@@ -30,7 +30,7 @@ def make_run(run: Path, *, response: str = "", steps: int = 120, problems: int =
             sum(rng.random() < min(1.0, 2 * SKILLS[index] * (1 - h)) for _ in range(8)) / 8
             for h in hardness
         ]
-        mean, low, high = mean_interval(means)
+        mean, low, high = mean_interval(means, 8)
         greedy = sum(rng.random() < m for m in means)
         group = {"mean_at_8": mean, "greedy": greedy / problems, "n": problems // 7}
         write_json(run / "evaluate" / f"{stage}.json", {

@@ -70,7 +70,7 @@ def test_mean_interval_covers_95_percent(problems: int, a: float, b: float) -> N
     truth = a / (a + b)
     covered = []
     for values in runs:
-        mean, low, high = mean_interval(values.tolist())
+        mean, low, high = mean_interval(values.tolist(), 8)
         assert 0 <= low <= mean <= high <= 1
         assert mean == pytest.approx(values.mean())
         covered.append(low <= truth <= high)
@@ -79,19 +79,36 @@ def test_mean_interval_covers_95_percent(problems: int, a: float, b: float) -> N
 
 def test_mean_interval_is_the_plain_one_for_many_problems_and_wilson_for_one_sample_each() -> None:
     values = accuracies(np.random.default_rng(1), 5000, 1.0, 1.0, runs=1)[0]
-    mean, low, high = mean_interval(values.tolist())
+    mean, low, high = mean_interval(values.tolist(), 8)
     half = 1.96 * values.std(ddof=1) / sqrt(5000)
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=2e-5)
-    assert mean_interval([1.0] * 300 + [0.0] * 700)[1:] == pytest.approx(
+    assert mean_interval([1.0] * 300 + [0.0] * 700, 1)[1:] == pytest.approx(
         wilson_interval(300, 1000), abs=2e-4
     )
 
 
 def test_all_wrong_is_not_known_without_doubt() -> None:
-    assert mean_interval([0.0] * 504) == pytest.approx(
+    assert mean_interval([0.0] * 504, 8) == pytest.approx(
         (0.0, 0.0, wilson_interval(0, 504)[1]), abs=1e-4
     )
-    assert mean_interval([1.0] * 504)[1] < 0.995
+    assert mean_interval([1.0] * 504, 8)[1] < 0.995
+
+
+def test_equal_accuracies_are_not_known_without_doubt() -> None:
+    """No more is known than that many independent samples would say."""
+    mean, low, high = mean_interval([0.25] * 504, 8)
+    assert (low, high) == pytest.approx(wilson_interval(504 * 2, 504 * 8), abs=1e-4)
+    nearly = mean_interval([0.25] * 503 + [0.375], 8)
+    assert nearly == pytest.approx((mean, low, high), abs=1e-3)
+    few = mean_interval([0.5, 0.5], 8)
+    assert few[1] < 0.05 and few[2] > 0.95, "two problems: one degree of freedom"
+
+
+@pytest.mark.parametrize(("problems", "p"), [(3, 0.5), (12, 0.3), (168, 0.5)], ids=str)
+def test_mean_interval_of_equally_hard_problems_covers_95_percent(problems: int, p: float) -> None:
+    runs = np.random.default_rng(4).binomial(8, p, (1000, problems)) / 8
+    covered = [low <= p <= high for _, low, high in (mean_interval(r.tolist(), 8) for r in runs)]
+    assert np.mean(covered) >= 0.93
 
 
 @pytest.mark.parametrize("problems", [12, 168])
@@ -145,9 +162,9 @@ def test_mcnemar_takes_hundreds_of_changes() -> None:
     [
         (lambda: wilson_interval(3, 2), "wilson_interval: .*3 of 2"),
         (lambda: wilson_interval(0, 0), "wilson_interval"),
-        (lambda: mean_interval([0.5]), "mean_interval: expected two or more"),
-        (lambda: mean_interval([0.5, 1.5]), r"accuracies in \[0, 1\]"),
-        (lambda: mean_interval([0.5, float("nan")]), r"accuracies in \[0, 1\]"),
+        (lambda: mean_interval([0.5], 8), "mean_interval: expected two or more"),
+        (lambda: mean_interval([0.5, 1.5], 8), r"accuracies in \[0, 1\]"),
+        (lambda: mean_interval([0.5, float("nan")], 8), r"accuracies in \[0, 1\]"),
         (lambda: paired_gain([0.5, 1.0], [0.5]), "paired_gain: .*got 2 and 1"),
         (lambda: pass_at_k(8, 9, 1), "pass_at_k"),
         (lambda: pass_at_k(8, 3, 9), "pass_at_k: .*k 9"),
