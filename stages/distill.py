@@ -35,6 +35,7 @@ def distill(run: RunConfig, *, redo: bool = False) -> Path:
         rollouts, prompts, validation, heldout = _read(run)
     if run.distill.gym_tasks:
         prompts = _without(heldout, gym_prompts(run.distill.gym_tasks, run.distill.num_prompts, run.seed))  # fmt: skip
+    check_ids(rollouts, prompts, heldout)
     write_rows(stage.path / "rollouts.jsonl", rollouts)
     write_rows(stage.path / "prompts.jsonl", prompts)
     write_rows(stage.path / "validation.jsonl", validation)
@@ -50,6 +51,22 @@ def distill(run: RunConfig, *, redo: bool = False) -> Path:
         }
     )
     return stage.path
+
+
+def check_ids(rollouts: list[dict], prompts: list[dict], heldout: list[dict]) -> None:
+    """Pairs, groups and seeds go by the problem's id: ValueError where one stands for two questions, or twice in a set."""
+    first: dict[str, dict] = {}
+    for row in rollouts:
+        one = first.setdefault(row["problem_id"], row)
+        same = one["answer"] == row["answer"] and fingerprint(one["question"]) == fingerprint(row["question"])  # fmt: skip
+        if not same:
+            raise ValueError(
+                f"distill: rollouts: problem_id {row['problem_id']!r:.60} stands for two questions: "
+                f"{one['question']!r:.60} and {row['question']!r:.60}"
+            )
+    for name, rows in (("prompts", prompts), ("heldout", heldout)):
+        if twice := [id for id, n in Counter(row["id"] for row in rows).items() if n > 1]:
+            raise ValueError(f"distill: {name}: expected one row per id, got several of {twice[0]!r:.60}")  # fmt: skip
 
 
 def _without(heldout: list[dict], rows: list[dict]) -> list[dict]:

@@ -8,7 +8,7 @@ from phimini.stages.verify import verify
 
 
 def gym_prompts(tasks: Sequence[str], count: int, seed: int) -> list[dict]:
-    """`count` different questions, the tasks taking turns, as rows of `prompts.jsonl`.
+    """`count` different questions, the tasks taking turns (with fewer questions than tasks the first ones), as rows of `prompts.jsonl`.
 
     Only questions whose reference answer our verifier accepts as an answer: a task whose answers it cannot read
     (grids, free text) would never be rewarded. ValueError names a task that does not exist or has too few of them;
@@ -20,6 +20,7 @@ def gym_prompts(tasks: Sequence[str], count: int, seed: int) -> list[dict]:
         raise ImportError(
             "distill.gym_tasks: reasoning-gym is not installed; pip install 'phimini[prompts]'"
         ) from error
+    tasks = list(dict.fromkeys(tasks))[:count]
     each = [count // len(tasks) + (i < count % len(tasks)) for i in range(len(tasks))]
     columns = [_of_task(gym, task, n, seed) for task, n in zip(tasks, each, strict=True)]
     rows = [column[i] for i in range(max(each)) for column in columns if i < len(column)]

@@ -159,3 +159,32 @@ def test_a_number_written_otherwise_is_the_same_number(
     question: str, other: str, same: bool
 ) -> None:
     assert (fingerprint(question) == fingerprint(other)) == same
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("prompts.jsonl", {"id": "p1", "question": "What is 77 + 88?", "answer": "165"}, "prompts: expected one row per id, got several of 'p1'"),
+        ("heldout.jsonl", {"id": "h1", "question": "What is 777 + 88?", "answer": "865"}, "heldout: expected one row per id, got several of 'h1'"),
+        ("rollouts.jsonl", {"problem_id": "r1", "question": "What is 7 + 88?", "answer": "95", "response": "96"}, "rollouts: problem_id 'r1' stands for two questions"),
+    ],
+    ids=lambda x: x if isinstance(x, str) and x.endswith("l") else "",
+)  # fmt: skip
+def test_an_id_of_two_questions_is_refused(
+    name: str, row: dict, message: str, tmp_path: Path
+) -> None:
+    """A chosen answer of one question would be paired with a rejected one of another."""
+    sets = {
+        "rollouts.jsonl": {"problem_id": "r1", "question": "What is 1 + 2?", "answer": "3", "response": "\\boxed{3}"},
+        "validation.jsonl": {"question": "What is 11 + 2?", "answer": "13", "response": "\\boxed{13}"},
+        "prompts.jsonl": {"id": "p1", "question": "What is 12 + 2?", "answer": "14"},
+        "heldout.jsonl": {"id": "h1", "question": "What is 15 + 2?", "answer": "17"},
+    }  # fmt: skip
+    for file, first in sets.items():
+        (tmp_path / file).write_text(json.dumps(first) + "\n")
+    own = override(recipe_config("tiny"), [f"out={tmp_path / 'run'}", f"distill.source={tmp_path}"])
+    distill(own)
+    with (tmp_path / name).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=message):
+        distill(own, redo=True)

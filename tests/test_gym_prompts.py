@@ -42,6 +42,12 @@ def test_questions_are_different_verifiable_and_of_the_seed(stand_in: None) -> N
     assert rows == gym_prompts(("sums",), 10, seed=1) != gym_prompts(("sums",), 10, seed=2)
 
 
+def test_a_task_named_twice_and_more_tasks_than_questions(stand_in: None) -> None:
+    once = gym_prompts(("sums",), 10, seed=1)
+    assert gym_prompts(("sums", "sums"), 10, seed=1) == once
+    assert gym_prompts(("sums", "grids"), 1, seed=1) == once[:1]
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [("nope", "distill.gym_tasks: 'nope': Dataset 'nope' not registered"), ("grids", "0 of 32 questions have an answer that can be verified, 3 are wanted")],
