@@ -281,8 +281,9 @@ def serve(run: RunConfig, config: ModelConfig, address: str) -> None:
     Until it is stopped (Ctrl-C or SIGTERM). A trainer whose settings differ is refused, naming the first that does.
     """
     host, port = split_address(address)
-    there = dataclasses.replace(run.rollout, addresses=(address,))
-    settings = engine_settings(run, config, transport_of(dataclasses.replace(run, rollout=there)))
+    rollout = dataclasses.replace(run.rollout, placement="separate", addresses=(address,))
+    there = dataclasses.replace(run, rollout=rollout)
+    settings = engine_settings(there, config, transport_of(there))
 
     def announce(port: int) -> None:
         how = f"weights by {settings.transport}, up to {settings.max_model_len} tokens"

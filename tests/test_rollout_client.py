@@ -31,6 +31,7 @@ from phimini.stages.recipes import tiny
 from phimini.stages.rollout_client import EngineClient
 from phimini.stages.rollout_separate import SeparateVllm
 from phimini.stages.rollout_service import RolloutError, RolloutService
+from phimini.stages.rollout_vllm_settings import engine_settings
 from phimini.stages.rollout_wire import encode, receive, split_address
 
 
@@ -231,3 +232,18 @@ def test_with_cuda_the_core_is_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "")
         monkeypatch.setattr(torch.cuda, "is_available", lambda has=has_cuda: has)
         assert rollout_server._start_engine({}) == method
+
+
+@pytest.mark.parametrize("has_cuda", [False, True], ids=["no-cuda", "cuda"])
+def test_an_engine_is_served_with_its_trainer_s_settings(
+    has_cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU too, where an engine in the training ranks sleeps and one that is served does not."""
+    served: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(rollout_separate, "run_server", lambda *arguments: served.append(arguments))
+    rollout_separate.serve(tiny(), LONG, "node7:8765")
+    words = ["rollout.engine=vllm", "rollout.placement=separate", "rollout.addresses=node7:8765"]
+    run = override(tiny(), words)
+    asked = engine_settings(run, LONG, rollout_separate.transport_of(run))
+    assert served[0][:4] == (LONG, asked, "node7", 8765)
