@@ -1,11 +1,14 @@
 """Megatron-core, for every device: on a machine without CUDA the shim must come before its first import."""
 
+import os
 import warnings
 
 import torch
 
 from phimini.parallel import cpu_shim
 
+# Asked by way of CUDA's runtime, `is_available` makes CUDA unusable in forks, and `launch.run_ranks` forks.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 if not torch.cuda.is_available():
     # Nobody expects them on a CPU; where there is a GPU Megatron's warnings stay.
     warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed")

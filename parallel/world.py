@@ -94,6 +94,11 @@ def initialize(
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"rank {rank} of {world_size} is number {device.index} on its machine, where {torch.cuda.device_count()} "
+                "GPUs are visible (from 0): one each is needed, so start fewer ranks (processes=1, or torchrun's)"
+            )
         torch.cuda.set_device(device)
     launch.process_group_joined = True
     if not dist.is_initialized():

@@ -23,6 +23,7 @@ from phimini.model.config import ModelConfig, preset
 from phimini.model.huggingface import check_tensors, load_config, read_tensors
 from phimini.model.tokenizer import Tokenizer
 from phimini.model.words import nearest
+from phimini.parallel.launch import run_ranks
 from phimini.parallel.layout import Layout
 from phimini.parallel.plan import MFUS, Plan, plan_stage
 from phimini.parallel.plan_memory import GIB, GPUS, Gpu
@@ -116,7 +117,9 @@ def gpu_at_hand() -> str | None:
     """The GPU of this machine as the plan calls it; None without one, and (with a word) for one it does not know."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
+    ask = torch.cuda.get_device_name
+    # In a process of its own: where CUDA has started, no ranks can be forked any more.
+    name = ask() if torch.cuda.is_initialized() else run_ranks(ask, 1)[0]
     for gpu in GPUS:
         if gpu in name.lower():
             return gpu

@@ -287,7 +287,7 @@ def _start_engine(arguments: dict[str, Any]) -> Any:
 
     config = AsyncEngineArgs(**arguments).create_engine_config()
     # vLLM spawns its core on a CPU, which imports everything again (10 s); this process has no threads yet. With CUDA it
-    # would fork, from a process that has asked whether there is a GPU: CUDA cannot be used after such a fork.
+    # would fork, and a fork cannot use CUDA once this process has asked it for anything.
     method = "spawn" if torch.cuda.is_available() else "fork"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = method
     return AsyncLLM.from_vllm_config(config, disable_log_stats=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as in phimini/parallel/__init__.py
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is decorated
 torch.set_num_threads(1)

@@ -190,6 +190,11 @@ def test_the_gpu_at_hand_is_planned_for(small: RunConfig, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert gpu_at_hand() == "h100"
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: asked.append(1) or "NVIDIA H200")
+    assert gpu_at_hand() == "h200" and not asked, (
+        "not here: CUDA would start, and no rank be forked"
+    )
     large = override(small, ["midtrain.rows_per_step=4194304", "midtrain.micro_rows=2097152"])
     assert not is_ready(large, None, gpus=8)
     assert "NOT READY: midtrain does not fit" in capsys.readouterr().err

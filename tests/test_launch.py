@@ -169,6 +169,27 @@ def test_ctrl_c_reaches_every_rank_once(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("saved*")) == ["saved0", "saved1"]
 
 
+@pytest.mark.parametrize("module", ["phimini.stages.cli", "phimini.bench.cli"])
+def test_whether_there_is_a_gpu_is_asked_in_a_way_that_forks_survive(module: str) -> None:
+    """torch's own words: is_available will not poison fork if the variable is set."""
+    code = (
+        "import os, torch; asked = []; name = 'PYTORCH_NVML_BASED_CUDA_CHECK'; os.environ.pop(name, None)\n"
+        "torch.cuda.is_available = lambda: asked.append(os.environ.get(name)) or False\n"
+        f"import {module}, phimini.parallel\n"
+        "assert asked and set(asked) == {'1'}, asked"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_rank_without_a_gpu_of_its_own_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"rank 1 of 2 is number 1 .* 1 GPUs are visible"):
+        initialize(Layout(), config())
+
+
 def test_a_job_needs_a_rank() -> None:
     with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
         run_ranks(time.sleep, 0, 1)
