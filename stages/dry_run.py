@@ -98,7 +98,7 @@ def examine(run: RunConfig, gpus: int, gpu: str | None) -> tuple[list[str], list
     if gpus < 1:
         raise ValueError(f"dry run: gpus={gpus}: expected at least 1")
     config = preset(run.model)
-    problems = check_inputs(run, config)
+    problems = check_inputs(run, config) + check_lengths(run)
     layout = planned_layout(run).resolve(gpus, config)
     uneven = check_shares(run, layout)
     for stage in workloads(run):
@@ -205,6 +205,19 @@ def _check_out(run: RunConfig, config: ModelConfig) -> list[str]:
             f"out={run.out}: two checkpoints need {need / GIB:.0f} GiB, {folder} has {free / GIB:.0f} GiB free"
         )
     return found
+
+
+def check_lengths(run: RunConfig) -> list[str]:
+    """Answers that leave their question no room: memory is planned for rows of `sequence_length`."""
+    samplers = {"rlvr": run.rlvr}
+    if run.rollout_dpo.pairs == "policy":
+        samplers |= {"rollout_dpo": run.rollout_dpo}
+    return [
+        f"{stage}.max_new_tokens: {config.max_new_tokens} leave no room for a question in "
+        f"{stage}.sequence_length={config.sequence_length}"
+        for stage, config in samplers.items()
+        if config.max_new_tokens >= config.sequence_length
+    ]
 
 
 def check_shares(run: RunConfig, layout: Layout) -> list[str]:

@@ -49,7 +49,7 @@ from phimini.stages.remedies import (
 from phimini.stages.rollout import build_engine
 from phimini.stages.rollout_ahead import Background, OnMain
 from phimini.stages.rollout_engine import RolloutEngine
-from phimini.stages.rollout_groups import Rollout, Sampler
+from phimini.stages.rollout_groups import Rollout, Sampler, check_room
 from phimini.stages.seeds import derive
 from phimini.stages.stage import Interrupt, Stage
 from phimini.stages.training import Progress, load_model, start_optimizer
@@ -183,6 +183,7 @@ def select_prompts(stage: Stage, sampler: Sampler, config: RlvrConfig, world: Wo
     if path.exists():
         return read_json(path)["kept"]
     candidates = list(sampler.problems)[-config.probe_prompts :]
+    check_room({id: sampler.prompts[id] for id in candidates}, config, "rlvr")
     seen: dict[str, list[Rollout]] = defaultdict(list)
     for round in range(config.probe_rounds):
         asked = [(id, k) for id in candidates for k in range(config.probe_rollouts)]

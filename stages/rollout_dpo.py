@@ -34,6 +34,7 @@ from phimini.stages.jsonl import read_rows, write_rows
 from phimini.stages.metrics import MetricsLog
 from phimini.stages.packing import EpochSampler, Example, check_lengths, chunks, flops_of, shares
 from phimini.stages.rollout import build_engine
+from phimini.stages.rollout_groups import check_room
 from phimini.stages.seeds import derive
 from phimini.stages.stage import Interrupt, Stage
 from phimini.stages.training import (
@@ -128,6 +129,10 @@ def sample_pairs(
     problems = read_rows(Path(run.out) / "distill" / "prompts.jsonl", PROBLEM_FIELDS)[
         : config.num_prompts
     ]
+    prompts = {
+        p["id"]: encode_prompt(tokenizer, p["question"], run.chat_template) for p in problems
+    }
+    check_room(prompts, config, "rollout_dpo")
     engine = build_engine(run, model.config, world)
     engine.sync(model)
     params = SamplingParams(
@@ -137,7 +142,7 @@ def sample_pairs(
     )
     asked = [(problem, k) for problem in problems for k in range(config.rollouts_per_prompt)]
     completions = engine.generate(
-        [encode_prompt(tokenizer, problem["question"], run.chat_template) for problem, _ in asked],
+        [prompts[problem["id"]] for problem, _ in asked],
         params,
         [derive(run.seed, "rollout_dpo", problem["id"], k) for problem, k in asked],
     )

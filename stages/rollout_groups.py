@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from phimini.model.chat import encode_prompt
@@ -9,7 +10,7 @@ from phimini.model.sampler import SamplingParams
 from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.timing import count, phase
 from phimini.parallel.world import World
-from phimini.stages.config import RunConfig
+from phimini.stages.config import RlvrConfig, RolloutDpoConfig, RunConfig
 from phimini.stages.remedies import is_hard
 from phimini.stages.rollout_engine import RolloutEngine
 from phimini.stages.seeds import derive
@@ -44,6 +45,19 @@ class Rollout:
     def ages(self, version: int) -> list[int]:
         """Of each token of the response: updates since it was sampled."""
         return [version - v for v, start, end in self.versions for _ in range(start, end)]
+
+
+def check_room(
+    prompts: Mapping[str, list[int]], config: RlvrConfig | RolloutDpoConfig, stage: str
+) -> None:
+    """ValueError before anything is sampled: memory is planned for rows of `sequence_length`, and a sampled row cannot be
+    dropped any more."""
+    for id, prompt in prompts.items():
+        if len(prompt) + config.max_new_tokens > config.sequence_length:
+            raise ValueError(
+                f"prompts.jsonl, {id!r:.60}: {len(prompt)} tokens and {stage}.max_new_tokens={config.max_new_tokens} exceed "
+                f"{stage}.sequence_length={config.sequence_length}"
+            )
 
 
 class Sampler:

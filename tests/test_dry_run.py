@@ -58,7 +58,7 @@ def small(tmp_path: Path) -> RunConfig:
         phi4_mini_reasoning(),
         ["model=tiny", f"base={base}", f"distill.source={source}", f"out={tmp_path / 'run'}",
          "midtrain.sequence_length=256", "sft.sequence_length=256", "rollout_dpo.sequence_length=256",
-         "rlvr.sequence_length=256"],
+         "rlvr.sequence_length=256", "rlvr.max_new_tokens=128"],
     )  # fmt: skip
 
 
@@ -183,6 +183,14 @@ def test_a_plain_recipe_that_is_ready_starts(small: RunConfig, monkeypatch: pyte
     monkeypatch.setenv("WORLD_SIZE", "6")  # torchrun's, not `processes`
     assert main(["recipe", *words_of(small), "processes=8"]) == 2
     assert len(started) == 1
+
+
+def test_answers_that_leave_no_room_for_a_question_are_named(small: RunConfig, capsys: pytest.CaptureFixture) -> None:  # fmt: skip
+    assert dry_run(override(small, ["rlvr.max_new_tokens=256", "rollout_dpo.max_new_tokens=300"])) == 1  # fmt: skip
+    out = capsys.readouterr().out
+    assert "NOT READY: rlvr.max_new_tokens: 256 leave no room for a question in rlvr.sequence_length=256" in out  # fmt: skip
+    assert "rollout_dpo.max_new" not in out, "the teacher's pairs are not sampled"
+    assert dry_run(override(small, ["rollout_dpo.pairs=policy"])) == 1, "its 15,360 in rows of 256"
 
 
 def test_the_gpu_at_hand_is_planned_for(small: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:  # fmt: skip
