@@ -71,6 +71,9 @@ def write_report(run_dir: str | Path) -> None:
     """Writes `run_dir`/report.html. FileNotFoundError or ValueError names a file that is missing or damaged."""
     run = Path(run_dir)
     results = read_json(run / "results.json")
+    wanted = {"stages", "seed", "num_problems", "peak_rss_bytes", "versions"}
+    if not isinstance(results, dict) or not wanted <= results.keys() or not results["stages"]:
+        raise ValueError(f"{run / 'results.json'}: expected an object with {sorted(wanted)}, as `recipe` writes it")  # fmt: skip
     names = [row["stage"] for row in results["stages"]]
     evaluations = {name: read_json(run / "evaluate" / f"{name}.json") for name in names}
     metrics = {
@@ -358,4 +361,5 @@ def stage_name(stage: str) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """One that a chart can show: JSON has 1e999 too, which reads as infinity."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e300

@@ -1,6 +1,7 @@
 """Charts of the report as inline SVG: no script, no fonts, no network; colours come from the page's CSS."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -164,8 +165,11 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
     """Labels of evenly spaced ticks, all with the digits that tell neighbours apart."""
     largest = max(abs(tick) for tick in ticks)
     if largest and (largest < 1e-3 or largest >= 1e6):
+        digits = 1
+        while digits < 9 and any(abs(float(f"{t:.{digits}e}") - t) > 1e-6 * largest for t in ticks):
+            digits += 1
         return [
-            f"{tick:.1e}".replace("e-0", "e-").replace("e+0", "e") if tick else "0"
+            re.sub(r"e\+?(-?)0*(\d)", r"e\1\2", f"{tick:.{digits}e}") if tick else "0"
             for tick in ticks
         ]
     if largest >= 1e4:

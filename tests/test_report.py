@@ -278,6 +278,23 @@ def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.parametrize("damage", [[], {}, {"stages": []}], ids=str)
+def test_damaged_results_are_named(damage: object, tmp_path: Path) -> None:
+    make_run(tmp_path)
+    write_json(tmp_path / "results.json", damage)
+    with pytest.raises(ValueError, match="results.json: expected an object with"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["1e999", "-1e999", "1" + "0" * 400, "1.7e308", "null"])
+def test_a_number_that_no_chart_can_show_is_left_out(value: str, tmp_path: Path) -> None:
+    make_run(tmp_path, steps=3)
+    path = tmp_path / "sft" / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write(f'{{"step": 3, "loss": {value}}}\n')
+    write_report(tmp_path)
+
+
 CHARTS = {
     "one point": [(1.0, 2.0)],
     "flat": [(float(x), 0.01) for x in range(100)],
@@ -328,6 +345,8 @@ def test_a_long_noisy_curve_is_drawn_near_its_trend() -> None:
         ([-2.0, 0.0, 2.0], ["−2", "0", "2"]),
         ([0.25, 0.5, 0.75], ["0.25", "0.50", "0.75"]),
         ([0.0, 1e-4, 2e-4], ["0", "1.0e-4", "2.0e-4"]),
+        ([1e6, 1.02e6, 1.04e6], ["1.00e6", "1.02e6", "1.04e6"]),
+        ([9e-6, 9.25e-6, 9.5e-6], ["9.00e-6", "9.25e-6", "9.50e-6"]),
         ([10000.0, 15000.0], ["10k", "15k"]),
         ([3.0], ["3"]),
     ],
