@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--baselines", type=Path, default=BASELINES)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    layouts = args.layouts.split(",") if args.layouts else list(LAYOUTS)
+    layouts = list(LAYOUTS) if args.layouts is None else args.layouts.split(",")
     if torch.cuda.is_available():
         fit = [n for n in layouts if n in LAYOUTS and LAYOUTS[n][0] <= torch.cuda.device_count()]
         if left_out := [n for n in layouts if n in LAYOUTS and n not in fit]:

@@ -13,5 +13,8 @@ if not torch.cuda.is_available():
     # Nobody expects them on a CPU; where there is a GPU Megatron's warnings stay.
     warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed")
     warnings.filterwarnings("ignore", message="full scope is deprecated")
+    warnings.filterwarnings("ignore", message="When using .* CUDA_DEVICE_MAX_CONNECTIONS")
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
 
 cpu_shim.install()

@@ -113,6 +113,10 @@ def test_bless_keeps_reasons_and_refuses(tmp_path: Path) -> None:
         hold(LOSSES, HERE, path)
 
 
-def test_an_unknown_layout_is_named(capsys: pytest.CaptureFixture) -> None:
-    assert golden.main(["--layouts", "1,tp3"]) == 2
-    assert "unknown layout 'tp3'; expected some of ['1', 'tp2'" in capsys.readouterr().err
+@pytest.mark.parametrize(("layouts", "unknown"), [("1,tp3", "tp3"), ("", "")])
+def test_an_unknown_layout_is_named(
+    layouts: str, unknown: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(golden, "_run", None)  # nothing is measured
+    assert golden.main(["--layouts", layouts]) == 2
+    assert f"unknown layout {unknown!r}; expected some of ['1', 'tp2'" in capsys.readouterr().err
