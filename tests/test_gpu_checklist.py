@@ -28,3 +28,13 @@ def test_the_list_says_what_to_run_and_how_it_was_checked() -> None:
     page = checklist()
     for check in CHECKS:
         assert check.command in page and check.without_a_gpu in page
+
+
+def test_no_pytest_command_forks_ranks_from_the_process_that_has_started_cuda() -> None:
+    """`make test` does: `run_ranks` refuses once a test before it has used the GPU."""
+    for check in CHECKS:
+        assert "make test" not in check.command
+        for command in check.command.split("; "):
+            if command.startswith("pytest ") and "-m gpu" not in command:
+                for file in command.split()[1:]:
+                    assert "run_ranks" not in (TESTS.parent / file).read_text(), file
