@@ -15,6 +15,7 @@ Written to `controls/`: a folder per arm and `controls.json`, each arm's evaluat
 import dataclasses
 from pathlib import Path
 
+from phimini.model.tokenizer import END, EOS
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig
 from phimini.stages.evaluate import evaluate
@@ -34,7 +35,13 @@ WITHOUT = {
 
 
 def controls(run: RunConfig, world: World, *, redo: bool = False) -> None:
-    """Run what is missing. Raises ValueError when the run's four stages are not complete."""
+    """Run what is missing. Raises ValueError when the run's four stages are not complete, or stage 3 sampled nothing."""
+    sampled = Path(run.out) / "rollout_dpo" / "rollouts.jsonl"
+    if (sampled.parent / "summary.json").exists() and not sampled.exists():
+        raise ValueError(
+            f"controls: {sampled} is missing, which rejection_sft trains on: stage 3 was run with "
+            f"rollout_dpo.pairs={run.rollout_dpo.pairs}, not policy"
+        )
     for arm in (*ARMS, *WITHOUT):
         name = f"controls/{arm}"
         stage = Stage.begin(run, name, world, redo=redo)
@@ -71,8 +78,8 @@ def train_from_stage_2(run: RunConfig, world: World, stage: Stage, arm: str) -> 
 
 
 def plain(rollout: dict) -> dict:
-    """The rollout's text without its end token, which the training example adds."""
-    return rollout | {"response": rollout["response"].removesuffix("<|end|>")}
+    """The rollout's text without its end token (either stops the sampler): the training example adds both."""
+    return rollout | {"response": rollout["response"].removesuffix(END).removesuffix(EOS)}
 
 
 def summary(run: RunConfig) -> dict:

@@ -28,6 +28,7 @@ def run(tmp_path: Path) -> RunConfig:
         )  # fmt: skip
     rollouts = [
         {"question": "1+1?", "response": "2<|end|>", "correct": True},
+        {"question": "1+3?", "response": "4<|endoftext|>", "correct": True},
         {"question": "1+2?", "response": "4<|end|>", "correct": False},
     ]
     write_rows(tmp_path / "rollout_dpo" / "rollouts.jsonl", rollouts)
@@ -71,7 +72,7 @@ def test_every_arm_trains_what_its_name_says(
     }  # fmt: skip
     own = trained["controls/rejection_sft"]
     assert (own["start"], own["steps"]) == ("sft", 900)
-    assert [r["response"] for r in read_rows(own["rows"], {"response": str})] == ["2"]
+    assert [r["response"] for r in read_rows(own["rows"], {"response": str})] == ["2", "4"]
     no_dpo = trained["controls/rl_without_dpo"]
     assert (no_dpo["start"], no_dpo["steps"]) == ("sft", 50)
     assert no_dpo["config"] == dataclasses.replace(run.rlvr, steps=50)
@@ -107,3 +108,13 @@ def test_the_summary_pairs_each_arm_with_the_same_problems(run: RunConfig) -> No
     assert rows["rlvr"]["gain_over_sft"] == pytest.approx(0.05)
     assert rows["rlvr"]["gain_ci95"][0] < 0 < rows["rlvr"]["gain_ci95"][1]
     assert rows["controls/sft_continued"]["against_rlvr"] == pytest.approx(0.0)
+
+
+def test_without_sampled_rollouts_no_arm_starts(run: RunConfig) -> None:
+    (Path(run.out) / "rollout_dpo" / "rollouts.jsonl").unlink()
+    teacher = dataclasses.replace(
+        run, rollout_dpo=dataclasses.replace(run.rollout_dpo, pairs="teacher")
+    )
+    with pytest.raises(ValueError, match="rollouts.jsonl is missing.*pairs=teacher, not policy"):
+        controls(teacher, SimpleNamespace(is_main=True, barrier=lambda: None))  # pyright: ignore[reportArgumentType]
+    assert not (Path(run.out) / "controls").exists()
