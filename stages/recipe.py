@@ -66,7 +66,10 @@ def ladder_line(before: dict, after: dict) -> str:
 
 
 def write_results(run: RunConfig, evaluations: list[dict], peak_rss: int, seconds: float) -> None:
-    """results.json and report.html from what the stages left in the run directory."""
+    """results.json and report.html from what the stages left in the run directory.
+
+    A call that went on with stages of earlier ones counts their time too, and takes over the earlier peak.
+    """
     out = Path(run.out)
     rows = []
     for index, evaluation in enumerate(evaluations):
@@ -96,7 +99,15 @@ def write_results(run: RunConfig, evaluations: list[dict], peak_rss: int, second
                 before["per_problem_greedy"], evaluation["per_problem_greedy"]
             )
         rows.append(row)
+    seconds = max(seconds, sum(row["seconds"] + row["evaluation_seconds"] for row in rows))
+    ids = [evaluation["model_id"] for evaluation in evaluations]
+    if (out / "results.json").exists():
+        earlier = read_json(out / "results.json")
+        if earlier.get("model_ids") == ids:
+            peak_rss = max(peak_rss, earlier["peak_rss_bytes"])
+            seconds = max(seconds, earlier["wall_seconds"])
     results = {
+        "model_ids": ids,
         "stages": rows,
         "seed": run.seed,
         "num_problems": evaluations[0]["num_problems"],
