@@ -1,25 +1,27 @@
-"""Stage 3's check of its first step: policy and reference are one model, and say so in FP8 too."""
+"""Stage 3's check of its first step: policy and reference are one model, and say so in FP8 and bf16 too."""
 
 import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from rollout_cases import reference
 
 from phimini.model.chat import TEMPLATES
 from phimini.model.config import preset
 from phimini.model.huggingface import save_reference
 from phimini.model.tokenizer import train_tiny_tokenizer
-from phimini.parallel.fp8 import Fp8
 from phimini.parallel.launch import run_ranks
 from phimini.parallel.step import StepMetrics
 from phimini.parallel.world import initialize
 from phimini.stages.config import override
 from phimini.stages.jsonl import write_json, write_rows
 from phimini.stages.recipes import tiny
-from phimini.stages.rollout_dpo import check_first_step, rollout_dpo
+from phimini.stages.rollout_dpo import check_first_step, rollout_dpo, same_in_any_batch
 from phimini.stages.training import layout_of
 
 
@@ -66,9 +68,27 @@ def test_another_reference_is_seen_in_every_precision() -> None:
     def metrics(off: float) -> StepMetrics:
         return StepMetrics(loss_sum=0.0, count=2.0, metrics={"preference_loss": 2 * (math.log(2) + off)})  # fmt: skip
 
-    tensorwise, blockwise = (Fp8(recipe=r, emulate=True) for r in ("tensorwise", "blockwise"))
-    check_first_step(metrics(9e-4))
-    check_first_step(metrics(-0.04), tensorwise)
-    for off, fp8 in ((2e-3, None), (-2e-3, blockwise), (0.06, tensorwise), (math.nan, tensorwise)):
+    check_first_step(metrics(9e-4), alike=True)
+    check_first_step(metrics(-0.04), alike=False)
+    for off, alike in ((2e-3, True), (-2e-3, True), (0.06, False), (math.nan, False)):
         with pytest.raises(RuntimeError, match="expected ln 2"):
-            check_first_step(metrics(off), fp8)
+            check_first_step(metrics(off), alike=alike)
+
+
+@pytest.mark.parametrize(
+    "dtype, words, alike",
+    [
+        (torch.float32, [], True),
+        (torch.float32, ["fp8=emulate", "fp8_recipe=blockwise"], True),
+        (torch.float32, ["fp8=emulate", "fp8_recipe=tensorwise"], False),
+        (torch.bfloat16, [], False),
+    ],
+)
+def test_where_log_probs_depend_on_the_micro_batch(
+    dtype: torch.dtype, words: list[str], alike: bool
+) -> None:
+    model: Any = SimpleNamespace(
+        world=SimpleNamespace(device=torch.device("cpu")),
+        chunks=[torch.nn.Linear(2, 2, dtype=dtype)],
+    )
+    assert same_in_any_batch(override(tiny(), words), model) is alike
