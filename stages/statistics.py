@@ -25,8 +25,8 @@ def mean_interval(values: Sequence[float], num_samples: int) -> tuple[float, flo
 
     The number of trials is what would give one-sample problems the spread that `values` have,
     n * mean * (1 - mean) / variance (Korn and Graubard 1998), with Student's t for the spread being estimated.
-    It is never more than the samples there are, `num_samples` of each problem (Parker et al. 2017, National Center
-    for Health Statistics, Vital and Health Statistics 2:175), so equal accuracies have an interval too. Where all values are 0 or all are 1 the spread says nothing and each problem counts once, so an
+    It is never more than the samples there are, `num_samples` of each problem: accuracies that happen to be equal are
+    no surer than that. Where all values are 0 or all are 1 the spread says nothing and each problem counts once, so an
     untrained model's 0 of 500 still has an interval.
     """
     n = len(values)
