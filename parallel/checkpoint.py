@@ -18,6 +18,7 @@ read first by an unpickler that knows only torch's metadata classes.
 
 import base64
 import contextlib
+import gc
 import inspect
 import json
 import multiprocessing
@@ -45,6 +46,7 @@ from phimini.parallel import checkpoint_state as state
 from phimini.parallel.agree import on_every, on_main
 from phimini.parallel.builder import Model
 from phimini.parallel.checkpoint_manifest import check_fits, new_manifest
+from phimini.parallel.launch import end_with_parent
 from phimini.parallel.optimizer import Optimizer
 from phimini.parallel.weights import gather_parameters
 from phimini.parallel.world import World
@@ -268,7 +270,14 @@ def _begin(
         context = multiprocessing.get_context("fork")
         written, send = context.Pipe(duplex=False)
         process = context.Process(target=_write_and_report, args=(buckets, transforms, send))
-        process.start()
+        # The trainer's garbage is not the writer's to collect: a GPU's tensor among it may call CUDA, dead in a fork.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            process.start()
+        finally:
+            if collects:
+                gc.enable()
         send.close()
     else:
         written = _write(buckets, transforms)
@@ -316,6 +325,8 @@ def _write(
 
 
 def _write_and_report(buckets: list[Any], transforms: list[Any], send: Connection) -> None:
+    # Nobody publishes what a writer without its trainer writes, and it would hold the GPU that the next trainer needs.
+    end_with_parent()
     send.send_bytes(pickle.dumps(_write(buckets, transforms)))
 
 

@@ -161,6 +161,12 @@ def _join(processes: list[Any], seconds: float) -> None:
         process.join(max(0.0, deadline - time.monotonic()))
 
 
+def end_with_parent() -> None:
+    """In a forked process: the kernel ends it when the thread that forked it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _child(
     rank: int,
     world_size: int,
@@ -173,8 +179,7 @@ def _child(
 ) -> None:
     # A process group of its own: the terminal's Ctrl-C reaches the parent only, which forwards it once.
     os.setpgid(0, 0)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     listener.close()
     for connection in inherited:
         connection.close()

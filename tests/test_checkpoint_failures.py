@@ -1,12 +1,14 @@
 """Checkpoints that cannot be written, or that must not load: the previous one survives, and the error names file or field."""
 
 import dataclasses
+import gc
 import os
 import pickle
 import resource
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,31 @@ def test_a_killed_background_writer_is_an_error_on_every_rank(tmp_path: Path) ->
     messages = run_ranks(run, 2)
     assert messages[0] == messages[1] and "exit code -9" in messages[0]
     previous_loads(tmp_path, 1)
+
+
+def test_a_writer_ends_with_its_trainer(tmp_path: Path) -> None:
+    """And collects none of the trainer's garbage, which on a GPU would call CUDA."""
+    started, went_on, collects = (tmp_path / name for name in ("started", "went_on", "collects"))
+
+    def slow_write(*_: Any, **__: Any) -> None:
+        collects.write_text(str(gc.isenabled()))
+        started.touch()
+        time.sleep(2)
+        went_on.touch()
+        os._exit(0)
+
+    def run() -> None:
+        model, optimizer = build(Layout())
+        FileSystemWriterAsync.write_preloaded_data = slow_write
+        begin_checkpoint(tmp_path / "run", 1, model, optimizer)
+        end = time.monotonic() + 30
+        while not started.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RankFailure, match="SIGKILL"):
+        run_ranks(run, 1)  # returns when the writer has ended too: it holds the rank's pipe
+    assert not went_on.exists() and collects.read_text() == "False"
 
 
 # --- what must not load --------------------------------------------------------------------------
