@@ -7,13 +7,10 @@ time: use an idle machine, or read the shares, which are medians of each sync's 
 needed more than two buckets. PATH.jsonl gets rows for `bench compare`, any other PATH a JSON list of plain ones.
 
 "checksums" is how long those of what was sent and of what arrived keep a sync waiting, against the target of 5 % of it.
-On two idle cores of a CPU (November 2026, 15 syncs) the tiny model keeps to it everywhere (3.1 to 4.7 % on an AMD EPYC, 3.1
-to 4.2 % on an Intel Xeon), the mid one does not: 4 to 8 % inproc, 8 to 10 % shm, 7 to 9 % gloo on the former, 5 to 14 % on
-the latter. Syncs with checksums in turns with syncs without any (31 each, inproc, one rank, the latter) differ by 5 to 7 %
+On two idle cores of an Intel Xeon (29 November 2026, 15 syncs) the tiny model keeps to it everywhere (3.1 to 4.2 %), the mid one
+does not (5.3 to 13.7 %). Syncs with checksums in turns with syncs without any (31 each, inproc, one rank) differ by 5 to 7 %
 with the tiny model and by 12 to 14 % with the mid one, of which a plain sum of each tensor, once, would already cost 8 %:
-it reads 112 MiB from memory at 14 GB/s while a sync is bound by memory too. Neither a second thread that sums while the
-first gathers and loads, nor buckets sent in pieces that the engine sums while the trainer fills the next, brought shm and
-gloo below 8 %. No GPU was measured.
+it reads 112 MiB from memory at 14 GB/s while a sync is bound by memory too. No GPU was measured.
 """
 
 import argparse

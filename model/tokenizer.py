@@ -68,7 +68,7 @@ class Tokenizer:
         _read_object(path)
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises no narrower one
+        except Exception as error:  # all that tokenizers ever raises; its words are kept
             raise ValueError(f"{path}: not a tokenizer: {error}") from error
         return cls(inner, config)
 
