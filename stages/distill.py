@@ -2,15 +2,20 @@
 
 Writes `distill/`: `rollouts.jsonl` (every rollout, right or wrong), `prompts.jsonl` (questions for
 stages 3 and 4), `validation.jsonl` (verified rollouts that no stage trains on) and `heldout.jsonl`
-(the evaluation). No held-out question's numbers occur in any other set.
+(the evaluation). No held-out question occurs in any other set, also not in other words (`decontaminate`).
 """
 
 import random
-import re
 from collections import Counter
 from pathlib import Path
 
 from phimini.stages.config import RunConfig
+from phimini.stages.decontaminate import (
+    Questions,
+    fingerprint,
+    paraphrase_groups,
+    same_question,
+)
 from phimini.stages.gym_prompts import gym_prompts
 from phimini.stages.jsonl import read_rows, write_rows
 from phimini.stages.problems import Problem, generate_problems, teach
@@ -58,8 +63,10 @@ def check_ids(rollouts: list[dict], prompts: list[dict], heldout: list[dict]) ->
     first: dict[str, dict] = {}
     for row in rollouts:
         one = first.setdefault(row["problem_id"], row)
-        same = one["answer"] == row["answer"] and fingerprint(one["question"]) == fingerprint(row["question"])  # fmt: skip
-        if not same:
+        same = one["question"] == row["question"] or same_question(
+            fingerprint(one["question"]), fingerprint(row["question"])
+        )
+        if not same or one["answer"] != row["answer"]:
             raise ValueError(
                 f"distill: rollouts: problem_id {row['problem_id']!r:.60} stands for two questions: "
                 f"{one['question']!r:.60} and {row['question']!r:.60}"
@@ -70,9 +77,10 @@ def check_ids(rollouts: list[dict], prompts: list[dict], heldout: list[dict]) ->
 
 
 def _without(heldout: list[dict], rows: list[dict]) -> list[dict]:
-    """The rows whose question is no held-out one, nor has all the numbers of one."""
-    held = {fingerprint(row["question"]) for row in heldout}
-    return [row for row in rows if fingerprint(row["question"]) not in held]
+    """The rows whose question is no held-out one in the same or other words."""
+    held = Questions(row["question"] for row in heldout)
+    found = {question: question in held for question in {row["question"] for row in rows}}
+    return [row for row in rows if not found[row["question"]]]
 
 
 def _generate(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
@@ -144,7 +152,7 @@ def _read(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict
     dropped = len(rollouts) + len(prompts) + len(validation) - sum(map(len, kept))
     if dropped:
         print(
-            f"distill: left out {dropped} rows whose question is a held-out one, or has all its numbers"
+            f"distill: left out {dropped} rows whose question is a held-out one, in its or other words"
         )
     return kept[0], kept[1], [row for row in kept[2] if row["correct"]], heldout
 
@@ -157,10 +165,12 @@ def _divide(
     The same questions are held out for every seed of the run; paraphrases stay together.
     """
     config = run.distill
-    questions: dict[tuple, list[dict]] = {}
+    questions: dict[str, list[dict]] = {}
+    groups = paraphrase_groups(row["question"] for row in rollouts)
+    first = {question: min(group) for group in groups for question in group}
     for row in rollouts:
-        questions.setdefault(fingerprint(row["question"]), []).append(row)
-    order = sorted(questions, key=str)
+        questions.setdefault(first[row["question"]], []).append(row)
+    order = sorted(questions)
     random.Random(f"held out {config.heldout_seed}").shuffle(order)
     aside = config.num_heldout + config.num_validation
     if len(order) <= aside:
@@ -198,19 +208,4 @@ def _verified(row: dict, id: str) -> dict:
         {"id": id, "problem_id": question, "family": "", "level": 0, "source": "file"}
         | row
         | {"correct": verify(row["response"], row["answer"])}
-    )
-
-
-def fingerprint(question: str) -> tuple:
-    """Two questions with one fingerprint count as paraphrases: the same numbers, or, without any, the same words.
-
-    `1,000`, `1{,}000`, `1000` and `1000.0` are one number; punctuation is no word.
-    """
-    joined = re.sub(r"(?<=\d)(?:,|\{,\}|\\,)(?=\d{3}(?!\d))", "", question)
-    numbers = Counter(
-        (whole.lstrip("0") or "0", part.rstrip("0"))
-        for whole, part in re.findall(r"(\d+)(?:\.(\d+))?", joined)
-    )
-    return tuple(sorted(numbers.items())) or tuple(
-        re.findall(r"\w+|[^\w\s.,:;?!]", question.lower())
     )

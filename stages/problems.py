@@ -1,7 +1,9 @@
 """The demo's data: arithmetic problems of several families and three levels, with answers and worked rollouts.
 
 Two problems are the same when the same numbers occur in their questions, in any order, wording or family: that is
-`Problem.key`, and sets that must not overlap (held out, validation, training) are kept apart by it.
+`Problem.key`, and sets that must not overlap (held out, validation, training) are kept apart by it. Numbers alone are
+enough here: the templates are few, so the numbers are what differs, and a problem too many is drawn again at no cost.
+Questions of other sources are compared by `decontaminate`.
 """
 
 import random

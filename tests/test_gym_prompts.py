@@ -9,9 +9,10 @@ import pytest
 
 from phimini.stages.cli import main
 from phimini.stages.config import override
-from phimini.stages.distill import PROBLEM_FIELDS, distill, fingerprint
+from phimini.stages.distill import PROBLEM_FIELDS, distill
 from phimini.stages.gym_prompts import gym_prompts
 from phimini.stages.jsonl import read_rows
+from phimini.stages.problems import generate_problems
 from phimini.stages.recipes import tiny
 from phimini.stages.verify import verify
 
@@ -23,11 +24,15 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """`create_dataset` as reasoning-gym 0.1.25 has it: an indexable data set of entries, ValueError for a wrong name."""
 
     def create_dataset(name: str, size: int, seed: int) -> list[dict]:
-        if name not in ("sums", "grids"):
+        if name not in ("sums", "grids", "copies"):
             raise ValueError(f"Dataset '{name}' not registered")
         answer = lambda i: (
             str(i + seed) if name == "sums" else None
         )  # as tasks with a scorer of their own
+        if name == "copies":
+            held = generate_problems(tiny().distill.heldout_seed, 21, balanced=True)
+            entries = [{"question": f"Please: {p.question}", "answer": p.answer} for p in held[:6]]
+            return entries + create_dataset("sums", size - 6, seed)
         return [{"question": f"{name}: {i} + {seed} =", "answer": answer(i), "metadata": {}} for i in range(size)]  # fmt: skip
 
     module = ModuleType("reasoning_gym")
@@ -57,15 +62,12 @@ def test_a_task_that_cannot_serve_is_named(stand_in: None, task: str, message: s
         gym_prompts((task,), 3, seed=1)
 
 
-def test_the_stage_writes_them_and_none_has_a_held_out_questions_numbers(
-    stand_in: None, tmp_path: Path
-) -> None:
-    run = override(tiny(), [f"out={tmp_path}", *SMALL, "distill.gym_tasks=sums"])
-    folder = distill(run)
-    prompts = read_rows(folder / "prompts.jsonl", PROBLEM_FIELDS)
-    held = {fingerprint(row["question"]) for row in read_rows(folder / "heldout.jsonl", PROBLEM_FIELDS)}  # fmt: skip
-    assert {row["family"] for row in prompts} == {"sums"}
-    assert not held & {fingerprint(row["question"]) for row in prompts}
+def test_the_stage_writes_them_without_what_is_held_out(stand_in: None, tmp_path: Path) -> None:
+    run = override(tiny(), [f"out={tmp_path}", *SMALL, "distill.gym_tasks=copies"])
+    offered = gym_prompts(("copies",), 12, run.seed)
+    prompts = read_rows(distill(run) / "prompts.jsonl", PROBLEM_FIELDS)
+    assert [row["question"].startswith("Please") for row in offered] == [True] * 6 + [False] * 6
+    assert prompts == offered[6:]
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
