@@ -49,7 +49,7 @@ from phimini.parallel.builder import Model
 from phimini.parallel.layout import Layout
 from phimini.parallel.world import initialize
 from phimini.stages import rlvr, rollout_dpo, sft
-from phimini.stages.cli import model_config
+from phimini.stages.base import base_config
 from phimini.stages.config import RunConfig, override
 from phimini.stages.jsonl import write_json, write_rows
 from phimini.stages.metrics import MetricsLog
@@ -146,7 +146,7 @@ def our_side(task: str, folder: str, steps: int) -> None:
     torch.set_num_threads(1)
     out = Path(folder) / "run"
     run = override(tiny(), [f"out={out}", *SETTINGS, *TIMED])
-    world = initialize(Layout(), model_config(run))
+    world = initialize(Layout(), base_config(run))
     turns = Turns(task, steps, FIRST_LOSS[task](run, world, Path(folder) / task))
     TurnLog.turns = turns
     bench_run = dataclasses.replace(run, out=str(_linked(out, task)))

@@ -10,7 +10,6 @@ import torch
 
 from phimini.kernels import linear_logprob
 from phimini.model.chat import render
-from phimini.model.huggingface import load_config
 from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import IGNORE, PackedBatch, pack
 from phimini.parallel.builder import Model
@@ -19,9 +18,9 @@ from phimini.parallel.layout import Layout
 from phimini.parallel.step import forward_backward, forward_only
 from phimini.parallel.world import World, initialize
 from phimini.stages import rlvr, rollout_dpo
-from phimini.stages.cli import model_config
+from phimini.stages.base import base_config
 from phimini.stages.config import RunConfig, override
-from phimini.stages.jsonl import read_json, read_rows, write_json, write_rows
+from phimini.stages.jsonl import read_rows, write_json, write_rows
 from phimini.stages.mismatch import MismatchMeter
 from phimini.stages.packing import documents
 from phimini.stages.recipe import DATA, TRAINING
@@ -46,10 +45,9 @@ def prepare(folder: Path) -> RunConfig:
     out = folder / "run"
     tokenizer = Tokenizer.load(out / "sft" / "model")
     for task in TASKS:
-        _for_transformers(
-            out / ("midtrain" if task == "sft" else "sft") / "model", folder / task / "model"
-        )
-        _for_transformers(out / "midtrain" / "model", folder / task / "reference")
+        start = "midtrain" if task == "sft" else "sft"
+        shutil.copytree(out / start / "model", folder / task / "model")
+        shutil.copytree(out / "midtrain" / "model", folder / task / "reference")
     examples = read_examples(out / "curate" / "sft.jsonl", tokenizer, run.chat_template)
     write_rows(
         folder / "sft" / "sft.jsonl",
@@ -77,21 +75,6 @@ def prepare(folder: Path) -> RunConfig:
     return run
 
 
-def _for_transformers(model: Path, copy: Path) -> None:
-    """Transformers picks a LongRoPE table per batch, by length; with both lists equal it computes what we do.
-
-    Where an answer crosses the border, at 128 tokens here, its generate computes the whole cache again, a cost that no
-    real Phi-4-mini batch has in this proportion: the border is moved to the end, its attention factor kept.
-    """
-    shutil.copytree(model, copy)
-    config = read_json(copy / "config.json")
-    rope = config["rope_scaling"]
-    rope["short_factor"] = rope["long_factor"]
-    rope["attention_factor"] = load_config(model).attention_factor
-    config["original_max_position_embeddings"] = config["max_position_embeddings"]
-    write_json(copy / "config.json", config)
-
-
 def _prompt(question: str, run: RunConfig) -> str:
     message = {"role": "user", "content": question}
     return render([message], run.chat_template, add_generation_prompt=True)
@@ -100,7 +83,7 @@ def _prompt(question: str, run: RunConfig) -> str:
 def _train(run: RunConfig) -> None:
     for stage in DATA.values():
         stage(run)
-    world = initialize(Layout(), model_config(run))
+    world = initialize(Layout(), base_config(run))
     for stage in ("midtrain", "sft"):
         TRAINING[stage](run, world)
     world.close()

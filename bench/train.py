@@ -38,7 +38,7 @@ from phimini.parallel.launch import run_ranks
 from phimini.parallel.timing import Recorder, phase
 from phimini.parallel.world import World, initialize
 from phimini.stages import rollout_groups
-from phimini.stages.cli import model_config
+from phimini.stages.base import base_config
 from phimini.stages.config import RunConfig, override
 from phimini.stages.jsonl import write_json
 from phimini.stages.recipe import DATA, TRAINING
@@ -176,7 +176,7 @@ def measure_stage(
 ) -> Row:
     """One rank: runs the stage, and gives all ranks' row."""
     run = _for_steps(run, stage, total)
-    world = initialize(layout_of(run), model_config(run), seed=run.seed)
+    world = initialize(layout_of(run), base_config(run), seed=run.seed)
     watcher = _Watcher(world, stage, num_steps, profile)
     recorder = Recorder(world.device, lambda done: watcher.after_step(done, recorder))
     with _coin_rewards(coin), timed_collectives(), recorder:

@@ -1,11 +1,22 @@
 """Hugging Face folders in and out: config.json, generation_config.json and safetensors with Phi3's names.
 
 Two generations of config.json are read: `rope_scaling` beside top-level rope fields (transformers 4, as Phi-4-mini
-ships it) and `rope_parameters` (transformers 5). The first is written, because both generations of transformers
-and vLLM read it. One key is ours: `phimini_rope_factors`, the table that the run was trained with; others
-ignore it. Weights are safetensors only: nothing is ever unpickled.
+ships it) and `rope_parameters` (transformers 5). The first is written.
+
+A model is trained with one rope table at every length. transformers takes the short one up to
+`original_max_position_embeddings`, and vLLM does so unless it is given a `max_model_len` above it, which is also where
+it stops by default. So config.json has the trained table under both names and that boundary at the model's
+last position. The attention factor no longer follows from the two lengths then and is written: as `attention_factor`
+for transformers, as the two mscales for vLLM. transformers 4 refuses these keys; had they no place in
+`rope_scaling`, it would compute another function in silence.
+
+Two keys are ours, and others ignore them. `phimini_rope_factors` says which table the model was trained with;
+`phimini_rope_scaling` keeps both tables and the boundary between them for training on.
+
+Weights are safetensors only: nothing is ever unpickled.
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +34,7 @@ from phimini.model.tensor_files import (
 )
 
 __all__ = [
+    "ROPE_FACTORS_KEY",
     "check_tensors",
     "load_config",
     "load_reference",
@@ -34,6 +46,9 @@ __all__ = [
 ]
 
 ROPE_FACTORS_KEY = "phimini_rope_factors"
+_ROPE_SCALING_KEY = "phimini_rope_scaling"
+_KEPT = ("short_factor", "long_factor", "original_max_position_embeddings")
+_ATTENTION_FACTORS = ("attention_factor", "short_mscale", "long_mscale")
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 ORIGINAL_MAX_POSITIONS = 4096
 """what transformers' Phi3Config takes where a LongRoPE file does not say"""
@@ -48,7 +63,7 @@ _REQUIRED = {
 }
 _ROPE_KEYS = frozenset(
     {"type", "rope_type", "short_factor", "long_factor", "rope_theta", "partial_rotary_factor",
-     "original_max_position_embeddings", "factor", "attention_factor"}
+     "original_max_position_embeddings", "factor", *_ATTENTION_FACTORS}
 )  # fmt: skip
 # Fields that would change what the model computes, and the only values that mean "not used".
 _MUST_BE_OFF = (
@@ -92,14 +107,18 @@ def load_config(
     fields["norm_eps"] = raw.get("rms_norm_eps", 1e-5)
     fields["tie_embeddings"] = raw.get("tie_word_embeddings", False)
     fields["initializer_range"] = raw.get("initializer_range", 0.02)
-    fields["rope_factors"] = rope_factors or raw.get(ROPE_FACTORS_KEY, "long")
-    fields |= _rope_fields(path, raw)
+    fields["rope_factors"] = raw.get(ROPE_FACTORS_KEY, "long")
+    fields |= _rope_fields(path, _before_export(path, raw))
     try:
         config = ModelConfig(**fields)
+        asked = dataclasses.replace(config, rope_factors=rope_factors or config.rope_factors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    _check_attention_factor(path, raw, config)
-    return config
+    if _ROPE_SCALING_KEY in raw:
+        _check_export(path, raw, config)
+    else:
+        _check_attention_factor(path, raw, config)
+    return asked
 
 
 def _rope_dict(raw: dict) -> dict:
@@ -140,11 +159,48 @@ def _rope_fields(path: Path, raw: dict) -> dict:
     return fields
 
 
+def _before_export(path: Path, raw: dict) -> dict:
+    """config.json with the two tables and the boundary that `_exported_rope` replaced."""
+    if _ROPE_SCALING_KEY not in raw:
+        return raw
+    kept = raw[_ROPE_SCALING_KEY]
+    if not isinstance(kept, dict) or kept.keys() != set(_KEPT):
+        raise ValueError(
+            f"{path}: {_ROPE_SCALING_KEY}: expected an object with {', '.join(_KEPT)}, got {kept!r}"
+        )
+    rope = {key: kept.get(key, value) for key, value in _rope_dict(raw).items()}
+    return raw | {"rope_scaling": rope, _KEPT[2]: kept[_KEPT[2]]}
+
+
+def _check_export(path: Path, raw: dict, config: ModelConfig) -> None:
+    """ValueError where an export's public rope fields are no longer those of the trained table."""
+    given = raw | _rope_dict(raw)
+    for key, value in _exported_rope(config).items():
+        if key != "type" and given.get(key) != value:
+            raise ValueError(
+                f"{path}: {key}: expected {value} (the {config.rope_factors} table that the model was trained "
+                f"with, see {_ROPE_SCALING_KEY}), got {given.get(key)}"
+            )
+
+
+def _exported_rope(config: ModelConfig) -> dict:
+    """The rope fields by which every reader computes the trained function, whatever the length (LongRoPE only)."""
+    table = list(config.rope_divisors)
+    return {
+        "type": "longrope",
+        "short_factor": table,
+        "long_factor": table,
+        "original_max_position_embeddings": config.max_positions,
+        **dict.fromkeys(_ATTENTION_FACTORS, config.attention_factor),
+    }
+
+
 def _check_attention_factor(path: Path, raw: dict, config: ModelConfig) -> None:
-    """transformers lets a file overrule the attention factor; ours follows from the two lengths."""
+    """ValueError where a file overrules the attention factor; ours follows from the two lengths."""
     rope = _rope_dict(raw)
-    ratio = config.max_positions / config.original_max_positions
-    for key, implied in (("factor", ratio), ("attention_factor", config.attention_factor)):
+    implied_by = dict.fromkeys(_ATTENTION_FACTORS, config.attention_factor)
+    implied_by["factor"] = config.max_positions / config.original_max_positions
+    for key, implied in implied_by.items():
         given = rope.get(key)
         if (
             config.long_factor is not None
@@ -165,6 +221,7 @@ def save_config(
 ) -> None:
     """Writes config.json and generation_config.json.
 
+    config.json gives every reader the trained rope table at every length, and `load_config` both tables.
     `stop_ids` is `Tokenizer.stop_ids`: generation ends at any of them, and the last one is bos, eos and pad.
     """
     document_end = stop_ids[-1] if stop_ids else None
@@ -173,24 +230,25 @@ def save_config(
         "eos_token_id": document_end,
         "pad_token_id": document_end,
     }
-    rope_scaling = None
+    rope: dict[str, object] = {
+        "original_max_position_embeddings": config.original_max_positions,
+        "rope_scaling": None,
+    }
     if config.long_factor is not None and config.short_factor is not None:
-        # Exactly these three keys: transformers 4 refuses any other.
-        rope_scaling = {
-            "type": "longrope",
-            "short_factor": list(config.short_factor),
-            "long_factor": list(config.long_factor),
-        }
+        exported = _exported_rope(config)
+        rope["original_max_position_embeddings"] = exported.pop("original_max_position_embeddings")
+        rope["rope_scaling"] = exported
+        kept = (config.short_factor, config.long_factor, config.original_max_positions)
+        rope[_ROPE_SCALING_KEY] = dict(zip(_KEPT, kept, strict=True))
     raw = {
         "architectures": ["Phi3ForCausalLM"],
         "model_type": "phi3",
         **{theirs: getattr(config, ours) for theirs, ours in _REQUIRED.items()},
         "head_dim": config.head_dim,
         "num_key_value_heads": config.num_kv_heads,
-        "original_max_position_embeddings": config.original_max_positions,
         "partial_rotary_factor": config.partial_rotary_factor,
         "rope_theta": config.rope_theta,
-        "rope_scaling": rope_scaling,
+        **rope,
         ROPE_FACTORS_KEY: config.rope_factors,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,

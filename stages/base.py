@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 
 from phimini.model.chat import TEMPLATES, render_example
-from phimini.model.config import preset
+from phimini.model.config import ModelConfig, preset
 from phimini.model.huggingface import (
+    ROPE_FACTORS_KEY,
     check_tensors,
     load_config,
     read_tensors,
@@ -14,6 +15,7 @@ from phimini.model.huggingface import (
     write_tensors,
 )
 from phimini.model.reference import Phi4Mini
+from phimini.model.tensor_files import read_json
 from phimini.model.tokenizer import Tokenizer, train_tiny_tokenizer
 from phimini.stages.config import RunConfig
 from phimini.stages.distill import ROLLOUT_FIELDS
@@ -24,6 +26,24 @@ from phimini.stages.stage import Stage
 TOKENIZER_TEXTS = 4000
 
 
+def base_config(run: RunConfig) -> ModelConfig:
+    """Return the run's model, with the rope table that the run asks for.
+
+    Raises ValueError for an unknown preset, an unreadable config.json, or the export of a run that was trained with the
+    other rope table.
+    """
+    if run.base == "random":
+        return dataclasses.replace(preset(run.model), rope_factors=run.rope_factors)
+    config, path = load_config(run.base, run.rope_factors), Path(run.base) / "config.json"
+    trained = read_json(path).get(ROPE_FACTORS_KEY, run.rope_factors)
+    if config.long_factor is not None and trained != run.rope_factors:
+        raise ValueError(
+            f"{path}: the model was trained with its {trained} rope table, got rope_factors={run.rope_factors}; "
+            f"expected rope_factors={trained}"
+        )
+    return config
+
+
 def base(run: RunConfig, *, redo: bool = False) -> Path:
     """Write `base/model/`. Raises ValueError for an unknown preset or an unreadable folder."""
     stage = Stage.open(run, "base", redo=redo)
@@ -31,8 +51,8 @@ def base(run: RunConfig, *, redo: bool = False) -> Path:
         return stage.path
     stage.prepare(redo=redo)
     directory = stage.path / "model"
+    config = base_config(run)
     if run.base == "random":
-        config = dataclasses.replace(preset(run.model), rope_factors=run.rope_factors)
         rows = read_rows(Path(run.out) / "curate" / "midtrain.jsonl", ROLLOUT_FIELDS)
         texts = [
             render_example(row["question"], row["response"], run.chat_template)
@@ -43,7 +63,6 @@ def base(run: RunConfig, *, redo: bool = False) -> Path:
         model.init_weights(derive(run.seed, "init"))
         save_reference(model, directory, stop_ids=tokenizer.stop_ids)
     else:
-        config = load_config(run.base, run.rope_factors)
         tokenizer = Tokenizer.load(run.base)
         files = read_tensors(run.base)
         check_tensors(config, files)

@@ -31,13 +31,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from phimini.model.config import ModelConfig, preset
-from phimini.model.huggingface import load_config
+from phimini.model.config import preset
 from phimini.model.words import nearest
 from phimini.parallel import doctor, launch_scripts, plan_command
 from phimini.parallel.launch import RankFailure, run_ranks
 from phimini.parallel.roll_call import LostRanks, closing_or_naming_lost_ranks
 from phimini.parallel.world import World, initialize
+from phimini.stages.base import base_config
 from phimini.stages.config import RunConfig, override, parse_value
 from phimini.stages.controls import controls
 from phimini.stages.dry_run import dry_run, is_ready
@@ -122,13 +122,13 @@ def dispatch(arguments: list[str]) -> int:
         run, words = split(verb, rest, own=("stage", "gpu", "gpus"), options=("--json",))
         there = run.base == "random" or Path(run.base).exists()  # else the preset will do
         return plan_command.main(
-            words, model_config(run) if there else preset(run.model), workloads(run)
+            words, base_config(run) if there else preset(run.model), workloads(run)
         )
     if verb == "serve":
         run, words = split(verb, rest, own=("address",))
         if len(words) != 1:
             raise ValueError("serve: expected address=HOST:PORT, e.g. address=0.0.0.0:8765")
-        serve(run, model_config(run), words[0].removeprefix("address="))
+        serve(run, base_config(run), words[0].removeprefix("address="))
         return 0
     if verb == "recipe" and "--dry-run" in rest:
         rest.remove("--dry-run")
@@ -228,7 +228,7 @@ def start(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
 def run_rank(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
     """One rank's part of a training verb."""
     world: World = initialize(
-        layout_of(run), model_config(run), timeout_s=run.collective_deadline_s, seed=run.seed
+        layout_of(run), base_config(run), timeout_s=run.collective_deadline_s, seed=run.seed
     )
     with closing_or_naming_lost_ranks(world):
         if verb == "recipe":
@@ -241,10 +241,6 @@ def run_rank(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
             evaluate(run, world, stage, redo=redo)
         else:
             TRAINING[verb](run, world, redo=redo)
-
-
-def model_config(run: RunConfig) -> ModelConfig:
-    return preset(run.model) if run.base == "random" else load_config(Path(run.base))
 
 
 if __name__ == "__main__":

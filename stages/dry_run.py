@@ -20,13 +20,14 @@ import torch
 
 from phimini.model.chat import encode_example
 from phimini.model.config import ModelConfig, preset
-from phimini.model.huggingface import check_tensors, load_config, read_tensors
+from phimini.model.huggingface import check_tensors, read_tensors
 from phimini.model.tokenizer import Tokenizer
 from phimini.model.words import nearest
 from phimini.parallel.launch import run_ranks
 from phimini.parallel.layout import Layout
 from phimini.parallel.plan import MFUS, Plan, plan_stage
 from phimini.parallel.plan_memory import GIB, GPUS, Gpu
+from phimini.stages.base import base_config
 from phimini.stages.config import RunConfig
 from phimini.stages.distill import GIVEN_FIELDS, PROBLEM_FIELDS
 from phimini.stages.jsonl import read_rows
@@ -158,7 +159,7 @@ def check_inputs(run: RunConfig, config: ModelConfig) -> list[str]:
 
 def _check_base(run: RunConfig, base: Path, want: ModelConfig) -> None:
     """Headers only: no tensor is read."""
-    config = load_config(base, run.rope_factors)
+    config = base_config(run)
     for name in ("num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size"):  # fmt: skip
         if getattr(config, name) != getattr(want, name):
             raise ValueError(

@@ -2,13 +2,10 @@
 
 vLLM is imported inside functions only: whoever samples with the local engine does not need it.
 
-The rope table agrees with the trainer's by construction. vLLM picks short or long factors once per engine, by
-whether max_model_len exceeds original_max_position_embeddings, and without max_model_len stops silently at that
-length. Here the config.json that vLLM reads has the run's table under both names, and max_model_len always comes
-from the recipe.
+The rope table agrees with the trainer's by construction: the engine reads the config.json of an export, which has the
+run's table under both of vLLM's names (`model/huggingface.py`). max_model_len always comes from the recipe.
 """
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -185,10 +182,7 @@ def _without_custom_all_reduce(settings: EngineSettings) -> bool:
 
 
 def write_engine_config(config: ModelConfig, settings: EngineSettings, folder: str) -> None:
-    """config.json for vLLM, with the run's rope table as the short one and as the long one."""
-    if config.long_factor is not None:
-        table = config.rope_divisors
-        config = dataclasses.replace(config, short_factor=table, long_factor=table)
+    """Write the config.json that vLLM starts from: an export's, with the quantisation of the engine."""
     save_config(config, folder)
     if settings.fp8:
         path = Path(folder, "config.json")

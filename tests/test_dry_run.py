@@ -9,7 +9,7 @@ import torch
 
 from phimini.model.chat import TEMPLATES
 from phimini.model.config import preset
-from phimini.model.huggingface import save_reference
+from phimini.model.huggingface import load_config, save_config, save_reference
 from phimini.model.reference import Phi4Mini
 from phimini.model.tokenizer import train_tiny_tokenizer
 from phimini.parallel.layout import Layout
@@ -81,6 +81,11 @@ def break_other_model(run: RunConfig) -> RunConfig:
     return run
 
 
+def break_other_table(run: RunConfig) -> RunConfig:
+    save_config(load_config(run.base, "short"), run.base)
+    return run
+
+
 def break_lost_tensor_file(run: RunConfig) -> RunConfig:
     next(Path(run.base).glob("*.safetensors")).unlink()
     return run
@@ -113,6 +118,7 @@ def break_out(run: RunConfig) -> RunConfig:
     [
         (break_nothing_there, ["base=nowhere: expected a Hugging Face folder", "distill.source=nodata: expected a file of rollouts, or a folder"]),
         (break_other_model, ["config.json: num_layers is 3, but model=tiny has 4"]),
+        (break_other_table, ["config.json: the model was trained with its short rope table, got rope_factors=long; expected rope_factors=short"]),
         (break_lost_tensor_file, ["safetensors"]),
         (break_tokenizer, ["tokenizer.json"]),
         (break_row, ["prompts.jsonl, line 4", "answer"]),

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from test_reference import LIMIT, SMALL, build, relative
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Phi3ForCausalLM
 
 from phimini.model import tensor_files
-from phimini.model.config import ModelConfig, preset
+from phimini.model.config import ModelConfig, RopeFactors, preset
 from phimini.model.huggingface import (
     load_config,
     load_reference,
@@ -26,7 +27,9 @@ from phimini.model.huggingface import (
     write_tensors,
 )
 from phimini.model.reference import Phi4Mini
+from phimini.model.sampler import SamplingParams, sample
 
+OTHER: dict[RopeFactors, RopeFactors] = {"short": "long", "long": "short"}
 CONFIGS = {
     "long table": SMALL,
     "short table": dataclasses.replace(SMALL, rope_factors="short"),
@@ -71,10 +74,12 @@ def test_transformers_loads_what_we_write(config: ModelConfig, tmp_path: Path) -
     save_reference(model, tmp_path / "ours", stop_ids=(3, 5), max_shard_bytes=200_000)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert isinstance(hf, Phi3ForCausalLM)
-    T = 140 if config.rope_factors == "long" else 100  # on the run's side of HF's boundary of 128
-    tokens_BT = torch.randint(0, config.vocab_size, (1, T))
-    with torch.no_grad():
-        assert relative(hf(tokens_BT).logits, model.logits(model(tokens_BT))) <= LIMIT
+    boundary = config.original_max_positions
+    tokens_BT = torch.randint(0, config.vocab_size, (1, boundary + 20))
+    for T in (boundary - 30, boundary, boundary + 1, boundary + 20):
+        with torch.no_grad():
+            got, want = hf(tokens_BT[:, :T]).logits, model.logits(model(tokens_BT[:, :T]))
+        assert relative(got, want) <= LIMIT, T
     generation = GenerationConfig.from_pretrained(tmp_path / "ours")
     assert (generation.eos_token_id, generation.pad_token_id) == ([3, 5], 5)
     # And back from the folder that transformers 5 writes, with rope_parameters.
@@ -82,6 +87,37 @@ def test_transformers_loads_what_we_write(config: ModelConfig, tmp_path: Path) -
     raw = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert "rope_parameters" in raw and "rope_scaling" not in raw
     assert_same_model(load_reference(tmp_path / "theirs"), model)
+
+
+@pytest.mark.parametrize("rope_factors", ["short", "long"])
+def test_transformers_answers_as_we_do_on_both_sides_of_the_boundary(
+    rope_factors: RopeFactors, tmp_path: Path
+) -> None:
+    """Greedy, by `generate` with its cache and its own stop ids; some answers cross the boundary, some stop."""
+    model = build(dataclasses.replace(SMALL, rope_factors=rope_factors), width=12.0)
+    save_reference(model, tmp_path, stop_ids=(3, 5))
+    hf: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    boundary, generator = SMALL.original_max_positions, torch.Generator().manual_seed(1)
+    prompts = [
+        torch.randint(8, SMALL.vocab_size, (boundary + n,), generator=generator).tolist()
+        for n in (-120, -60, -40, -20, -10, -1, 0, 1, 30)
+    ]
+    params = SamplingParams(temperature=0.0, max_new_tokens=24, stop_ids=(3, 5))
+    ours = sample(model, prompts, params, [0] * len(prompts))
+    theirs = [
+        hf.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=24,
+            do_sample=False,
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    assert theirs == [c.tokens for c in ours]
+    assert {c.finish_reason for c in ours} == {"stop", "length"}
+    other = Phi4Mini(dataclasses.replace(model.config, rope_factors=OTHER[rope_factors]))
+    other.load_state_dict(model.state_dict())
+    assert [c.tokens for c in sample(other, prompts, params, [0] * len(prompts))] != theirs
 
 
 def phi4_mini_config_json() -> dict:
@@ -127,6 +163,11 @@ def test_phi4_minis_config_of_both_generations(generation: Callable, tmp_path: P
 def test_the_shipped_fields_survive(tmp_path: Path) -> None:
     save_config(preset("phi-4-mini"), tmp_path, stop_ids=(200020, 199999), dtype=torch.bfloat16)
     ours, theirs = json.loads((tmp_path / "config.json").read_text()), phi4_mini_config_json()
+    assert ours["phimini_rope_factors"] == "long"
+    kept = theirs.pop("rope_scaling")
+    assert kept.pop("type") == "longrope"
+    kept["original_max_position_embeddings"] = theirs.pop("original_max_position_embeddings")
+    assert ours["phimini_rope_scaling"] == kept
     # Not used by the architecture, without effect, or the writer's own.
     for key in ("full_attn_mod", "interpolate_factor", "lm_head_bias", "mlp_bias", "transformers_version", "sliding_window"):  # fmt: skip
         theirs.pop(key)
@@ -139,10 +180,51 @@ def test_the_shipped_fields_survive(tmp_path: Path) -> None:
     }
 
 
-def test_transformers_keeps_the_runs_table(tmp_path: Path) -> None:
-    save_config(dataclasses.replace(SMALL, rope_factors="short"), tmp_path)
-    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
-    assert load_config(tmp_path / "again").rope_factors == "short"
+def test_an_export_has_the_trained_table_under_both_names(tmp_path: Path) -> None:
+    for rope_factors in OTHER:
+        config = dataclasses.replace(preset("phi-4-mini"), rope_factors=rope_factors)
+        save_config(config, tmp_path)
+        raw = json.loads((tmp_path / "config.json").read_text())
+        assert raw["rope_scaling"] == {
+            "type": "longrope",
+            "short_factor": list(config.rope_divisors),
+            "long_factor": list(config.rope_divisors),
+            "attention_factor": config.attention_factor,
+            "short_mscale": config.attention_factor,
+            "long_mscale": config.attention_factor,
+        }
+        assert raw["original_max_position_embeddings"] == config.max_positions == 131072
+        assert load_config(tmp_path) == config
+        AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+        assert load_config(tmp_path / "again") == config
+        other = dataclasses.replace(config, rope_factors=OTHER[rope_factors])
+        assert load_config(tmp_path, other.rope_factors) == other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": {"short_factor": [1.0] * 48}}, r"short_factor: expected \[1.0, 1.11.*\(the long table"),
+        ({"rope_scaling": {"short_mscale": 1.0}}, "short_mscale: expected 1.19.*got 1.0"),
+        ({"rope_scaling": {"attention_factor": None}}, "attention_factor: expected 1.19.*got None"),
+        ({"max_position_embeddings": 65536}, "original_max_position_embeddings: expected 65536 .*got 131072"),
+        ({"original_max_position_embeddings": 4096}, "original_max_position_embeddings: expected 131072 .*got 4096"),
+        ({"phimini_rope_factors": "short"}, r"short_factor: expected \[1.0, 1.0,.*\(the short table"),
+        ({"phimini_rope_scaling": None}, "phimini_rope_scaling: expected an object with short_factor, .*got None"),
+        ({"phimini_rope_scaling": {"long_factor": [1.0] * 47}}, "long_factor: expected 48 values .*got 47"),
+        ({"phimini_rope_scaling": {"original_max_position_embeddings": "4096"}},
+         "original_max_positions: expected a positive integer, got '4096'"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else json.dumps(value)[:60],
+)  # fmt: skip
+def test_an_export_that_was_edited_is_refused(change: dict, message: str, tmp_path: Path) -> None:
+    save_config(preset("phi-4-mini"), tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for key, value in change.items():
+        raw[key] = raw[key] | value if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=message) as error:
+        load_config(write_config(tmp_path, raw))
+    assert str(tmp_path / "config.json") in str(error.value)
 
 
 @pytest.mark.parametrize("case", ["no original length", "both dictionaries"])
@@ -167,7 +249,9 @@ def test_what_a_file_leaves_open_is_read_as_transformers_does(case: str, tmp_pat
         ({"rope_scaling": {"type": "yarn"}}, "rope type: expected 'default' or 'longrope', got 'yarn'"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48}}, "long_factor: expected a list of numbers, got None"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1] * 48, "long_factor": [1] * 47}}, "long_factor: expected 48 values .*got 47"),
-        ({"rope_scaling": {"type": "longrope", "long_mscale": 1.2}}, "unknown key 'long_mscale'"),
+        ({"rope_scaling": {"type": "longrope", "mscale": 1.2}}, "unknown key 'mscale'"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1] * 48, "long_factor": [2] * 48, "long_mscale": 1.2}},
+         "long_mscale: expected 1.19.*got 1.2"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1] * 48, "long_factor": [2] * 48, "attention_factor": 1.0}},
          "attention_factor: expected 1.19.*got 1.0"),
         ({"attention_bias": True}, "attention_bias: expected it off, got True"),

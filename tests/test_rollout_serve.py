@@ -17,7 +17,7 @@ from vllm_process import context
 from phimini.parallel.launch import run_ranks
 from phimini.parallel.layout import Layout
 from phimini.stages import cli
-from phimini.stages.cli import model_config
+from phimini.stages.base import base_config
 from phimini.stages.config import override
 from phimini.stages.recipes import tiny
 from phimini.stages.rollout_client import EngineClient
@@ -59,7 +59,7 @@ def said(output: Path) -> str:
 
 def test_a_trainer_with_the_same_recipe_samples_from_what_is_served(served: tuple) -> None:
     run = override(tiny(), [*WORDS, f"rollout.addresses={served[1]}"])
-    config = model_config(run)
+    config = base_config(run)
     settings = engine_settings(run, config, transport_of(run))
     results = run_ranks(from_trainer, 1, Layout(), served[1], settings, config, timeout_s=240)[0]
     assert_parity(results[0], 0)
@@ -68,7 +68,7 @@ def test_a_trainer_with_the_same_recipe_samples_from_what_is_served(served: tupl
 
 def test_a_trainer_with_another_recipe_is_refused_by_name(served: tuple) -> None:
     run = override(tiny(), [*WORDS, "rollout.max_model_len=128"])
-    config = model_config(run)
+    config = base_config(run)
     client = EngineClient(served[1], name="engine")
     with pytest.raises(RuntimeError, match=r"settings\.max_model_len: the engine has 256, .* 128"):
         client.hello(config, engine_settings(run, config, transport_of(run)), 30)
@@ -78,7 +78,7 @@ def test_a_trainer_with_another_recipe_is_refused_by_name(served: tuple) -> None
 def test_who_says_nothing_or_something_else_keeps_no_trainer_waiting(served: tuple) -> None:
     """A connection that stays silent, a health check over HTTP, a message that is no hello."""
     run = override(tiny(), WORDS)
-    config = model_config(run)
+    config = base_config(run)
     strangers = [socket.create_connection(split_address(served[1])) for _ in range(3)]
     strangers[1].sendall(b"GET /health HTTP/1.1\r\n\r\n")
     strangers[2].sendall(encode({"op": "generate"}))
@@ -96,7 +96,7 @@ def test_ctrl_c_ends_it_and_its_workers(served: tuple) -> None:
     process, address, output = served
     run = override(tiny(), WORDS)
     client = EngineClient(address, name="engine")
-    config = model_config(run)
+    config = base_config(run)
     worker = client.hello(config, engine_settings(run, config, "gloo"), 30)["workers"][0]
     client.close()
     os.kill(process.pid, signal.SIGINT)

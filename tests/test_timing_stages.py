@@ -18,7 +18,7 @@ from phimini.parallel.layout import Layout
 from phimini.parallel.timing import PHASES, Recorder, Step
 from phimini.parallel.world import World, initialize
 from phimini.stages import policy_head, rlvr, rollout, rollout_groups
-from phimini.stages.cli import model_config
+from phimini.stages.base import base_config
 from phimini.stages.config import RunConfig, override
 from phimini.stages.recipes import tiny
 
@@ -91,7 +91,7 @@ class Planted:
 
 def rank(run: RunConfig) -> tuple[list[Step], Row, Row]:
     """Every step's times, and the rows of a step with nothing planted and of the one with work in no phase."""
-    world = initialize(Layout(), model_config(run))
+    world = initialize(Layout(), base_config(run))
     planted = Planted()
     planted.everywhere()
 
