@@ -39,10 +39,19 @@ TINY_ALPHABET = (
 )
 
 
+SAVE_AGAIN = "save the folder's tokenizer again with transformers, which then writes all tokens into tokenizer.json"
+
+
 class Tokenizer:
-    """A loaded tokenizer. Special tokens in a text become their ids; nothing is added by itself."""
+    """A loaded tokenizer, with the ids of transformers' `AutoTokenizer` of the folder under `add_special_tokens=False`.
+
+    Special tokens in a text become their ids; nothing is added, as in transformers' `apply_chat_template`.
+    """
 
     def __init__(self, inner: tokenizers.Tokenizer, config: dict) -> None:
+        # Settings of whoever trained the tokenizer: transformers obeys them only where a call asks for it.
+        inner.no_truncation()
+        inner.no_padding()
         self.inner = inner
         self.config = config
         """tokenizer_config.json, kept as it was read"""
@@ -58,7 +67,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "Tokenizer":
-        """Reads tokenizer.json and, where there is one, tokenizer_config.json. ValueError names the file."""
+        """Read tokenizer.json and, where there is one, tokenizer_config.json.
+
+        ValueError names the file and the field: not a tokenizer, tokens that only another file of the folder knows, or
+        a setting by which ids would be random or control tokens plain text.
+        """
         path, config_path = (
             Path(directory) / n for n in ("tokenizer.json", "tokenizer_config.json")
         )
@@ -70,6 +83,9 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # all that tokenizers ever raises; its words are kept
             raise ValueError(f"{path}: not a tokenizer: {error}") from error
+        _check_settings(path, config_path, inner, config)
+        _add_tokens_of(config_path, inner, config)
+        _check_named_tokens(Path(directory), inner, config)
         return cls(inner, config)
 
     def save(self, directory: str | os.PathLike, *, chat_template: str | None = None) -> None:
@@ -112,7 +128,9 @@ class Tokenizer:
     def _check(self, text: str) -> None:
         if self._alphabet is None or self._alphabet.issuperset(text):
             return
-        wrong = set(self._added.sub("", text)) - self._alphabet
+        normalise = self.inner.normalizer.normalize_str if self.inner.normalizer else str
+        plain = set(self._added.sub("", text)) - self._alphabet
+        wrong = {c for c in plain if not self._alphabet.issuperset(normalise(c))}
         if wrong:
             c = min(wrong, key=text.index)
             start = text.index(c)
@@ -131,6 +149,76 @@ def _read_object(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def _check_settings(
+    path: Path, config_path: Path, inner: tokenizers.Tokenizer, config: dict
+) -> None:
+    if dropout := getattr(inner.model, "dropout", None):
+        raise ValueError(
+            f"{path}: model.dropout: expected none, got {dropout}: a text would have other ids each time"
+        )
+    if config.get("split_special_tokens"):
+        raise ValueError(
+            f"{config_path}: split_special_tokens: expected false, got {config['split_special_tokens']!r}: the "
+            f"chat template's {END} would be read as plain text"
+        )
+
+
+def _add_tokens_of(path: Path, inner: tokenizers.Tokenizer, config: dict) -> None:
+    """Give tokenizer_config.json the last word on added tokens, as transformers does."""
+    listed = config.get("added_tokens_decoder") or {}
+    try:
+        by_id = sorted(listed.items(), key=lambda item: int(item[0]))
+        tokens = [AddedToken(**fields) for _, fields in by_id]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: added_tokens_decoder: expected an object of tokens by id, got {str(listed)[:80]}: {error}"
+        ) from error
+    there = {repr(token) for token in inner.get_added_tokens_decoder().values()}
+    inner.add_tokens([token for token in tokens if repr(token) not in there])
+
+
+def _check_named_tokens(directory: Path, inner: tokenizers.Tokenizer, config: dict) -> None:
+    """Refuse a token that is named elsewhere and not among the added tokens of tokenizer.json.
+
+    transformers would add it, by rules that differ from version to version, and every text that contains it would
+    get other ids.
+    """
+    files = {"tokenizer_config.json": config}
+    if "added_tokens_decoder" not in config:  # else transformers does not read the others
+        if (path := directory / "special_tokens_map.json").is_file():
+            files[path.name] = _read_object(path)
+        if (path := directory / "added_tokens.json").is_file():
+            files[path.name] = {"additional_special_tokens": list(_read_object(path))}
+    there = {token.content for token in inner.get_added_tokens_decoder().values()}
+    for name, content in files.items():
+        for field, tokens in _named_tokens(directory / name, content).items():
+            for token in tokens:
+                if token not in there:
+                    raise ValueError(
+                        f"{directory / name}: {field}: expected one of tokenizer.json's added tokens, got {token!r}; "
+                        "load the folder with transformers and save it again, which writes all tokens into that file"
+                    )
+
+
+def _named_tokens(path: Path, config: dict) -> dict[str, list[str]]:
+    """The texts of all special tokens that a JSON object names, by field."""
+    fields = {
+        key: [value]
+        for key, value in config.items()
+        if key.endswith("_token") and isinstance(value, str | dict)
+    }
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        value = config.get(key) or []
+        fields[key] = list(value.values()) if isinstance(value, dict) else value
+    texts: dict[str, list[str]] = {}
+    for key, tokens in fields.items():
+        try:
+            texts[key] = [t["content"] if isinstance(t, dict) else str(t) for t in tokens]
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{path}: {key}: expected tokens, got {config[key]!r}") from error
+    return texts
 
 
 def _alphabet(inner: tokenizers.Tokenizer) -> frozenset[str] | None:
