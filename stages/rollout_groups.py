@@ -121,7 +121,11 @@ class Sampler:
         ]
 
     def sample_groups(self, ids: list[str], step: int, temperature: float) -> list[list[Rollout]]:
-        """A group per prompt; with remedy 2, groups that prove hard are oversampled."""
+        """A group per prompt; with remedy 2, groups that prove hard are oversampled.
+
+        A prompt that stands twice in `ids` is sampled once: the second group would have the seeds of the first.
+        """
+        ids = list(dict.fromkeys(ids))
         first = self.config.rollouts_per_prompt
         asked = math.ceil(first * self.run.rollout.oversample)
         groups: dict[str, list[Rollout]] = defaultdict(list)

@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phimini.parallel.batch import IGNORE
+from phimini.stages import packing
 from phimini.stages.packing import (
     EpochSampler,
     Example,
@@ -64,6 +65,25 @@ def test_an_epoch_holds_every_item_once_and_epochs_differ() -> None:
     assert seen[:10] != seen[10:]
     assert EpochSampler(10, 4, seed=3).batch(2) == sampler.batch(2)
     assert EpochSampler(10, 4, seed=4).batch(0) != sampler.batch(0)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
+def test_no_item_stands_twice_in_a_step(num_items: int, batch_size: int, seed: int) -> None:
+    sampler = EpochSampler(num_items, batch_size, seed)
+    steps = [sampler.batch(step) for step in range(3 * num_items)]
+    flat = [i for batch in steps for i in batch]
+    for epoch in range(len(flat) // num_items):
+        assert sorted(flat[epoch * num_items :][:num_items]) == list(range(num_items))
+    if num_items >= batch_size:
+        assert all(len(set(batch)) == batch_size for batch in steps)
+    packing._orders.cache_clear()
+    assert [sampler.batch(step) for step in reversed(range(len(steps)))] == steps[::-1]
+
+
+def test_a_run_that_resumes_in_a_late_epoch_gets_the_same_batch() -> None:
+    ahead = EpochSampler(3, 2, 0).batch(9000)
+    packing._orders.cache_clear()
+    assert [EpochSampler(3, 2, 0).batch(step) for step in range(9001)][-1] == ahead
 
 
 def test_chunks() -> None:
