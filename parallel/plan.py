@@ -61,6 +61,10 @@ class Workload:
     """forward passes beside forward and backward (a DPO reference: 1), counted as model FLOPs"""
     reference_model: bool = False
     """a frozen model in memory"""
+    samples_per_step: int = 0
+    """answers that a step samples, at most; no memory or FLOPs are counted for them"""
+    samples_before: int = 0
+    """answers sampled before the first step"""
     rollout_sequences: int = 0
     """sequences in flight of a rollout engine that shares the GPU; 0: it runs elsewhere"""
     rollout_tensor_parallel: int = 1
@@ -138,6 +142,8 @@ class Plan:
             "gpu": self.gpu.name,
             "gpus": self.world_size,
             "tokens_per_step": self.tokens_per_step,
+            "samples_per_step": self.workload.samples_per_step,
+            "samples_before": self.workload.samples_before,
             "layouts": [
                 {
                     "layout": asdict(planned.layout)

@@ -16,6 +16,7 @@ from phimini.parallel.plan_memory import GIB, GPUS
 
 def describe(plan: Plan) -> str:
     """For a person: GiB of each layout, and of each of its phases and parts."""
+    per_step, before = plan.workload.samples_per_step, plan.workload.samples_before
     lines = [
         f"{plan.workload.stage}: {plan.tokens_per_step} tokens per step on {plan.world_size} x {plan.gpu.name}, "
         f"{plan.flops_per_token / 1e9:.2f} GFLOP per token",
@@ -23,6 +24,11 @@ def describe(plan: Plan) -> str:
             f"  at {mfu:.0%} MFU: {plan.tokens_per_second_per_gpu(mfu):,.0f} tokens/s per GPU, "
             f"{plan.seconds_per_step(mfu):.1f} s per step"
             for mfu in MFUS
+        ),
+        *(
+            [f"  samples up to {per_step:,} answers per step and {before:,} before the first"]
+            if per_step or before
+            else []
         ),
         "fits:" if plan.fits else f"does not fit: {plan.because}",
     ]

@@ -159,17 +159,18 @@ class RlvrConfig:
     """a rollout without an end counts as wrong, or is left out of the loss"""
     min_rollouts: int = 64
     """an update with fewer usable rollouts is skipped and its rollouts wait for the next"""
-    # Remedy 1: prompt selection by uniform response length, over rounds of sampling.
+    # Remedy 1: prompt selection by uniform response length, over rounds of sampling. Too easy ones are left out.
     uniform_length: bool = True
     probe_prompts: int = 1200
     probe_rounds: int = 1
     probe_rollouts: int = 4
     keep_share: float = 0.8
-    """share of the probed prompts that is kept, those with the most uniform lengths first"""
+    """share of the remaining probed prompts that is kept, those with the most uniform lengths first"""
     # Remedy 2: oversampling, keep all positives and as many random negatives.
     rebalance: bool = True
     oversample_to: int = 16
-    """rollouts per prompt once it proves hard"""
+    """a prompt that proves hard gets up to so many rollouts: twice as many in each round, until max_accuracy of
+    rollouts_per_prompt are right"""
     max_accuracy: float = 0.5
     """prompts above this share of correct rollouts are dropped"""
     # Remedy 3: temperature, linear over the first half of the steps, then fixed.

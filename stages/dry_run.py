@@ -53,7 +53,7 @@ CHECKPOINT_BYTES = 12
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """What a stage takes, at most: lengths are limits."""
+    """The steps, tokens and samples of a stage; lengths are limits."""
 
     stage: str
     steps: int
@@ -61,6 +61,17 @@ class StageCost:
     plan: Plan
     counted: str
     """where the number of steps comes from"""
+
+    @property
+    def samples(self) -> int:
+        """Answers, in the whole stage"""
+        workload = self.plan.workload
+        return workload.samples_before + self.steps * workload.samples_per_step
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Of the answers and their questions"""
+        return self.samples * self.plan.workload.sequence_length
 
     def gpu_hours(self, mfu: float) -> float:
         return self.tokens / self.plan.tokens_per_second_per_gpu(mfu) / 3600
@@ -285,27 +296,33 @@ def number_of_steps(run: RunConfig, stage: str) -> tuple[int, str]:
         if dpo.pairs == "teacher":
             pairs, counted = ASSUMED_PAIRS, f"assuming {ASSUMED_PAIRS:,} pairs from the teacher"
         return max(1, math.floor(dpo.epochs * pairs / dpo.pairs_per_step)), counted
-    return run.rlvr.steps, "rlvr.steps; sampling comes on top"
+    return run.rlvr.steps, "rlvr.steps, rollouts_per_prompt answers of each prompt"
 
 
 def cost_table(costs: list[StageCost], gpus: int) -> str:
     hours = sum(cost.gpu_hours(MFUS[0]) for cost in costs)
     total = (
         f"all four stages: {hours:,.0f} GPU hours at {MFUS[0]:.0%} MFU, {hours / gpus / 24:.1f} days on {gpus} GPUs, "
-        "sampling on top"
+        f"sampling of at most {sum(cost.sampled_tokens for cost in costs) / 1e9:,.2f} B tokens on top"
     )
     return "\n".join([*map(describe, costs), total, card(costs)])
 
 
 def describe(cost: StageCost) -> str:
-    planned = cost.plan.layouts[0]
+    planned, workload = cost.plan.layouts[0], cost.plan.workload
     parts = ", ".join(f"{n} {b / GIB:.1f}" for n, b in planned.memory_bytes.items() if b)
     hours = " / ".join(f"{cost.gpu_hours(mfu):,.0f}" for mfu in MFUS)
     at = " / ".join(f"{mfu:.0%}" for mfu in MFUS)
+    sampled = (
+        f"\n  samples at most {cost.samples:,} answers, {cost.sampled_tokens / 1e9:,.2f} B tokens: "
+        f"{workload.samples_before:,} before the first step, {workload.samples_per_step:,} in each"
+    )
+    # Of an oversampled group all right answers are trained on, be they many or few.
+    limit = "about" if workload.samples_per_step > workload.rows_per_step else "at most"
     return (
-        f"{cost.stage}: {cost.steps:,} steps ({cost.counted}), at most {cost.tokens / 1e9:,.2f} B tokens\n"
+        f"{cost.stage}: {cost.steps:,} steps ({cost.counted}), {limit} {cost.tokens / 1e9:,.2f} B tokens\n"
         f"  {hours} GPU hours at {at} MFU; {planned.peak_bytes / GIB:.1f} of "
-        f"{cost.plan.gpu.memory_bytes / GIB:.1f} GiB: {parts}"
+        f"{cost.plan.gpu.memory_bytes / GIB:.1f} GiB: {parts}{sampled if cost.samples else ''}"
     )
 
 

@@ -1,11 +1,11 @@
 """The paper's three remedies for unstable RL with a verifiable reward (arXiv 2504.21233), one function each.
 
 1. Prompt optimisation: `select_uniform_length` keeps prompts whose responses have like lengths.
-2. Reward rebalancing: `is_hard` prompts are oversampled; `rebalance` keeps all positives and as many
+2. Reward rebalancing: `is_hard` prompts are oversampled in rounds; `rebalance` keeps all positives and as many
    random negatives; `keeps_prompt` drops prompts that are too easy, or have no positive.
 3. Temperature annealing: `temperature_at`.
 
-The thresholds and round counts are ours; the paper gives "e.g., 50%" for `max_accuracy` and 1.0 to
+The thresholds, round counts and sizes of the rounds are ours; the paper gives "e.g., 50%" for `max_accuracy` and 1.0 to
 0.6 over the first half of the steps for the temperature.
 """
 
@@ -33,9 +33,19 @@ def select_uniform_length(lengths: Mapping[T, Sequence[int]], keep_share: float)
     return by_variation[: max(1, round(keep_share * len(by_variation)))] if by_variation else []
 
 
-def is_hard(rewards: Sequence[float], max_accuracy: float) -> bool:
-    """A group with fewer positives than `max_accuracy` deserves more rollouts."""
-    return accuracy(rewards) < max_accuracy
+def is_hard(rewards: Sequence[float], rollouts_per_prompt: int, max_accuracy: float) -> bool:
+    """Whether a group, oversampled or not, has fewer positives than `max_accuracy` of its first `rollouts_per_prompt`."""
+    return sum(reward > 0 for reward in rewards) / rollouts_per_prompt < max_accuracy
+
+
+def next_size(size: int, limit: int) -> int:
+    """The size to which a hard group of `size` rollouts grows: double, at most `limit`."""
+    return min(2 * size, limit)
+
+
+def is_too_easy(rewards: Sequence[float], max_accuracy: float) -> bool:
+    """More than `max_accuracy` right, or all."""
+    return accuracy(rewards) > max_accuracy or accuracy(rewards) == 1
 
 
 def keeps_prompt(rewards: Sequence[float], max_accuracy: float) -> bool:

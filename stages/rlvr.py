@@ -13,7 +13,7 @@ import dataclasses
 import random
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from torch import Tensor
@@ -41,6 +41,7 @@ from phimini.stages.packing import EpochSampler, Example, flops_of, parts, share
 from phimini.stages.policy_head import logps, policy_head, with_reference_logps
 from phimini.stages.remedies import (
     advantages,
+    is_too_easy,
     keeps_prompt,
     rebalance,
     select_uniform_length,
@@ -175,8 +176,10 @@ def plan(step: int, config: RlvrConfig, pool: list[str], prompts: EpochSampler) 
 
 
 def select_prompts(stage: Stage, sampler: Sampler, config: RlvrConfig, world: World) -> list[str]:
-    """Remedy 1: rounds of sampling on candidate prompts; keep those one can learn from, of uniform length.
+    """Remedy 1: rounds of sampling on candidate prompts; keep those whose answers have like lengths.
 
+    Too easy ones, which remedy 2 would drop at every step, are left out. Those without a right answer are not: a prompt
+    that is answered once in 64 times is what remedy 2 oversamples.
     Written to `pool.json`, so that a resumed run goes on with the same pool.
     """
     path = stage.path / "pool.json"
@@ -189,25 +192,43 @@ def select_prompts(stage: Stage, sampler: Sampler, config: RlvrConfig, world: Wo
         asked = [(id, k) for id in candidates for k in range(config.probe_rollouts)]
         for rollout in sampler.sample(asked, round, config.start_temperature, "probe"):
             seen[rollout.prompt_id].append(rollout)
-    most = config.max_accuracy if config.rebalance else 1.0
-    learnable = [
-        id
-        for id, rollouts in seen.items()
-        if keeps_prompt([r.reward for r in rollouts], most) and any(r.reward < 0 for r in rollouts)
-    ]
-    if not learnable:
-        raise ValueError(
-            f"rlvr: of {len(candidates)} probed prompts none is answered sometimes right and sometimes wrong; "
-            "the stage-3 model is too weak or too strong for them"
-        )
-    kept = learnable
-    if config.uniform_length:
-        lengths = {id: [len(r.response) for r in seen[id]] for id in learnable}
-        kept = select_uniform_length(lengths, config.keep_share)
+    found = pool_of(seen, config)
     world.barrier()
     if world.is_main:
-        write_json(path, {"probed": len(candidates), "learnable": len(learnable), "kept": kept})
-    return kept
+        write_json(path, found)
+    return found["kept"]
+
+
+def pool_of(seen: dict[str, list[Rollout]], config: RlvrConfig) -> dict[str, Any]:
+    """`kept`, the prompts to train on, and how many were left out and why.
+
+    The length of an answer that was cut off is not known: where all were, a prompt's lengths would look uniform.
+    Raises ValueError where no answer is right, or no prompt is left.
+    """
+    probed = f"of {len(seen)} probed prompts"
+    answers = [rollout for rollouts in seen.values() for rollout in rollouts]
+    cut = sum(rollout.truncated for rollout in answers)
+    if not any(rollout.reward > 0 for rollout in answers):
+        raise ValueError(
+            f"rlvr: {probed} none is answered right in {len(answers)} answers, {cut} of them cut off at "
+            f"max_new_tokens={config.max_new_tokens}; the stage-3 model is too weak for them"
+        )
+    most = config.max_accuracy if config.rebalance else 1.0
+    left = {id: rs for id, rs in seen.items() if not is_too_easy([r.reward for r in rs], most)}
+    easy = len(seen) - len(left)
+    if config.uniform_length:
+        left = {id: rs for id, rs in left.items() if not all(r.truncated for r in rs)}
+    unfinished = len(seen) - easy - len(left)
+    if not left:
+        raise ValueError(
+            f"rlvr: {probed} {easy} are too easy (more than {most:g} of their answers right, or all) and {unfinished} were "
+            f"never answered to the end within max_new_tokens={config.max_new_tokens}; none is left to train on"
+        )
+    kept = list(left)
+    if config.uniform_length:
+        lengths = {id: [len(r.response) for r in rollouts] for id, rollouts in left.items()}
+        kept = select_uniform_length(lengths, config.keep_share)
+    return {"probed": len(seen), "too_easy": easy, "unfinished": unfinished, "kept": kept}
 
 
 def choose(groups: list[list[Rollout]], config: RlvrConfig, seed: int) -> list[Rollout]:

@@ -1,7 +1,6 @@
 """Prompts by id to groups of scored rollouts: what stage 4 trains on."""
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.timing import count, phase
 from phimini.parallel.world import World
 from phimini.stages.config import RlvrConfig, RolloutDpoConfig, RunConfig
-from phimini.stages.remedies import is_hard
+from phimini.stages.remedies import is_hard, next_size
 from phimini.stages.rollout_engine import RolloutEngine
 from phimini.stages.seeds import derive
 from phimini.stages.verify import verify
@@ -121,27 +120,25 @@ class Sampler:
         ]
 
     def sample_groups(self, ids: list[str], step: int, temperature: float) -> list[list[Rollout]]:
-        """A group per prompt; with remedy 2, groups that prove hard are oversampled.
+        """A group per prompt; with remedy 2, hard groups grow in rounds, until they are hard no longer or reach
+        `oversample_to`.
 
         A prompt that stands twice in `ids` is sampled once: the second group would have the seeds of the first.
         """
-        ids = list(dict.fromkeys(ids))
-        first = self.config.rollouts_per_prompt
-        asked = math.ceil(first * self.run.rollout.oversample)
-        groups: dict[str, list[Rollout]] = defaultdict(list)
-        for rollout in self.sample(
-            [(id, k) for id in ids for k in range(asked)], step, temperature, "rollout", first
-        ):
-            groups[rollout.prompt_id].append(rollout)
-        if self.config.rebalance and self.config.oversample_to > first:
-            hard = [
-                id
-                for id in ids
-                if is_hard([r.reward for r in groups[id]], self.config.max_accuracy)
-            ]
-            more = [(id, k) for id in hard for k in range(asked, self.config.oversample_to)]
-            for rollout in self.sample(more, step, temperature, "rollout"):
+        config = self.config
+        groups: dict[str, list[Rollout]] = {id: [] for id in ids}
+        first = config.rollouts_per_prompt
+        begin, end = 0, math.ceil(first * self.run.rollout.oversample)
+        more, wanted = list(groups), first
+        while more:
+            asked = [(id, k) for id in more for k in range(begin, end)]
+            for rollout in self.sample(asked, step, temperature, "rollout", wanted):
                 groups[rollout.prompt_id].append(rollout)
+            begin, end, wanted = end, next_size(end, config.oversample_to), None
+            if not config.rebalance or begin >= end:
+                break
+            rewards = {id: [rollout.reward for rollout in groups[id]] for id in more}
+            more = [id for id in more if is_hard(rewards[id], first, config.max_accuracy)]
         return list(groups.values())
 
 

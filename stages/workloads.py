@@ -1,5 +1,6 @@
-"""What each training stage of a run asks of its GPUs, for the plan: rows, lengths, forwards, sequences in flight"""
+"""What each training stage of a run asks of its GPUs, for the plan: rows, lengths, forwards, answers, sequences in flight"""
 
+import math
 from functools import partial
 
 from phimini.parallel.plan import Workload
@@ -32,6 +33,7 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
             rows_per_step=2 * dpo.pairs_per_step,
             micro_rows=2 * dpo.micro_pairs,
             extra_forwards=1 / max(1.0, dpo.epochs),
+            samples_before=dpo.num_prompts * dpo.rollouts_per_prompt * (dpo.pairs == "policy"),
         ),
         "rlvr": workload(
             stage="rlvr",
@@ -40,7 +42,15 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
             micro_rows=rl.micro_rollouts,
             extra_forwards=1.0 if rl.kl_coef else 0.0,
             reference_model=rl.kl_coef > 0,
+            samples_per_step=rl.prompts_per_step * most_rollouts(run),
+            samples_before=rl.probe_prompts * rl.probe_rounds * rl.probe_rollouts,
             rollout_sequences=run.rollout.max_batch if shares_gpu else 0,
             rollout_tensor_parallel=run.rollout.engine_tensor_parallel,
         ),
     }
+
+
+def most_rollouts(run: RunConfig) -> int:
+    """Answers that stage 4 samples of one prompt in one step if none of them is right."""
+    first = math.ceil(run.rlvr.rollouts_per_prompt * run.rollout.oversample)
+    return max(first, run.rlvr.oversample_to) if run.rlvr.rebalance else first

@@ -68,6 +68,7 @@ def test_a_run_that_is_ready_says_so_and_writes_nothing(
     assert dry_run(small) == 0
     out = capsys.readouterr().out
     assert "ready: every path" in out and "NOT READY" not in out
+    assert "samples at most 8,352,000 answers, 2.14 B tokens: 160,000 before the first step, 16,384 in each" in out  # fmt: skip
     assert not Path(small.out).exists()
 
 
@@ -244,6 +245,9 @@ def test_every_stage_fits_the_recipes_layout(gpus: int) -> None:
     mfu = CARD_TOKENS * costs["midtrain"].plan.flops_per_token / (128 * 48 * 3600 * 989e12)
     assert mfu == pytest.approx(0.224, abs=0.002)
     assert costs["midtrain"].gpu_hours(mfu) == pytest.approx(128 * 48, rel=1e-3)
+    # 500 steps of 128 prompts that all prove hard, and the probe.
+    assert costs["rlvr"].samples == 500 * 128 * 128 + 20_000 * 2 * 4
+    assert costs["rlvr"].sampled_tokens == costs["rlvr"].samples * 25_600
 
 
 def test_a_model_that_does_not_fit_is_not_ready(

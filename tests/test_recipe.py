@@ -96,7 +96,7 @@ def test_stage_4_says_when_there_is_nothing_to_learn_from(
     finished: Path, capfd: pytest.CaptureFixture
 ) -> None:
     assert command(["rlvr", "tiny", f"out={finished}", *MICRO]) == 2
-    assert "none is answered sometimes right and sometimes wrong" in capfd.readouterr().err
+    assert "of 8 probed prompts none is answered right in 32 answers" in capfd.readouterr().err
 
 
 def test_a_complete_stage_returns_at_once(finished: Path) -> None:

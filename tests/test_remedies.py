@@ -5,8 +5,10 @@ import pytest
 from phimini.stages.remedies import (
     advantages,
     is_hard,
+    is_too_easy,
     keeps_prompt,
     length_variation,
+    next_size,
     rebalance,
     select_uniform_length,
     temperature_at,
@@ -60,7 +62,15 @@ def test_prompts_above_half_right_and_at_zero_are_dropped(
 ) -> None:
     rewards = [1.0] * positives + [-1.0] * (8 - positives)
     assert keeps_prompt(rewards, 0.5) is keeps
-    assert is_hard(rewards, 0.5) is hard
+    assert is_hard(rewards, 8, 0.5) is hard
+    assert is_too_easy(rewards, 0.5) is (positives > 4)
+    assert is_too_easy(rewards, 1.0) is (positives == 8)
+
+
+def test_an_oversampled_group_is_hard_until_it_has_the_positives_of_a_first_one() -> None:
+    few, enough = [1.0] * 3 + [-1.0] * 61, [1.0] * 4 + [-1.0] * 60
+    assert is_hard(few, 8, 0.5) and not is_hard(enough, 8, 0.5)
+    assert [next_size(size, 100) for size in (16, 32, 64, 100)] == [32, 64, 100, 100]
 
 
 def test_temperature_falls_linearly_over_the_first_half_and_stays() -> None:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 from rollout_cases import LONG
 
 from phimini.model.sampler import SamplingParams
@@ -14,8 +15,10 @@ from phimini.parallel.world import initialize
 from phimini.stages import rollout_groups
 from phimini.stages.config import override
 from phimini.stages.recipes import tiny
+from phimini.stages.rlvr import pool_of
 from phimini.stages.rollout_engine import Sampled, Span
 from phimini.stages.rollout_groups import Rollout, Sampler
+from phimini.stages.workloads import most_rollouts
 
 
 class Seeded:
@@ -63,3 +66,66 @@ def test_a_prompt_twice_in_a_step_gives_no_rollout_twice() -> None:
     rollouts = [rollout for group in groups for rollout in group]
     assert len(rollouts) == len({r.id for r in rollouts}) == len({tuple(r.response) for r in rollouts})  # fmt: skip
     assert [{r.prompt_id for r in group} for group in groups] == [{"a"}, {"b"}]
+
+
+def test_hard_groups_grow_in_rounds_until_they_have_enough_right_answers() -> None:
+    """Easy: half of the first 4. Slow: its second right answer is its 11th. Never: none in 16."""
+    right = {"easy": {0, 3}, "slow": {1, 10}, "never": set()}
+    words = ["rlvr.rollouts_per_prompt=4", "rlvr.oversample_to=20", "rlvr.max_accuracy=0.5"]
+    groups, calls = run_ranks(sampled, 1, list(right), right, words)[0]
+    assert {group[0].prompt_id: len(group) for group in groups} == {"easy": 4, "slow": 16, "never": 20}  # fmt: skip
+    assert calls == [12, 8, 16, 4]
+    assert most_rollouts(override(tiny(), words)) == 20, "as the plan counts"
+    assert all(len({r.id for r in group}) == len(group) for group in groups)
+
+
+def test_without_rebalancing_no_group_grows() -> None:
+    words = ["rlvr.rollouts_per_prompt=4", "rlvr.oversample_to=20", "rlvr.rebalance=false"]
+    assert run_ranks(sampled, 1, ["never"], {}, words)[0][1] == [4]
+
+
+# --- the probe -------------------------------------------------------------------------------------
+def probed(answers: Mapping[str, list[tuple[int, float, bool]]], *words: str) -> dict[str, Any]:
+    """The pool, from each prompt's answers as (length, reward, cut off)."""
+    seen = {
+        id: [
+            Rollout(f"{id}/{k}", id, 0, [1], [2] * length, [0.0] * length, 1.0, reward, cut, [[0, 0, length]])
+            for k, (length, reward, cut) in enumerate(rows)
+        ]
+        for id, rows in answers.items()
+    }  # fmt: skip
+    return pool_of(seen, override(tiny(), list(words)).rlvr)
+
+
+WRONG, RIGHT, CUT = (10, -1.0, False), (10, 1.0, False), (160, -1.0, True)
+
+
+def test_a_prompt_without_a_right_answer_in_the_probe_is_kept() -> None:
+    found = probed({"hard": [WRONG] * 8, "fair": [WRONG] * 7 + [RIGHT]}, "rlvr.keep_share=1")
+    assert sorted(found["kept"]) == ["fair", "hard"]
+
+
+def test_the_pool_is_chosen_by_length_alone_among_prompts_that_are_not_too_easy() -> None:
+    uneven = [WRONG, (90, 1.0, False)]
+    found = probed({"uneven": uneven, "hard": [WRONG] * 2, "easy": [RIGHT] * 2}, "rlvr.keep_share=0.5")  # fmt: skip
+    assert found == {"probed": 3, "too_easy": 1, "unfinished": 0, "kept": ["hard"]}
+
+
+def test_answers_that_are_all_cut_off_have_no_uniform_length() -> None:
+    answers = {"cut": [CUT] * 4, "some": [CUT, WRONG, WRONG, RIGHT]}
+    found = probed(answers, "rlvr.keep_share=1")
+    assert (found["kept"], found["unfinished"]) == (["some"], 1)
+    assert "cut" in probed(answers, "rlvr.uniform_length=false")["kept"]
+
+
+def test_a_probe_that_leaves_nothing_says_why() -> None:
+    with pytest.raises(
+        ValueError,
+        match="of 2 probed prompts none is answered right in 6 answers, 2 of them cut off",
+    ):
+        probed({"a": [WRONG] * 4, "b": [CUT] * 2})
+    with pytest.raises(
+        ValueError,
+        match="of 2 probed prompts 1 are too easy .* and 1 were never answered to the end",
+    ):
+        probed({"a": [RIGHT] * 4, "b": [CUT] * 2})

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from phimini.stages.config import override
+from phimini.stages.config import RunConfig, override
 from phimini.stages.recipes import phi4_mini_reasoning
 from phimini.stages.workloads import workloads
 
@@ -20,6 +20,22 @@ def test_the_papers_stages() -> None:
     assert [x.rollout_sequences for x in w.values()] == [0, 0, 0, 8]
     assert not any(x.reference_model for x in w.values())
     assert all(x.zero1 and x.fp8 == "none" for x in w.values())
+
+
+def sampling(run: RunConfig, stage: str) -> tuple[int, int]:
+    workload = workloads(run)[stage]
+    return workload.samples_per_step, workload.samples_before
+
+
+def test_answers_are_counted_as_they_may_be_sampled() -> None:
+    """Of a hard prompt `oversample_to`, and the probe's; 0 where the pairs are the teacher's."""
+    run = phi4_mini_reasoning()
+    assert sampling(run, "rlvr") == (128 * 128, 20_000 * 2 * 4)
+    assert sampling(run, "rollout_dpo") == sampling(run, "sft") == (0, 0)
+    plain = override(run, ["rlvr.rebalance=false", "rollout_dpo.pairs=policy"])
+    assert sampling(plain, "rlvr")[0] == 128 * 16
+    assert sampling(plain, "rollout_dpo") == (0, 600 * 8)
+    assert sampling(override(plain, ["rollout.oversample=1.3"]), "rlvr")[0] == 128 * 21
 
 
 def test_what_a_setting_changes() -> None:
