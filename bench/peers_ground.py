@@ -128,7 +128,7 @@ def grpo_loss(run: RunConfig, world: World, folder: Path) -> float:
         folder / "grpo_batch.json",
         [{"prompt": r.prompt, "response": r.response, "old_logps": r.logprobs, "advantage": r.advantage} for r in rollouts],
     )  # fmt: skip
-    head = rlvr.policy_head(run.rlvr, MismatchMeter(), 0.0)
+    head = rlvr.policy_head(run.rlvr, MismatchMeter(), 0.0, "off")
     batch = rlvr.rollout_batch(rollouts, 0, run.rlvr, world)
     return forward_backward(model, [batch], head).loss
 

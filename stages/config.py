@@ -181,9 +181,10 @@ class RlvrConfig:
     """the run stops when sampler and trainer differ by more than this in mean |log-prob|; none: 1e-3 for a sampler
     in float32, 0.02 in bfloat16, 0.06 in FP8"""
     importance: Literal[
-        "off", "token_truncated", "token_masked", "sequence_truncated", "sequence_masked"
-    ] = "off"
-    """weights that correct what is left of the difference, and for older weights; see `mismatch.py`"""
+        "auto", "off", "token_truncated", "token_masked", "sequence_truncated", "sequence_masked"
+    ] = "auto"
+    """weights that correct what is left of the difference, and for older weights; see `mismatch.py`. auto:
+    token_truncated if rollout.asynchronous, whose answers are always of older weights, else off"""
     importance_cap: float = 2.0
     importance_low: float = 0.5
     """masked: tokens (or sequences) whose weight is outside [low, cap] are left out"""

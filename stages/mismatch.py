@@ -10,7 +10,8 @@ different functions (stale weights, another rope table, another temperature, ...
 and `mismatch_doctor.py` finds out which.
 
 Tokens from older weights than the trainer's are left out of the measure: their d is the policy's own movement. One
-step off that is all of them; there the measure is of answers for the next step, which are of the present weights.
+step off that is all of them; there the measure is of answers of the present weights that are not trained on: those for
+the next step or, where these are still under way (`rollout.partial`) or there is no next step, a few short ones.
 
 What is left after the causes are gone (bfloat16, FP8, stale tokens) importance weights w = e^d can correct:
     truncated   min(w, cap)                      (TIS)
@@ -60,15 +61,17 @@ class Mismatch:
     """updates between sampling and now, of the oldest token"""
 
     def row(self) -> dict[str, float]:
-        """For the log."""
+        """For the log; without a difference where no token could tell."""
+        age: dict[str, float] = {"stale_tokens": self.stale_tokens, "max_age": self.max_age}
+        if not self.tokens:
+            return age
         over = {f"mismatch_over_{t:g}": s for t, s in zip(THRESHOLDS, self.shares, strict=True)}
         return {
             "mismatch": self.mean_abs,
             "mismatch_max": self.max_abs,
             "mismatch_kl": self.kl,
             **over,
-            "stale_tokens": self.stale_tokens,
-            "max_age": self.max_age,
+            **age,
         }
 
     def exceeds(self, alarm: float) -> bool:
@@ -154,6 +157,13 @@ def importance_weights(
     if kind == "truncated":
         return w_M.clamp(max=cap)
     return w_M.where((w_M >= low) & (w_M <= cap), 0.0)
+
+
+def importance_of(run: Any) -> str:
+    """The mode of a RunConfig's importance weights: `rlvr.importance`, or what fits how it samples."""
+    if run.rlvr.importance == "auto":
+        return "token_truncated" if run.rollout.asynchronous else "off"
+    return run.rlvr.importance
 
 
 def precision_of(rollout: Any, on_gpu: bool) -> str:

@@ -43,8 +43,10 @@ def logps(
     ).logp_M  # fmt: skip
 
 
-def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float):
+def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float, importance: str):
     """The clipped policy loss; the count is trained tokens, or rollouts where each weighs the same.
+
+    importance: as `config.importance`, but not auto.
 
     The trainer's log-probs of the sampled tokens come with the loss, for the mismatch; importance weights need them
     first, which is a product more.
@@ -55,13 +57,13 @@ def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         weight_M, sampled_logp_M = batch.fields["weight"], batch.fields["old_logp"]
         counts_M, old_logp_M, importance_M = weight_M != 0, sampled_logp_M, None
-        if config.importance != "off":
+        if importance != "off":
             with torch.no_grad():
                 old_logp_M = logps(hidden_MD, weight_VD, batch, group)
             importance_M = importance_weights(
                 old_logp_M - sampled_logp_M,
                 counts_M,
-                config.importance,
+                importance,
                 cap=config.importance_cap,
                 low=config.importance_low,
                 documents_M=batch.document_ids_T,
@@ -89,8 +91,9 @@ def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float):
             "rows": metrics.num_rows,
             "entropy": metrics.entropy_sum,
             "clipped": metrics.clipped_sum,
-            "kl": metrics.kl_sum,
         }
+        if config.kl_coef:  # else there is no reference that it could be to
+            sums["kl"] = metrics.kl_sum
         return loss, weight_M.sum(), sums
 
     return head

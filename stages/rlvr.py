@@ -34,6 +34,7 @@ from phimini.stages.mismatch import (
     MismatchError,
     MismatchMeter,
     alarm_level,
+    importance_of,
     precision_of,
 )
 from phimini.stages.mismatch_doctor import EXAMINED, Case, diagnose
@@ -85,7 +86,7 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
     optimizer = start_optimizer(run, model, config.optimizer, config.steps)
     meter = MismatchMeter()
     precision = precision_of(run.rollout, world.device.type == "cuda")
-    head = policy_head(config, meter, ROUNDING[precision])
+    head = policy_head(config, meter, ROUNDING[precision], importance_of(run))
     # Rank 0's own, for a thread beside the training: it talks to the engines and to no other rank.
     beside = Sampler(run, world, OnMain(engine), tokenizer, problems)
     ahead: Background[list[list[Rollout]]] | None = None
@@ -102,8 +103,11 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
         while step < config.steps:
             now = plan(step, config, pool, prompts)
             groups = ahead.result() if ahead is not None else sampler.sample_groups(*now)
-            ahead = None
-            if run.rollout.asynchronous and step + 1 < config.steps:
+            ahead, few = None, []
+            last = step + 1 == config.steps
+            if run.rollout.asynchronous and (run.rollout.partial or last):
+                few = sampler.sample_few(*now)
+            if run.rollout.asynchronous and not last:
                 later = plan(step + 1, config, pool, prompts)
                 ahead = Background(world, lambda later=later: beside.sample_groups(*later))
             fresh = [rollout for group in groups for rollout in group]
@@ -126,9 +130,9 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
                     microbatches = with_reference_logps(frozen, microbatches)
                 metrics = forward_backward(model, microbatches, head)
                 examined = chosen
-                if ahead is not None and not run.rollout.partial:
-                    # Its answers are of one set of weights: these. What was trained on is of older ones.
-                    examined = some_of(ahead.result())
+                if run.rollout.asynchronous:
+                    # Answers of one set of weights: these. What was trained on is of older ones.
+                    examined = few or some_of(ahead, world)
                     measure(examined, model, config, meter)
                 mismatch = meter.take(world)
                 if mismatch.exceeds(alarm_level(config.max_mismatch, precision)):
@@ -289,10 +293,11 @@ def rollout_batch(
     return pack(pieces, multiple_of=world.layout.token_multiple)
 
 
-def some_of(groups: list[list[Rollout]]) -> list[Rollout]:
-    """About as many as the doctor looks at, from all over the groups."""
-    rollouts = [rollout for group in groups for rollout in group]
-    return rollouts[:: max(1, len(rollouts) // EXAMINED)]
+def some_of(ahead: Background[list[list[Rollout]]] | None, world: World) -> list[Rollout]:
+    """About as many as the doctor looks at, from all over the groups, and one for each data rank. Collective."""
+    assert ahead is not None, "but for the last step, the next one's answers are under way"
+    rollouts = [rollout for group in ahead.result() for rollout in group]
+    return rollouts[:: max(1, len(rollouts) // max(EXAMINED, world.data_size))]
 
 
 def measure(

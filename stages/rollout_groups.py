@@ -10,10 +10,14 @@ from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.timing import count, phase
 from phimini.parallel.world import World
 from phimini.stages.config import RlvrConfig, RolloutDpoConfig, RunConfig
+from phimini.stages.mismatch_doctor import EXAMINED
 from phimini.stages.remedies import is_hard, next_size
 from phimini.stages.rollout_engine import RolloutEngine
 from phimini.stages.seeds import derive
 from phimini.stages.verify import verify
+
+FEW_TOKENS = 64
+"""of an answer that is sampled to be measured"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +89,15 @@ class Sampler:
         temperature: float,
         purpose: str,
         wanted: int | None = None,
+        max_new_tokens: int | None = None,
     ) -> list[Rollout]:
-        """One rollout for each (prompt id, index within its group); with `wanted`, a group may stop at so many."""
+        """One rollout for each (prompt id, index within its group); with `wanted`, a group may stop at so many.
+
+        max_new_tokens: none is `rlvr.max_new_tokens`
+        """
         params = SamplingParams(
             temperature=temperature,
-            max_new_tokens=self.config.max_new_tokens,
+            max_new_tokens=max_new_tokens or self.config.max_new_tokens,
             stop_ids=self.tokenizer.stop_ids,
         )
         seeds = [derive(self.run.seed, "rlvr", purpose, step, id, k) for id, k in asked]
@@ -140,6 +148,13 @@ class Sampler:
             rewards = {id: [rollout.reward for rollout in groups[id]] for id in more}
             more = [id for id in more if is_hard(rewards[id], first, config.max_accuracy)]
         return list(groups.values())
+
+    def sample_few(self, ids: list[str], step: int, temperature: float) -> list[Rollout]:
+        """At least EXAMINED short answers, and one for each data rank: to be measured, not trained on."""
+        number = max(EXAMINED, self.world.data_size)
+        asked = [(ids[i % len(ids)], i // len(ids)) for i in range(number)]
+        short = min(FEW_TOKENS, self.config.max_new_tokens)
+        return self.sample(asked, step, temperature, "fresh", max_new_tokens=short)
 
 
 @phase("verify")

@@ -11,14 +11,17 @@ from torch import Tensor
 from phimini.parallel.launch import run_ranks
 from phimini.parallel.layout import Layout
 from phimini.stages import mismatch_doctor
+from phimini.stages.config import override
 from phimini.stages.mismatch import (
     ALARM_LEVELS,
     Mismatch,
     MismatchMeter,
     alarm_level,
+    importance_of,
     importance_weights,
 )
 from phimini.stages.mismatch_doctor import Verdict, diagnose
+from phimini.stages.recipes import tiny
 from phimini.stages.rollout import LocalEngine
 
 
@@ -72,6 +75,12 @@ def test_the_alarm_is_by_precision_and_hears_nan() -> None:
     assert ALARM_LEVELS["float32"] < ALARM_LEVELS["bfloat16"] < ALARM_LEVELS["fp8"]
 
 
+def test_what_was_not_measured_is_not_in_the_log() -> None:
+    some = Mismatch(tokens=5, mean_abs=0.0, max_abs=0.0, kl=0.0, shares=(0, 0), stale_tokens=7, max_age=1)  # fmt: skip
+    assert some.row()["mismatch"] == 0 and some.row()["stale_tokens"] == 7
+    assert dataclasses.replace(some, tokens=0).row() == {"stale_tokens": 7, "max_age": 1}
+
+
 # --- importance weights ----------------------------------------------------------------------------
 D_M = torch.tensor([0.5, -1.0, 3.0, 5e-5, 0.2, 0.3, -0.1])
 COUNTS_M = torch.tensor([1, 1, 1, 1, 1, 0, 1], dtype=torch.bool)
@@ -100,6 +109,21 @@ def test_importance_weights_by_name() -> None:
     assert weighed("sequence_masked") == pytest.approx([e(-0.5)] * 2 + [0.0] * 2 + [e(0.1)] * 3)
     with pytest.raises(ValueError, match="got 'tokens'"):
         weighed("tokens")
+
+
+@pytest.mark.parametrize(
+    ("words", "mode"),
+    [
+        ([], "off"),
+        (["rollout.asynchronous=true"], "token_truncated"),
+        (["rollout.asynchronous=true", "rlvr.importance=off"], "off"),
+        (["rlvr.importance=sequence_masked"], "sequence_masked"),
+    ],
+)
+def test_answers_of_older_weights_are_weighed_unless_told_otherwise(
+    words: list[str], mode: str
+) -> None:
+    assert importance_of(override(tiny(), words)) == mode
 
 
 def test_rounding_weighs_exactly_one() -> None:
