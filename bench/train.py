@@ -165,7 +165,11 @@ def _for_steps(run: RunConfig, stage: str, total: int) -> RunConfig:
         settings.append(f"sft.epochs={epochs}")
     elif stage == "dpo":
         epochs = (total + 0.5) * run.rollout_dpo.pairs_per_step / lines("pairs.jsonl")
-        settings += [f"rollout_dpo.epochs={epochs}", "rollout_dpo.pairs=teacher"]
+        settings += [
+            f"rollout_dpo.epochs={epochs}",
+            "rollout_dpo.pairs=teacher",
+            f"rollout_dpo.pairs_per_prompt={never}",
+        ]
     else:
         settings.append(f"{stage}.steps={total}")
     return override(run, settings)

@@ -73,17 +73,24 @@ def encode_prompt(
 
 
 def encode_example(
-    tokenizer: Tokenizer, question: str, response: str, template: TemplateName = "instruct"
+    tokenizer: Tokenizer,
+    question: str,
+    response: str,
+    template: TemplateName = "instruct",
+    *,
+    ended: bool = True,
 ) -> tuple[list[int], int]:
     """(ids, loss_from): prompt, response, `<|end|>`, `<|endoftext|>`; loss on ids[loss_from:], to the last one.
+
+    ended: a response that was cut off gets no end tokens, since its writer would have gone on.
 
     The response is encoded by itself, as a model would write it: in one text with the prompt,
     `<|assistant|>` would swallow its leading white space. ValueError for text with a control token in it.
     """
     prompt = encode_prompt(tokenizer, question, template)
     _check_plain(tokenizer, "response", response)
-    ids = prompt + tokenizer.encode(response) + [tokenizer.end_id, tokenizer.eos_id]
-    return ids, len(prompt)
+    end = [tokenizer.end_id, tokenizer.eos_id] if ended else []
+    return prompt + tokenizer.encode(response) + end, len(prompt)
 
 
 def _check_plain(tokenizer: Tokenizer, what: str, text: str) -> None:

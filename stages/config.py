@@ -126,6 +126,7 @@ class RolloutDpoConfig:
     rollouts_per_prompt: int = 8
     temperature: float = 0.8
     pairs_per_prompt: int = 2
+    """at most so many pairs of one question, the teacher's too; no answer is in two of them"""
     max_new_tokens: int = 160
     sequence_length: int = 256
     beta: float = 0.1

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from phimini.stages.config import CurateConfig, RunConfig
-from phimini.stages.distill import ROLLOUT_FIELDS
+from phimini.stages.distill import ROLLOUT_FIELDS, has_ended
 from phimini.stages.jsonl import read_rows, write_rows
 from phimini.stages.seeds import derive
 from phimini.stages.stage import Stage
@@ -95,10 +95,14 @@ def water_fill(sizes: dict, weights: dict, total: int) -> dict:
 
 
 def teacher_pairs(rollouts: list[dict]) -> list[dict]:
-    """Per question: its correct rollouts against its rejected ones, each used once."""
+    """Per question: its correct rollouts against its rejected ones, each text used once.
+
+    `rejected_ended` is false of an answer that was cut off. One that was cut off before its first word is left out.
+    """
     questions: dict[str, dict[bool, list[dict]]] = defaultdict(lambda: {True: [], False: []})
-    for row in rollouts:
-        questions[row["problem_id"]][row["correct"]].append(row)
+    for row in distinct(rollouts):
+        if row["response"] or has_ended(row):
+            questions[row["problem_id"]][row["correct"]].append(row)
     return [
         {
             "id": f"{chosen['id']}|{rejected['id']}",
@@ -109,6 +113,7 @@ def teacher_pairs(rollouts: list[dict]) -> list[dict]:
             "answer": chosen["answer"],
             "chosen": chosen["response"],
             "rejected": rejected["response"],
+            "rejected_ended": has_ended(rejected),
             "source": "teacher",
         }
         for problem_id, verdicts in questions.items()

@@ -21,7 +21,7 @@ from phimini.stages.jsonl import read_rows, write_rows
 from phimini.stages.problems import Problem, generate_problems, teach
 from phimini.stages.seeds import derive
 from phimini.stages.stage import Stage
-from phimini.stages.verify import verify
+from phimini.stages.verify import extract_answer, verify
 
 GIVEN_FIELDS = {"question": str, "answer": str, "response": str}
 """of a user's own rollout; what else our own have is worked out"""
@@ -203,9 +203,22 @@ def _read_rollouts(path: Path, name: str) -> list[dict]:
 def _verified(row: dict, id: str) -> dict:
     if not row["answer"].strip():
         raise ValueError(f"{id}: the question has no answer")
+    if (reason := row.get("finish_reason")) not in (None, "stop", "length"):
+        raise ValueError(
+            f"{id}, field 'finish_reason': expected stop or length, got {reason!r:.60}"
+        )
     question = row["question"]
     return (
         {"id": id, "problem_id": question, "family": "", "level": 0, "source": "file"}
         | row
-        | {"correct": verify(row["response"], row["answer"])}
+        | {"correct": has_ended(row) and verify(row["response"], row["answer"])}
     )
+
+
+def has_ended(row: dict) -> bool:
+    """Whether a rollout is whole. Its `finish_reason` tells; without one, a closed box and no open <think>."""
+    if row.get("finish_reason") is not None:
+        return row["finish_reason"] == "stop"
+    response = row["response"]
+    thinking = response.rfind("<think>") > response.rfind("</think>")
+    return not thinking and extract_answer(response) is not None

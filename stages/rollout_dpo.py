@@ -4,11 +4,12 @@
 
 (DPO, arXiv 2305.18290), log-probs summed per answer in fp32, the reference frozen at stage 2's end.
 The pairs come from rollouts freshly sampled from the stage-2 model, or from the teacher's rollouts
-that stages 1 and 2 rejected (the paper's way). An optional likelihood term holds the chosen answers up.
+that stages 1 and 2 rejected (the paper's way), at most `pairs_per_prompt` of a question either way. An optional likelihood term holds the chosen answers up.
 """
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from phimini.parallel.step import StepMetrics, forward_backward, forward_only
 from phimini.parallel.timing import phase
 from phimini.parallel.world import World
 from phimini.stages.config import RolloutDpoConfig, RunConfig
+from phimini.stages.curate import distinct
 from phimini.stages.distill import PROBLEM_FIELDS
 from phimini.stages.evaluate import judge
 from phimini.stages.jsonl import read_rows, write_rows
@@ -45,7 +47,7 @@ from phimini.stages.training import (
     sum_over_data,
 )
 
-PAIR_FIELDS = {"question": str, "chosen": str, "rejected": str}
+PAIR_FIELDS = {"problem_id": str, "question": str, "chosen": str, "rejected": str}
 LN2_TOLERANCE, LN2_TOLERANCE_ROUNDED = 1e-3, 5e-2
 
 
@@ -65,11 +67,11 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
     if stage.complete:
         return
     model, tokenizer = load_model(run, world, "sft")
+    path = Path(run.out) / "curate" / "pairs.jsonl"
     if config.pairs == "policy":
+        path = stage.path / "pairs.jsonl"
         sample_pairs(run, world, stage, model, tokenizer)
-        pairs = read_pairs(stage.path / "pairs.jsonl", tokenizer, run.chat_template)
-    else:
-        pairs = read_pairs(Path(run.out) / "curate" / "pairs.jsonl", tokenizer, run.chat_template)
+    pairs = read_pairs(path, tokenizer, run.chat_template, config.pairs_per_prompt)
     check_lengths(
         [e for p in pairs for e in (p.chosen, p.rejected)],
         config.sequence_length,
@@ -177,10 +179,10 @@ def sample_pairs(
 
 
 def pair_up(rollouts: list[dict], pairs_per_prompt: int, seed: int) -> list[dict]:
-    """Rows of rollouts of one question stand together; random pairs, no rollout used twice."""
+    """Rows of rollouts of one question stand together; random pairs, no text used twice."""
     rng = random.Random(seed)
     questions: dict[str, tuple[list[dict], list[dict]]] = {}
-    for row in rollouts:
+    for row in distinct(rollouts):
         questions.setdefault(row["problem_id"], ([], []))[not row["correct"]].append(row)
     pairs = []
     for correct, incorrect in questions.values():
@@ -190,6 +192,7 @@ def pair_up(rollouts: list[dict], pairs_per_prompt: int, seed: int) -> list[dict
             pairs.append(
                 {
                     "id": f"{chosen['id']}|{rejected['id']}",
+                    "problem_id": chosen["problem_id"],
                     "question": chosen["question"],
                     "answer": chosen["answer"],
                     "chosen": chosen["response"],
@@ -202,17 +205,28 @@ def pair_up(rollouts: list[dict], pairs_per_prompt: int, seed: int) -> list[dict
     return pairs
 
 
-def read_pairs(path: Path, tokenizer: Tokenizer, template: TemplateName) -> list[Pair]:
-    """Sampled answers keep the very tokens that were sampled; written ones are encoded with their end."""
-    pairs = []
+def read_pairs(
+    path: Path, tokenizer: Tokenizer, template: TemplateName, pairs_per_prompt: int | None = None
+) -> list[Pair]:
+    """The first `pairs_per_prompt` of each problem, or all.
+
+    Sampled answers keep the very tokens that were sampled; written ones are encoded with their end, if they have one.
+    """
+    pairs, taken = [], Counter()
     for line, row in enumerate(read_rows(path, PAIR_FIELDS), 1):
+        taken[row["problem_id"]] += 1
+        if pairs_per_prompt is not None and taken[row["problem_id"]] > pairs_per_prompt:
+            continue
         prompt = encode_prompt(tokenizer, row["question"], template)
         sides = []
         for side in ("chosen", "rejected"):
             if f"{side}_tokens" in row:
                 tokens, loss_from = prompt + row[f"{side}_tokens"], len(prompt)
             else:
-                tokens, loss_from = encode_example(tokenizer, row["question"], row[side], template)
+                ended = row.get(f"{side}_ended", True)
+                tokens, loss_from = encode_example(
+                    tokenizer, row["question"], row[side], template, ended=ended
+                )
             sides.append(Example(f"{path}:{line} ({side})", tokens, loss_from))
         pairs.append(Pair(*sides))
     return pairs

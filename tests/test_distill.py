@@ -122,9 +122,29 @@ def test_own_data_is_verified_and_cleared_of_heldout_questions(
     ]
 
 
+def test_an_answer_that_was_cut_off_is_not_correct(run: RunConfig, tmp_path: Path) -> None:
+    """Stages 1 and 2 end what they train on: the model would learn to stop within a sentence."""
+    given = [
+        (r"so \boxed{2}", {}, True),
+        (r"so \boxed{2}. We check", {"finish_reason": "length"}, False),
+        (r"so \boxed{2} ", {"finish_reason": "stop"}, True),
+        (r"<think>so \boxed{2}", {}, False),
+        (r"<think>so \boxed{2}</think>\boxed{2}", {"finish_reason": None}, True),
+    ]
+    question = {"question": "What is 1 + 1?", "answer": "2"}
+    write_source(tmp_path / "own", [question | {"response": r} | more for r, more, _ in given])
+    own = override(run, [f"distill.source={tmp_path / 'own'}", "curate.level_weights=1"])
+    assert [r["correct"] for r in rows(distill(own) / "rollouts.jsonl")] == [c for *_, c in given]
+    assert {r["response"] for r in rows(curate(own) / "midtrain.jsonl")} == {r for r, _, c in given if c}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        (
+            {"question": "q", "answer": "1", "response": "r", "finish_reason": "eos"},
+            r"rollouts.jsonl:1, field 'finish_reason': expected stop or length, got 'eos'",
+        ),
         ({"question": "q", "response": "r"}, r"rollouts.jsonl.*1.*answer"),
         ({"question": "q", "answer": " ", "response": "r"}, r"rollouts.jsonl.*1.*answer"),
         ({"question": "q", "answer": 3, "response": "r"}, r"rollouts.jsonl.*1.*answer"),

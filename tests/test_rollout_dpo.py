@@ -1,4 +1,4 @@
-"""Stage 3's check of its first step: policy and reference are one model, and say so in FP8 and bf16 too."""
+"""Stage 3's pairs; and its check of its first step: policy and reference are one model, and say so in FP8 and bf16 too."""
 
 import json
 import math
@@ -19,9 +19,16 @@ from phimini.parallel.launch import run_ranks
 from phimini.parallel.step import StepMetrics
 from phimini.parallel.world import initialize
 from phimini.stages.config import override
-from phimini.stages.jsonl import write_json, write_rows
+from phimini.stages.curate import teacher_pairs
+from phimini.stages.jsonl import read_json, read_rows, write_json, write_rows
 from phimini.stages.recipes import tiny
-from phimini.stages.rollout_dpo import check_first_step, rollout_dpo, same_in_any_batch
+from phimini.stages.rollout_dpo import (
+    check_first_step,
+    pair_up,
+    read_pairs,
+    rollout_dpo,
+    same_in_any_batch,
+)
 from phimini.stages.training import layout_of
 
 
@@ -40,7 +47,7 @@ def make_run(folder: Path) -> None:
     tokenizer.save(folder / "sft" / "model", chat_template=TEMPLATES["instruct"])
     answers = [numbers(rng.randrange(10, 60)) for _ in range(64)]
     pairs = [
-        {"id": f"p{i}", "question": numbers(3), "answer": "1", "chosen": chosen, "rejected": rejected}
+        {"id": f"p{i}", "problem_id": f"p{i}", "question": numbers(3), "answer": "1", "chosen": chosen, "rejected": rejected}
         for i, (chosen, rejected) in enumerate(zip(answers[::2], answers[1::2], strict=True))
     ]  # fmt: skip
     write_rows(folder / "curate" / "pairs.jsonl", pairs)
@@ -53,6 +60,62 @@ def first_loss(folder: Path, *words: str) -> float:
     rollout_dpo(run, initialize(layout_of(run), preset("tiny")))
     lines = (folder / "rollout_dpo" / "metrics.jsonl").read_text().splitlines()
     return json.loads(lines[0])["preference_loss"]
+
+
+def teachers() -> list[dict]:
+    """Rollouts of one question: a few right ones, and wrong ones that were cut off or not."""
+    answers = [
+        ("so \\boxed{4}", True), ("hence \\boxed{4}", True), ("so \\boxed{4}", True),
+        ("then \\boxed{4}", True), ("ends \\boxed{5}", False), ("was cut", False),
+        ("ends \\boxed{5}", False), ("<think>so \\boxed{5}", False),
+    ]  # fmt: skip
+    return [
+        {"id": f"r{k}", "problem_id": "p", "family": "", "level": 0, "question": "q?", "answer": "4",
+         "response": response, "correct": right}
+        for k, (response, right) in enumerate(answers)
+    ]  # fmt: skip
+
+
+def test_a_rejected_answer_that_was_cut_off_keeps_no_end(tmp_path: Path) -> None:
+    tokenizer = train_tiny_tokenizer(["text was cut q? boxed 1234567890"] * 3, vocab_size=256)
+    write_rows(tmp_path / "pairs.jsonl", teacher_pairs(teachers()))
+    pairs = read_pairs(tmp_path / "pairs.jsonl", tokenizer, "instruct")
+    ends = [tokenizer.end_id, tokenizer.eos_id]
+    assert [pair.chosen.tokens[-2:] == ends for pair in pairs] == [True, True, True]
+    rejected = [pair.rejected.tokens[pair.rejected.loss_from :] for pair in pairs]
+    assert rejected == [
+        tokenizer.encode("ends \\boxed{5}") + ends,
+        tokenizer.encode("was cut"),
+        tokenizer.encode("<think>so \\boxed{5}"),
+    ]
+
+
+def test_the_teachers_pairs_have_no_text_twice_and_are_limited(tmp_path: Path) -> None:
+    pairs = teacher_pairs(teachers())
+    assert len({p["chosen"] for p in pairs}) == len({p["rejected"] for p in pairs}) == len(pairs) == 3  # fmt: skip
+    tokenizer = train_tiny_tokenizer(["q?"] * 3, vocab_size=256)
+    other = [row | {"problem_id": "other"} for row in pairs]
+    write_rows(tmp_path / "pairs.jsonl", [*pairs, *other])
+    taken = [
+        len(read_pairs(tmp_path / "pairs.jsonl", tokenizer, "instruct", most)) for most in (1, 2, 9)
+    ]
+    assert taken == [2, 4, 6]
+
+
+def test_the_teachers_pairs_are_limited_in_the_stage(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    rows = read_rows(tmp_path / "curate" / "pairs.jsonl", {})
+    write_rows(tmp_path / "curate" / "pairs.jsonl", [row | {"problem_id": "one"} for row in rows])
+    run_ranks(
+        first_loss, 1, tmp_path, "rollout_dpo.pairs_per_prompt=3", "rollout_dpo.pairs_per_step=2"
+    )
+    assert read_json(tmp_path / "rollout_dpo" / "summary.json")["pairs"] == 3
+
+
+def test_a_models_own_pairs_have_no_text_twice() -> None:
+    rows = [row | {"response_tokens": [1]} for row in teachers()]
+    pairs = pair_up(rows, 9, seed=0)
+    assert len({p["chosen"] for p in pairs}) == len({p["rejected"] for p in pairs}) == len(pairs) == 3  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", ["blockwise", "tensorwise"])
