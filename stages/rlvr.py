@@ -55,6 +55,7 @@ from phimini.stages.rollout_groups import Rollout, Sampler, check_room
 from phimini.stages.seeds import derive
 from phimini.stages.stage import Interrupt, Stage
 from phimini.stages.training import Progress, load_model, start_optimizer
+from phimini.stages.unused_rollouts import count_unused, is_masked, no_update
 
 
 def rlvr(run: RunConfig, world: World, *, redo: bool = False) -> None:
@@ -91,7 +92,7 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
     beside = Sampler(run, world, OnMain(engine), tokenizer, problems)
     ahead: Background[list[list[Rollout]]] | None = None
 
-    state = {"tokens": 0, "sampled_tokens": 0, "waiting": []}
+    state = {"tokens": 0, "sampled_tokens": 0, "waiting": [], "unused": {}}
     progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
     step = progress.resume()
     if step:
@@ -116,6 +117,7 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
             young = [r for r in chosen if r.age(model.num_updates) <= run.rollout.max_staleness]
             row = describe(groups, young, config, now.temperature)
             row["too_stale"] = len(chosen) - len(young)
+            count_unused(state["unused"], groups, row, config)
             chosen = young
             state["sampled_tokens"] += sum(len(r.response) for r in fresh)
             state["waiting"] = []
@@ -152,13 +154,17 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
                     "grad_norm": info.grad_norm,
                     "tokens": sum(map(len, chosen)),
                 }
+            row["waiting"] = len(state["waiting"])
             step += 1
             if world.is_main:
                 write_rollouts(stage.path / "rollouts" / f"{step:06d}.jsonl", fresh, tokenizer)
             log.write(step - 1, **row)
             progress.after_step(step, step == config.steps, interrupt)
-    state.pop("waiting")
-    progress.finish(tokenizer, {"steps": config.steps, "pool": len(pool)})
+    waiting, unused = len(state.pop("waiting")), state.pop("unused")
+    if not model.num_updates:
+        raise ValueError(no_update(unused, waiting, config, run.rollout.max_staleness))
+    found = {"updates": model.num_updates, "waiting": waiting, "pool": len(pool)}
+    progress.finish(tokenizer, {"steps": config.steps} | found)
 
 
 class Plan(NamedTuple):
@@ -240,8 +246,7 @@ def choose(groups: list[list[Rollout]], config: RlvrConfig, seed: int) -> list[R
     rng = random.Random(seed)
     chosen: list[Rollout] = []
     for group in groups:
-        if config.truncated == "masked":
-            group = [rollout for rollout in group if not rollout.truncated]
+        group = [rollout for rollout in group if not is_masked(rollout, config)]
         rewards = [rollout.reward for rollout in group]
         if not rewards or min(rewards) == max(rewards):
             continue

@@ -1,4 +1,4 @@
-"""What each training stage of a run asks of its GPUs, for the plan: rows, lengths, forwards, answers, sequences in flight"""
+"""What each training stage of a run asks of its GPUs, for the plan: rows, lengths, forwards, sequences in flight"""
 
 import math
 from functools import partial

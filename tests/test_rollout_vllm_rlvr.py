@@ -10,6 +10,7 @@ from vllm_process import in_vllm
 
 from phimini.parallel.launch import RankFailure, run_ranks
 from phimini.parallel.layout import Layout
+from phimini.stages.jsonl import read_rows
 from phimini.stages.rollout import LocalEngine, Sampled, Span
 
 VLLM = "rollout.engine=vllm"
@@ -70,11 +71,14 @@ def test_answers_older_than_the_limit_are_not_trained_on(tmp_path: Path, limit: 
         LocalEngine.generate = tagged  # pyright: ignore[reportAttributeAccessIssue]
         return reinforce(run)
 
-    rows = run_ranks(two_updates_old, 1)[0]
     if limit == 1:
+        with pytest.raises(RankFailure, match="no update.* [1-9][0-9]* rollouts were older than rollout.max_staleness=1"):  # fmt: skip
+            run_ranks(two_updates_old, 1)
+        rows = read_rows(Path(run.out) / "rlvr" / "metrics.jsonl", {})
         assert all(row["too_stale"] > 0 and row["used_rollouts"] == 0 for row in rows)
         assert not any("mismatch" in row for row in rows), "no update was made"
     else:
+        rows = run_ranks(two_updates_old, 1)[0]
         assert all(row["too_stale"] == 0 for row in rows)
         assert {row["max_age"] for row in rows if "max_age" in row} == {2}
 
