@@ -54,7 +54,7 @@ SETTINGS = (
     "rollout_dpo.pairs=teacher", "rollout_dpo.pairs_per_step=4", "rollout_dpo.micro_pairs=2",
     "rlvr.steps=2", "rlvr.prompts_per_step=4", "rlvr.rollouts_per_prompt=4", "rlvr.probe_prompts=8",
     "rlvr.min_rollouts=2", "rlvr.rebalance=false", "rlvr.max_new_tokens=16", "rlvr.micro_rollouts=8",
-    "rlvr.optimizer.warmup_ratio=0",
+    "rlvr.optimizer.warmup_ratio=0", "rlvr.uniform_length=false",
 )  # fmt: skip
 Losses = dict[str, dict[str, list[list[float]]]]
 """stage -> layout -> step -> FIELDS"""

@@ -21,7 +21,7 @@ MINIATURE = [
     "distill.num_heldout=4", "distill.num_validation=4", "distill.num_prompts=8", "curate.sft_examples=8",
     "midtrain.epochs=none", "midtrain.steps=2", "midtrain.sequence_length=256", "midtrain.rows_per_step=2",
     "sft.epochs=1", "sft.examples_per_step=4", "sft.sequence_length=256",
-    "rollout_dpo.pairs_per_step=14", "rollout_dpo.sequence_length=256",
+    "rollout_dpo.pairs_per_step=11", "rollout_dpo.sequence_length=256",
     "rlvr.steps=2", "rlvr.prompts_per_step=2", "rlvr.rollouts_per_prompt=4", "rlvr.probe_prompts=8",
     "rlvr.oversample_to=8", "rlvr.max_new_tokens=16", "rlvr.sequence_length=256", "rlvr.min_rollouts=2",
     "rlvr.max_accuracy=0.9", "evaluate.max_new_tokens=16",
