@@ -21,10 +21,12 @@
     phimini bench                            measuring; names its benches
     torchrun --nproc-per-node 2 -m phimini.stages.cli recipe tiny tensor_parallel=2
 
-A stage that is complete is not run again; `--redo` does. Exit status: 0 done, 1 a check or plan says no, a rank was
-lost, a file cannot be read or written, 2 bad input, 130 stopped and saved (Ctrl-C, SIGTERM; the same command goes on).
+A stage that is complete is not run again; `--redo` does. One command at a time writes into a run's folder. Exit status:
+0 done, 1 a check or plan says no, a rank was lost, the folder is in use, a file cannot be read or written, 2 bad input,
+130 stopped and saved (Ctrl-C, SIGTERM; the same command goes on).
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -48,6 +50,7 @@ from phimini.stages.recipe import DATA, TRAINING, recipe
 from phimini.stages.recipes import recipe_config
 from phimini.stages.report import write_report
 from phimini.stages.rollout_separate import serve
+from phimini.stages.run_lock import RunLock, held_by_main
 from phimini.stages.stage import Stopped
 from phimini.stages.training import layout_of
 from phimini.stages.workloads import workloads
@@ -149,10 +152,12 @@ def dispatch(arguments: list[str]) -> int:
         if stage not in (known := ("base", *TRAINING)):
             raise ValueError(f"evaluate stage={stage}: {nearest(stage, known)}")
     if verb == "report":
-        write_report(Path(run.out))
+        with RunLock(run.out):
+            write_report(Path(run.out))
         return 0
     if verb in DATA:
-        DATA[verb](run, redo=redo)
+        with RunLock(run.out, make=verb == "distill"):
+            DATA[verb](run, redo=redo)
         return 0
     start(run, verb, stage, redo)
     return 0
@@ -230,7 +235,9 @@ def run_rank(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
     world: World = initialize(
         layout_of(run), base_config(run), timeout_s=run.collective_deadline_s, seed=run.seed
     )
-    with closing_or_naming_lost_ranks(world):
+    reads_only = verb == "doctor"
+    lock = contextlib.nullcontext() if reads_only else held_by_main(world, run.out, make=verb == "recipe")  # fmt: skip
+    with closing_or_naming_lost_ranks(world), lock:
         if verb == "recipe":
             recipe(run, world, redo=redo)
         elif verb == "controls":

@@ -39,7 +39,6 @@ def recipe(run: RunConfig, world: World, *, redo: bool = False) -> None:
     """Run what is not complete yet. With `redo`, everything again."""
     started = time.perf_counter()
     if world.is_main:
-        Path(run.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(run.out) / "config.json", to_dict(run))
         for stage in DATA.values():
             stage(run, redo=redo)
