@@ -16,6 +16,7 @@ from phimini.model.words import nearest
 from phimini.parallel.launch import RankFailure
 from phimini.stages.cli import EXPECTED
 from phimini.stages.cli import main as stages_main
+from phimini.stages.output import lasting_output
 
 _FIRST_LINE = re.compile(r'"""`(phimini bench ([a-z0-9-]+)[^`]*)`[.:]? *(.*?)(?:""")?$')
 
@@ -42,6 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] != "bench":
         return stages_main(arguments)
+    with lasting_output() as output:
+        status = bench(arguments)
+    return status or int(output.lost is not None)
+
+
+def bench(arguments: list[str]) -> int:
     known = benches()
     if len(arguments) < 2 or arguments[1] in ("-h", "--help"):
         print("\n".join(usage for _, usage in known.values()))

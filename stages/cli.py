@@ -30,7 +30,10 @@ import contextlib
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from phimini.model.config import preset
@@ -46,6 +49,7 @@ from phimini.stages.dry_run import dry_run, is_ready
 from phimini.stages.evaluate import evaluate
 from phimini.stages.gpu_checklist import checklist
 from phimini.stages.mismatch_doctor import doctor as mismatch_doctor
+from phimini.stages.output import lasting_output
 from phimini.stages.recipe import DATA, TRAINING, recipe
 from phimini.stages.recipes import recipe_config
 from phimini.stages.report import write_report
@@ -84,6 +88,38 @@ VERBS = (
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 a check or plan that says no, 2 bad input, 130 stopped by the user."""
     arguments = sys.argv[1:] if argv is None else argv
+    with lasting_output() as output, sigterm_as_ctrl_c():
+        status = exit_status(arguments)
+    writes_files = {*arguments} & {
+        *VERBS[: VERBS.index("serve") + 1]
+    } and "--dry-run" not in arguments
+    # Of a command that only prints, lost output is the result.
+    return status or int(output.lost is not None and not writes_files)
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """A first SIGTERM raises KeyboardInterrupt, so that what is half written goes; another one does not disturb that.
+
+    A step loop and an export, which have something to save, take the signal over (`stage.Interrupt`).
+    """
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only a process's main thread may set handlers
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def exit_status(arguments: list[str]) -> int:
+    """`dispatch`, with expected errors as one line on standard error."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
@@ -226,7 +262,6 @@ def start(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
     if "RANK" in os.environ or run.processes == 1:
         run_rank(run, verb, stage, redo)
     else:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the ranks save first
         run_ranks(run_rank, run.processes, run, verb, stage, redo)
 
 

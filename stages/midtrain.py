@@ -95,15 +95,17 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
             done = step == steps or (config.stop == "saturation" and saturated)
             log.write(step - 1, **row)
             progress.after_step(step, done, interrupt)
-    progress.finish(
-        tokenizer,
-        {
-            "steps": step,
-            "documents": len(examples),
-            "packing_efficiency": sum(map(len, examples)) / (len(rows) * config.sequence_length),
-            "epochs": step * config.rows_per_step / len(rows),
-        },
-    )
+        progress.finish(
+            tokenizer,
+            {
+                "steps": step,
+                "documents": len(examples),
+                "packing_efficiency": sum(map(len, examples))
+                / (len(rows) * config.sequence_length),
+                "epochs": step * config.rows_per_step / len(rows),
+            },
+            interrupt,
+        )
 
 
 def step_budget(config: MidtrainConfig, num_rows: int) -> int:

@@ -160,11 +160,11 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
                 write_rollouts(stage.path / "rollouts" / f"{step:06d}.jsonl", fresh, tokenizer)
             log.write(step - 1, **row)
             progress.after_step(step, step == config.steps, interrupt)
-    waiting, unused = len(state.pop("waiting")), state.pop("unused")
-    if not model.num_updates:
-        raise ValueError(no_update(unused, waiting, config, run.rollout.max_staleness))
-    found = {"updates": model.num_updates, "waiting": waiting, "pool": len(pool)}
-    progress.finish(tokenizer, {"steps": config.steps} | found)
+        waiting, unused = len(state.pop("waiting")), state.pop("unused")
+        if not model.num_updates:
+            raise ValueError(no_update(unused, waiting, config, run.rollout.max_staleness))
+        found = {"updates": model.num_updates, "waiting": waiting, "pool": len(pool)}
+        progress.finish(tokenizer, {"steps": config.steps} | found, interrupt)
 
 
 class Plan(NamedTuple):

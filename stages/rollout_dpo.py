@@ -117,7 +117,9 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
             }
             log.write(step - 1, **row)
             progress.after_step(step, step == steps, interrupt)
-    progress.finish(tokenizer, {"steps": step, "pairs": len(pairs), "pairs_from": config.pairs})
+        progress.finish(
+            tokenizer, {"steps": step, "pairs": len(pairs), "pairs_from": config.pairs}, interrupt
+        )
 
 
 def sample_pairs(

@@ -84,11 +84,12 @@ def fine_tune(
                 row["validation_loss"] = validation_loss(model, validation, world)
             log.write(step - 1, **row)
             progress.after_step(step, step == steps, interrupt)
-    progress.finish(
-        tokenizer,
-        {
-            "steps": step,
-            "examples": len(examples),
-            "epochs": steps * config.examples_per_step / len(examples),
-        },
-    )
+        progress.finish(
+            tokenizer,
+            {
+                "steps": step,
+                "examples": len(examples),
+                "epochs": steps * config.examples_per_step / len(examples),
+            },
+            interrupt,
+        )

@@ -173,7 +173,11 @@ class Interrupt:
         if self._flag and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._flag = True
-        print("stopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
+        print(
+            "stopping after this step or export (Ctrl-C again: at once)",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def requested(self, world: World) -> bool:
         """True on every rank as soon as one rank was asked to stop; a collective call."""

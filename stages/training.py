@@ -131,7 +131,7 @@ class Progress:
         return step
 
     def after_step(self, step: int, last: bool, interrupt: Interrupt) -> None:
-        """Save when due. Raises Stopped, after saving, when the run was asked to stop."""
+        """Save when due. Raises Stopped, after saving, when the run was asked to stop; after the last step `finish` does."""
         asked = interrupt.requested(self.world)
         due = not last and (asked or step % self.every == 0)
         if self.pending is not None:
@@ -160,14 +160,19 @@ class Progress:
             "cpu_seconds": self.state["cpu_seconds"] + cpu,
         }
 
-    def finish(self, tokenizer: Tokenizer, summary: Row) -> None:
-        """Export the model as a Hugging Face folder and mark the stage complete."""
+    def finish(self, tokenizer: Tokenizer, summary: Row, interrupt: Interrupt) -> None:
+        """Export the model as a Hugging Face folder and mark the stage complete. Raises Stopped, after that, when the run was
+        asked to stop: the steps since the last checkpoint are saved nowhere else."""
         directory = self.stage.path / "model"
         export_hf(self.model, directory, tokenizer=tokenizer)
         spent = self.time_spent()
         if self.world.is_main:
             self.stage.finish(self.state | spent | summary)
         self.world.barrier()
+        if interrupt.requested(self.world):
+            raise Stopped(
+                f"{self.stage.name} is complete; the same command goes on with what follows"
+            )
 
 
 def cross_entropy_head(
