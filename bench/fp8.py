@@ -173,7 +173,7 @@ class Windows:
         """steps: from where the scheduler stands, which is where it will stand again after the window."""
         for tensor, copy in zip(self._state(), tensors, strict=True):
             tensor.copy_(copy)
-        self._optimizer.scheduler.num_steps += steps
+        self._optimizer.scheduler.step(steps)
         self._model.num_updates += steps
 
 

@@ -1,4 +1,8 @@
-"""AdamW with warm-up, decay and clipping: Megatron's optimizer and scheduler behind three calls."""
+"""AdamW with warm-up, decay and clipping: Megatron's optimizer and scheduler behind four calls.
+
+A step's learning rate is the schedule's value before the step, as in torch, transformers and Megatron: with s warm-up
+steps of n, step k (from 0) has lr * k / s while k < s, then decays towards `min_lr`, which step n would have.
+"""
 
 import math
 from dataclasses import dataclass
@@ -22,13 +26,13 @@ class OptimizerConfig:
     """AdamW and its schedule. Vectors (norm weights) are never decayed."""
 
     lr: float
-    """the highest learning rate, reached at the end of the warm-up"""
+    """the highest learning rate, that of step `warmup_steps` (from 0)"""
     min_lr: float = 0.0
-    """the learning rate of the last step"""
+    """the learning rate after `total_steps` steps"""
     warmup_steps: int = 0
-    """step k of the first `warmup_steps` (k from 1) uses lr * k / warmup_steps"""
+    """step k of the first `warmup_steps` (k from 0) uses lr * k / warmup_steps"""
     total_steps: int = 1
-    """steps until `min_lr`; later steps stay there"""
+    """steps before `min_lr`; later steps stay there"""
     decay: Decay = "cosine"
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
@@ -71,7 +75,11 @@ class StepInfo:
 
 
 class Optimizer:
-    """`zero_grad`, then `forward_backward`, then `step`; checkpoints reach `megatron` and `scheduler`."""
+    """`zero_grad`, then `forward_backward`, then `step`; or `skip`. Checkpoints reach `megatron` and `scheduler`.
+
+    The schedule goes with the steps, not with the updates: a skipped step moves it as any other does. A gradient of
+    zeros is no reason to skip: moments and weight decay move the weights.
+    """
 
     def __init__(
         self,
@@ -93,8 +101,8 @@ class Optimizer:
     @phase("optimizer")
     @torch.no_grad()
     def step(self) -> StepInfo:
-        """One update. Raises NonFiniteError on every rank, before any weight changes, if the gradient is not finite."""
-        self.scheduler.step(1)
+        """One update. Raises NonFiniteError on every rank, before weights or schedule change, if the gradient is not finite."""
+        lr = self.megatron.param_groups[0]["lr"]
         refuse_unscheduled_decay(self.megatron.param_groups, self.config.weight_decay)
         self.megatron.prepare_grads()
         grad_norm = float(self.megatron.get_grad_norm() or 0.0)
@@ -109,7 +117,12 @@ class Optimizer:
                     )
         self.megatron.step_with_ready_grads()
         self.model.num_updates += 1
-        return StepInfo(grad_norm=grad_norm, lr=self.megatron.param_groups[0]["lr"])
+        self.skip()
+        return StepInfo(grad_norm=grad_norm, lr=lr)
+
+    def skip(self) -> None:
+        """One step of the schedule without an update."""
+        self.scheduler.step(1)
 
 
 def build_optimizer(

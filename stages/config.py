@@ -23,9 +23,9 @@ class OptimizerSettings:
     lr: float
     """peak learning rate"""
     min_lr_ratio: float = 0.0
-    """the last step's learning rate over the peak"""
+    """learning rate after the last step, over the peak"""
     warmup_ratio: float = 0.1
-    """share of the steps with linear warm-up"""
+    """share of the steps with linear warm-up, from 0 at the first step"""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """shape after the warm-up"""
     beta1: float = 0.9
@@ -159,7 +159,8 @@ class RlvrConfig:
     truncated: Literal["negative", "masked"] = "negative"
     """a rollout without an end counts as wrong, or is left out of the loss"""
     min_rollouts: int = 64
-    """an update with fewer usable rollouts is skipped and its rollouts wait for the next"""
+    """an update with fewer usable rollouts is skipped and its rollouts wait for the next; learning rate and temperature
+    follow the steps, skipped ones too"""
     # Remedy 1: prompt selection by uniform response length, over rounds of sampling. Too easy ones are left out.
     uniform_length: bool = True
     probe_prompts: int = 1200

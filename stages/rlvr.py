@@ -123,6 +123,7 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
             state["waiting"] = []
             if len(chosen) < config.min_rollouts:
                 state["waiting"] = [dataclasses.asdict(rollout) for rollout in chosen]
+                optimizer.skip()
             else:
                 with phase("sync"):
                     engine.rest()
@@ -176,7 +177,7 @@ class Plan(NamedTuple):
 
 
 def plan(step: int, config: RlvrConfig, pool: list[str], prompts: EpochSampler) -> Plan:
-    """The step's prompts, and remedy 3's temperature."""
+    """The step's prompts, and remedy 3's temperature: like the learning rate, it follows the steps, not the updates."""
     temperature = config.start_temperature
     if config.anneal:
         temperature = temperature_at(

@@ -88,10 +88,11 @@ def load_model(run: RunConfig, world: World, stage: str) -> tuple[Model, Tokeniz
 def start_optimizer(
     run: RunConfig, model: Model, settings: OptimizerSettings, steps: int
 ) -> Optimizer:
+    """Return the optimizer of a stage of `steps` steps, the last of which is never one of warm-up."""
     config = OptimizerConfig(
         lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
-        warmup_steps=round(settings.warmup_ratio * steps),
+        warmup_steps=min(round(settings.warmup_ratio * steps), steps - 1),
         total_steps=steps,
         decay=settings.decay,
         weight_decay=settings.weight_decay,

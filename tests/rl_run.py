@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from rollout_cases import LONG, reference
@@ -45,9 +46,18 @@ def run_config(folder: Path, *more: str) -> RunConfig:
     return override(tiny(), [f"out={folder}", *SETTINGS, *more])
 
 
-def reinforce(run: RunConfig, layout: Layout | None = None) -> list[dict]:
-    """Stage 4 in this rank; the reward is +1 for answers whose text has an even length. Returns the log's rows."""
-    rollout_groups.reward = lambda response, finish_reason, problem: 1.0 - 2.0 * (len(response) % 2)
+def even_length(response: str, finish_reason: str, problem: dict) -> float:
+    """+1 for answers whose text has an even length."""
+    return 1.0 - 2.0 * (len(response) % 2)
+
+
+def reinforce(
+    run: RunConfig,
+    layout: Layout | None = None,
+    reward: Callable[[str, str, dict], float] = even_length,
+) -> list[dict]:
+    """Run stage 4 in this rank, with this reward; return the log's rows."""
+    rollout_groups.reward = reward
     config = dataclasses.replace(LONG)
     world = initialize(layout or Layout(), config)
     stage = Stage.begin(run, "rlvr", world)

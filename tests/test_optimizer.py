@@ -1,6 +1,8 @@
 """Megatron's optimizer behind `Optimizer` equals torch's AdamW; the schedule; failures before any update."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from test_parallel_parity import (  # noqa: F401
     share_of,
 )
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+from transformers import get_scheduler
 
 from phimini.model.reference import Phi4Mini
 from phimini.parallel.builder import build_model
@@ -27,9 +31,9 @@ from phimini.parallel.world import initialize
 
 # eps is large, or the sign of a gradient that is zero up to rounding would decide the step.
 ADAMW = OptimizerConfig(
-    lr=1e-2, min_lr=1e-3, warmup_steps=2, total_steps=4, decay="linear", weight_decay=0.1, eps=1e-5, clip=0.5
+    lr=1e-2, min_lr=1e-3, total_steps=3, decay="linear", weight_decay=0.1, eps=1e-5, clip=0.5
 )  # fmt: skip
-LEARNING_RATES = [0.5e-2, 1e-2, 0.55e-2]
+LEARNING_RATES = [1e-2, 0.7e-2, 0.4e-2]
 STEPS = 3
 
 
@@ -123,28 +127,66 @@ def test_decayed_vectors_are_seen(want: tuple) -> None:
     assert largest_difference(torch_steps(weight_decay_of_vectors=0.1)[1], want[1]) > 1e-3
 
 
-def lr_rank(optimizer_config: OptimizerConfig, steps: int) -> list[float]:
+def lr_rank(optimizer_config: OptimizerConfig, steps: int, skipped: tuple[int, ...] = ()) -> list[float]:  # fmt: skip
+    """The learning rates of the updates; there is none in the steps `skipped`."""
     world = initialize(Layout(), config())
     model = build_model(config(), world, seed=0)
     optimizer = build_optimizer(model, optimizer_config)
     optimizer.zero_grad()
-    lrs = [optimizer.step().lr for _ in range(steps)]
+    lrs = [optimizer.skip() if k in skipped else optimizer.step().lr for k in range(steps)]
+    lrs = [lr for lr in lrs if lr is not None]
+    assert model.num_updates == len(lrs) == steps - len(skipped)
     world.close()
     return lrs
 
 
-@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
-def test_learning_rates(decay) -> None:
-    schedule = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=4, total_steps=12, decay=decay)
-    (lrs,) = run_ranks(lr_rank, 1, schedule, 14, timeout_s=200)
-    share = [(k - 4) / 8 for k in range(5, 13)]
-    after = {
-        "constant": [1.0] * 8,
-        "linear": [1.0 - 0.8 * s for s in share],
-        "cosine": [0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * s)) for s in share],
-    }[decay]
-    end = 1.0 if decay == "constant" else 0.2
-    assert lrs == pytest.approx([0.25, 0.5, 0.75, 1.0, *after, end, end])
+def values_of(schedule: Callable[[torch.optim.Optimizer], Any], steps: int) -> list[float]:
+    """What a loop of torch's, or transformers' Trainer, would use: the value before each step."""
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1.0)
+    scheduler, values = schedule(optimizer), []
+    for _ in range(steps):
+        values.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+def warmed_up(name: str) -> Callable[[torch.optim.Optimizer], Any]:
+    return lambda optimizer: get_scheduler(
+        name, optimizer, num_warmup_steps=4, num_training_steps=12
+    )
+
+
+THEIRS = {
+    "constant": (warmed_up("constant_with_warmup"), {"warmup_steps": 4}),
+    "linear": (warmed_up("linear"), {"warmup_steps": 4}),
+    "cosine": (warmed_up("cosine"), {"warmup_steps": 4}),
+    "linear, torch": (lambda o: LinearLR(o, 1.0, 0.2, total_iters=12), {"min_lr": 0.2}),
+    "cosine, torch": (lambda o: CosineAnnealingLR(o, T_max=12, eta_min=0.2), {"min_lr": 0.2}),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_learning_rates_are_those_of_torch_and_transformers(name: str) -> None:
+    schedule, fields = THEIRS[name]
+    decay: Any = name.split(",")[0]
+    ours = OptimizerConfig(lr=1.0, total_steps=12, decay=decay, **fields)
+    (lrs,) = run_ranks(lr_rank, 1, ours, 12, timeout_s=200)
+    assert lrs == pytest.approx(values_of(schedule, 12))
+    assert lrs[-1] > 0
+
+
+def test_after_its_last_step_a_schedule_stays_at_its_end() -> None:
+    ours = OptimizerConfig(lr=1.0, min_lr=0.2, total_steps=3)
+    (lrs,) = run_ranks(lr_rank, 1, ours, 5, timeout_s=200)
+    assert lrs[:1] + lrs[3:] == [1.0, 0.2, 0.2] and lrs[2] > 0.2
+
+
+def test_a_skipped_step_moves_the_schedule_and_no_weight() -> None:
+    ours = OptimizerConfig(lr=1.0, warmup_steps=2, total_steps=8, decay="linear")
+    (every,) = run_ranks(lr_rank, 1, ours, 8, timeout_s=200)
+    (some,) = run_ranks(lr_rank, 1, ours, 8, (0, 3, 4), timeout_s=200)
+    assert some == [every[k] for k in (1, 2, 5, 6, 7)]
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
@@ -164,7 +206,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
         except NonFiniteError as error:
             text = str(error)
         same = all(a.equal(p) for a, (_, p) in zip(before, model.named_parameters(), strict=True))
-        return text, same and model.num_updates == 0
+        return text, same and model.num_updates == optimizer.scheduler.num_steps == 0
 
     results = run_ranks(rank, 2, timeout_s=200)
     assert all(unchanged for _, unchanged in results)
