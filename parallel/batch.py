@@ -119,6 +119,20 @@ class PackedBatch:
         )
 
 
+def idle(batch: PackedBatch) -> PackedBatch:
+    """Return `batch` with no target and every field 0: a rank with less to train on than the others runs it beside theirs.
+
+    It goes through the same collectives and adds 0 to loss, count and gradients.
+    """
+    zeros = lambda fields: {name: torch.zeros_like(x) for name, x in fields.items()}
+    return replace(
+        batch,
+        targets_T=torch.full_like(batch.targets_T, IGNORE),
+        fields=zeros(batch.fields),
+        document_fields=zeros(batch.document_fields),
+    )
+
+
 @phase("data")
 def pack(documents: Sequence[Document], multiple_of: int = 1) -> PackedBatch:
     """Lays `documents` end to end.

@@ -190,7 +190,7 @@ def plan_stage(
     layouts: consider only these (as given, or with `data` None).
 
     Raises ValueError for what a run refuses: a layout that does not divide the world, the model or its FP8 products, a
-    recipe that the GPU has not, a global batch that cannot be divided over any layout's replicas.
+    recipe that the GPU has not.
     """
     if world_size < 1:
         raise ValueError(f"plan: expected at least 1 GPU, got {world_size}")
@@ -198,16 +198,8 @@ def plan_stage(
         fp8.check_recompute(recomputes[0], _fp8(workload, gpu))
     candidates = _planned(config, workload, gpu, world_size, layouts, recomputes)
     if not candidates:
-        near = (
-            (1 << world_size.bit_length() - 1, 1 << world_size.bit_length())
-            if layouts is None
-            else ()
-        )
-        fits = [str(n) for n in near if _planned(config, workload, gpu, n, None, recomputes)]
-        hint = f"; {' or '.join(fits)} GPUs would do" if fits else ""
         raise ValueError(
-            f"plan, {workload.stage}: rows_per_step {workload.rows_per_step} cannot be divided into micro-batches of "
-            f"{workload.micro_rows} rows over the replicas of any layout of {world_size} GPUs{hint}"
+            f"plan, {workload.stage}: no layout of {world_size} GPUs gives {workload.fp8} FP8 products that divide"
         )
     fitting = sorted((c for c in candidates if c.fits), key=lambda c: c.relative_cost)
     because = None
@@ -245,9 +237,10 @@ def _planned(
         assert layout.data is not None, "resolve fills it in"
         if recompute == "selective" and workload.fp8 != "none":
             continue
-        num_microbatches, rest = divmod(workload.rows_per_step, layout.data * workload.micro_rows)
-        if rest or (layout.virtual_pipeline > 1 and num_microbatches % layout.pipeline):
-            continue
+        # Replicas with fewer rows run idle micro-batches; interleaved stages fill up to multiples of `pipeline`.
+        num_microbatches = -(-workload.rows_per_step // (layout.data * workload.micro_rows))
+        if layout.virtual_pipeline > 1:
+            num_microbatches += -num_microbatches % layout.pipeline
         options = MemoryOptions(
             recompute=recompute,
             zero1=workload.zero1,
@@ -331,7 +324,10 @@ def _relative_cost(
     costs[-1] += head
     imbalance = max(costs) * layout.pipeline / whole - 1
     bubble = (layout.pipeline - 1) / (num_microbatches * layout.virtual_pipeline)
-    factors = (_RECOMPUTE_COST[recompute], tensor, context, imbalance, bubble)
+    assert layout.data is not None, "resolved"
+    places = num_microbatches * layout.data * workload.micro_rows
+    idle = places / workload.rows_per_step - 1
+    factors = (_RECOMPUTE_COST[recompute], tensor, context, imbalance, bubble, idle)
     return math.prod(1 + factor for factor in factors)
 
 

@@ -112,13 +112,11 @@ def examine(run: RunConfig, gpus: int, gpu: str | None) -> tuple[list[str], list
     config = preset(run.model)
     problems = check_inputs(run, config) + check_lengths(run)
     layout = planned_layout(run).resolve(gpus, config)
-    uneven = check_shares(run, layout)
     for stage in workloads(run):
         number_of_steps(run, stage)
     costs = []
-    if gpu is not None and not uneven:
+    if gpu is not None:
         costs = stage_costs(run, config, layout, GPUS[gpu], gpus)
-    problems += uneven
     for cost in costs:
         if not cost.plan.fits:
             problems.append(f"{cost.stage} does not fit: {cost.plan.because}")
@@ -230,26 +228,6 @@ def check_lengths(run: RunConfig) -> list[str]:
         for stage, config in samplers.items()
         if config.max_new_tokens >= config.sequence_length
     ]
-
-
-def check_shares(run: RunConfig, layout: Layout) -> list[str]:
-    """Batches that do not divide over the data-parallel ranks: late stages would find out after days."""
-    ranks = layout.data
-    assert ranks is not None, "resolved"
-    found = [
-        f"{field}: {size} {what} do not divide over {ranks} data ranks"
-        for field, size, what in (
-            ("midtrain.rows_per_step", run.midtrain.rows_per_step, "rows"),
-            ("sft.examples_per_step", run.sft.examples_per_step, "examples"),
-            ("rollout_dpo.pairs_per_step", run.rollout_dpo.pairs_per_step, "pairs"),
-        )
-        if size % ranks
-    ]
-    if run.rlvr.min_rollouts < ranks:
-        found.append(
-            f"rlvr.min_rollouts: {run.rlvr.min_rollouts} would leave some of {ranks} data ranks none"
-        )
-    return found
 
 
 def _problems(check: Callable[[], None]) -> list[str]:

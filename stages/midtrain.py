@@ -17,10 +17,9 @@ from phimini.stages.packing import (
     EpochSampler,
     best_fit,
     check_lengths,
-    chunks,
     documents,
     flops_of,
-    shares,
+    micro_batches,
 )
 from phimini.stages.seeds import derive
 from phimini.stages.stage import Interrupt, Stage
@@ -52,22 +51,15 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
     steps = step_budget(config, len(rows))
     optimizer = start_optimizer(run, model, config.optimizer, steps)
     sampler = EpochSampler(len(rows), config.rows_per_step, derive(run.seed, "midtrain"))
-    if config.rows_per_step % world.data_size:
-        raise ValueError(
-            f"midtrain.rows_per_step: {config.rows_per_step} rows do not divide over {world.data_size} data ranks"
-        )
 
     def batch(some_rows: list[list[int]], of: list) -> list:
-        """This rank's micro-batches of packed rows: as many as any other rank's, of nearly the same FLOPs."""
+        """This rank's micro-batches of packed rows."""
         costs = [flops_of([len(of[i]) for i in row], model.config) for row in some_rows]
-        mine = [some_rows[i] for i in shares(costs, world.data_size)[world.data_rank]]
-        return [
-            pack(
-                documents([of[i] for row in part for i in row]),
-                multiple_of=world.layout.token_multiple,
-            )
-            for part in chunks(mine, config.micro_rows)
-        ]
+        make = lambda part: pack(
+            documents([of[i] for row in part for i in row]),
+            multiple_of=world.layout.token_multiple,
+        )
+        return micro_batches(some_rows, costs, config.micro_rows, world, make)
 
     validation = batch(best_fit([len(e) for e in held_out], config.sequence_length), held_out)
     state = {"tokens": 0, "best_validation_loss": None, "validations_since_best": 0}

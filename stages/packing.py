@@ -6,16 +6,20 @@ positions before `loss_from` carry no loss. Documents never attend to one anothe
 
 import bisect
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, islice
+from typing import TypeVar
 
 from phimini.model.config import ModelConfig
 from phimini.model.flops import forward_flops
-from phimini.parallel.batch import IGNORE, Document
+from phimini.parallel.batch import IGNORE, Document, PackedBatch, idle
 from phimini.parallel.timing import phase
+from phimini.parallel.world import World
 from phimini.stages.seeds import derive
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +95,27 @@ def flops_of(lengths: Sequence[int], config: ModelConfig) -> int:
 
 
 @phase("data")
-def deal(examples: Sequence[Example], config: ModelConfig, num_shares: int) -> list[list[Example]]:
-    """Shares of equal count and nearly equal FLOPs, each sorted by length, longest first."""
-    costs = [flops_of([len(example)], config) for example in examples]
-    return [[examples[i] for i in share] for share in shares(costs, num_shares)]
+def micro_batches(
+    items: Sequence[T],
+    costs: Sequence[float],  # FLOPs of each item
+    size: int,
+    world: World,
+    make: Callable[[list[T]], PackedBatch],
+) -> list[PackedBatch]:
+    """Return this data rank's share of a step's `items` in micro-batches of at most `size`, costly items first.
+
+    Every data rank gets as many micro-batches, of nearly equal cost. Where a rank has fewer items than micro-batches,
+    `idle` ones fill the gap, so that collectives stay aligned and the loss per token of the step is unchanged.
+    """
+    if not items:
+        return []
+    mine = shares(costs, world.data_size)[world.data_rank]
+    number = -(-len(items) // (size * world.data_size))
+    cheapest = min(range(len(items)), key=lambda i: costs[i])
+    return [
+        make([items[i] for i in part]) if part else idle(make([items[cheapest]]))
+        for part in parts(mine, number)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

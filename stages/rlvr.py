@@ -38,7 +38,7 @@ from phimini.stages.mismatch import (
     precision_of,
 )
 from phimini.stages.mismatch_doctor import EXAMINED, Case, diagnose
-from phimini.stages.packing import EpochSampler, Example, flops_of, parts, shares
+from phimini.stages.packing import EpochSampler, Example, flops_of, micro_batches
 from phimini.stages.policy_head import logps, policy_head, with_reference_logps
 from phimini.stages.remedies import (
     advantages,
@@ -68,10 +68,6 @@ def rlvr(run: RunConfig, world: World, *, redo: bool = False) -> None:
 def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
     """Train the model of stage `start` into `stage`."""
     config = run.rlvr
-    if config.min_rollouts < world.data_size:
-        raise ValueError(
-            f"rlvr.min_rollouts: {config.min_rollouts} would leave some of {world.data_size} data ranks none"
-        )
     model, tokenizer = load_model(run, world, start)
     frozen = load_model(run, world, start)[0] if config.kl_coef else None
     engine = build_engine(run, model.config, world)
@@ -263,15 +259,10 @@ def choose(groups: list[list[Rollout]], config: RlvrConfig, seed: int) -> list[R
 
 @phase("data")
 def rollout_batches(rollouts: list[Rollout], model: Model, config: RlvrConfig) -> list[PackedBatch]:
-    """This rank's micro-batches; the same number on each rank, shares of nearly equal FLOPs."""
-    world, version = model.world, model.num_updates
+    """This rank's micro-batches; see `micro_batches`."""
     costs = [flops_of([len(r)], model.config) for r in rollouts]
-    mine = shares(costs, world.data_size)[world.data_rank]
-    number = -(-len(rollouts) // (config.micro_rollouts * world.data_size))
-    return [
-        rollout_batch([rollouts[i] for i in part], version, config, world)
-        for part in parts(mine, number)
-    ]
+    make = lambda part: rollout_batch(part, model.num_updates, config, model.world)
+    return micro_batches(rollouts, costs, config.micro_rollouts, model.world, make)
 
 
 def rollout_batch(
@@ -317,7 +308,7 @@ def measure(
         meter.add(logp_M - fields["old_logp"], fields["age"], fields["weight"] != 0)
         return logp_M
 
-    if len(rollouts) >= model.world.data_size:
+    if rollouts:
         forward_only(model, rollout_batches(rollouts, model, config), head)
 
 

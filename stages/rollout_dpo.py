@@ -33,7 +33,14 @@ from phimini.stages.distill import PROBLEM_FIELDS
 from phimini.stages.evaluate import judge
 from phimini.stages.jsonl import read_rows, write_rows
 from phimini.stages.metrics import MetricsLog
-from phimini.stages.packing import EpochSampler, Example, check_lengths, chunks, flops_of, shares
+from phimini.stages.packing import (
+    EpochSampler,
+    Example,
+    check_lengths,
+    chunks,
+    flops_of,
+    micro_batches,
+)
 from phimini.stages.rollout import build_engine
 from phimini.stages.rollout_groups import check_room
 from phimini.stages.seeds import derive
@@ -77,10 +84,6 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
         config.sequence_length,
         "rollout_dpo.sequence_length",
     )
-    if config.pairs_per_step % world.data_size:
-        raise ValueError(
-            f"rollout_dpo.pairs_per_step: {config.pairs_per_step} pairs do not divide over {world.data_size} data ranks"
-        )
     reference = reference_logps(model, pairs, config, world)
     steps = max(1, math.floor(config.epochs * len(pairs) / config.pairs_per_step))
     optimizer = start_optimizer(run, model, config.optimizer, steps)
@@ -96,13 +99,8 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
             optimizer.zero_grad()
             indices = sampler.batch(step)
             costs = [flops_of(pairs[i].lengths, model.config) for i in indices]
-            mine = shares(costs, world.data_size)[world.data_rank]
-            microbatches = [
-                pair_batch(
-                    [pairs[indices[i]] for i in part], reference[[indices[i] for i in part]], world
-                )
-                for part in chunks(mine, config.micro_pairs)
-            ]
+            make = lambda part: pair_batch([pairs[i] for i in part], reference[part], world)
+            microbatches = micro_batches(indices, costs, config.micro_pairs, world, make)
             metrics = forward_backward(model, microbatches, head)
             if step == 0:
                 check_first_step(metrics, alike=same_in_any_batch(run, model))
@@ -242,7 +240,7 @@ def pair_batch(pairs: Sequence[Pair], reference_P2: Tensor, world: World) -> Pac
             tokens=example.inputs,
             targets=example.targets,
             token_fields={"sequence": [2 * p + side] * len(example)},
-            document_fields={"reference_logp": float(reference_P2[p, side])},
+            document_fields={"reference_logp": float(reference_P2[p, side]), "weight": 1.0},
         )
         for p, pair in enumerate(pairs)
         for side, example in enumerate((pair.chosen, pair.rejected))
@@ -250,10 +248,14 @@ def pair_batch(pairs: Sequence[Pair], reference_P2: Tensor, world: World) -> Pac
     return pack(pieces, multiple_of=world.layout.token_multiple)
 
 
-def sequences_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """(sequence of each position (T,), reference log-prob of each sequence (2P,)), the padding document left out."""
-    reference_N = batch.document_fields["reference_logp"]
-    return batch.fields["sequence"], reference_N[: len(reference_N) // 2 * 2]
+def sequences_of(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (sequence of each position (T,), reference log-prob of each sequence (2P,), weight of each pair (P,)).
+
+    The padding document is left out. The weight is 1, and 0 in a micro-batch that only keeps this rank in step.
+    """
+    reference_N, weight_N = (batch.document_fields[name] for name in ("reference_logp", "weight"))
+    end = len(reference_N) // 2 * 2
+    return batch.fields["sequence"], reference_N[:end], weight_N[:end:2]
 
 
 def reference_logps(
@@ -266,7 +268,7 @@ def reference_logps(
 
     def summed(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
         logp_M = linear_logprob(hidden_MD, weight_VD, batch.targets_T, group=group).logp_M
-        sequence_T, reference_S = sequences_of(batch)
+        sequence_T, reference_S, _ = sequences_of(batch)
         return torch.zeros_like(reference_S).index_add_(0, sequence_T, logp_M)
 
     logps = torch.zeros(len(pairs), 2)
@@ -275,7 +277,8 @@ def reference_logps(
     batches = [
         pair_batch([pairs[i] for i in part], torch.zeros(len(part), 2), world) for part in parts
     ]
-    results = forward_only(model, batches, summed, summed=True)
+    # Data ranks do not wait for each other here: one without pairs has nothing to run.
+    results = forward_only(model, batches, summed, summed=True) if batches else []
     for part, result in zip(parts, results, strict=True):
         logps[part] = result.view(-1, 2).cpu()
     return sum_over_data(logps, world).cpu()
@@ -287,7 +290,7 @@ def dpo_head(config: RolloutDpoConfig):
     def head(
         hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        sequence_T, reference_S = sequences_of(batch)
+        sequence_T, reference_S, weight_P = sequences_of(batch)
         loss, metrics = linear_dpo(
             hidden_MD,
             weight_VD,
@@ -296,6 +299,7 @@ def dpo_head(config: RolloutDpoConfig):
             reference_S,
             beta=config.beta,
             nll_weight=config.nll_weight,
+            pair_weight_P=weight_P,
             group=group,
             sequence_group=batch.context_group,
         )

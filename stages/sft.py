@@ -13,7 +13,14 @@ from phimini.parallel.step import forward_backward
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig
 from phimini.stages.metrics import MetricsLog
-from phimini.stages.packing import EpochSampler, Example, check_lengths, chunks, deal, documents
+from phimini.stages.packing import (
+    EpochSampler,
+    Example,
+    check_lengths,
+    documents,
+    flops_of,
+    micro_batches,
+)
 from phimini.stages.seeds import derive
 from phimini.stages.stage import Interrupt, Stage
 from phimini.stages.training import (
@@ -45,10 +52,6 @@ def fine_tune(
         Path(run.out) / "distill" / "validation.jsonl", tokenizer, run.chat_template
     )
     check_lengths(examples + held_out, config.sequence_length, "sft.sequence_length")
-    if config.examples_per_step % world.data_size:
-        raise ValueError(
-            f"sft.examples_per_step: {config.examples_per_step} examples do not divide over {world.data_size} data ranks"
-        )
     if steps is None:
         steps = max(1, math.ceil(config.epochs * len(examples) / config.examples_per_step))
     optimizer = start_optimizer(run, model, config.optimizer, steps)
@@ -56,11 +59,9 @@ def fine_tune(
 
     def batch(some: list[Example]) -> list:
         """This rank's micro-batches, examples of like length together."""
-        mine = deal(some, model.config, world.data_size)[world.data_rank]
-        return [
-            pack(documents(part), multiple_of=world.layout.token_multiple)
-            for part in chunks(mine, config.micro_examples)
-        ]
+        costs = [flops_of([len(example)], model.config) for example in some]
+        make = lambda part: pack(documents(part), multiple_of=world.layout.token_multiple)
+        return micro_batches(some, costs, config.micro_examples, world, make)
 
     validation = batch(held_out)
     state = {"tokens": 0}

@@ -1,8 +1,13 @@
+import dataclasses
+import types
+
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phimini.parallel.batch import IGNORE
+from phimini.model.config import preset
+from phimini.parallel.batch import IGNORE, PackedBatch, idle, pack
 from phimini.stages import packing
 from phimini.stages.packing import (
     EpochSampler,
@@ -11,8 +16,13 @@ from phimini.stages.packing import (
     check_lengths,
     chunks,
     documents,
+    flops_of,
+    micro_batches,
     shares,
 )
+from phimini.stages.recipes import tiny
+from phimini.stages.rlvr import rollout_batches
+from phimini.stages.rollout_groups import Rollout
 
 
 def test_targets_are_the_next_tokens_of_the_answer_only() -> None:
@@ -88,3 +98,56 @@ def test_a_run_that_resumes_in_a_late_epoch_gets_the_same_batch() -> None:
 
 def test_chunks() -> None:
     assert chunks([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+
+
+def of_each_rank(ranks: int, batches_of) -> list[list[PackedBatch]]:
+    layout = types.SimpleNamespace(token_multiple=4)
+    return [
+        batches_of(types.SimpleNamespace(data_size=ranks, data_rank=rank, layout=layout))
+        for rank in range(ranks)
+    ]
+
+
+@settings(deadline=None)  # pure Python on a busy machine
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 7), st.randoms(use_true_random=False))
+def test_every_data_rank_has_as_many_micro_batches_and_every_rollout_is_in_one(
+    num_rollouts: int, ranks: int, micro: int, random
+) -> None:
+    """Over (rollouts, ranks, micro): collectives stay aligned, and each rollout's tokens weigh 1 in all."""
+    config = dataclasses.replace(tiny().rlvr, micro_rollouts=micro)
+    lengths = [random.randint(1, 9) for _ in range(num_rollouts)]
+    rollouts = [
+        Rollout(f"r{k}", "p", 0, [1] * random.randint(1, 4), [100 + k] * n, [-1.0] * n, 1.0, 1.0, False, [[0, 0, n]], 1.0)
+        for k, n in enumerate(lengths)
+    ]  # fmt: skip
+    model = lambda world: types.SimpleNamespace(world=world, num_updates=0, config=preset("tiny"))
+    everywhere = of_each_rank(ranks, lambda w: rollout_batches(rollouts, model(w), config))  # pyright: ignore[reportArgumentType]
+    assert {len(batches) for batches in everywhere} == {-(-num_rollouts // (micro * ranks))}
+    trained, weight = [], 0.0
+    for batch in (b for batches in everywhere for b in batches):
+        targets = batch.targets_T[batch.targets_T >= 0]
+        weight += float(batch.fields["weight"].sum())
+        assert len(targets) == int((batch.fields["weight"] != 0).sum())
+        assert len(targets.unique()) <= micro and batch.num_tokens % 4 == 0
+        trained += [token for token in targets.tolist() if token >= 100]
+    assert sorted(trained) == [100 + k for k, n in enumerate(lengths) for _ in range(n)]
+    assert weight == sum(lengths)
+
+
+def test_an_idle_micro_batch_is_the_cheapest_item_without_its_loss() -> None:
+    examples = [Example(str(n), list(range(n + 1)), 1) for n in (9, 3, 5)]
+    costs = [flops_of([len(e)], preset("tiny")) for e in examples]
+    make = lambda part: pack(documents(part))
+    everywhere = of_each_rank(4, lambda world: micro_batches(examples, costs, 1, world, make))
+    assert [[b.lengths for b in batches] for batches in everywhere] == [[[9]], [[5]], [[3]], [[3]]]
+    assert [int((batches[0].targets_T >= 0).sum()) for batches in everywhere] == [9, 5, 3, 0]
+    assert of_each_rank(2, lambda world: micro_batches([], [], 1, world, make)) == [[], []]
+
+
+def test_idle_keeps_types_and_leaves_its_source_alone() -> None:
+    batch = pack(documents([Example("a", [1, 2, 3], 1)]))
+    batch.fields["age"], batch.document_fields["weight"] = torch.ones(2, dtype=torch.int64), torch.ones(1)  # fmt: skip
+    nothing = idle(batch)
+    assert nothing.fields["age"].dtype == torch.int64 and not nothing.fields["age"].any()
+    assert not nothing.document_fields["weight"].any() and (nothing.targets_T == IGNORE).all()
+    assert batch.targets_T.tolist() == [2, 3] and batch.fields["age"].all()

@@ -1,4 +1,4 @@
-"""The paper's recipe in miniature: the same function, a tiny base model, two steps of each stage, on a CPU."""
+"""The recipes in miniature: the same functions, a tiny base model, two steps of each stage, on a CPU."""
 
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from phimini.model.tokenizer import train_tiny_tokenizer
 from phimini.parallel.launch import run_ranks
 from phimini.stages import rollout_groups
 from phimini.stages.cli import main
+from phimini.stages.config import to_dict
 from phimini.stages.jsonl import read_json, read_rows, write_rows
 from phimini.stages.problems import generate_problems, teach
 from phimini.stages.recipe import TRAINING
+from phimini.stages.recipes import RECIPES
 
 MINIATURE = [
     "model=tiny", "context_parallel=1",
@@ -27,6 +29,11 @@ MINIATURE = [
     "rlvr.max_accuracy=0.9", "evaluate.max_new_tokens=16",
     "rollout.engine=local", "rollout.max_batch=32",
 ]  # fmt: skip
+
+
+MICRO_SIZES = {
+    "midtrain": "micro_rows", "sft": "micro_examples", "rollout_dpo": "micro_pairs", "rlvr": "micro_rollouts"
+}  # fmt: skip
 
 
 def rollouts(count: int) -> list[dict]:
@@ -77,6 +84,32 @@ def test_two_steps_of_every_stage(inputs: list[str]) -> None:
         for name in ("heldout.jsonl", "rollouts.jsonl")
     )
     assert len(held) == 4 and not held & trained
+
+
+SHARED = [
+    word for word in MINIATURE if not word.startswith(("model=", "rollout_dpo.pairs_per_step="))
+]
+ON_DATA_RANKS: dict[str, list[str]] = {
+    "phi4_mini_reasoning": [*MINIATURE, "tensor_parallel=1", "sequence_parallel=false"],
+    "tiny": [*SHARED, "distill.num_problems=20", "distill.rollouts_per_problem=2", "rollout_dpo.pairs=teacher",
+             "rollout_dpo.epochs=1", "rollout_dpo.pairs_per_step=4"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_s_own_micro_batches_run_on_three_data_ranks(
+    name: str, inputs: list[str], tmp_path: Path
+) -> None:
+    """None of the batches divides by 3, and stage 1's two rows leave one rank without any."""
+    given = inputs[:2] if name == "phi4_mini_reasoning" else []
+    words = ["recipe", name, *given, f"out={tmp_path}", *ON_DATA_RANKS[name]]
+    assert run_ranks(command, 3, words, timeout_s=600) == [0] * 3
+    made, own = read_json(tmp_path / "config.json"), to_dict(RECIPES[name]())
+    for stage, field in MICRO_SIZES.items():
+        assert made[stage][field] == own[stage][field]
+        assert read_json(tmp_path / stage / "summary.json")["steps"] >= 1
+    used = [row["used_rollouts"] for row in read_rows(tmp_path / "rlvr" / "metrics.jsonl", {})]
+    assert any(used)
 
 
 def test_a_file_with_too_few_questions_is_named(
