@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 
 from phimini.model.config import ModelConfig
 from phimini.model.sampler import SamplingParams
+from phimini.stages.rollout_folder import engine_folder
 from phimini.stages.rollout_vllm_settings import (
     EngineSettings,
     engine_arguments,
@@ -97,12 +97,19 @@ class _Server:
     async def run(self, host: str, port: int, announce: Callable[[int], None]) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self.stop.set)
-        with tempfile.TemporaryDirectory(prefix="phimini-vllm-") as folder:
-            write_engine_config(self.config, self.settings, folder)
-            self.engine = _start_engine(engine_arguments(self.settings, folder))
-            workers = await self.engine.collective_rpc("phimini_guard", args=(os.getpid(),))
-            if sys.platform == "linux":
-                _unname_shared_memory(workers)
+        # To the end: vLLM's processes talk through sockets in it.
+        with engine_folder() as folder:
+            os.environ["VLLM_RPC_BASE_PATH"] = str(folder)
+            await self.run_in(str(folder), host, port, announce)
+
+    async def run_in(
+        self, folder: str, host: str, port: int, announce: Callable[[int], None]
+    ) -> None:
+        write_engine_config(self.config, self.settings, folder)
+        self.engine = _start_engine(engine_arguments(self.settings, folder))
+        workers = await self.engine.collective_rpc("phimini_guard", args=(os.getpid(),))
+        if sys.platform == "linux":
+            _unname_shared_memory(workers)
         server = await asyncio.start_server(self.connection, host, port)
         beats = asyncio.create_task(self.beat())
         beats.add_done_callback(self.beats_ended)

@@ -2,7 +2,6 @@
 
 import contextlib
 import random
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -22,6 +21,7 @@ from phimini.parallel.weight_sync_wait import WeightSyncError, completed
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig
 from phimini.stages.rollout_engine import LOADED, Sampled, check_prompts, check_temperature
+from phimini.stages.rollout_folder import engine_folder
 from phimini.stages.rollout_vllm_settings import (
     EngineSettings,
     as_sent,
@@ -168,9 +168,9 @@ class _InprocReceiver:
 
 
 def _start_llm(config: ModelConfig, settings: EngineSettings, world: World) -> Any:
-    with tempfile.TemporaryDirectory(prefix="phimini-vllm-") as folder:
-        write_engine_config(config, settings, folder)
-        arguments = engine_arguments(settings, folder)
+    with engine_folder() as folder:
+        write_engine_config(config, settings, str(folder))
+        arguments = engine_arguments(settings, str(folder))
         if world.world_size > 1:
             arguments["distributed_executor_backend"] = "external_launcher"
         with _own_shared_memory(settings, world):

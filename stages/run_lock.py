@@ -13,6 +13,7 @@ from pathlib import Path
 
 from phimini.parallel.agree import on_main
 from phimini.parallel.world import World
+from phimini.stages.remains import remove_remains
 
 LOCK_FILE = ".lock"
 WAIT_S = 2.0
@@ -36,7 +37,7 @@ class RunLock:
 
     def take(self, wait_s: float = WAIT_S) -> None:
         """Raises OSError that names process and host if another has it for `wait_s` seconds on, or if the folder is not ours to
-        write."""
+        write. Removes what a killed command left there."""
         if self._make:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.parent.exists():
@@ -44,6 +45,7 @@ class RunLock:
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             if self._locked(file, wait_s):
+                remove_remains(self.path.parent)
                 os.ftruncate(file, 0)
                 os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         except BaseException:

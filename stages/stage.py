@@ -28,6 +28,7 @@ from typing import Any
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig, to_dict
 from phimini.stages.jsonl import read_json, write_json
+from phimini.stages.remains import REMOVED
 
 # What a stage reads; a stage is stale when one of these was made again after it.
 INPUTS = {
@@ -98,7 +99,10 @@ class Stage:
     def prepare(self, *, redo: bool) -> None:
         """Make the folder; with `redo`, without what was in it. One rank calls it."""
         if redo and self.path.exists():
-            shutil.rmtree(self.path)
+            # First out of the way: half a removal would leave a summary without its model, or checkpoints to go on from.
+            old = self.path.with_name(f".{self.path.name}{REMOVED}")
+            self.path.rename(old)
+            shutil.rmtree(old)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "begun.json", _origin(self.run, self.name))
 

@@ -1,0 +1,31 @@
+"""What a killed command leaves in a run's folder, removed by the next one."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+REMOVED = ".removed"
+"""ends the name of a stage's folder that `--redo` is removing"""
+# As `jsonl`, `tensor_files` and `tokenizer` name a file until it is whole.
+_TEMPORARY = re.compile(
+    r"\..+\.\d+\.[0-9a-f]{8}\.tmp|\.tmp-\d+-\d+\.safetensors|\..+\.json\.tmp|\..+" + re.escape(REMOVED)
+)  # fmt: skip
+
+
+def remove_remains(out: Path) -> None:
+    """Delete temporary files, and what a complete stage needed to get there. For who has the run's lock: no other writes.
+
+    Links are not followed: they lead to another run's folder. Cut-off checkpoints go with the next save
+    (`checkpoint_files.remove_cut_off`).
+    """
+    for folder, folders, files in os.walk(out):
+        if "summary.json" in files:
+            Path(folder, "begun.json").unlink(missing_ok=True)
+            shutil.rmtree(Path(folder, "checkpoints"), ignore_errors=True)
+        for name in files:
+            if _TEMPORARY.fullmatch(name):
+                Path(folder, name).unlink(missing_ok=True)
+        for name in folders:
+            if name.endswith(REMOVED) and _TEMPORARY.fullmatch(name):
+                shutil.rmtree(Path(folder, name), ignore_errors=True)

@@ -1,0 +1,52 @@
+"""A vLLM engine's folder of temporary files: removed at its end, or by the next engine if it was killed."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PREFIX = "phimini-vllm-"
+
+
+@contextmanager
+def engine_folder() -> Iterator[Path]:
+    """A folder among the machine's temporary files, for the engine's config and, as VLLM_RPC_BASE_PATH, its sockets.
+
+    Its owner holds a lock on it, which the kernel takes back from a process that was killed: unlike a process id, that
+    is also right between containers.
+    """
+    remove_abandoned()
+    new = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
+    lock = _locked(new)
+    folder = new.rename(new.with_name(new.name[1:]))  # under this name others look at it
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_abandoned() -> None:
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        lock = _locked(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """An open file that has the folder's lock; None if it is another's, or has no locks: then nobody removes it."""
+    try:
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
