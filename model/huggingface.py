@@ -198,7 +198,7 @@ def _exported_rope(config: ModelConfig) -> dict:
 def _check_attention_factor(path: Path, raw: dict, config: ModelConfig) -> None:
     """ValueError where a file overrules the attention factor; ours follows from the two lengths."""
     rope = _rope_dict(raw)
-    implied_by = dict.fromkeys(_ATTENTION_FACTORS, config.attention_factor)
+    implied_by: dict[str, float] = dict.fromkeys(_ATTENTION_FACTORS, config.attention_factor)
     implied_by["factor"] = config.max_positions / config.original_max_positions
     for key, implied in implied_by.items():
         given = rope.get(key)

@@ -110,7 +110,7 @@ def stage_items(stage: str, world: World) -> tuple[list, Any, Any]:
         return pairs(), pair, dpo_head(DPO)
     if stage == "rlvr":
         made = lambda part: with_reference(rollout_batch(part, 0, RLVR, world))
-        return rollouts(), made, policy_head(RLVR, MismatchMeter(), 1e-4)
+        return rollouts(), made, policy_head(RLVR, MismatchMeter(), 1e-4, "off")
     examples = [e for p in pairs() for e in (p.chosen, p.rejected)]
     return examples, lambda part: pack(documents(part), multiple_of=multiple), cross_entropy_head
 
