@@ -7,24 +7,27 @@ from phimini.parallel.world import World
 
 T = TypeVar("T")
 
+_RAISED_ON_ALL = (ValueError, OSError, ImportError)
+
 
 def on_every(world: World, action: Callable[[], T]) -> T:
-    """`action()` on every rank; an OSError or ValueError on any of them is raised on all. Collective.
+    """`action()` on every rank; an OSError, ValueError or ImportError on any of them is raised on all. Collective.
 
     `action` must not communicate: a rank that fails in it leaves early.
     """
     result, error = None, None
     try:
         result = action()
-    except (OSError, ValueError) as e:
+    except _RAISED_ON_ALL as e:
         error = e
-    reports = world.all_gather_objects(
-        None if error is None else (isinstance(error, ValueError), str(error))
-    )
-    for report in reports:
+    mine = None
+    if error is not None:
+        kind = next(i for i, kind in enumerate(_RAISED_ON_ALL) if isinstance(error, kind))
+        mine = kind, str(error)
+    for report in world.all_gather_objects(mine):
         if report is not None:
-            is_value_error, message = report
-            raise (ValueError if is_value_error else OSError)(message) from error
+            kind, message = report
+            raise _RAISED_ON_ALL[kind](message) from error
     return result  # pyright: ignore[reportReturnType]
 
 

@@ -41,6 +41,7 @@ from phimini.model.words import nearest
 from phimini.parallel import doctor, launch_scripts, plan_command
 from phimini.parallel.launch import RankFailure, run_ranks
 from phimini.parallel.roll_call import LostRanks, closing_or_naming_lost_ranks
+from phimini.parallel.same_data import DivergedError
 from phimini.parallel.world import World, initialize
 from phimini.stages.base import base_config
 from phimini.stages.config import RunConfig, override, parse_value
@@ -65,6 +66,7 @@ EXPECTED = {
     "Stopped": 130,
     "KeyboardInterrupt": 130,
     "LostRanks": 1,
+    "DivergedError": 1,
     "ImportError": 2,  # a package that the config asks for; a module of ours would be a ModuleNotFoundError
     # A full disk, an address in use, a path that is not there, no folder or not ours to write.
     **dict.fromkeys(
@@ -133,6 +135,9 @@ def exit_status(arguments: list[str]) -> int:
             raise
         print(f"phimini: {error}", file=sys.stderr)
         return EXPECTED[type(error).__name__]
+    except DivergedError as error:
+        print(f"phimini: {error}", file=sys.stderr)
+        return 1
     except (Stopped, KeyboardInterrupt) as stop:
         print(f"phimini: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130

@@ -6,6 +6,7 @@ share of k samples that verify; pass@k the unbiased estimate of Chen et al. (arX
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from phimini.model.chat import encode_prompt
 from phimini.model.huggingface import load_config
 from phimini.model.sampler import Completion, SamplingParams
 from phimini.model.tokenizer import Tokenizer
+from phimini.parallel.agree import on_main
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig, to_dict
 from phimini.stages.distill import PROBLEM_FIELDS
 from phimini.stages.jsonl import read_json, read_rows, write_json
-from phimini.stages.rollout import build_engine
+from phimini.stages.rollout import RolloutEngine, build_engine
 from phimini.stages.seeds import derive
 from phimini.stages.statistics import mean_interval, pass_at_k, wilson_interval
 from phimini.stages.verify import verify
@@ -44,7 +46,7 @@ def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) ->
     tokenizer = Tokenizer.load(directory)
     engine = build_engine(run, load_config(directory), world)
     engine.load(directory)
-    result = evaluate_problems(run, engine, tokenizer, problems)
+    result = evaluate_problems(run, world, engine, tokenizer, problems)
     engine.rest()  # the next stage trains
     result = {"stage": stage, "model_id": made, "settings": settings} | result
     if world.is_main:
@@ -53,7 +55,10 @@ def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) ->
     return result
 
 
-def evaluate_problems(run: RunConfig, engine, tokenizer: Tokenizer, problems: list[dict]) -> dict:
+def evaluate_problems(
+    run: RunConfig, world: World, engine: RolloutEngine, tokenizer: Tokenizer, problems: list[dict]
+) -> dict:
+    """Sample, judge on rank 0 alone (verdicts have a time limit), and return the result on every rank. Collective."""
     config, started = run.evaluate, time.perf_counter()
     prompts = [encode_prompt(tokenizer, p["question"], run.chat_template) for p in problems]
     greedy_params = SamplingParams(
@@ -71,10 +76,11 @@ def evaluate_problems(run: RunConfig, engine, tokenizer: Tokenizer, problems: li
         raise ValueError(f"evaluate.samples: mean@8 and pass@8 need at least 8, got {k}")
     seeds = [derive(config.seed, p["id"], j) for p in problems for j in range(k)]
     sampled = engine.generate([prompt for prompt in prompts for _ in range(k)], params, seeds)
-    greedy_ok = np.array([judge(tokenizer, c, p) for c, p in zip(greedy, problems, strict=True)])
-    sampled_ok = np.array(
-        [judge(tokenizer, c, problems[i // k]) for i, c in enumerate(sampled)]
-    ).reshape(len(problems), k)
+    asked = [*problems, *(p for p in problems for _ in range(k))]
+    completions = zip([*greedy, *sampled], asked, strict=True)
+    verdicts = on_main(world, lambda: [judge(tokenizer, c, p) for c, p in completions])
+    greedy_ok = np.array(verdicts[: len(problems)])
+    sampled_ok = np.array(verdicts[len(problems) :]).reshape(len(problems), k)
     return summarize(problems, greedy_ok, sampled_ok) | {
         "truncated": float(np.mean([c.finish_reason == "length" for c in sampled])),
         "response_length": float(np.mean([len(c.tokens) for c in sampled])),
@@ -85,7 +91,7 @@ def evaluate_problems(run: RunConfig, engine, tokenizer: Tokenizer, problems: li
 
 
 def shown_samples(
-    tokenizer: Tokenizer, problems: list[dict], greedy: list[Completion], greedy_ok: np.ndarray
+    tokenizer: Tokenizer, problems: list[dict], greedy: Sequence[Completion], greedy_ok: np.ndarray
 ) -> list[dict]:
     """The greedy answers to the first problems of each family and level, for the report."""
     shown: dict[tuple, list[dict]] = defaultdict(list)

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 from phimini.parallel.batch import pack
+from phimini.parallel.same_data import check_same_data
 from phimini.parallel.step import forward_backward
 from phimini.parallel.world import World
 from phimini.stages.config import MidtrainConfig, RunConfig
@@ -47,6 +48,10 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
     )
     examples, held_out = read(curated / "midtrain.jsonl"), read(distilled / "validation.jsonl")
     check_lengths(examples + held_out, config.sequence_length, "midtrain.sequence_length")
+    digests = [example.digest() for example in examples]
+    check_same_data(
+        world, "midtrain, before step 1", [digests, [example.digest() for example in held_out]]
+    )
     rows = best_fit([len(e) for e in examples], config.sequence_length)
     steps = step_budget(config, len(rows))
     optimizer = start_optimizer(run, model, config.optimizer, steps)
@@ -70,7 +75,10 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
         done = False
         while not done:
             optimizer.zero_grad()
-            microbatches = batch([rows[i] for i in sampler.batch(step)], examples)
+            chosen = [rows[i] for i in sampler.batch(step)]
+            microbatches = batch(chosen, examples)
+            items = [[digests[i] for i in row] for row in chosen]
+            check_same_data(world, f"midtrain, step {step + 1}", items, microbatches)
             metrics = forward_backward(model, microbatches, cross_entropy_head)
             info = optimizer.step()
             step += 1

@@ -15,6 +15,7 @@ from typing import TypeVar
 from phimini.model.config import ModelConfig
 from phimini.model.flops import forward_flops
 from phimini.parallel.batch import IGNORE, Document, PackedBatch, idle
+from phimini.parallel.same_data import digest
 from phimini.parallel.timing import phase
 from phimini.parallel.world import World
 from phimini.stages.seeds import derive
@@ -39,6 +40,10 @@ class Example:
         """The next token at each input position, IGNORE where it belongs to the prompt."""
         skipped = max(self.loss_from - 1, 0)
         return [IGNORE] * skipped + self.tokens[skipped + 1 :]
+
+    def digest(self) -> int:
+        """Return a checksum of all that training sees."""
+        return digest(self.tokens, self.loss_from)
 
     def __len__(self) -> int:
         """Input positions, one fewer than tokens."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from phimini.model.tokenizer import Tokenizer
 from phimini.parallel.batch import Document, PackedBatch, pack
 from phimini.parallel.builder import Model
+from phimini.parallel.same_data import check_same_data
 from phimini.parallel.step import forward_backward, forward_only
 from phimini.parallel.timing import phase
 from phimini.parallel.world import World
@@ -85,7 +86,7 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
     precision = precision_of(run.rollout, world.device.type == "cuda")
     head = policy_head(config, meter, ROUNDING[precision], importance_of(run))
     # Rank 0's own, for a thread beside the training: it talks to the engines and to no other rank.
-    beside = Sampler(run, world, OnMain(engine), tokenizer, problems)
+    beside = Sampler(run, world, OnMain(engine), tokenizer, problems, alone=True)
     ahead: Background[list[list[Rollout]]] | None = None
 
     state = {"tokens": 0, "sampled_tokens": 0, "waiting": [], "unused": {}}
@@ -115,6 +116,9 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
             row["too_stale"] = len(chosen) - len(young)
             count_unused(state["unused"], groups, row, config)
             chosen = young
+            # Before anything depends on it: whether there is an update at all does.
+            items = [r.digest() for r in chosen]
+            check_same_data(world, f"{stage.name}, step {step + 1}", items)
             state["sampled_tokens"] += sum(len(r.response) for r in fresh)
             state["waiting"] = []
             if len(chosen) < config.min_rollouts:
@@ -125,6 +129,7 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
                     engine.rest()
                 optimizer.zero_grad()
                 microbatches = rollout_batches(chosen, model, config)
+                check_same_data(world, f"{stage.name}, step {step + 1}", items, microbatches)
                 if frozen is not None:
                     microbatches = with_reference_logps(frozen, microbatches)
                 metrics = forward_backward(model, microbatches, head)

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from phimini.kernels import linear_dpo, linear_logprob
 from phimini.model.chat import TemplateName, encode_example, encode_prompt
-from phimini.model.sampler import SamplingParams
+from phimini.model.sampler import Completion, SamplingParams
 from phimini.model.tokenizer import Tokenizer
+from phimini.parallel.agree import on_main
 from phimini.parallel.batch import Document, PackedBatch, pack
 from phimini.parallel.builder import Model
+from phimini.parallel.same_data import check_same_data
 from phimini.parallel.step import StepMetrics, forward_backward, forward_only
 from phimini.parallel.timing import phase
 from phimini.parallel.world import World
@@ -84,6 +86,8 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
         config.sequence_length,
         "rollout_dpo.sequence_length",
     )
+    digests = [(pair.chosen.digest(), pair.rejected.digest()) for pair in pairs]
+    check_same_data(world, "rollout_dpo, before step 1", digests)
     reference = reference_logps(model, pairs, config, world)
     steps = max(1, math.floor(config.epochs * len(pairs) / config.pairs_per_step))
     optimizer = start_optimizer(run, model, config.optimizer, steps)
@@ -101,6 +105,8 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
             costs = [flops_of(pairs[i].lengths, model.config) for i in indices]
             make = lambda part: pair_batch([pairs[i] for i in part], reference[part], world)
             microbatches = micro_batches(indices, costs, config.micro_pairs, world, make)
+            items = [digests[i] for i in indices]
+            check_same_data(world, f"rollout_dpo, step {step + 1}", items, microbatches)
             metrics = forward_backward(model, microbatches, head)
             if step == 0:
                 check_first_step(metrics, alike=same_in_any_batch(run, model))
@@ -125,7 +131,8 @@ def sample_pairs(
 ) -> None:
     """Write `rollouts.jsonl` and `pairs.jsonl`: up to `pairs_per_prompt` of a correct and an incorrect rollout."""
     config = run.rollout_dpo
-    if (stage.path / "pairs.jsonl").exists():  # an interrupted run goes on with the pairs it had
+    # An interrupted run goes on with the pairs it had.
+    if on_main(world, lambda: (stage.path / "pairs.jsonl").exists()):
         return
     problems = read_rows(Path(run.out) / "distill" / "prompts.jsonl", PROBLEM_FIELDS)[
         : config.num_prompts
@@ -148,9 +155,18 @@ def sample_pairs(
         [derive(run.seed, "rollout_dpo", problem["id"], k) for problem, k in asked],
     )
     engine.rest()
-    if not world.is_main:
-        world.barrier()
-        return
+    on_main(world, lambda: write_pairs(run, stage, tokenizer, asked, completions))
+
+
+def write_pairs(
+    run: RunConfig,
+    stage: Stage,
+    tokenizer: Tokenizer,
+    asked: list[tuple[dict, int]],
+    completions: Sequence[Completion],
+) -> None:
+    """Judge the completions of `asked` (problem, number of its rollout) and write both files; one rank calls it."""
+    config = run.rollout_dpo
     rollouts = [
         {
             "id": f"{problem['id']}/{k}",
@@ -175,7 +191,6 @@ def sample_pairs(
         )
     write_rows(stage.path / "rollouts.jsonl", rollouts)
     write_rows(stage.path / "pairs.jsonl", pairs)
-    world.barrier()
 
 
 def pair_up(rollouts: list[dict], pairs_per_prompt: int, seed: int) -> list[dict]:

@@ -1,12 +1,14 @@
 """Prompts by id to groups of scored rollouts: what stage 4 trains on."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from phimini.model.chat import encode_prompt
-from phimini.model.sampler import SamplingParams
+from phimini.model.sampler import Completion, SamplingParams
 from phimini.model.tokenizer import Tokenizer
+from phimini.parallel.agree import on_main
+from phimini.parallel.same_data import digest
 from phimini.parallel.timing import count, phase
 from phimini.parallel.world import World
 from phimini.stages.config import RlvrConfig, RolloutDpoConfig, RunConfig
@@ -41,6 +43,12 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response) - 1
 
+    def digest(self) -> int:
+        """Return a checksum of all that training sees."""
+        spans = [list(span) for span in self.versions]
+        numbers = self.temperature, self.reward, self.truncated, self.advantage
+        return digest(self.id, self.prompt, self.response, self.logprobs, *numbers, spans)
+
     def age(self, version: int) -> int:
         """Updates since its oldest token was sampled."""
         return version - min(v for v, _, _ in self.versions)
@@ -73,8 +81,11 @@ class Sampler:
         engine: RolloutEngine,
         tokenizer: Tokenizer,
         problems: dict[str, dict],
+        *,
+        alone: bool = False,
     ) -> None:
-        self.run, self.config, self.world = run, run.rlvr, world
+        """alone: one rank samples and judges, and tells the others itself."""
+        self.run, self.config, self.world, self.alone = run, run.rlvr, world, alone
         self.engine, self.tokenizer, self.problems = engine, tokenizer, problems
         self.prompts = {
             id: encode_prompt(tokenizer, p["question"], run.chat_template)
@@ -106,6 +117,7 @@ class Sampler:
         )
         count("samples", sum(c is not None for c in completions))
         count("sampled_tokens", sum(len(c.tokens) for c in completions if c is not None))
+        rewards = self.rewards([id for id, _ in asked], completions)
         return [
             Rollout(
                 id=f"{purpose}/{step}/{id}/{k}",
@@ -115,17 +127,27 @@ class Sampler:
                 response=completion.tokens,
                 logprobs=completion.logprobs,
                 temperature=temperature,
-                reward=reward(
-                    self.tokenizer.decode(completion.tokens),
-                    completion.finish_reason,
-                    self.problems[id],
-                ),
+                reward=rewards[i],
                 truncated=completion.finish_reason == "length",
                 versions=[list(span) for span in completion.versions],
             )
-            for (id, k), completion in zip(asked, completions, strict=True)
+            for i, ((id, k), completion) in enumerate(zip(asked, completions, strict=True))
             if completion is not None
         ]
+
+    @phase("verify")
+    def rewards(self, ids: list[str], completions: Sequence[Completion | None]) -> list[float]:
+        """Return each completion's reward, 0 where there is none; judged by rank 0, the same on every rank. Collective.
+
+        A verdict has a time limit, so ranks that judged each for itself could differ.
+        """
+        judge = lambda: [
+            0.0
+            if c is None
+            else reward(self.tokenizer.decode(c.tokens), c.finish_reason, self.problems[id])
+            for id, c in zip(ids, completions, strict=True)
+        ]
+        return judge() if self.alone else on_main(self.world, judge)
 
     def sample_groups(self, ids: list[str], step: int, temperature: float) -> list[list[Rollout]]:
         """A group per prompt; with remedy 2, hard groups grow in rounds, until they are hard no longer or reach

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 from phimini.parallel.batch import pack
+from phimini.parallel.same_data import check_same_data
 from phimini.parallel.step import forward_backward
 from phimini.parallel.world import World
 from phimini.stages.config import RunConfig
@@ -52,6 +53,10 @@ def fine_tune(
         Path(run.out) / "distill" / "validation.jsonl", tokenizer, run.chat_template
     )
     check_lengths(examples + held_out, config.sequence_length, "sft.sequence_length")
+    digests = [example.digest() for example in examples]
+    check_same_data(
+        world, f"{stage.name}, before step 1", [digests, [example.digest() for example in held_out]]
+    )
     if steps is None:
         steps = max(1, math.ceil(config.epochs * len(examples) / config.examples_per_step))
     optimizer = start_optimizer(run, model, config.optimizer, steps)
@@ -71,7 +76,10 @@ def fine_tune(
     with log, Interrupt() as interrupt:
         while step < steps:
             optimizer.zero_grad()
-            microbatches = batch([examples[i] for i in sampler.batch(step)])
+            indices = sampler.batch(step)
+            microbatches = batch([examples[i] for i in indices])
+            items = [digests[i] for i in indices]
+            check_same_data(world, f"{stage.name}, step {step + 1}", items, microbatches)
             metrics = forward_backward(model, microbatches, cross_entropy_head)
             info = optimizer.step()
             step += 1
