@@ -51,7 +51,7 @@ def test_the_last_step_of_a_stage_of_any_length_trains(decay: Any) -> None:
 def test_skipped_updates_move_learning_rate_and_temperature_alike(tmp_path: Path) -> None:
     """Both follow the steps: those with too few rollouts for an update count like the others."""
     settings = [
-        "rlvr.steps=6", "rlvr.min_rollouts=13", "rlvr.optimizer.decay=linear", "rlvr.optimizer.lr=1e-3",
+        "rlvr.steps=6", "rlvr.min_rollouts=17", "rlvr.optimizer.decay=linear", "rlvr.optimizer.lr=1e-3",
         "rlvr.start_temperature=1.0", "rlvr.end_temperature=0.6",
     ]  # fmt: skip
     run = run_config(make_run(tmp_path / "run"), *settings)
@@ -66,7 +66,7 @@ def test_skipped_updates_move_learning_rate_and_temperature_alike(tmp_path: Path
 
 def test_a_stage_resumed_after_a_skipped_update_has_the_same_steps(tmp_path: Path) -> None:
     """Its schedule has gone two steps, its weights one update."""
-    settings = ["rlvr.steps=4", "rlvr.min_rollouts=13", "rlvr.optimizer.decay=cosine", "rlvr.checkpoint_every=1",
+    settings = ["rlvr.steps=4", "rlvr.min_rollouts=17", "rlvr.optimizer.decay=cosine", "rlvr.checkpoint_every=1",
                 "background_checkpoints=false"]  # fmt: skip
     whole, broken = (run_config(make_run(tmp_path / name), *settings) for name in "ab")
     (want,) = run_ranks(reinforce, 1, whole, timeout_s=200)
