@@ -84,7 +84,7 @@ class Planted:
         self.before(dist.ProcessGroup, "allreduce", "communication")
         self.before(optimizer, "refuse_unscheduled_decay", "optimizer")
         self.before(rollout, "sample", "rollout")
-        self.before(rollout_groups, "verify", "verify")
+        self.before(rollout_groups, "on_main", "verify")  # rank 0 judges, the others wait
         self.before(rollout, "to_hf", "sync")
         self.before(rlvr, "choose", "other")
 
