@@ -27,8 +27,8 @@ test-mcore-next: $(VENV)/.test $(MCORE_NEXT)/.done
 # Our model with the real Python of Transformer Engine, its compiled half replaced by functions that raise; on both
 # versions of megatron-core.
 test-te: $(VENV)/.test $(TE)/.done $(MCORE_NEXT)/.done
-	PHIMINI_TE=$(CURDIR)/$(TE) $(VENV)/bin/python -m pytest tests/test_te.py tests/test_fp8_checkpoint.py
-	PHIMINI_TE=$(CURDIR)/$(TE) PYTHONPATH=$(CURDIR)/.path:$(CURDIR)/$(MCORE_NEXT) $(VENV)/bin/python -m pytest tests/test_te.py tests/test_fp8_checkpoint.py
+	PHIMINI_TE=$(CURDIR)/$(TE) $(VENV)/bin/python -m pytest tests/parallel/megatron/test_te.py tests/parallel/checkpoint/test_fp8_checkpoint.py
+	PHIMINI_TE=$(CURDIR)/$(TE) PYTHONPATH=$(CURDIR)/.path:$(CURDIR)/$(MCORE_NEXT) $(VENV)/bin/python -m pytest tests/parallel/megatron/test_te.py tests/parallel/checkpoint/test_fp8_checkpoint.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -12,11 +12,11 @@ import textwrap
 from itertools import pairwise
 from pathlib import Path
 
-from phimini.model.words import nearest
-from phimini.parallel.launch import RankFailure
+from phimini.model.suggest import nearest
+from phimini.parallel.ranks.local_launch import RankFailure
 from phimini.stages.cli import EXPECTED
 from phimini.stages.cli import main as stages_main
-from phimini.stages.output import lasting_output
+from phimini.stages.run.output import lasting_output
 
 _FIRST_LINE = re.compile(r'"""`(phimini bench ([a-z0-9-]+)[^`]*)`[.:]? *(.*?)(?:""")?$')
 

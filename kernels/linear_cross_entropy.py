@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from phimini.kernels._head_base import RowGrads
-from phimini.kernels._head_loss_op import HeadLoss, LossCall, LossResult
-from phimini.kernels._head_rows import check_head, check_main_grad, check_rows
 from phimini.kernels._launch import Backend, compute_dtype
+from phimini.kernels.head.chunked import RowGrads
+from phimini.kernels.head.custom_op import HeadLoss, LossCall, LossResult
+from phimini.kernels.head.rows import check_head, check_main_grad, check_rows
 
 
 class CrossEntropyMetrics(NamedTuple):

@@ -25,11 +25,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from phimini.kernels._head_base import ChunkedHead, RowGrads
-from phimini.kernels._head_call import group_of, name_of
-from phimini.kernels._head_loss_op import HeadLoss, LossCall, LossResult
-from phimini.kernels._head_pairs import PairGroup, plan_pairs
-from phimini.kernels._head_rows import (
+from phimini.kernels._launch import Backend
+from phimini.kernels.head.call import group_of, name_of
+from phimini.kernels.head.chunked import ChunkedHead, RowGrads
+from phimini.kernels.head.custom_op import HeadLoss, LossCall, LossResult
+from phimini.kernels.head.pairs import PairGroup, plan_pairs
+from phimini.kernels.head.rows import (
     check_group,
     check_head,
     check_main_grad,
@@ -37,7 +38,6 @@ from phimini.kernels._head_rows import (
     check_tensor,
     chunk_slices,
 )
-from phimini.kernels._launch import Backend
 from phimini.kernels.linear_logprob import linear_logprob_reference
 
 

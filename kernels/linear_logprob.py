@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from phimini.kernels._head_base import RowGrads
-from phimini.kernels._head_call import HeadCall, name_of
-from phimini.kernels._head_rows import check_head
 from phimini.kernels._launch import Backend, compute_dtype
+from phimini.kernels.head.call import HeadCall, name_of
+from phimini.kernels.head.chunked import RowGrads
+from phimini.kernels.head.rows import check_head
 
 
 class LinearLogprob(NamedTuple):

@@ -26,15 +26,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from phimini.kernels._head_base import RowGrads, RowStats
-from phimini.kernels._head_loss_op import HeadLoss, LossCall, LossResult
-from phimini.kernels._head_rows import (
+from phimini.kernels._launch import Backend, compute_dtype
+from phimini.kernels.head.chunked import RowGrads, RowStats
+from phimini.kernels.head.custom_op import HeadLoss, LossCall, LossResult
+from phimini.kernels.head.rows import (
     check_head,
     check_main_grad,
     check_rows,
     check_tensor,
 )
-from phimini.kernels._launch import Backend, compute_dtype
 from phimini.kernels.linear_logprob import linear_logprob_reference
 
 MAX_EXPONENT = 20.0

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from phimini.model.words import nearest
+from phimini.model.suggest import nearest
 
 RopeFactors = Literal["short", "long"]
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from phimini.model.decoder import Decoder
+from phimini.model.decode_step import Decoder
 from phimini.model.reference import KVCache, Phi4Mini
 
 PREFILL_TOKENS = 4096

@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from phimini.parallel import cpu_shim
+from phimini.parallel.ranks import cpu_shim
 
 # Asked by way of CUDA's runtime, `is_available` makes CUDA unusable in forks, and `launch.run_ranks` forks.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")

@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from phimini.model.chat import TEMPLATES, render_example
 from phimini.model.config import ModelConfig, preset
-from phimini.model.huggingface import (
+from phimini.model.io.chat import TEMPLATES, render_example
+from phimini.model.io.huggingface import (
     ROPE_FACTORS_KEY,
     check_tensors,
     load_config,
@@ -14,14 +14,14 @@ from phimini.model.huggingface import (
     save_reference,
     write_tensors,
 )
+from phimini.model.io.json_files import read_rows
+from phimini.model.io.safetensors_folder import read_json
+from phimini.model.io.tokenizer import Tokenizer, train_tiny_tokenizer
 from phimini.model.reference import Phi4Mini
-from phimini.model.tensor_files import read_json
-from phimini.model.tokenizer import Tokenizer, train_tiny_tokenizer
-from phimini.stages.config import RunConfig
+from phimini.stages.config.schema import RunConfig
+from phimini.stages.config.seeds import derive
 from phimini.stages.distill import ROLLOUT_FIELDS
-from phimini.stages.jsonl import read_rows
-from phimini.stages.seeds import derive
-from phimini.stages.stage import Stage
+from phimini.stages.run.stage_folder import Stage
 
 TOKENIZER_TEXTS = 4000
 

@@ -37,28 +37,30 @@ from types import FrameType
 from typing import Any
 
 from phimini.model.config import preset
-from phimini.model.words import nearest
-from phimini.parallel import doctor, launch_scripts, plan_command
-from phimini.parallel.launch import RankFailure, run_ranks
-from phimini.parallel.roll_call import LostRanks, closing_or_naming_lost_ranks
-from phimini.parallel.same_data import DivergedError
-from phimini.parallel.world import World, initialize
+from phimini.model.suggest import nearest
+from phimini.parallel.cluster import job_scripts as launch_scripts
+from phimini.parallel.cluster import preflight as doctor
+from phimini.parallel.plan import command as plan_command
+from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
+from phimini.parallel.ranks.lost_ranks import LostRanks, closing_or_naming_lost_ranks
+from phimini.parallel.ranks.world import World, initialize
+from phimini.parallel.training.same_data import DivergedError
 from phimini.stages.base import base_config
-from phimini.stages.config import RunConfig, override, parse_value
+from phimini.stages.config.recipes import recipe_config
+from phimini.stages.config.schema import RunConfig, override, parse_value
 from phimini.stages.controls import controls
 from phimini.stages.dry_run import dry_run, is_ready
 from phimini.stages.evaluate import evaluate
-from phimini.stages.gpu_checklist import checklist
-from phimini.stages.mismatch_doctor import doctor as mismatch_doctor
-from phimini.stages.output import lasting_output
 from phimini.stages.recipe import DATA, TRAINING, recipe
-from phimini.stages.recipes import recipe_config
-from phimini.stages.report import write_report
-from phimini.stages.rollout_separate import serve
-from phimini.stages.run_lock import RunLock, held_by_main
-from phimini.stages.stage import Stopped
-from phimini.stages.training import layout_of
-from phimini.stages.workloads import workloads
+from phimini.stages.report.page import write_report
+from phimini.stages.rl.mismatch_diagnosis import doctor as mismatch_doctor
+from phimini.stages.rollout.separate_vllm import serve
+from phimini.stages.run.gpu_checklist import checklist
+from phimini.stages.run.lock import RunLock, held_by_main
+from phimini.stages.run.output import lasting_output
+from phimini.stages.run.stage_folder import Stopped
+from phimini.stages.run.training import layout_of
+from phimini.stages.run.workloads import workloads
 
 # What a rank may raise that is no fault of the program, and the exit status that it gives.
 EXPECTED = {

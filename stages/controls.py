@@ -15,15 +15,15 @@ Written to `controls/`: a folder per arm and `controls.json`, each arm's evaluat
 import dataclasses
 from pathlib import Path
 
-from phimini.model.tokenizer import END, EOS
-from phimini.parallel.world import World
-from phimini.stages.config import RunConfig
+from phimini.model.io.json_files import read_json, read_rows, write_json, write_rows
+from phimini.model.io.tokenizer import END, EOS
+from phimini.parallel.ranks.world import World
+from phimini.stages.config.schema import RunConfig
 from phimini.stages.evaluate import evaluate
-from phimini.stages.jsonl import read_json, read_rows, write_json, write_rows
+from phimini.stages.report.intervals import paired_gain
 from phimini.stages.rlvr import reinforce
+from phimini.stages.run.stage_folder import Stage
 from phimini.stages.sft import fine_tune
-from phimini.stages.stage import Stage
-from phimini.stages.statistics import paired_gain
 
 ARMS = ("sft_continued", "rejection_sft", "rl_without_dpo")
 WITHOUT = {

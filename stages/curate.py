@@ -9,11 +9,11 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
-from phimini.stages.config import CurateConfig, RunConfig
+from phimini.model.io.json_files import read_rows, write_rows
+from phimini.stages.config.schema import CurateConfig, RunConfig
+from phimini.stages.config.seeds import derive
 from phimini.stages.distill import ROLLOUT_FIELDS, has_ended
-from phimini.stages.jsonl import read_rows, write_rows
-from phimini.stages.seeds import derive
-from phimini.stages.stage import Stage
+from phimini.stages.run.stage_folder import Stage
 
 
 def curate(run: RunConfig, *, redo: bool = False) -> Path:

@@ -9,19 +9,19 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from phimini.stages.config import RunConfig
-from phimini.stages.decontaminate import (
+from phimini.model.io.json_files import read_rows, write_rows
+from phimini.stages.config.schema import RunConfig
+from phimini.stages.config.seeds import derive
+from phimini.stages.data.arithmetic_problems import Problem, generate_problems, teach
+from phimini.stages.data.decontaminate import (
     Questions,
     fingerprint,
     paraphrase_groups,
     same_question,
 )
-from phimini.stages.gym_prompts import gym_prompts
-from phimini.stages.jsonl import read_rows, write_rows
-from phimini.stages.problems import Problem, generate_problems, teach
-from phimini.stages.seeds import derive
-from phimini.stages.stage import Stage
-from phimini.stages.verify import extract_answer, verify
+from phimini.stages.data.gym_prompts import gym_prompts
+from phimini.stages.run.stage_folder import Stage
+from phimini.stages.verify.verdict import extract_answer, verify
 
 GIVEN_FIELDS = {"question": str, "answer": str, "response": str}
 """of a user's own rollout; what else our own have is worked out"""

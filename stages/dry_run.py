@@ -18,22 +18,22 @@ from pathlib import Path
 
 import torch
 
-from phimini.model.chat import encode_example
 from phimini.model.config import ModelConfig, preset
-from phimini.model.huggingface import check_tensors, read_tensors
-from phimini.model.tokenizer import Tokenizer
-from phimini.model.words import nearest
-from phimini.parallel.launch import run_ranks
-from phimini.parallel.layout import Layout
-from phimini.parallel.plan import MFUS, Plan, plan_stage
-from phimini.parallel.plan_memory import GIB, GPUS, Gpu
+from phimini.model.io.chat import encode_example
+from phimini.model.io.huggingface import check_tensors, read_tensors
+from phimini.model.io.json_files import read_rows
+from phimini.model.io.tokenizer import Tokenizer
+from phimini.model.suggest import nearest
+from phimini.parallel.plan.layouts import MFUS, Plan, plan_stage
+from phimini.parallel.plan.memory import GIB, GPUS, Gpu
+from phimini.parallel.ranks.layout import Layout
+from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages.base import base_config
-from phimini.stages.config import RunConfig
+from phimini.stages.config.schema import RunConfig
 from phimini.stages.distill import GIVEN_FIELDS, PROBLEM_FIELDS
-from phimini.stages.jsonl import read_rows
 from phimini.stages.midtrain import step_budget
-from phimini.stages.training import layout_of
-from phimini.stages.workloads import workloads
+from phimini.stages.run.training import layout_of
+from phimini.stages.run.workloads import workloads
 
 # The model card of Phi-4-mini-reasoning: 128 H100, 2 days, 150 B tokens (30 B tokens, 5 epochs).
 CARD_TOKENS, CARD_GPU_HOURS, CARD_EPOCH_TOKENS = 150e9, 128 * 48.0, 30e9

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from phimini.model.chat import encode_prompt
-from phimini.model.huggingface import load_config
+from phimini.model.io.chat import encode_prompt
+from phimini.model.io.huggingface import load_config
+from phimini.model.io.json_files import read_json, read_rows, write_json
+from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.sampler import Completion, SamplingParams
-from phimini.model.tokenizer import Tokenizer
-from phimini.parallel.agree import on_main
-from phimini.parallel.world import World
-from phimini.stages.config import RunConfig, to_dict
+from phimini.parallel.ranks.collective_errors import on_main
+from phimini.parallel.ranks.world import World
+from phimini.stages.config.schema import RunConfig, to_dict
+from phimini.stages.config.seeds import derive
 from phimini.stages.distill import PROBLEM_FIELDS
-from phimini.stages.jsonl import read_json, read_rows, write_json
-from phimini.stages.rollout import RolloutEngine, build_engine
-from phimini.stages.seeds import derive
-from phimini.stages.statistics import mean_interval, pass_at_k, wilson_interval
-from phimini.stages.verify import verify
+from phimini.stages.report.intervals import mean_interval, pass_at_k, wilson_interval
+from phimini.stages.rollout.local import RolloutEngine, build_engine
+from phimini.stages.verify.verdict import verify
 
 SHOWN_PER_CELL = 1
 

@@ -8,13 +8,13 @@ validation dataset", arXiv 2504.21233).
 import math
 from pathlib import Path
 
-from phimini.parallel.batch import pack
-from phimini.parallel.same_data import check_same_data
-from phimini.parallel.step import forward_backward
-from phimini.parallel.world import World
-from phimini.stages.config import MidtrainConfig, RunConfig
-from phimini.stages.metrics import MetricsLog
-from phimini.stages.packing import (
+from phimini.parallel.ranks.world import World
+from phimini.parallel.training.batch import pack
+from phimini.parallel.training.same_data import check_same_data
+from phimini.parallel.training.step import forward_backward
+from phimini.stages.config.schema import MidtrainConfig, RunConfig
+from phimini.stages.config.seeds import derive
+from phimini.stages.data.packing import (
     EpochSampler,
     best_fit,
     check_lengths,
@@ -22,9 +22,9 @@ from phimini.stages.packing import (
     flops_of,
     micro_batches,
 )
-from phimini.stages.seeds import derive
-from phimini.stages.stage import Interrupt, Stage
-from phimini.stages.training import (
+from phimini.stages.run.metrics import MetricsLog
+from phimini.stages.run.stage_folder import Interrupt, Stage
+from phimini.stages.run.training import (
     Progress,
     cross_entropy_head,
     load_model,

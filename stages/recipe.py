@@ -9,20 +9,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from phimini.parallel.doctor import cpu_name
-from phimini.parallel.world import World
+from phimini.model.io.json_files import read_json, write_json
+from phimini.parallel.cluster.preflight import cpu_name
+from phimini.parallel.ranks.world import World
 from phimini.stages.base import base
-from phimini.stages.config import RunConfig, to_dict
+from phimini.stages.config.schema import RunConfig, to_dict
 from phimini.stages.curate import curate
 from phimini.stages.distill import distill
 from phimini.stages.evaluate import evaluate
-from phimini.stages.jsonl import read_json, write_json
 from phimini.stages.midtrain import midtrain
-from phimini.stages.report import write_report
+from phimini.stages.report.intervals import mcnemar, paired_gain
+from phimini.stages.report.page import write_report
 from phimini.stages.rlvr import rlvr
 from phimini.stages.rollout_dpo import rollout_dpo
 from phimini.stages.sft import sft
-from phimini.stages.statistics import mcnemar, paired_gain
 
 # Data stages run on one rank; training stages on all.
 DATA: dict[str, Callable] = {"distill": distill, "curate": curate, "base": base}

@@ -18,18 +18,21 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from torch import Tensor
 
-from phimini.model.tokenizer import Tokenizer
-from phimini.parallel.batch import Document, PackedBatch, pack
-from phimini.parallel.builder import Model
-from phimini.parallel.same_data import check_same_data
-from phimini.parallel.step import forward_backward, forward_only
-from phimini.parallel.timing import phase
-from phimini.parallel.world import World
-from phimini.stages.config import RlvrConfig, RunConfig
+from phimini.model.io.json_files import read_json, read_rows, write_json, write_rows
+from phimini.model.io.tokenizer import Tokenizer
+from phimini.parallel.megatron.builder import Model
+from phimini.parallel.ranks.timing import phase
+from phimini.parallel.ranks.world import World
+from phimini.parallel.training.batch import Document, PackedBatch, pack
+from phimini.parallel.training.same_data import check_same_data
+from phimini.parallel.training.step import forward_backward, forward_only
+from phimini.stages.config.schema import RlvrConfig, RunConfig
+from phimini.stages.config.seeds import derive
+from phimini.stages.data.packing import EpochSampler, Example, flops_of, micro_batches
 from phimini.stages.distill import PROBLEM_FIELDS
-from phimini.stages.jsonl import read_json, read_rows, write_json, write_rows
-from phimini.stages.metrics import MetricsLog
-from phimini.stages.mismatch import (
+from phimini.stages.rl.groups import Rollout, Sampler, check_room
+from phimini.stages.rl.loss import logps, policy_head, with_reference_logps
+from phimini.stages.rl.mismatch import (
     ROUNDING,
     Mismatch,
     MismatchError,
@@ -38,10 +41,8 @@ from phimini.stages.mismatch import (
     importance_of,
     precision_of,
 )
-from phimini.stages.mismatch_doctor import EXAMINED, Case, diagnose
-from phimini.stages.packing import EpochSampler, Example, flops_of, micro_batches
-from phimini.stages.policy_head import logps, policy_head, with_reference_logps
-from phimini.stages.remedies import (
+from phimini.stages.rl.mismatch_diagnosis import EXAMINED, Case, diagnose
+from phimini.stages.rl.remedies import (
     advantages,
     is_too_easy,
     keeps_prompt,
@@ -49,14 +50,13 @@ from phimini.stages.remedies import (
     select_uniform_length,
     temperature_at,
 )
-from phimini.stages.rollout import build_engine
-from phimini.stages.rollout_ahead import Background, OnMain
-from phimini.stages.rollout_engine import RolloutEngine
-from phimini.stages.rollout_groups import Rollout, Sampler, check_room
-from phimini.stages.seeds import derive
-from phimini.stages.stage import Interrupt, Stage
-from phimini.stages.training import Progress, load_model, start_optimizer
-from phimini.stages.unused_rollouts import count_unused, is_masked, no_update
+from phimini.stages.rl.unused_rollouts import count_unused, is_masked, no_update
+from phimini.stages.rollout.engine import RolloutEngine
+from phimini.stages.rollout.local import build_engine
+from phimini.stages.rollout.prefetch import Background, OnMain
+from phimini.stages.run.metrics import MetricsLog
+from phimini.stages.run.stage_folder import Interrupt, Stage
+from phimini.stages.run.training import Progress, load_model, start_optimizer
 
 
 def rlvr(run: RunConfig, world: World, *, redo: bool = False) -> None:

@@ -19,23 +19,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phimini.kernels import linear_dpo, linear_logprob
-from phimini.model.chat import TemplateName, encode_example, encode_prompt
+from phimini.model.io.chat import TemplateName, encode_example, encode_prompt
+from phimini.model.io.json_files import read_rows, write_rows
+from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.sampler import Completion, SamplingParams
-from phimini.model.tokenizer import Tokenizer
-from phimini.parallel.agree import on_main
-from phimini.parallel.batch import Document, PackedBatch, pack
-from phimini.parallel.builder import Model
-from phimini.parallel.same_data import check_same_data
-from phimini.parallel.step import StepMetrics, forward_backward, forward_only
-from phimini.parallel.timing import phase
-from phimini.parallel.world import World
-from phimini.stages.config import RolloutDpoConfig, RunConfig
+from phimini.parallel.megatron.builder import Model
+from phimini.parallel.ranks.collective_errors import on_main
+from phimini.parallel.ranks.timing import phase
+from phimini.parallel.ranks.world import World
+from phimini.parallel.training.batch import Document, PackedBatch, pack
+from phimini.parallel.training.same_data import check_same_data
+from phimini.parallel.training.step import StepMetrics, forward_backward, forward_only
+from phimini.stages.config.schema import RolloutDpoConfig, RunConfig
+from phimini.stages.config.seeds import derive
 from phimini.stages.curate import distinct
-from phimini.stages.distill import PROBLEM_FIELDS
-from phimini.stages.evaluate import judge
-from phimini.stages.jsonl import read_rows, write_rows
-from phimini.stages.metrics import MetricsLog
-from phimini.stages.packing import (
+from phimini.stages.data.packing import (
     EpochSampler,
     Example,
     check_lengths,
@@ -43,11 +41,13 @@ from phimini.stages.packing import (
     flops_of,
     micro_batches,
 )
-from phimini.stages.rollout import build_engine
-from phimini.stages.rollout_groups import check_room
-from phimini.stages.seeds import derive
-from phimini.stages.stage import Interrupt, Stage
-from phimini.stages.training import (
+from phimini.stages.distill import PROBLEM_FIELDS
+from phimini.stages.evaluate import judge
+from phimini.stages.rl.groups import check_room
+from phimini.stages.rollout.local import build_engine
+from phimini.stages.run.metrics import MetricsLog
+from phimini.stages.run.stage_folder import Interrupt, Stage
+from phimini.stages.run.training import (
     Progress,
     fp8_of,
     load_model,

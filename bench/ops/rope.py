@@ -1,0 +1,170 @@
+"""RoPE on the fused qkv: what to time, compile and count. The shapes are the presets'."""
+
+import torch
+from torch import Tensor
+
+from phimini.bench.offline.static_report import StaticCase, liger_is_installed
+from phimini.bench.offline.traffic import TrafficCase
+from phimini.bench.ops.harness import Case
+from phimini.kernels import rope, rope_reference
+from phimini.kernels.rope import _rope_kernel, launch_config
+from phimini.model.config import ModelConfig, preset
+
+
+def _tables(config: ModelConfig, num_positions: int, device: str) -> tuple[Tensor, Tensor]:
+    R = config.rotary_dim
+    frequencies = config.rope_theta ** (-torch.arange(0, R, 2, device=device) / R)
+    angles = torch.outer(torch.arange(num_positions, device=device), frequencies)
+    return angles.cos(), angles.sin()
+
+
+# --- timed -----------------------------------------------------------------------------------------
+def timed_cases(device: str, quick: bool) -> list[Case]:
+    """Packed rows: positions restart every 1,024 tokens."""
+    if device == "cuda":
+        lengths = [16384] if quick else [2048, 16384, 65536]
+        return [_case(preset("phi-4-mini"), L, device, torch.bfloat16) for L in lengths]
+    lengths = [2048] if quick else [2048, 8192]
+    return [_case(preset("tiny"), L, device, torch.float32) for L in lengths]
+
+
+def _case(config: ModelConfig, L: int, device: str, dtype: torch.dtype) -> Case:
+    H, G, K, R = config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim
+    cos, sin = _tables(config, 1024, device)
+    positions = torch.arange(L, device=device) % 1024
+    split = [H, G, G]
+
+    def ours(qkv: Tensor) -> tuple[Tensor, ...]:
+        qkv = qkv.clone() if qkv.requires_grad else qkv  # a leaf may not be written in place
+        return rope(qkv, cos, sin, positions, num_rotated_heads=H + G).split(split, dim=-2)
+
+    def reference(qkv: Tensor) -> tuple[Tensor, ...]:
+        turned = rope_reference(qkv, cos, sin, positions, num_rotated_heads=H + G)
+        return turned.split(split, dim=-2)
+
+    def eager(qkv: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = qkv.split(split, dim=-2)
+        c, s = (torch.cat([t[positions]] * 2, dim=-1)[:, None].to(qkv.dtype) for t in (cos, sin))
+        return _rotate_half(q, c, s, R), _rotate_half(k, c, s, R), v
+
+    providers = {"phimini": ours, "eager": eager, "torch.compile": torch.compile(eager)}
+    if device == "cuda" and liger_is_installed():
+        from liger_kernel.ops.rope import LigerRopeFunction
+
+        def liger(qkv: Tensor) -> tuple[Tensor, ...]:
+            q, k, v = qkv[None].split(split, dim=-2)
+            c, s = (torch.cat([t[positions]] * 2, dim=-1)[None].to(qkv.dtype) for t in (cos, sin))
+            q, k = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), c, s)
+            return q.transpose(1, 2)[0], k.transpose(1, 2)[0], v[0]
+
+        providers["liger"] = liger
+    qkv = torch.randn(L, H + 2 * G, K, device=device, dtype=dtype)
+    e = qkv.element_size()
+    return Case(
+        op="rope",
+        shape={"L": L, "H": H, "G": G, "K": K, "R": R},
+        inputs={"qkv": qkv},
+        providers=providers,
+        reference=reference,
+        min_bytes={"fwd": 2 * L * (H + G) * R * e, "bwd": 2 * qkv.numel() * e},
+        min_flops={"fwd": 3 * L * (H + G) * R, "bwd": 3 * L * (H + G) * R},
+    )
+
+
+def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor, R: int) -> Tensor:
+    """As transformers writes it (`apply_rotary_pos_emb` of Phi-3)."""
+    rotated, passed = x[..., :R], x[..., R:]
+    half = torch.cat([-rotated[..., R // 2 :], rotated[..., : R // 2]], dim=-1)
+    return torch.cat([rotated * cos + half * sin, passed], dim=-1)
+
+
+# --- compiled --------------------------------------------------------------------------------------
+def static_cases() -> list[StaticCase]:
+    """Both GPU presets, with Hugging Face's layout of qkv and with Megatron's."""
+    cases = []
+    for name in ("phi-4-mini", "phi-400m"):
+        p = preset(name)
+        H, G = p.num_heads, p.num_kv_heads
+        for groups, heads, rotated in ((1, H + 2 * G, H + G), (G, H // G + 2, H // G + 1)):
+            blocks = launch_config(groups, heads, p.head_dim, p.rotary_dim, rotated)
+            num_warps = blocks.pop("num_warps")
+            cases += [
+                StaticCase(
+                    kernel=f"rope_{'bwd' if backward else 'fwd'}",
+                    function=_rope_kernel,
+                    signature={
+                        "x_ptr": "*bf16", "out_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32",
+                        "positions_ptr": "*i64", "attention_factor": "fp32", "stride_cos_p": "i32:16",
+                        "stride_sin_p": "i32:16",
+                    },
+                    constexprs={**blocks, "INVERSE": backward, "COPY_REST": backward},
+                    num_warps=num_warps,
+                    max_registers={80: 40, 90: 40, 100: 40},
+                )
+                for backward in (False, True)
+            ]  # fmt: skip
+    return cases
+
+
+def peer_static_cases() -> list[StaticCase]:
+    """Liger 0.8.5 for Phi-4-Mini's heads, as its launch code sets it (triton's default of 4 warps)."""
+    if not liger_is_installed():
+        return []
+    from liger_kernel.ops import rope as liger
+
+    return [
+        StaticCase(
+            kernel=f"rope_{'bwd' if backward else 'fwd'}",
+            provider="liger",
+            function=liger._triton_rope,
+            signature={
+                "q_ptr": "*bf16", "q_row_stride": "i32:16", "k_ptr": "*bf16", "k_row_stride": "i32:16",
+                "cos": "*bf16", "cos_row_stride": "i32:16", "sin": "*bf16", "sin_row_stride": "i32:16",
+                "sl": "i32",
+            },
+            constexprs={
+                "bs": 1, "cos_bs": 1, "n_qh": 24, "n_kh": 8, "hd": 128, "pad_n_qh": 32, "pad_n_kh": 8,
+                "pad_hd": 128, "pad_rd": 128, "rd": 96, "BLOCK_SIZE": 32, "BACKWARD_PASS": backward,
+            },
+            num_warps=4,
+        )
+        for backward in (False, True)
+    ]  # fmt: skip
+
+
+# --- counted ---------------------------------------------------------------------------------------
+def traffic_cases() -> list[TrafficCase]:
+    """Phi-4-Mini's heads. Liger gets q and k as slices of the fused projection, as its Phi-3 layer does."""
+    config, L = preset("phi-4-mini"), 16
+    H, G, K, R = config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim
+    cos, sin = _tables(config, L, "cpu")
+    positions = torch.arange(L)
+    qkv = torch.randn(L, H + 2 * G, K).bfloat16()
+    tables = 2 * L * (R // 2) * 4 + 8 * L
+    arguments = (cos, sin, positions, H + G, 1.19)
+    forward_bytes = 2 * L * (H + G) * R * 2 + tables
+    cases = [
+        TrafficCase(
+            kernel="rope_fwd",
+            run=lambda: torch.ops.phimini.rope_(qkv, *arguments),
+            minimum_bytes=forward_bytes,
+        ),
+        TrafficCase(
+            kernel="rope_bwd",
+            run=lambda: torch.ops.phimini.rope_bwd(qkv, *arguments),
+            minimum_bytes=2 * qkv.numel() * 2 + tables,
+        ),
+    ]
+    if liger_is_installed():
+        from liger_kernel.ops.rope import rope_forward
+
+        wide_cos, wide_sin = (torch.cat([t, t], dim=-1).bfloat16() for t in (cos, sin))
+
+        def liger() -> None:
+            q, k, _v = (t[None].transpose(1, 2) for t in qkv.split([H, G, G], dim=-2))
+            rope_forward(q, k, wide_cos, wide_sin)
+
+        cases.append(
+            TrafficCase(kernel="rope_fwd", provider="liger", run=liger, minimum_bytes=forward_bytes)
+        )
+    return cases

@@ -1,0 +1,333 @@
+"""`phimini bench peers [sft] [dpo] [grpo] [--provider NAME ...] [--rounds N] [--steps N] [--json PATH]`: peers beside our stages, taking turns
+
+    --provider trl (default), megatron_bridge, verl, nemo_rl     the last three on a GPU: `bench/peers/gpu_frameworks.py`
+
+Each side is a process of one thread on the tiny preset in fp32: ours runs the real stage (`stages/sft.py`,
+`rollout_dpo.py`, `rlvr.py`), TRL its SFTTrainer, DPOTrainer or GRPOTrainer on Phi3ForCausalLM, from the same model
+folder, on the same token ids, with the same batch. Before anything is timed the two must agree, within 1e-4, on the loss
+of the same batch. Then they take turns of a few optimizer steps; what counts is each process's CPU time. Ours includes
+reading its batches, metrics and, for DPO, the reference's forward pass; for GRPO sampling, verifying and weight sync.
+A GRPO sample is a sampled answer: our stage does not train on groups with equal rewards, whose gradient is zero; TRL does.
+
+TRL lives in an environment of its own (`make bench-peers`); `--python` names another provider's interpreter. Where one
+is not there, or there is no GPU for it, a line says so, `--json` has a row with a `verdict` and no numbers, and the status is 2.
+
+`--json PATH` has a row per task and provider, whatever PATH ends in (a JSON list; JSON lines in *.jsonl): task, provider,
+unit, per_cpu_second, peak_rss_bytes, first_loss, versions, ratio (of ours, else null). On a GPU per_cpu_second and
+peak_rss_bytes are null and per_gpu_second, peak_gpu_bytes, gpus and device follow.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phimini.bench.peers import gpu_frameworks as peers_gpu
+from phimini.bench.peers.common_start import (
+    BATCH,
+    BETA,
+    FIRST_LOSS,
+    GROUP,
+    MAX_NEW_TOKENS,
+    SETTINGS,
+    prepare,
+)
+from phimini.model.io.json_files import write_json, write_rows
+from phimini.parallel.megatron.builder import Model
+from phimini.parallel.ranks.layout import Layout
+from phimini.parallel.ranks.world import initialize
+from phimini.stages import rlvr, rollout_dpo, sft
+from phimini.stages.base import base_config
+from phimini.stages.config.recipes import tiny
+from phimini.stages.config.schema import RunConfig, override
+from phimini.stages.run.metrics import MetricsLog
+
+Row = dict[str, Any]
+UNITS = {"sft": "tokens", "dpo": "pairs", "grpo": "samples"}
+TARGETS = {"sft": 1.8, "dpo": 2.2, "grpo": 4.0}
+"""of our rate over TRL's"""
+SAME_LOSS = 1e-4
+WARM_UP = 2
+PYTHON = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
+# The stages as they are timed: TRL's defaults where they decide how much work a step is.
+TIMED = [
+    "sft.epochs=1000", "rollout_dpo.pairs=teacher", "rollout_dpo.epochs=100", "rollout_dpo.pairs_per_step=32",
+    "rollout_dpo.nll_weight=0", f"rollout_dpo.beta={BETA}", "rlvr.steps=100000",
+    f"rlvr.prompts_per_step={BATCH['grpo'] // GROUP}", f"rlvr.rollouts_per_prompt={GROUP}", "rlvr.rebalance=false",
+    "rlvr.uniform_length=false", "rlvr.anneal=false", "rlvr.start_temperature=1", "rlvr.min_rollouts=1",
+    "rlvr.probe_prompts=300", f"rlvr.max_new_tokens={MAX_NEW_TOKENS}",
+]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 1 where a target against TRL is missed; 2 where a provider could not be compared with. RuntimeError: other losses."""
+    parser = argparse.ArgumentParser(
+        prog="phimini bench peers", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "tasks", nargs="*", metavar="TASK", help=f"of {', '.join(UNITS)}; none: all"
+    )
+    parser.add_argument("--provider", action="append", choices=["trl", *peers_gpu.PROVIDERS])
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a turn")
+    parser.add_argument("--python", type=Path, help="the provider's interpreter")
+    parser.add_argument("--run", help="GPU: start from the models and rows of this finished run")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs of this machine")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    args = parser.parse_args(argv)
+    if unknown := [t for t in args.tasks if t not in UNITS]:
+        parser.error(f"unknown task {unknown[0]!r}; expected {', '.join(UNITS)}")
+    tasks, providers = args.tasks or list(UNITS), args.provider or ["trl"]
+    python = {p: args.python or (PYTHON if p == "trl" else Path(sys.executable)) for p in providers}
+    absent = {(p, t): why for p in providers for t in tasks if (why := why_not(p, t, python[p]))}
+    rows = [peers_gpu.no_row(p, task, why) for (p, task), why in absent.items()]
+    for why in dict.fromkeys(absent.values()):
+        print(f"phimini bench peers: {why}", file=sys.stderr)
+    if wanted := [(p, task) for p in providers for task in tasks if (p, task) not in absent]:
+        with tempfile.TemporaryDirectory() as name:
+            run = prepare(Path(name)) if args.run is None else finished(args.run)
+            for p, task in wanted:
+                if p == "trl":
+                    rows += compare(task, run, python[p], args.rounds, args.steps)
+                    print(describe(rows[-2:]), flush=True)
+                else:
+                    job = peers_gpu.job_of(task, run, Path(name), args.steps, args.gpus)
+                    rows += peers_gpu.compare(p, job, str(python[p]), args.rounds)
+                    print(peers_gpu.describe(rows[-2:]), flush=True)
+    if args.json is not None:
+        write_either(args.json, rows)
+    held = [r for r in rows if r["provider"] == "phimini" and "device" not in r]
+    if any(r["ratio"] < TARGETS[r["task"]] for r in held):
+        return 1
+    return 2 if absent else 0
+
+
+def why_not(provider: str, task: str, python: Path) -> str | None:
+    """Why this provider cannot be compared with; None: it can."""
+    if provider != "trl":
+        return peers_gpu.why_not(provider, task, str(python))
+    return (
+        None if python.exists() else f"trl: {python} does not exist; `make bench-peers` sets it up"
+    )
+
+
+def finished(out: str) -> RunConfig:
+    """Of a run that is complete up to stage 2. ValueError where it is not."""
+    if not (Path(out) / "sft" / "summary.json").exists():
+        raise ValueError(f"--run {out}: expected a finished stage sft, found none")
+    return override(tiny(), [f"out={out}"])
+
+
+def write_either(path: Path, rows: list[Row]) -> None:
+    """The same rows as JSON lines into a .jsonl, as one list into any other file."""
+    if path.suffix == ".jsonl":
+        write_rows(path, rows)
+    else:
+        write_json(path, rows)
+
+
+# --- our side ------------------------------------------------------------------------------------
+def our_side(task: str, folder: str, steps: int) -> None:
+    """A process that runs the stage and lets `steps` optimizer steps pass per `go` that it reads."""
+    torch.set_num_threads(1)
+    out = Path(folder) / "run"
+    run = override(tiny(), [f"out={out}", *SETTINGS, *TIMED])
+    world = initialize(Layout(), base_config(run))
+    turns = Turns(task, steps, FIRST_LOSS[task](run, world, Path(folder) / task))
+    TurnLog.turns = turns
+    bench_run = dataclasses.replace(run, out=str(_linked(out, task)))
+    if task == "sft":
+        sft.MetricsLog = TurnLog  # pyright: ignore[reportAttributeAccessIssue]
+        sft.sft(bench_run, world)
+    elif task == "dpo":
+        rollout_dpo.MetricsLog = TurnLog  # pyright: ignore[reportAttributeAccessIssue]
+        rollout_dpo.reference_logps = turns.timed_reference(rollout_dpo.reference_logps)
+        rollout_dpo.rollout_dpo(bench_run, world)
+    else:
+        rlvr.MetricsLog = TurnLog  # pyright: ignore[reportAttributeAccessIssue]
+        rlvr.rlvr(bench_run, world)
+
+
+def _linked(out: Path, task: str) -> Path:
+    """A run directory of the task's own, whose earlier stages are the prepared ones (stage 3's is stage 2's)."""
+    bench = out.parent / f"{task}-run"
+    bench.mkdir()
+    stages = {"sft": ("midtrain",), "dpo": ("midtrain", "sft"), "grpo": ("midtrain", "sft")}[task]
+    for stage in ("distill", "curate", "base", *stages):
+        os.symlink(out / stage, bench / stage)
+    if task == "grpo":
+        os.symlink(out / "sft", bench / "rollout_dpo")
+    return bench
+
+
+class Turns:
+    """What our process says to the one that compares: JSON lines, as TRL's side says them."""
+
+    def __init__(self, task: str, steps: int, first_loss: float) -> None:
+        self.task, self.steps, self.first_loss = task, steps, first_loss
+        self.done, self.units, self.since = 0, 0.0, 0.0
+        self.reference_seconds = 0.0
+        """of DPO: the reference's forward pass per pair"""
+
+    def timed_reference(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(model: Model, pairs: list, *args: Any) -> Any:
+            since = time.process_time()
+            result = fn(model, pairs, *args)
+            self.reference_seconds = (time.process_time() - since) / len(pairs)
+            return result
+
+        return timed
+
+    def after_step(self, row: Row) -> None:
+        self.units += {"sft": row["tokens"], "dpo": BATCH["dpo"], "grpo": row.get("rollouts", 0)}[
+            self.task
+        ]
+        self.done += 1
+        past = self.done - WARM_UP
+        if past < 0 or past % self.steps:
+            return
+        if past:
+            spent = time.process_time() - self.since
+            if self.task == "dpo":
+                spent += self.reference_seconds * self.units
+            self.say(cpu_seconds=spent, units=self.units)
+        else:
+            self.say(first_loss=self.first_loss, versions={p: version(p) for p in ("phimini", "megatron-core", "torch")})  # fmt: skip
+        if sys.stdin.readline().strip() != "go":
+            os._exit(0)
+        self.units, self.since = 0.0, time.process_time()
+
+    def say(self, **values: Any) -> None:
+        values["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print("PEERS " + json.dumps(values), flush=True)
+
+
+class TurnLog(MetricsLog):
+    """The stage's own log; a turn may end after each of its rows."""
+
+    turns: Turns
+
+    def write(self, step: int, *, tokens: int, **values: Any) -> None:
+        super().write(step, tokens=tokens, **values)
+        self.turns.after_step(values | {"tokens": tokens})
+
+
+# --- taking turns --------------------------------------------------------------------------------
+class Side:
+    """One provider's process."""
+
+    def __init__(self, name: str, command: list[str]) -> None:
+        self.name = name
+        self.log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+        self.rates: list[float] = []
+        self.peak_rss_bytes = 0
+
+    def hear(self) -> Row:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("PEERS "):
+                said = json.loads(line.removeprefix("PEERS "))
+                self.peak_rss_bytes = max(self.peak_rss_bytes, said["peak_rss_bytes"])
+                return said
+        self.log.seek(0)
+        raise RuntimeError(f"bench peers: {self.name} ended:\n{self.log.read()[-3000:]}")
+
+    def turn(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        said = self.hear()
+        self.rates.append(said["units"] / said["cpu_seconds"])
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def compare(task: str, run: RunConfig, python: Path, rounds: int, steps: int) -> list[Row]:
+    """Rows of both providers; RuntimeError where a side ends early, or their losses of one batch differ."""
+    folder = Path(run.out).parent
+    code = "import sys; from phimini.bench.peers.command import our_side; our_side(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+    ours = Side(
+        "phimini", [sys.executable, "-W", "ignore", "-c", code, task, str(folder), str(steps)]
+    )
+    heard = {"phimini": ours.hear()}  # first: it writes the batch that both compute
+    script = Path(__file__).parent / "trl_stages.py"
+    # -P: its folder has a kernels.py, which transformers would import
+    trl = Side(
+        "trl",
+        [str(python), "-P", "-W", "ignore", str(script), task, str(folder / task), str(steps)],
+    )
+    try:
+        heard["trl"] = trl.hear()
+        losses = {name: said["first_loss"] for name, said in heard.items()}
+        if not math.isclose(*losses.values(), rel_tol=0, abs_tol=SAME_LOSS):
+            raise RuntimeError(
+                f"bench peers {task}: the same batch has other losses: {losses}; nothing was timed"
+            )
+        for i in range(rounds):
+            for side in (ours, trl) if i % 2 == 0 else (trl, ours):
+                side.turn()
+    finally:
+        ours.end()
+        trl.end()
+    ratio = statistics.median(a / b for a, b in zip(ours.rates, trl.rates, strict=True))
+    return [
+        {
+            "task": task,
+            "provider": side.name,
+            "unit": UNITS[task],
+            "per_cpu_second": statistics.median(side.rates),
+            "peak_rss_bytes": side.peak_rss_bytes,
+            "first_loss": heard[side.name]["first_loss"],
+            "versions": heard[side.name]["versions"],
+            "ratio": ratio if side is ours else None,
+        }
+        for side in (ours, trl)
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """The README's, of committed rows: a line per task."""
+    lines = ["| task | ours | TRL | ratio | target | peak memory, ours and TRL | loss of one batch, both |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for ours, trl in zip(rows[::2], rows[1::2], strict=True):
+        mib = " and ".join(f"{row['peak_rss_bytes'] / 2**20:,.0f}" for row in (ours, trl))
+        loss = " and ".join(f"{row['first_loss']:.6f}" for row in (ours, trl))
+        lines.append(
+            f"| {ours['task']} | {ours['per_cpu_second']:,.1f} | {trl['per_cpu_second']:,.1f} {ours['unit']} per CPU second "
+            f"| {ours['ratio']:.2f} | {TARGETS[ours['task']]} | {mib} MiB | {loss} |"
+        )
+    return "\n".join(lines)
+
+
+def describe(rows: list[Row]) -> str:
+    ours, trl = rows
+    unit = ours["unit"]
+    return (
+        f"{ours['task']}: {ours['per_cpu_second']:,.1f} against {trl['per_cpu_second']:,.1f} {unit} per CPU second: "
+        f"{ours['ratio']:.2f} times (target {TARGETS[ours['task']]}); peak {ours['peak_rss_bytes'] / 2**20:,.0f} against "
+        f"{trl['peak_rss_bytes'] / 2**20:,.0f} MiB; loss of one batch {ours['first_loss']:.6f} and {trl['first_loss']:.6f}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""`phimini bench train [STAGE ...]`: a training step of the real stages: its speed, where its time goes, its memory
+
+    phimini bench train [midtrain|sft|dpo|rlvr ...] [--run DIR] [--steps N] [--quick] [--profile DIR] [--json PATH] [key=value ...]
+
+Runs the stages themselves for a few steps and prints where their time went: the marks of `parallel/ranks/timing.py` are in
+the code that every run uses. Layout and sizes are the recipe's fields, e.g. `processes=2 tensor_parallel=2`; under
+torchrun each rank takes part. Without `--run` the stages start from a new model, whose answers in stage 4 get a coin
+for a reward (after the verifier's real work); with it, from the models of a finished run, which is only read.
+
+Convention: FLOPs as in `model/flops.py` (multiply-add is 2, causal attention within the real documents, recomputation
+and rollouts not counted), over all of a step but rollout, verify and sync. MFU is against the device's dense bf16 peak,
+whatever the precision, and is left out for a device without an entry; on a CPU the yardstick is an fp32 matrix product
+of 1024, measured between the steps. Seconds are wall time on a GPU (the marks wait for it) and the ranks' CPU time on
+a CPU. On a GPU, waiting undoes overlap: half of the steps are marked, for the shares, and half are not, for the
+speed. Peak memory: torch's allocator on a GPU; on a CPU what one step allocates beyond weights and optimizer.
+"""
+
+import argparse
+import contextlib
+import inspect
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from phimini.bench.gate.peak_memory import AllocationMeter, peak_rss_bytes
+from phimini.bench.gate.rows import Row, write
+from phimini.bench.gate.yardsticks import gemm_factors, gemm_flops
+from phimini.bench.system.train_rows import RankResult, describe, make_row
+from phimini.model.io.json_files import write_json
+from phimini.parallel.ranks.local_launch import run_ranks
+from phimini.parallel.ranks.timing import Recorder, phase
+from phimini.parallel.ranks.world import World, initialize
+from phimini.stages.base import base_config
+from phimini.stages.config.recipes import recipe_config
+from phimini.stages.config.schema import RunConfig, override
+from phimini.stages.config.seeds import derive
+from phimini.stages.recipe import DATA, TRAINING
+from phimini.stages.rl import groups as rollout_groups
+from phimini.stages.run.stage_folder import INPUTS
+from phimini.stages.run.training import layout_of
+
+STAGES = {"midtrain": "midtrain", "sft": "sft", "dpo": "rollout_dpo", "rlvr": "rlvr"}
+WARM_UP = 3
+"""steps before the first that counts"""
+STEPS = {"midtrain": 100, "sft": 60, "dpo": 30, "rlvr": 8}
+QUICK_STEPS = {"midtrain": 24, "sft": 16, "dpo": 10, "rlvr": 10}
+QUICK = ["rlvr.prompts_per_step=8", "rlvr.probe_prompts=16", "rlvr.max_new_tokens=48", "rlvr.min_rollouts=8"]  # fmt: skip
+SMALL_DATA = [
+    "distill.num_problems=600", "distill.num_prompts=300", "distill.num_heldout=24", "distill.num_validation=24",
+    "curate.sft_examples=600", "rlvr.probe_prompts=128",
+]  # fmt: skip
+COLLECTIVES = (
+    "allreduce", "allreduce_coalesced", "allgather", "_allgather_base", "allgather_into_tensor_coalesced",
+    "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced", "broadcast", "reduce", "gather",
+    "scatter", "alltoall", "alltoall_base", "send", "recv", "barrier",
+)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 1 where a loss or a gradient was not finite."""
+    parser = argparse.ArgumentParser(
+        prog="phimini bench train", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("words", nargs="*", metavar="stage | key=value")
+    parser.add_argument("--run", type=Path, help="start from the models of this finished run")
+    parser.add_argument("--steps", type=int, help="steps that count; default: by stage")
+    parser.add_argument("--quick", action="store_true", help="few steps, few rollouts")
+    parser.add_argument("--profile", type=Path, help="write a trace of two steps into this folder")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    args = parser.parse_intermixed_args(argv)  # stages before the options, key=value after them
+    assignments = [word for word in args.words if "=" in word]
+    stages = [word for word in args.words if "=" not in word] or list(STAGES)
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        parser.error(f"{unknown[0]}: expected one of {', '.join(STAGES)}, or key=value")
+    rows = []
+    for stage in stages:
+        rows.append(bench(stage, assignments, args.run, args.steps, args.quick, args.profile))
+        if os.environ.get("RANK", "0") == "0":
+            print(describe(rows[-1]), flush=True)
+    if args.json is not None and os.environ.get("RANK", "0") == "0":
+        write(args.json, rows)
+    return 0 if all(row.correct for row in rows) else 1
+
+
+def bench(
+    stage: str,
+    assignments: list[str],
+    source: Path | None = None,
+    steps: int | None = None,
+    quick: bool = False,
+    profile: Path | None = None,
+) -> Row:
+    """Times one stage of the tiny recipe with `assignments`."""
+    num_steps = steps or (QUICK_STEPS if quick else STEPS)[stage]
+    # One under the meter, two under the profiler, the last one validates.
+    total = WARM_UP + num_steps + 4
+    with _shared_folder() as folder:
+        settings = ["processes=1", *(SMALL_DATA if source is None else []), *(QUICK if quick else [])]  # fmt: skip
+        run = override(recipe_config("tiny"), [*settings, *assignments, f"out={folder}"])
+        if os.environ.get("RANK", "0") == "0":
+            prepare(run, STAGES[stage], source)
+        return _launch(
+            measure_stage, run, stage, total, num_steps, profile, source is None and stage == "rlvr"
+        )
+
+
+def _launch(fn: Callable[..., Row], run: RunConfig, *args: Any) -> Row:
+    if "RANK" in os.environ:
+        return fn(run, *args)
+    return run_ranks(fn, run.processes, run, *args)[0]
+
+
+@contextlib.contextmanager
+def _shared_folder() -> Iterator[Path]:
+    """A temporary folder; under torchrun one that all ranks of the machine know, by the job's port."""
+    if "RANK" not in os.environ:
+        with tempfile.TemporaryDirectory(prefix="phimini-bench-") as folder:
+            yield Path(folder)
+        return
+    folder = Path(tempfile.gettempdir()) / f"phimini-bench-{os.environ['MASTER_PORT']}"
+    yield folder
+    if os.environ["RANK"] == "0":
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepare(run: RunConfig, stage: str, source: Path | None) -> None:
+    """Gives `stage` its inputs: small data and a new model, or links to a finished run's."""
+    out = Path(run.out)
+    out.mkdir(parents=True, exist_ok=True)
+    needed = {"distill", "curate", "base", *INPUTS[stage]}
+    if source is not None:
+        for name in sorted(needed):
+            if not (source / name / "summary.json").exists():
+                raise ValueError(f"--run {source}: expected a finished stage {name}, found none")
+            (out / name).symlink_to((source / name).resolve())
+        return
+    for name, make in DATA.items():
+        if not (out / name).exists():
+            with contextlib.redirect_stdout(sys.stderr):
+                make(run)
+    for name in sorted(needed - DATA.keys()):
+        (out / name).mkdir()
+        (out / name / "model").symlink_to((out / "base" / "model").resolve())
+        write_json(out / name / "summary.json", {"id": name})
+
+
+def _for_steps(run: RunConfig, stage: str, total: int) -> RunConfig:
+    """`run` with exactly `total` steps of `stage`, and no validation or checkpoint among them."""
+    never = 10**9
+    settings = [f"{STAGES[stage]}.checkpoint_every={never}"]
+    lines = lambda name: len((Path(run.out) / "curate" / name).read_text().splitlines())
+    if stage in ("midtrain", "sft"):
+        settings.append(f"{stage}.validate_every={never}")
+    if stage == "sft":
+        epochs = (total - 0.5) * run.sft.examples_per_step / lines("sft.jsonl")
+        settings.append(f"sft.epochs={epochs}")
+    elif stage == "dpo":
+        epochs = (total + 0.5) * run.rollout_dpo.pairs_per_step / lines("pairs.jsonl")
+        settings += [
+            f"rollout_dpo.epochs={epochs}",
+            "rollout_dpo.pairs=teacher",
+            f"rollout_dpo.pairs_per_prompt={never}",
+        ]
+    else:
+        settings.append(f"{stage}.steps={total}")
+    return override(run, settings)
+
+
+def measure_stage(
+    run: RunConfig, stage: str, total: int, num_steps: int, profile: Path | None, coin: bool
+) -> Row:
+    """One rank: runs the stage, and gives all ranks' row."""
+    run = _for_steps(run, stage, total)
+    world = initialize(layout_of(run), base_config(run), seed=run.seed)
+    watcher = _Watcher(world, stage, num_steps, profile)
+    recorder = Recorder(world.device, lambda done: watcher.after_step(done, recorder))
+    with _coin_rewards(coin), timed_collectives(), recorder:
+        # Everybody prints what the stages print; the bench's own lines are all that should be seen.
+        with contextlib.redirect_stdout(open(os.devnull, "w")):
+            TRAINING[STAGES[stage]](run, world)
+    # Uncounted: warm-up, the metered and the profiled steps, and the last one, which validates.
+    steps = recorder.steps[WARM_UP : WARM_UP + num_steps]
+    unmarked = 0 if world.device.type == "cpu" else num_steps // 2
+    mine = RankResult(
+        steps=steps[unmarked:],
+        marked=steps[: unmarked or None],
+        gemm_flops=watcher.gemm_flops[unmarked:],
+        peak_bytes=watcher.peak_bytes(),
+        peak_rss_bytes=peak_rss_bytes(),
+        model_size=world.layout.model_size,
+    )
+    ranks = world.all_gather_objects(mine)
+    logged = [
+        json.loads(line)
+        for line in (Path(run.out) / STAGES[stage] / "metrics.jsonl").read_text().splitlines()
+    ]
+    trained = [row for row in logged if "loss" in row]
+    reward = "coin" if coin else "verified"
+    row = make_row(run, stage, world, ranks, trained, reward if stage == "rlvr" else None)
+    world.barrier()
+    world.close()
+    return row
+
+
+class _Watcher:
+    """Works between steps: the yardstick, the memory of one step, the trace of two."""
+
+    def __init__(self, world: World, stage: str, num_steps: int, profile: Path | None) -> None:
+        self.gemm_flops: list[float] = []
+        self._device, self._world, self._stage = world.device, world, stage
+        self._last = WARM_UP + num_steps
+        self._profile = profile
+        self._meter = AllocationMeter()
+        self._profiler: Any = None
+        self._factors = gemm_factors(world.device)
+
+    def after_step(self, done: int, recorder: Recorder) -> None:
+        cuda = self._device.type == "cuda"
+        if done == WARM_UP + (self._last - WARM_UP) // 2:
+            recorder.exact = False
+        if done == WARM_UP and cuda:
+            torch.cuda.reset_peak_memory_stats()
+        if WARM_UP < done <= self._last:
+            self.gemm_flops.append(gemm_flops(*self._factors))
+        if not cuda and done == self._last:
+            self._meter.__enter__()
+        if not cuda and done == self._last + 1:
+            self._meter.__exit__(None, None, None)
+        if self._profile is not None and done == self._last + 1:
+            self._profiler = torch.profiler.profile(record_shapes=True)
+            self._profiler.start()
+        if self._profiler is not None and done == self._last + 3:
+            self._profiler.stop()
+            assert self._profile is not None
+            self._profile.mkdir(parents=True, exist_ok=True)
+            path = self._profile / f"{self._stage}-rank{self._world.rank}.trace.json.gz"
+            self._profiler.export_chrome_trace(str(path))
+            print(f"trace: {path}", file=sys.stderr, flush=True)
+            self._profiler = None
+
+    def peak_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return self._meter.peak_bytes
+
+
+@contextlib.contextmanager
+def timed_collectives() -> Iterator[None]:
+    """Marks what the ranks say to each other, wherever Megatron does it: below torch.distributed's functions, some of
+    which it keeps under names of its own."""
+    names = [(dist.Work, "wait"), *((dist.ProcessGroup, name) for name in COLLECTIVES)]
+    # Static: bound to no class, or what is put back would no longer be a method.
+    real = [(kind, name, inspect.getattr_static(kind, name)) for kind, name in names]
+    for kind, name, _ in real:
+        setattr(kind, name, phase("communication")(getattr(kind, name)))
+    try:
+        yield
+    finally:
+        for kind, name, function in real:
+            setattr(kind, name, function)
+
+
+@contextlib.contextmanager
+def _coin_rewards(on: bool) -> Iterator[None]:
+    """A new model's answers are all wrong and would train nothing: the verifier works, a coin decides."""
+    real = rollout_groups.reward
+
+    def reward(response: str, finish_reason: str, problem: dict) -> float:
+        real(response, finish_reason, problem)
+        return 1.0 if derive(0, "coin", response, problem["id"]) % 3 == 0 else -1.0
+
+    if on:
+        rollout_groups.reward = reward
+    try:
+        yield
+    finally:
+        rollout_groups.reward = real
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""The head, one chunk of rows at a time: logits, statistics, then gradients from coefficients.
+
+    z = x W^T / temperature        lse = log sum exp z       logp = z[target] - lse
+    H = lse - sum p z              (entropy)                 zbar = mean z      (label smoothing)
+
+A loss of these has, per row, the gradient with respect to the logits
+
+    dz = (dlse - dlogp) p + dlogp onehot - dH p (z - sum p z) + dzbar / V
+
+so a back-end needs a few numbers per row between its logit GEMM and its two gradient GEMMs, and every loss
+here knows them as soon as a chunk's statistics are known: three GEMMs for forward and backward together.
+
+Vocab-parallel: each rank has V/TP rows of W. Ranks gather (max, sum, entropy sum, target logit) per row and
+merge them in rank order, so all ranks have bit-equal statistics; dX is summed over the ranks at the end.
+
+Letters: M rows, D model width, V vocabulary rows of this rank, R ranks.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phimini.kernels._launch import compute_dtype
+from phimini.kernels.head.rows import HeadRows
+
+
+class LocalStats(NamedTuple):
+    """This rank's part of the softmax of each row."""
+
+    max_M: Tensor
+    sum_M: Tensor
+    """sum of exp(z - max)"""
+    target_logit_M: Tensor
+    """0 where another rank has the target"""
+    weighted_M: Tensor | None
+    """sum of exp(z - max) * (z - max), for the entropy"""
+
+
+class RowStats(NamedTuple):
+    """fp64, but for the mean logit."""
+
+    logp_M: Tensor
+    lse_M: Tensor
+    entropy_M: Tensor | None
+    mean_logit_M: Tensor | None
+    is_top_M: Tensor
+    """bool: no class has a larger logit than the target"""
+
+
+class RowGrads(NamedTuple):
+    """d loss / d statistic, per row; None is 0."""
+
+    logp_M: Tensor
+    lse_M: Tensor | None = None
+    entropy_M: Tensor | None = None
+    mean_logit_M: Tensor | None = None
+
+
+class LogitGrads(NamedTuple):
+    """dz = scale * exp(z - max) * (softmax - entropy * (z - max + shift)) + target * onehot, max of this rank."""
+
+    scale_M: Tensor
+    softmax_M: Tensor
+    target_M: Tensor
+    entropy_M: Tensor | None
+    shift_M: Tensor | None
+
+
+class ChunkedHead:
+    """What the back-ends share; they provide `logits`, `gradients` and `scaled_rows`.
+
+    Per chunk: `stats = head.forward(rows)`, then, where gradients are wanted, `head.backward(rows, grads)`; at the
+    end `head.finish()`. `dx_MD` is written, `dw_VD` added to; None where that gradient is not wanted.
+    """
+
+    def __init__(
+        self,
+        rows: HeadRows,
+        weight_VD: Tensor,
+        *,
+        temperature: float | Tensor = 1.0,
+        group: dist.ProcessGroup | None = None,
+        needs_dx: bool = False,
+        dw_VD: Tensor | None = None,
+        with_entropy: bool = False,
+        entropy_gradient: bool = False,
+        with_mean_logit: bool = False,
+    ) -> None:
+        """`temperature` as a tensor has one value per row that counts."""
+        V, D = weight_VD.shape
+        self.rows = rows
+        self.dtype = compute_dtype(weight_VD.dtype)
+        self.weight_VD = weight_VD
+        self.group = group
+        self.num_classes = V if group is None else V * group.size()
+        self.targets_M = rows.targets_M if group is None else rows.targets_M - V * group.rank()
+        self.has_all_targets = group is None and rows.active_M is None
+        self.with_entropy = with_entropy or entropy_gradient
+        self.entropy_gradient = entropy_gradient
+        self.inverse_temperature_M = None
+        if isinstance(temperature, Tensor):
+            self.inverse_temperature_M = temperature.to(self.dtype).reciprocal()
+        elif temperature != 1:
+            self.inverse_temperature_M = torch.full_like(
+                rows.targets_M, 1 / temperature, dtype=self.dtype
+            )
+        self.dx_MD = None
+        if needs_dx:
+            self.dx_MD = torch.empty(len(rows), D, dtype=self.dtype, device=weight_VD.device)
+        self.dw_VD = dw_VD
+        self.local_mean_D = self.mean_D = self.mean_gradient_D = None
+        if with_mean_logit:
+            self.local_mean_D = weight_VD.sum(0, dtype=self.dtype) / self.num_classes
+            self.mean_D = self.local_mean_D.clone()
+            if group is not None:
+                dist.all_reduce(self.mean_D, group=group)
+
+    def logits(self, rows: slice) -> LocalStats:
+        raise NotImplementedError
+
+    def gradients(self, rows: slice, grads: LogitGrads) -> None:
+        raise NotImplementedError
+
+    def scaled_rows(self, rows: slice) -> Tensor:
+        """x / temperature of a chunk, in the compute dtype."""
+        raise NotImplementedError
+
+    def forward(self, rows: slice) -> RowStats:
+        """Statistics of a chunk; 0 for rows that do not count."""
+        local = self._finite(self.logits(rows), rows)
+        merged = local
+        if self.group is not None:
+            merged = _merge_ranks(local, self.weight_VD.shape[0], self.group)
+        # fp64 for these few numbers: in fp32 a log-prob of -10 is off by up to 5e-7, a ratio of two by 1e-6.
+        self.local_max_M, self.max_M = local.max_M.double(), merged.max_M.double()
+        self.log_sum_M = merged.sum_M.double().log()
+        target_M = merged.target_logit_M.double() - self.max_M
+        self.logp_M = target_M - self.log_sum_M
+        self.mean_shift_M = self.entropy_M = None
+        if merged.weighted_M is not None:
+            self.mean_shift_M = merged.weighted_M.double() / merged.sum_M
+            self.entropy_M = self.log_sum_M - self.mean_shift_M
+        return RowStats(
+            logp_M=self.logp_M,
+            lse_M=self.max_M + self.log_sum_M,
+            entropy_M=self.entropy_M,
+            mean_logit_M=None if self.mean_D is None else self.scaled_rows(rows).mv(self.mean_D),
+            is_top_M=target_M >= 0,
+        )
+
+    def _finite(self, local: LocalStats, rows: slice) -> LocalStats:
+        """For rows that do not count, which back-ends may leave out: a softmax over one class with logit 0."""
+        if self.rows.active_M is None:
+            return local
+        active_M = self.rows.active_M[rows]
+        has_the_class = self.group is None or self.group.rank() == 0
+        return LocalStats(
+            max_M=local.max_M.where(active_M, 0),
+            sum_M=local.sum_M.where(active_M, 1.0 if has_the_class else 0.0),
+            target_logit_M=local.target_logit_M.where(active_M, 0),
+            weighted_M=None if local.weighted_M is None else local.weighted_M.where(active_M, 0),
+        )
+
+    def backward(self, rows: slice, grads: RowGrads) -> None:
+        """For the chunk of the latest `forward`, once: its logits are overwritten."""
+        below_M = self.local_max_M - self.max_M
+        shift_M = None
+        if grads.entropy_M is not None:
+            assert self.mean_shift_M is not None, "an entropy gradient needs entropy_gradient=True"
+            shift_M = below_M - self.mean_shift_M
+        # A rank whose classes are all hopeless would underflow to 0 here; below e^-60 it does not matter.
+        scale_M = (below_M - self.log_sum_M).clamp_min(-60).exp()
+        softmax_M = -grads.logp_M if grads.lse_M is None else grads.lse_M - grads.logp_M
+        dz = LogitGrads(
+            scale_M=scale_M.to(self.dtype),
+            softmax_M=softmax_M.to(self.dtype),
+            target_M=grads.logp_M.to(self.dtype),
+            entropy_M=None if grads.entropy_M is None else grads.entropy_M.to(self.dtype),
+            shift_M=None if shift_M is None else shift_M.to(self.dtype),
+        )
+        self.gradients(rows, dz)
+        if grads.mean_logit_M is not None:
+            self._mean_gradient(rows, grads.mean_logit_M.to(self.dtype))
+
+    def _mean_gradient(self, rows: slice, grad_M: Tensor) -> None:
+        """zbar = x . (mean row of W) / temperature: a rank-one gradient, no pass over the logits."""
+        assert self.local_mean_D is not None, "a mean_logit gradient needs with_mean_logit=True"
+        if self.dx_MD is not None:
+            scaled_M = (
+                grad_M
+                if self.inverse_temperature_M is None
+                else grad_M * self.inverse_temperature_M[rows]
+            )
+            self.dx_MD[rows].addr_(scaled_M, self.local_mean_D)
+        if self.dw_VD is not None:
+            part_D = self.scaled_rows(rows).t().mv(grad_M)
+            self.mean_gradient_D = (
+                part_D if self.mean_gradient_D is None else self.mean_gradient_D + part_D
+            )
+
+    def finish(self) -> None:
+        if self.mean_gradient_D is not None and self.dw_VD is not None:
+            self.dw_VD += self.mean_gradient_D / self.num_classes
+        if self.dx_MD is not None and self.group is not None:
+            dist.all_reduce(self.dx_MD, group=self.group)
+
+
+def _merge_ranks(local: LocalStats, num_local_classes: int, group: dist.ProcessGroup) -> LocalStats:
+    """One all-gather; every rank then does the same sums in the same order."""
+    M = local.max_M.shape[0]
+    weighted_M = local.weighted_M if local.weighted_M is not None else local.sum_M
+    mine = torch.cat([local.max_M, local.sum_M, local.target_logit_M, weighted_M,
+                      local.max_M.new_full((1,), num_local_classes)])  # fmt: skip
+    gathered = mine.new_empty(group.size() * mine.shape[0])
+    dist.all_gather_into_tensor(gathered, mine, group=group)
+    gathered = gathered.view(group.size(), -1)
+    _check_equal_shares(gathered[:, -1])
+    max_RM, sum_RM, target_RM, weighted_RM = gathered[:, :-1].view(group.size(), 4, M).unbind(1)
+    max_M = max_RM.amax(0)
+    below_RM = max_RM - max_M
+    factor_RM = below_RM.exp()
+    return LocalStats(
+        max_M=max_M,
+        sum_M=(factor_RM * sum_RM).sum(0),
+        target_logit_M=target_RM.sum(0),
+        weighted_M=None
+        if local.weighted_M is None
+        else (factor_RM * (weighted_RM + below_RM * sum_RM)).sum(0),
+    )
+
+
+def _check_equal_shares(num_classes_R: Tensor) -> None:
+    """V not divisible by TP shows as ranks with unequal numbers of weight rows. On CUDA checked on the device."""
+    equal = (num_classes_R == num_classes_R[0]).all()
+    if num_classes_R.device.type != "cpu":
+        torch.ops.aten._assert_async.msg(
+            equal, "head: weight_VD must have the same number of rows on every rank of group"
+        )
+    elif not equal:
+        raise ValueError(
+            f"head: weight_VD must have V/TP rows, equal on all {num_classes_R.numel()} ranks of group; V not divisible "
+            f"by TP? got {[int(n) for n in num_classes_R]}"
+        )

@@ -1,0 +1,146 @@
+"""Which rows of a preference batch are computed together.
+
+All rows of a pair share a coefficient that is known after the pair's last logit. So chunks hold whole pairs, and
+a pair longer than a chunk is a group of its own. Where the host does not know which rows belong to which pair
+(they are on a GPU, or on other ranks too) and one chunk does not hold everything, logits are computed twice.
+
+Letters: M rows, P pairs, S = 2P sequences: 2i is the chosen and 2i + 1 the rejected answer of pair i.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phimini.kernels.head.call import HeadCall
+from phimini.kernels.head.rows import HeadRows, move_counting_rows_first, rows_at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairGroup:
+    """Pairs [first, last) and their rows."""
+
+    first: int
+    last: int
+    rows: slice
+    chosen_rows: int
+    """of the first pair: where its rejected rows begin"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairPlan:
+    rows: HeadRows
+    sequence_M: Tensor
+    """of each of the rows"""
+    groups: list[PairGroup] | None
+    """None: the coefficients come from a first pass over all rows"""
+
+
+def plan_pairs(
+    call: HeadCall, sequence_M: Tensor, weight_P: Tensor | None, num_sequences: int,
+    sequence_group: dist.ProcessGroup | None,
+) -> PairPlan:  # fmt: skip
+    """ValueError for a counting row's sequence outside [0, num_sequences), where the host can see it."""
+    on_device_M = sequence_M.to(call.targets_M.device, non_blocking=True)
+    counts_M = call.targets_M != call.ignore_index
+    _check_sequences(call.op, on_device_M, counts_M, num_sequences)
+    on_device_M = on_device_M.where(counts_M, 0).clamp(0, num_sequences - 1)
+    counts_M = call.counts(None if weight_P is None else weight_P[on_device_M // 2])
+    if not call.is_counted_on_device:
+        return _sorted_plan(call, on_device_M, counts_M, num_sequences, sequence_group)
+    M = len(counts_M)
+    groups, segment_M = None, None
+    if call.chunk_rows < M:
+        if sequence_M.device.type == "cpu" and sequence_group is None:
+            host_M = sequence_M.clamp(0, num_sequences - 1)
+            lengths = torch.bincount(host_M, minlength=num_sequences).tolist()
+            groups = pair_groups(lengths, lengths, call.chunk_rows)
+            segment_M = _segments(groups, call.chunk_rows).to(on_device_M.device)[
+                host_M.to(on_device_M.device, non_blocking=True)
+            ]
+        else:
+            warnings.warn(
+                f"linear_dpo: {M} rows do not fit one chunk of {call.chunk_rows}, and which belong to which pair is not known "
+                "on the host: logits are computed twice. Pass sequence_M on the CPU or a larger chunk_bytes",
+                stacklevel=2,
+            )
+    max_rows = call.max_rows if call.max_rows >= 0 and segment_M is None else None
+    rows = move_counting_rows_first(call.hidden_MD, call.targets_M, counts_M, segment_M, max_rows)
+    if len(rows) <= call.chunk_rows:
+        groups = [
+            PairGroup(first=0, last=num_sequences // 2, rows=slice(0, len(rows)), chosen_rows=0)
+        ]
+    sequence_of_rows_M = rows.select(on_device_M, torch.int64)
+    assert sequence_of_rows_M is not None, "selected from a tensor"
+    return PairPlan(rows=rows, sequence_M=sequence_of_rows_M, groups=groups)
+
+
+def _check_sequences(op: str, sequence_M: Tensor, counts_M: Tensor, num_sequences: int) -> None:
+    if sequence_M.device.type != "cpu":
+        return
+    bad_M = ((sequence_M < 0) | (sequence_M >= num_sequences)) & counts_M
+    if bool(bad_M.any()):
+        at = int(bad_M.nonzero()[0])
+        raise ValueError(
+            f"{op}: sequence_M[{at}] is {int(sequence_M[at])}, expected a sequence in [0, {num_sequences})"
+        )
+
+
+def _sorted_plan(
+    call: HeadCall, sequence_M: Tensor, counts_M: Tensor, num_sequences: int, sequence_group: dist.ProcessGroup | None
+) -> PairPlan:  # fmt: skip
+    """On a CPU: the counting rows alone, in the order of their sequences."""
+    kept_M = counts_M.nonzero()[:, 0]
+    sequence_M = sequence_M[kept_M]
+    if bool((sequence_M.diff() < 0).any()):
+        sequence_M, order_M = sequence_M.sort(stable=True)
+        kept_M = kept_M[order_M]
+    elif len(kept_M) == len(counts_M):
+        kept_M = None
+    if kept_M is None:
+        rows = HeadRows(
+            x_MD=call.hidden_MD.contiguous(),
+            targets_M=call.targets_M,
+            kept_M=None,
+            num_total=len(counts_M),
+        )
+    else:
+        rows = rows_at(call.hidden_MD, call.targets_M, kept_M)
+    length_S = torch.bincount(sequence_M, minlength=num_sequences)
+    largest_S = length_S
+    if sequence_group is not None:
+        # All its ranks form the same groups: they sum log-probs group by group.
+        largest_S = length_S.clone()
+        dist.all_reduce(largest_S, op=dist.ReduceOp.MAX, group=sequence_group)
+    groups = pair_groups(length_S.tolist(), largest_S.tolist(), call.chunk_rows)
+    return PairPlan(rows=rows, sequence_M=sequence_M, groups=groups)
+
+
+def pair_groups(lengths: list[int], largest: list[int], rows_at_most: int) -> list[PairGroup]:
+    """As many whole pairs as fit; `largest` bounds each sequence's length on any rank and decides."""
+    pair_rows = [a + b for a, b in zip(largest[::2], largest[1::2], strict=True)]
+    groups, first, start = [], 0, 0
+    while first < len(pair_rows):
+        last, budget = first + 1, rows_at_most - pair_rows[first]
+        while last < len(pair_rows) and pair_rows[last] <= budget:
+            budget -= pair_rows[last]
+            last += 1
+        stop = start + sum(lengths[2 * first : 2 * last])
+        chosen_rows = lengths[2 * first]
+        groups.append(
+            PairGroup(first=first, last=last, rows=slice(start, stop), chosen_rows=chosen_rows)
+        )
+        first, start = last, stop
+    return groups
+
+
+def _segments(groups: list[PairGroup], rows_at_most: int) -> Tensor:
+    """(S,): which stretch of rows a sequence is in; within one, rows that count come first."""
+    segments, segment = [], 0
+    for group in groups:
+        is_long = group.rows.stop - group.rows.start > rows_at_most
+        segments += [segment, segment + is_long] * (group.last - group.first)
+        segment += 1 + is_long
+    return torch.tensor(segments)

@@ -1,0 +1,199 @@
+"""The head's Triton back-end: how the kernels of `triton_kernels.py` are put together.
+
+Without gradients: one kernel over row blocks and vocabulary splits; logits stay on the chip. 2 M V D FLOPs; reads x and
+W once from HBM.
+
+With gradients, per chunk:
+    1. logits kernel       E = exp(z - tile max), statistics per tile          2 M V D FLOPs, writes M V elements
+    2. merge kernel        statistics per row; ranks exchange them; the loss gives the coefficients
+    3. gradient kernel     E -> dz in place                                    reads and writes M V elements
+    4. cuBLAS              dX = dz W, dW += dz^T X with fp32 results           4 M V D FLOPs
+The statistics come out of the GEMM's own epilogue, in fp32, so that the row pass reads the logits once (a row of
+200,064 fits no SM: any kernel on finished logits reads them twice, as Liger's does). The gradient GEMMs are plain
+matrix products without an epilogue worth having: cuBLAS, with its clusters and multicast, is the faster plan there, and
+its beta=1 adds to dW in fp32 without another pass.
+
+Row counts stay on the GPU: kernels return early beyond `num_rows`, where the gradient kernel writes zeros for
+cuBLAS to multiply. `max_rows` on the ops spares cuBLAS that.
+
+On a CPU (tests) the kernels run in Triton's interpreter, and the GEMMs in fp32.
+"""
+
+# launches: triton types constexpr parameters as tl.constexpr, and knows num_warps
+# pyright: reportArgumentType=false, reportCallIssue=false
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from phimini.kernels._launch import cdiv, num_sms
+from phimini.kernels.head.block_sizes import (
+    GRADIENT_ROWS,
+    GRADIENT_TILES,
+    GRADIENT_WARPS,
+    MATMUL,
+    MERGE_ROWS,
+    MERGE_SPLITS,
+    MERGE_WARPS,
+    MatmulBlocks,
+    generation,
+    vocabulary_splits,
+)
+from phimini.kernels.head.chunked import ChunkedHead, LocalStats, LogitGrads
+from phimini.kernels.head.rows import HeadRows
+from phimini.kernels.head.triton_kernels import (
+    _head_fwd_kernel,
+    _head_gradient_kernel,
+    _head_logits_kernel,
+    _head_merge_kernel,
+)
+
+
+class TritonHead(ChunkedHead):
+    def __init__(self, rows: HeadRows, weight_VD: Tensor, chunk_rows: int, **options) -> None:
+        super().__init__(rows, weight_VD, **options)
+        V, D = weight_VD.shape
+        if D * weight_VD.itemsize % 16:
+            raise ValueError(
+                f"head kernels: the width D must be a multiple of {16 // weight_VD.itemsize} for {weight_VD.dtype} "
+                f"(rows of 16 bytes), got {D}"
+            )
+        self.x_MD = rows.x_MD
+        self.blocks = MATMUL[generation(weight_VD.device)]
+        self.precision = "ieee" if weight_VD.dtype == torch.float32 else "tf32"
+        self.e_MV: Tensor | None = None
+        if self.dx_MD is not None or self.dw_VD is not None:
+            # rows start at multiples of 16 bytes, as TMA and 128-bit accesses need
+            stride = cdiv(V, 16) * 16
+            self.e_MV = torch.empty(
+                chunk_rows, stride, dtype=weight_VD.dtype, device=weight_VD.device
+            )[:, :V]
+
+    def scaled_rows(self, rows: slice) -> Tensor:
+        x_MD = self.x_MD[rows].to(self.dtype)
+        if self.inverse_temperature_M is None:
+            return x_MD
+        return x_MD * self.inverse_temperature_M[rows, None]
+
+    def logits(self, rows: slice) -> LocalStats:
+        M, V = rows.stop - rows.start, self.weight_VD.shape[0]
+        b, device = self.blocks, self.weight_VD.device
+        num_row_blocks, num_tiles = cdiv(M, b.block_m), cdiv(V, b.block_n)
+        if self.e_MV is None:
+            num_splits = vocabulary_splits(num_row_blocks, num_tiles, num_sms(device))
+            tiles_per_split = cdiv(num_tiles, num_splits)
+            num_splits = cdiv(num_tiles, tiles_per_split)
+        else:
+            num_splits = num_tiles
+        # Kernels write whole row blocks: no masks, so that the merge kernel reads 128 bits at a time.
+        kinds = 3 if self.with_entropy else 2
+        parts = torch.empty(
+            kinds, num_splits, num_row_blocks * b.block_m, dtype=torch.float32, device=device
+        )
+        part_max, part_sum, part_weighted = (*parts.unbind(), None)[:3]
+        target_logit_M = torch.zeros(M, dtype=torch.float32, device=device)
+        temperature_M = self.inverse_temperature_M
+        self.count = self.rows.count(rows)
+        common = dict(
+            x=_operand(self.x_MD[rows], b.block_m, b.block_k, b),
+            w=_operand(self.weight_VD, b.block_n, b.block_k, b),
+            targets_ptr=self.targets_M[rows],
+            inverse_temperature_ptr=None if temperature_M is None else temperature_M[rows],
+            num_rows_ptr=self.count, max_ptr=part_max, sum_ptr=part_sum, weighted_ptr=part_weighted,
+            target_logit_ptr=target_logit_M, M=M, V=V, D=self.weight_VD.shape[1], stride_s=parts.stride(1),
+            USE_TMA=b.use_tma, WITH_ENTROPY=self.with_entropy, PRECISION=self.precision,
+            BLOCK_M=b.block_m, BLOCK_N=b.block_n, BLOCK_K=b.block_k, num_warps=b.num_warps, num_stages=b.num_stages,
+        )  # fmt: skip
+        grid = (num_row_blocks * num_splits,)
+        if self.e_MV is None:
+            _head_fwd_kernel[grid](**common, tiles_per_split=tiles_per_split)  # pyright: ignore
+        else:
+            e = _operand(self.e_MV[:M], b.block_m, b.block_n, b)
+            _head_logits_kernel[grid](**common, e=e, stride_e_m=self.e_MV.stride(0))
+        self.parts = parts
+        merged = self.merge() if num_splits > 1 else parts[:, 0]
+        return LocalStats(
+            max_M=merged[0, :M],
+            sum_M=merged[1, :M],
+            target_logit_M=target_logit_M,
+            weighted_M=merged[2, :M] if self.with_entropy else None,
+        )
+
+    def merge(self) -> Tensor:
+        """(max, sum, weighted) per row out of the tiles' or splits' of the latest logits."""
+        parts = self.parts
+        kinds, num_splits, M = parts.shape
+        merged = torch.empty(kinds, M, dtype=parts.dtype, device=parts.device)
+        _head_merge_kernel[(cdiv(M, MERGE_ROWS),)](
+            parts[0], parts[1], parts[2] if kinds == 3 else None,
+            merged[0], merged[1], merged[2] if kinds == 3 else None,
+            num_splits, parts.stride(1),
+            WITH_ENTROPY=kinds == 3, BLOCK_S=MERGE_SPLITS, BLOCK_M=MERGE_ROWS, num_warps=MERGE_WARPS,
+        )  # fmt: skip
+        return merged
+
+    def gradients(self, rows: slice, grads: LogitGrads) -> None:
+        dz_MV = self.row_pass(rows, grads)
+        if not dz_MV.is_cuda:
+            dz_MV = dz_MV.to(self.dtype)  # no CPU GEMM widens its result
+        if self.dx_MD is not None:
+            _matmul(dz_MV, self.weight_VD, self.dx_MD[rows])
+        if self.dw_VD is not None:
+            _add_matmul(self.dw_VD, dz_MV.t(), self.x_MD[rows])
+
+    def row_pass(self, rows: slice, grads: LogitGrads) -> Tensor:
+        """E -> dz, in place."""
+        assert self.e_MV is not None, "a head opened without gradients keeps no logits"
+        M, V = rows.stop - rows.start, self.weight_VD.shape[0]
+        dz_MV = self.e_MV[:M]
+        per_row = self._per_row(rows, grads)
+        grid = (cdiv(M, GRADIENT_ROWS), cdiv(cdiv(V, self.blocks.block_n), GRADIENT_TILES))
+        _head_gradient_kernel[grid](
+            dz_MV, self.parts[0], self.targets_M[rows], self.count, *per_row,
+            M, V, dz_MV.stride(0), self.parts.stride(1), GRADIENT_TILES,
+            BLOCK_M=GRADIENT_ROWS, BLOCK_N=self.blocks.block_n, num_warps=GRADIENT_WARPS,
+        )  # fmt: skip
+        return dz_MV
+
+    def _per_row(self, rows: slice, grads: LogitGrads) -> list[Tensor | None]:
+        """max, scale, softmax, at_target, entropy, shift: the gradient kernel's numbers, divided by temperature.
+
+        At the target dz is a small difference for a confident row, p - 1: made here out of the fp32 statistics.
+        """
+        of_p_M = grads.softmax_M
+        if grads.entropy_M is not None:
+            assert self.entropy_M is not None, "an entropy gradient needs entropy_gradient=True"
+            of_p_M = of_p_M - grads.entropy_M * (self.logp_M + self.entropy_M)
+        at_target_M = self.logp_M.exp() * of_p_M + grads.target_M
+        scaled = [grads.softmax_M, at_target_M, grads.entropy_M]
+        if self.inverse_temperature_M is not None:
+            inverse_M = self.inverse_temperature_M[rows]
+            scaled = [None if value_M is None else value_M * inverse_M for value_M in scaled]
+        softmax_M, at_target_M, entropy_M = scaled
+        values = (self.local_max_M, grads.scale_M, softmax_M, at_target_M, entropy_M, grads.shift_M)
+        return [None if v is None else v.to(torch.float32).contiguous() for v in values]
+
+
+def _operand(
+    matrix: Tensor, block_rows: int, block_cols: int, blocks: MatmulBlocks
+) -> Tensor | TensorDescriptor:
+    if not blocks.use_tma:
+        return matrix
+    return TensorDescriptor(
+        matrix, list(matrix.shape), list(matrix.stride()), [block_rows, block_cols]
+    )
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b with an fp32 result."""
+    if a.is_cuda and a.dtype != out.dtype:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in fp32, in place: the C operand of one cuBLAS call."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))

@@ -1,0 +1,102 @@
+"""Phi-4-mini's two chat templates, and how a question and its answer become token ids with a loss mask.
+
+A training example is `<|user|>Q<|end|><|assistant|>A<|end|><|endoftext|>`: no newlines, no bos, two end tokens.
+Loss lies on everything after `<|assistant|>`, both end tokens included, and is marked by position: pad
+and eos are one id, so a mask made from ids would drop the loss on the token that ends the document
+and the model would never learn to stop.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from phimini.model.io.tokenizer import EOS, Tokenizer
+
+TemplateName = Literal["instruct", "reasoning"]
+
+# As shipped in tokenizer_config.json of microsoft/Phi-4-mini-instruct and microsoft/Phi-4-mini-reasoning.
+TEMPLATES: dict[str, str] = {
+    "instruct": (
+        "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and "
+        "message['tools'] is not none %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + "
+        "message['tools'] + '<|/tool|>' + '<|end|>' }}{% else %}{{ '<|' + message['role'] + '|>' + "
+        "message['content'] + '<|end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+    ),
+    "reasoning": (
+        "{{ '<|system|>Your name is Phi, an AI math expert developed by Microsoft.' }}"
+        "{% for message in messages %}{% if message['role'] == 'system' %} {{ message['content'] }}"
+        "{% if 'tools' in message and message['tools'] is not none %}{{ '<|tool|>' + message['tools'] + "
+        "'<|/tool|>' }}{% endif %}{% endif %}{% endfor %}{{ '<|end|>' }}{% for message in messages %}"
+        "{% if message['role'] != 'system' %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}"
+        "{% endif %}"
+    ),
+}
+# The environment of transformers' apply_chat_template.
+_environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+_compiled = {name: _environment.from_string(text) for name, text in TEMPLATES.items()}
+
+
+def render(
+    messages: Sequence[dict[str, str]],
+    template: TemplateName = "instruct",
+    add_generation_prompt: bool = False,
+) -> str:
+    """The text of a conversation; each message has `role`, `content` and, in a system message, maybe `tools`."""
+    if template not in TEMPLATES:
+        raise ValueError(f"chat template: expected one of {sorted(TEMPLATES)}, got {template!r}")
+    for i, message in enumerate(messages):
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise ValueError(
+                f"message {i}: expected text under 'role' and 'content', got {message!r}"
+            )
+    return _compiled[template].render(
+        messages=messages, add_generation_prompt=add_generation_prompt, eos_token=EOS
+    )
+
+
+def render_example(question: str, response: str, template: TemplateName = "instruct") -> str:
+    """The text whose ids `encode_example` gives."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+    return render(messages, template)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, question: str, template: TemplateName = "instruct"
+) -> list[int]:
+    """Ids up to and with `<|assistant|>`: what the model is given before it answers."""
+    _check_plain(tokenizer, "question", question)
+    messages = [{"role": "user", "content": question}]
+    return tokenizer.encode(render(messages, template, add_generation_prompt=True))
+
+
+def encode_example(
+    tokenizer: Tokenizer,
+    question: str,
+    response: str,
+    template: TemplateName = "instruct",
+    *,
+    ended: bool = True,
+) -> tuple[list[int], int]:
+    """(ids, loss_from): prompt, response, `<|end|>`, `<|endoftext|>`; loss on ids[loss_from:], to the last one.
+
+    ended: a response that was cut off gets no end tokens, since its writer would have gone on.
+
+    The response is encoded by itself, as a model would write it: in one text with the prompt,
+    `<|assistant|>` would swallow its leading white space. ValueError for text with a control token in it.
+    """
+    prompt = encode_prompt(tokenizer, question, template)
+    _check_plain(tokenizer, "response", response)
+    end = [tokenizer.end_id, tokenizer.eos_id] if ended else []
+    return prompt + tokenizer.encode(response) + end, len(prompt)
+
+
+def _check_plain(tokenizer: Tokenizer, what: str, text: str) -> None:
+    if "<|" in text:
+        for token in sorted(tokenizer.special_tokens):
+            if token in text:
+                raise ValueError(
+                    f"{what}: expected plain text, got the control token {token} in {text[:80]!r}"
+                )

@@ -1,0 +1,341 @@
+"""Hugging Face folders in and out: config.json, generation_config.json and safetensors with Phi3's names.
+
+Two generations of config.json are read: `rope_scaling` beside top-level rope fields (transformers 4, as Phi-4-mini
+ships it) and `rope_parameters` (transformers 5). The first is written.
+
+A model is trained with one rope table at every length. transformers takes the short one up to
+`original_max_position_embeddings`, and vLLM does so unless it is given a `max_model_len` above it, which is also where
+it stops by default. So config.json has the trained table under both names and that boundary at the model's
+last position. The attention factor no longer follows from the two lengths then and is written: as `attention_factor`
+for transformers, as the two mscales for vLLM. transformers 4 refuses these keys; had they no place in
+`rope_scaling`, it would compute another function in silence.
+
+Two keys are ours, and others ignore them. `phimini_rope_factors` says which table the model was trained with;
+`phimini_rope_scaling` keeps both tables and the boundary between them for training on.
+
+Weights are safetensors only: nothing is ever unpickled.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from phimini.model.config import ModelConfig, RopeFactors
+from phimini.model.io.safetensors_folder import (
+    TensorFiles,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from phimini.model.reference import Phi4Mini
+
+__all__ = [
+    "ROPE_FACTORS_KEY",
+    "check_tensors",
+    "load_config",
+    "load_reference",
+    "parameter_shapes",
+    "read_tensors",
+    "save_config",
+    "save_reference",
+    "write_tensors",
+]
+
+ROPE_FACTORS_KEY = "phimini_rope_factors"
+_ROPE_SCALING_KEY = "phimini_rope_scaling"
+_KEPT = ("short_factor", "long_factor", "original_max_position_embeddings")
+_ATTENTION_FACTORS = ("attention_factor", "short_mscale", "long_mscale")
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+ORIGINAL_MAX_POSITIONS = 4096
+"""what transformers' Phi3Config takes where a LongRoPE file does not say"""
+
+_REQUIRED = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "model_dim",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "mlp_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_positions",
+}
+_ROPE_KEYS = frozenset(
+    {"type", "rope_type", "short_factor", "long_factor", "rope_theta", "partial_rotary_factor",
+     "original_max_position_embeddings", "factor", *_ATTENTION_FACTORS}
+)  # fmt: skip
+# Fields that would change what the model computes, and the only values that mean "not used".
+_MUST_BE_OFF = (
+    "attention_bias", "mlp_bias", "lm_head_bias", "resid_pdrop", "embd_pdrop", "attention_dropout"
+)  # fmt: skip
+
+
+def load_config(
+    directory: str | os.PathLike, rope_factors: RopeFactors | None = None
+) -> ModelConfig:
+    """Reads config.json of either generation.
+
+    `rope_factors` overrides what the file says about the run's table; a file that says nothing means "long".
+    ValueError names the file and the key: not a phi3 model, a missing key, an unknown rope type, or a
+    field that asks for something this model does not do (biases, dropout, an attention window).
+    """
+    path = Path(directory) / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") != "phi3":
+        raise ValueError(f"{path}: model_type: expected 'phi3', got {raw.get('model_type')!r}")
+    missing = [key for key in _REQUIRED if type(raw.get(key)) is not int]
+    if missing:
+        raise ValueError(
+            f"{path}: expected an integer under {missing[0]!r}, got {raw.get(missing[0])!r}"
+        )
+    for key in _MUST_BE_OFF:
+        if raw.get(key):
+            raise ValueError(f"{path}: {key}: expected it off, got {raw[key]!r}")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path}: hidden_act: expected 'silu', got {raw['hidden_act']!r}")
+    window = raw.get("sliding_window")
+    if window is not None and not (
+        isinstance(window, int) and window >= raw["max_position_embeddings"]
+    ):
+        raise ValueError(
+            f"{path}: sliding_window: expected none below max_position_embeddings, got {window!r}"
+        )
+    fields = {ours: raw[theirs] for theirs, ours in _REQUIRED.items()}
+    fields["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    fields["num_kv_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
+    fields["norm_eps"] = raw.get("rms_norm_eps", 1e-5)
+    fields["tie_embeddings"] = raw.get("tie_word_embeddings", False)
+    fields["initializer_range"] = raw.get("initializer_range", 0.02)
+    fields["rope_factors"] = raw.get(ROPE_FACTORS_KEY, "long")
+    fields |= _rope_fields(path, _before_export(path, raw))
+    try:
+        config = ModelConfig(**fields)
+        asked = dataclasses.replace(config, rope_factors=rope_factors or config.rope_factors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if _ROPE_SCALING_KEY in raw:
+        _check_export(path, raw, config)
+    else:
+        _check_attention_factor(path, raw, config)
+    return asked
+
+
+def _rope_dict(raw: dict) -> dict:
+    return raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
+
+
+def _rope_fields(path: Path, raw: dict) -> dict:
+    rope = _rope_dict(raw)
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope parameters: expected an object, got {rope!r}")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "longrope", "su"):  # su: what longrope was first called
+        raise ValueError(f"{path}: rope type: expected 'default' or 'longrope', got {rope_type!r}")
+    unknown = sorted(rope.keys() - _ROPE_KEYS)
+    if unknown:
+        raise ValueError(
+            f"{path}: rope parameters: unknown key {unknown[0]!r}; expected {sorted(_ROPE_KEYS)}"
+        )
+
+    def either(key: str, default: object) -> object:
+        return rope[key] if rope.get(key) is not None else raw.get(key, default)
+
+    fields = {
+        "rope_theta": either("rope_theta", 10000.0),
+        "partial_rotary_factor": either("partial_rotary_factor", 1.0),
+        # transformers gives the top-level field priority here, and here only.
+        "original_max_positions": raw.get("original_max_position_embeddings")
+        or rope.get("original_max_position_embeddings")
+        or (raw["max_position_embeddings"] if rope_type == "default" else ORIGINAL_MAX_POSITIONS),
+    }
+    if rope_type == "default":
+        return fields
+    for key in ("short_factor", "long_factor"):
+        values = rope.get(key)
+        if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
+            raise ValueError(f"{path}: {key}: expected a list of numbers, got {values!r}")
+        fields[key] = tuple(float(v) for v in values)
+    return fields
+
+
+def _before_export(path: Path, raw: dict) -> dict:
+    """config.json with the two tables and the boundary that `_exported_rope` replaced."""
+    if _ROPE_SCALING_KEY not in raw:
+        return raw
+    kept = raw[_ROPE_SCALING_KEY]
+    if not isinstance(kept, dict) or kept.keys() != set(_KEPT):
+        raise ValueError(
+            f"{path}: {_ROPE_SCALING_KEY}: expected an object with {', '.join(_KEPT)}, got {kept!r}"
+        )
+    rope = {key: kept.get(key, value) for key, value in _rope_dict(raw).items()}
+    return raw | {"rope_scaling": rope, _KEPT[2]: kept[_KEPT[2]]}
+
+
+def _check_export(path: Path, raw: dict, config: ModelConfig) -> None:
+    """ValueError where an export's public rope fields are no longer those of the trained table."""
+    given = raw | _rope_dict(raw)
+    for key, value in _exported_rope(config).items():
+        if key != "type" and given.get(key) != value:
+            raise ValueError(
+                f"{path}: {key}: expected {value} (the {config.rope_factors} table that the model was trained "
+                f"with, see {_ROPE_SCALING_KEY}), got {given.get(key)}"
+            )
+
+
+def _exported_rope(config: ModelConfig) -> dict:
+    """The rope fields by which every reader computes the trained function, whatever the length (LongRoPE only)."""
+    table = list(config.rope_divisors)
+    return {
+        "type": "longrope",
+        "short_factor": table,
+        "long_factor": table,
+        "original_max_position_embeddings": config.max_positions,
+        **dict.fromkeys(_ATTENTION_FACTORS, config.attention_factor),
+    }
+
+
+def _check_attention_factor(path: Path, raw: dict, config: ModelConfig) -> None:
+    """ValueError where a file overrules the attention factor; ours follows from the two lengths."""
+    rope = _rope_dict(raw)
+    implied_by: dict[str, float] = dict.fromkeys(_ATTENTION_FACTORS, config.attention_factor)
+    implied_by["factor"] = config.max_positions / config.original_max_positions
+    for key, implied in implied_by.items():
+        given = rope.get(key)
+        if (
+            config.long_factor is not None
+            and given is not None
+            and not (isinstance(given, int | float) and abs(given - implied) <= 1e-6 * implied)
+        ):
+            raise ValueError(
+                f"{path}: {key}: expected {implied} (from the two maximum lengths), got {given}"
+            )
+
+
+def save_config(
+    config: ModelConfig,
+    directory: str | os.PathLike,
+    *,
+    stop_ids: Sequence[int] = (),
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes config.json and generation_config.json.
+
+    config.json gives every reader the trained rope table at every length, and `load_config` both tables.
+    `stop_ids` is `Tokenizer.stop_ids`: generation ends at any of them, and the last one is bos, eos and pad.
+    """
+    document_end = stop_ids[-1] if stop_ids else None
+    special = {
+        "bos_token_id": document_end,
+        "eos_token_id": document_end,
+        "pad_token_id": document_end,
+    }
+    rope: dict[str, object] = {
+        "original_max_position_embeddings": config.original_max_positions,
+        "rope_scaling": None,
+    }
+    if config.long_factor is not None and config.short_factor is not None:
+        exported = _exported_rope(config)
+        rope["original_max_position_embeddings"] = exported.pop("original_max_position_embeddings")
+        rope["rope_scaling"] = exported
+        kept = (config.short_factor, config.long_factor, config.original_max_positions)
+        rope[_ROPE_SCALING_KEY] = dict(zip(_KEPT, kept, strict=True))
+    raw = {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        **{theirs: getattr(config, ours) for theirs, ours in _REQUIRED.items()},
+        "head_dim": config.head_dim,
+        "num_key_value_heads": config.num_kv_heads,
+        "partial_rotary_factor": config.partial_rotary_factor,
+        "rope_theta": config.rope_theta,
+        **rope,
+        ROPE_FACTORS_KEY: config.rope_factors,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "sliding_window": None,
+        "use_cache": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **special,
+    }
+    generation = special | {"eos_token_id": list(stop_ids) or None}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "config.json", raw)
+    write_json(
+        directory / "generation_config.json", {k: v for k, v in generation.items() if v is not None}
+    )
+
+
+def check_tensors(config: ModelConfig, files: TensorFiles) -> None:
+    """ValueError names file and tensor: a missing one, one too many, one of another shape, or quantised."""
+    expected = parameter_shapes(config)
+    for name, shape in expected.items():
+        if name not in files:
+            raise ValueError(f"{files.directory}: tensor {name} is missing; expected shape {shape}")
+        if files.shape(name) != shape:
+            raise ValueError(
+                f"{files.directory / files.file_of[name]}: {name}: expected shape {shape}, got {files.shape(name)}"
+            )
+        if files.dtype(name) not in _WEIGHT_DTYPES:
+            raise ValueError(
+                f"{files.directory / files.file_of[name]}: {name}: expected {', '.join(_WEIGHT_DTYPES)}, "
+                f"got {files.dtype(name)}"
+            )
+    # Some exporters store a tied head beside the embedding; it may not say anything else.
+    if config.tie_embeddings and "lm_head.weight" in files:
+        if not torch.equal(files["lm_head.weight"], files["model.embed_tokens.weight"]):
+            raise ValueError(
+                f"{files.directory / files.file_of['lm_head.weight']}: lm_head.weight differs from "
+                "model.embed_tokens.weight, but config.json ties them"
+            )
+        expected["lm_head.weight"] = ()
+    extra = sorted(files.keys() - expected.keys())
+    if extra:
+        raise ValueError(
+            f"{files.directory / files.file_of[extra[0]]}: tensor {extra[0]} is none of this model's "
+            f"({len(extra)} too many)"
+        )
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of `Phi3ForCausalLM` by Hugging Face's name, in the order of the layers."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Phi4Mini(config).named_parameters()}
+
+
+def load_reference(
+    directory: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,  # None: as stored
+    device: torch.device | str = "cpu",
+    rope_factors: RopeFactors | None = None,
+) -> Phi4Mini:
+    config = load_config(directory, rope_factors)
+    files = read_tensors(directory)
+    check_tensors(config, files)
+    with torch.device("meta"):
+        model = Phi4Mini(config)
+    state = {
+        name: files[name].to(device=device, dtype=dtype) for name, _ in model.named_parameters()
+    }
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def save_reference(
+    model: Phi4Mini,
+    directory: str | os.PathLike,
+    *,
+    stop_ids: Sequence[int] = (),
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Config and weights; a tied head is not written twice. The tokenizer saves itself."""
+    save_config(model.config, directory, stop_ids=stop_ids, dtype=model.head_weight_VD.dtype)
+    named = ((name, p.detach()) for name, p in model.named_parameters())
+    write_tensors(named, directory, max_shard_bytes=max_shard_bytes)

@@ -1,0 +1,262 @@
+"""Attention over packed documents: each token sees the earlier tokens of its own document and nothing else.
+
+T tokens that this rank holds, S tokens of the whole micro-batch (T without context parallelism), H query heads,
+G key/value heads, K head size; query head h reads head h // (H / G).
+
+With context parallelism the keys of the other ranks are gathered, or come round the ring (`ring.py`).
+On CUDA one variable-length flash kernel reads all documents in place. On a CPU the flash kernel is called once per
+document, on views: it runs a batch of documents no faster than one after the other, so padding them into a batch,
+or masking a (T, T) product, would only add work.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from phimini.model.config import ModelConfig
+from phimini.parallel.attention.blocks import cpu_backward, cpu_forward, joined, kernel_for
+from phimini.parallel.attention.context_parallel import (
+    Piece,
+    blocks_of_hop,
+    gather_keys,
+    pieces_of_rank,
+    rows_of_rank,
+)
+from phimini.parallel.attention.ring import Hops, ring_attention
+from phimini.parallel.attention.rotary import apply_rotary, rotary_tables, rotate
+
+try:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+except ImportError:
+    flash_attn_varlen_func = None
+
+
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """Megatron hands its PackedSeqParams down to the attention core; ours also carries what all layers share."""
+
+    scale_T1K: Tensor | None = None
+    """rope tables of this rank's tokens, see `rotary_tables`"""
+    sin_T1R2: Tensor | None = None
+    pieces: tuple[Piece, ...] = ()
+    """the (parts of) documents among this rank's tokens"""
+    key_rows: Tensor | None = None
+    """keys gathered, CUDA: the keys of all pieces, one piece after the other; cu_seqlens_kv counts in it"""
+    hops: Hops = ()
+    """keys in a ring: what this rank computes in each hop; () if they are gathered"""
+    context_group: dist.ProcessGroup | None = None
+    """not `cp_group`, which Megatron would act on; None if this rank holds all tokens"""
+
+
+def packed_documents(
+    cu_seqlens: Tensor,
+    config: ModelConfig,
+    device: torch.device,
+    context_group: dist.ProcessGroup | None = None,
+    ring: bool = False,
+) -> PackedDocuments:
+    """What attention needs of one micro-batch; cu_seqlens (N + 1,) int32 on the CPU, of all context ranks' tokens.
+
+    ring: keys and values go round the ranks of `context_group`, instead of being gathered.
+
+    Raises ValueError for a document longer than the model's `max_positions`.
+    """
+    cuts = cu_seqlens.tolist()
+    lengths = [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    longest = max(lengths)
+    if longest > config.max_positions:
+        raise ValueError(
+            f"a document of {longest} tokens is longer than the model's max_positions {config.max_positions}"
+        )
+    positions = torch.arange(longest)
+    positions_S = torch.cat([positions[:n] for n in lengths])
+    key_rows, hops = None, ()
+    if context_group is None:
+        pieces = pieces_of_rank(cuts, 0, 1)
+        positions_T, cu_queries, cu_keys = positions_S, cu_seqlens, cu_seqlens
+    else:
+        rank, size = context_group.rank(), context_group.size()
+        pieces = pieces_of_rank(cuts, rank, size)
+        positions_T = positions_S[rows_of_rank(len(positions_S), rank, size)]
+        cu_queries = _cumulated([p.query_end - p.query_begin for p in pieces])
+        cu_keys = _cumulated([p.key_end - p.key_begin for p in pieces])
+        if ring:
+            sources = [(rank - hop) % size for hop in range(size)]
+            hops = tuple(blocks_of_hop(cuts, rank, s, size, device) for s in sources)
+        else:
+            key_rows = torch.cat([torch.arange(p.key_begin, p.key_end) for p in pieces])
+    scale_T1K, sin_T1R2 = rotary_tables(config, positions_T, longest)
+    return PackedDocuments(
+        qkv_format="thd",
+        cu_seqlens_q=cu_queries.to(device, non_blocking=True),
+        cu_seqlens_kv=cu_keys.to(device, non_blocking=True),
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        scale_T1K=scale_T1K.to(device, non_blocking=True),
+        sin_T1R2=sin_T1R2.to(device, non_blocking=True),
+        pieces=pieces,
+        key_rows=key_rows if key_rows is None else key_rows.to(device, non_blocking=True),
+        hops=hops,
+        context_group=context_group,
+    )
+
+
+def _cumulated(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def _later_keys(piece: Piece, like: Tensor) -> Tensor | None:
+    """What to add to a piece's scores: -inf where a key comes after the query; None if `is_causal` says it."""
+    if piece.is_whole:
+        return None
+    shape = (piece.query_end - piece.query_begin, piece.key_end - piece.key_begin)
+    return like.new_full(shape, -torch.inf).triu_(shape[1] - shape[0] + 1)
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """(T, H, K) each -> views (1, H, T, K), as the flash kernel wants them."""
+    return [x.transpose(0, 1)[None] for x in tensors]
+
+
+class _CpuAttention(torch.autograd.Function):
+    """F.scaled_dot_product_attention per document, but one autograd node: slicing under autograd would allocate a
+    gradient of the whole pack for every slice. `tables`: rotates q and k first; nodes are what small steps pay for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, pieces: tuple[Piece, ...], scale: float,
+        tables: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        if tables is not None:
+            scale_T1K, sin_T1R2 = tables
+            q_THK, k_SGK = (rotate(x, scale_T1K, sin_T1R2, 1) for x in (q_THK, k_SGK))
+        q_1HTK, k_1GSK, v_1GSK = _heads_first(q_THK, k_SGK, v_SGK)
+        outs, lses = [], []
+        for p in pieces:
+            q = q_1HTK[:, :, p.query_begin : p.query_end]
+            k, v = (x[:, :, p.key_begin : p.key_end] for x in (k_1GSK, v_1GSK))
+            mask = _later_keys(p, q)
+            out, lse = cpu_forward(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
+            outs.append(out)
+            lses.append(lse)
+        ctx.save_for_backward(q_THK, k_SGK, v_SGK, *outs, *lses)
+        ctx.pieces, ctx.scale, ctx.tables = pieces, scale, tables
+        return joined(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_THK, k_SGK, v_SGK, *saved = ctx.saved_tensors
+        pieces: tuple[Piece, ...] = ctx.pieces
+        q_1HTK, k_1GSK, v_1GSK, dout_1HTK = _heads_first(q_THK, k_SGK, v_SGK, grads[0])
+        dqs, dks, dvs = [], [], []
+        for p, out, lse in zip(pieces, saved[: len(pieces)], saved[len(pieces) :], strict=True):
+            q, dout = (x[:, :, p.query_begin : p.query_end] for x in (q_1HTK, dout_1HTK))
+            k, v = (x[:, :, p.key_begin : p.key_end] for x in (k_1GSK, v_1GSK))
+            mask = _later_keys(p, q)
+            dq, dk, dv = cpu_backward(
+                dout, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask, scale=ctx.scale
+            )
+            dqs.append(dq)
+            dks.append(dk)
+            dvs.append(dv)
+        dq_THK = joined(dqs)
+        if len(k_SGK) == len(q_THK):
+            # This rank holds all tokens: pieces are the documents, one after the other.
+            dk_SGK, dv_SGK = joined(dks), joined(dvs)
+        else:
+            dk_SGK, dv_SGK = torch.zeros_like(k_SGK), torch.zeros_like(v_SGK)
+            for p, dk, dv in zip(pieces, dks, dvs, strict=True):
+                dk_SGK[p.key_begin : p.key_end] += dk[0].transpose(0, 1)
+                dv_SGK[p.key_begin : p.key_end] += dv[0].transpose(0, 1)
+        if ctx.tables is not None:
+            scale_T1K, sin_T1R2 = ctx.tables
+            dq_THK, dk_SGK = (rotate(d, scale_T1K, sin_T1R2, -1) for d in (dq_THK, dk_SGK))
+        return dq_THK, dk_SGK, dv_SGK, None, None, None
+
+
+def _attend_cpu(
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, documents: PackedDocuments, scale: float
+) -> Tensor:
+    return _CpuAttention.apply(q_THK, k_SGK, v_SGK, documents.pieces, scale, None)  # pyright: ignore[reportReturnType]
+
+
+def _attend_cuda(
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, documents: PackedDocuments, scale: float
+) -> Tensor:
+    """flash-attn's kernel, or torch's own build of it. Both align a piece's last query with its last key."""
+    if documents.key_rows is not None:
+        # The kernel wants each piece's keys in a row; two pieces of one document both begin at its start.
+        k_SGK, v_SGK = (x.index_select(0, documents.key_rows) for x in (k_SGK, v_SGK))
+    lengths = (
+        documents.cu_seqlens_q, documents.cu_seqlens_kv, documents.max_seqlen_q, documents.max_seqlen_kv,
+    )  # fmt: skip
+    if flash_attn_varlen_func is not None:
+        return flash_attn_varlen_func(
+            q_THK, k_SGK, v_SGK, *lengths, softmax_scale=scale, causal=True
+        )
+    from torch.nn.attention.varlen import varlen_attn  # registers CUDA operators when imported
+
+    return varlen_attn(
+        q_THK, k_SGK, v_SGK, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=True
+    )  # pyright: ignore[reportReturnType]
+
+
+def rotate_and_attend(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: PackedDocuments, scale: float
+) -> Tensor:
+    """Rotates queries and keys, then causal attention inside each document -> (T, H, K)."""
+    assert documents.scale_T1K is not None and documents.sin_T1R2 is not None, "no rope tables"
+    tables = documents.scale_T1K, documents.sin_T1R2
+    on_cpu = q_THK.device.type == "cpu"
+    if on_cpu and documents.context_group is None:
+        return _CpuAttention.apply(q_THK, k_TGK, v_TGK, documents.pieces, scale, tables)  # pyright: ignore[reportReturnType]
+    q_THK, k_SGK = (apply_rotary(x, *tables) for x in (q_THK, k_TGK))
+    v_SGK = v_TGK
+    if documents.context_group is not None and documents.hops:
+        kernel = kernel_for(q_THK.device)
+        return ring_attention(
+            q_THK, k_SGK, v_SGK, documents.hops, documents.context_group, scale, kernel
+        )
+    if documents.context_group is not None:
+        k_SGK, v_SGK = gather_keys(k_SGK, v_SGK, documents.context_group)
+    kernel = _attend_cpu if on_cpu else _attend_cuda
+    return kernel(q_THK, k_SGK, v_SGK, documents, scale)
+
+
+class CoreAttention(MegatronModule):
+    """What stands in Megatron's core_attention slot: rotates, then attends within documents.
+
+    The rotation happens here and not in Megatron's SelfAttention, which would rebuild cos and sin in every layer,
+    loop over the documents, and knows no LongRoPE.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any
+    ) -> None:
+        super().__init__(config=config)
+        assert config.kv_channels is not None, "TransformerConfig.kv_channels is not set"
+        self.scale = (
+            softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
+        )
+
+    def forward(
+        self,
+        query: Tensor,  # (T, H, K)
+        key: Tensor,  # (T, G, K)
+        value: Tensor,  # (T, G, K)
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> Tensor:
+        assert isinstance(packed_seq_params, PackedDocuments), (
+            "the model runs on packed documents only"
+        )
+        return rotate_and_attend(query, key, value, packed_seq_params, self.scale)

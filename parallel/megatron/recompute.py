@@ -1,0 +1,76 @@
+"""Selective recomputation: outputs of norms and of SwiGLU are not kept for the linear after them, but made again in its backward
+
+What a norm (or SwiGLU) needs to make its output again, its input, it keeps for its own backward anyway. So the linear
+keeps a note instead of its input, and calls the op once more when its weight's gradient is due: 2 D + F elements less
+per token and layer (Korthikanti et al., arXiv 2205.05198, section 5, applied to what flash attention leaves over).
+
+Megatron's own `recompute_granularity="selective"` is not used: in 0.16.1 and 0.19.2 its `layernorm` module needs Transformer
+Engine even in bf16 (a NameError otherwise), and none of its modules is the activation of a dense MLP.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from phimini.parallel.megatron.layers import RMSNorm, SwiGLU
+
+
+class _Note(NamedTuple):
+    """What is kept instead of a tensor: how to make its storage again, and where it lies in it."""
+
+    again: Callable[[], Tensor]
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def _with_note(op: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    y = op(x)
+    if torch.is_grad_enabled():
+        y.made_again_by = partial(op, x.detach())  # pyright: ignore[reportAttributeAccessIssue]
+    return y
+
+
+class RecomputedRMSNorm(RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return _with_note(super().forward, x)
+
+
+class RecomputedSwiGLU(SwiGLU):
+    def forward(self, gate_up: Tensor) -> Tensor:
+        return _with_note(super().forward, gate_up)
+
+
+def forgetting(linear: type) -> type:
+    """`linear`, for a slot of Megatron's layer spec, without its input among what it keeps, if that can be made again."""
+
+    def forward(self: Any, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        again = getattr(input_, "made_again_by", None)
+        if again is None:
+            return linear.forward(self, input_, *args, **kwargs)
+        with _notes_instead_of(input_, again):
+            return linear.forward(self, input_, *args, **kwargs)
+
+    return type(f"{linear.__name__}Forgetting", (linear,), {"forward": forward})
+
+
+def _notes_instead_of(tensor: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:
+    # The number, not the storage: torch holds these functions for as long as what they pack.
+    storage = tensor.untyped_storage()._cdata
+
+    def pack(kept: Tensor) -> Tensor | _Note:
+        if kept.untyped_storage()._cdata != storage:
+            return kept
+        return _Note(again, kept.shape, kept.stride(), int(kept.storage_offset()))
+
+    def unpack(kept: Tensor | _Note) -> Tensor:
+        if not isinstance(kept, _Note):
+            return kept
+        with torch.no_grad():
+            return kept.again().as_strided(kept.shape, kept.stride, kept.offset)
+
+    return saved_tensors_hooks(pack, unpack)

@@ -1,0 +1,194 @@
+"""One step's forward and backward over any layout, through Megatron's own schedules.
+
+M tokens of a micro-batch, D model width, V vocabulary rows of this tensor-parallel rank.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from phimini.model.flops import training_flops
+from phimini.parallel.megatron.builder import Model
+from phimini.parallel.ranks.timing import count as count_work
+from phimini.parallel.ranks.timing import phase, recording
+from phimini.parallel.training.batch import PackedBatch
+from phimini.parallel.training.nonfinite import raise_for_loss
+from phimini.parallel.training.schedule import Prepared, from_last_stage, run_schedule
+
+
+class Head(Protocol):
+    """Turns hidden states into a loss; called on the last pipeline stage, once per micro-batch.
+
+    hidden_MD: all M tokens of the batch. weight_VD: this rank's rows of the vocabulary, in order of the ranks of
+    `group` (the tensor-parallel group; size 1 when there is nothing to share).
+    Returns (loss_sum, count, metrics): the sum whose gradient is wanted, what it is to be divided by (summed over all
+    micro-batches and data ranks first), and sums for the log. All scalars, equal on every rank of `group`.
+    Under context parallelism M are this rank's tokens (see PackedBatch.rows) and what is returned is summed over the
+    context ranks; `batch.once` is for a value that is whole on each.
+    The gradient for hidden_MD must be the whole one on every rank: the head sums its rows' parts over `group`.
+    """
+
+    def __call__(
+        self, hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
+
+
+_HeadResult = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """Sums over all micro-batches and all data-parallel ranks; the same on every rank."""
+
+    loss_sum: float
+    count: float
+    metrics: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """loss_sum / count"""
+        return self.loss_sum / self.count
+
+
+def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: Head) -> StepMetrics:
+    """Adds to the gradients: d(sum of loss_sum over micro-batches and data ranks) / (global sum of count).
+
+    Every rank of a replica (same data_rank) must pass the same micro-batches; replicas pass different ones, as many
+    of them. After it the gradients are reduced, scaled and ready for `Optimizer.step`.
+    Raises NonFiniteError on every rank if any micro-batch's loss is not finite, ValueError if count is 0.
+    """
+    collected: list[_HeadResult] = []
+
+    def loss(index: int, prepared: Prepared, hidden_TD: Tensor) -> tuple[Tensor, Tensor, dict]:
+        hidden_MD = hidden_TD[prepared.head_rows]
+        loss_sum, count, metrics = head(
+            hidden_MD, model.head_weight_VD, prepared.batch, group=model.world.tensor_group
+        )
+        collected.append((loss_sum.detach(), count.detach(), metrics))
+        return loss_sum, torch.zeros((), dtype=torch.int32, device=loss_sum.device), {}
+
+    count = torch.zeros((), dtype=torch.float64, device=model.world.device)
+
+    def finalize(chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
+        # Megatron counts tokens in int32; ours may be any number, e.g. documents or weights.
+        with phase("communication"):
+            for _, c, _ in collected:
+                count.add_(c.to(count))
+            finalize_model_grads(chunks, count, **kwargs)
+
+    model.transformer_config.finalize_model_grads_func = finalize
+    model.latest_step = microbatches, loss
+    with phase("backward"):  # what is not another phase's within
+        run_schedule(model, microbatches, loss, forward_only=False)
+    _count_work(model, microbatches)
+    result = _reduce(model, collected, count)
+    if not math.isfinite(result.loss_sum):
+        raise_for_loss(model, microbatches, [loss for loss, _, _ in collected])
+    if result.count <= 0:
+        raise ValueError(
+            f"step {model.num_updates}: nothing to train on: the heads' counts sum to {result.count} over "
+            f"{len(microbatches)} micro-batches and {model.world.data_size} data ranks"
+        )
+    return result
+
+
+@torch.no_grad()
+def forward_only(
+    model: Model,
+    microbatches: Sequence[PackedBatch],
+    fn: Callable[..., Any],
+    *,
+    summed: bool = False,
+) -> list[Any]:
+    """`fn(hidden_MD, weight_VD, batch, group=...)` of each micro-batch, in order, on every rank of the replica.
+
+    fn's results, from the last pipeline stage, are tensors, or dicts, lists and tuples of them. Under context
+    parallelism fn sees this rank's tokens: results have one row per token, and the ranks' rows are put together.
+    Scalars are summed over the ranks instead, and with `summed` everything is, such as sums by document. What has come
+    from another rank is on the CPU.
+    """
+    results: list[Any] = []
+    rows: list[Tensor | None] = []
+
+    def collect(index: int, prepared: Prepared, hidden_TD: Tensor, non_loss_data: bool) -> None:
+        hidden_MD = hidden_TD[prepared.head_rows]
+        batch = prepared.batch
+        result = fn(hidden_MD, model.head_weight_VD, batch, group=model.world.tensor_group)
+        results.append(result)
+        rows.append(batch.rows)
+
+    with phase("forward"):
+        run_schedule(model, microbatches, collect, forward_only=True)
+    if model.world.layout.context > 1 or model.world.layout.pipeline > 1:
+        # A pickled tensor comes up on the GPU that it was on, which is another rank's.
+        results = tree_map_only(Tensor, Tensor.cpu, results)
+    if model.world.layout.context > 1:
+        results = _over_context_ranks(model, microbatches, rows, results, summed)
+    return from_last_stage(model, results)
+
+
+def _count_work(model: Model, microbatches: Sequence[PackedBatch]) -> None:
+    if recording():
+        for batch in microbatches:
+            trained = int((batch.targets_T >= 0).sum())
+            count_work("tokens", batch.num_tokens)
+            count_work("trained_tokens", trained)
+            count_work("flops", training_flops(model.config, batch.cu_seqlens, trained))
+
+
+def _over_context_ranks(
+    model: Model,
+    microbatches: Sequence[PackedBatch],
+    rows: list[Tensor | None],
+    results: list[Any],
+    summed: bool,
+) -> list[Any]:
+    """Puts the context ranks' results together; there are none on the earlier pipeline stages."""
+    group = model.world.context_group
+    parts: list[Any] = [None] * group.size()
+    dist.all_gather_object(parts, (rows, results), group=group)
+
+    def merge(index: int, values: list[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {k: merge(index, [v[k] for v in values]) for k in values[0]}
+        if isinstance(values[0], tuple | list):
+            merged = [merge(index, list(v)) for v in zip(*values, strict=True)]
+            named = hasattr(values[0], "_fields")
+            return type(values[0])(*merged) if named else type(values[0])(merged)
+        if summed or not values[0].ndim:
+            return torch.stack([v.to(values[0].device) for v in values]).sum(0)
+        whole = values[0].new_empty(microbatches[index].num_tokens, *values[0].shape[1:])
+        for value, (part_rows, _) in zip(values, parts, strict=True):
+            owned = part_rows[index]
+            assert len(value) == len(owned), f"{len(value)} rows of {len(owned)} tokens: summed?"
+            whole[owned] = value.to(whole.device)
+        return whole
+
+    return [merge(i, [part[i] for _, part in parts]) for i in range(len(results))]
+
+
+@phase("communication")
+def _reduce(model: Model, collected: list[_HeadResult], count: Tensor) -> StepMetrics:
+    """Sums over micro-batches and data ranks, then tells the earlier pipeline stages."""
+    world = model.world
+    names: list[str] = sorted(collected[0][2]) if collected else []
+    sums: list[float] = []
+    if collected:
+        columns = [[loss for loss, _, _ in collected]]
+        columns += [[metrics[name] for _, _, metrics in collected] for name in names]
+        total = torch.stack([torch.stack([v.double() for v in column]).sum() for column in columns])
+        if world.data_context_group.size() > 1:
+            dist.all_reduce(total, group=world.data_context_group)
+        sums = total.tolist()
+    names, sums = from_last_stage(model, (names, sums))
+    # finalize_model_grads has summed `count` over all ranks already.
+    return StepMetrics(
+        loss_sum=sums[0], count=count.item(), metrics=dict(zip(names, sums[1:], strict=True))
+    )

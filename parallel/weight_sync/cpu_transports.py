@@ -1,0 +1,198 @@
+"""How a bucket gets from the trainer to the engines' workers: the trainer's side, and what both sides share.
+
+| transport | engine                     | what travels                                    | its twin on a GPU |
+|-----------|----------------------------|-------------------------------------------------|-------------------|
+| inproc    | in the trainer's process   | a reference to the tensor                       | inproc            |
+| shm       | a process of this machine  | bytes in shared memory, one segment of a bucket | ipc               |
+| gloo      | anywhere                   | a broadcast in a group of its own               | nccl              |
+"""
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, TCPStore
+from torch.distributed import ProcessGroupGloo
+
+from phimini.parallel.weight_sync.deadline import Receiver, Wait
+
+T = TypeVar("T")
+Fields = dict[str, Any]
+IN_THIS_PROCESS: dict[int, list[Tensor]] = {}
+"""inproc: what the update that is under way hands over, by the transport's number"""
+_numbers = itertools.count()
+
+
+class InprocTransport:
+    """Trainer and engine share a process: tensors are handed over as they are."""
+
+    name = "inproc"
+
+    def __init__(self) -> None:
+        self._key = next(_numbers)
+
+    def open(self, receivers: Sequence[Receiver], info: Fields, wait: Wait) -> None:
+        wait.at("init")
+        wait.call(receivers, "init", info | {"link": {"key": self._key}})
+
+    def buffer(self) -> Tensor | None:
+        return None
+
+    def send(
+        self, receivers: Sequence[Receiver], update: Fields, tensors: list[Tensor], wait: Wait
+    ) -> None:
+        IN_THIS_PROCESS[self._key] = tensors
+        try:
+            wait.call(receivers, "update", update)
+        finally:
+            del IN_THIS_PROCESS[self._key]
+
+    def close(self) -> None:
+        pass
+
+
+class ShmTransport:
+    """One segment of shared memory that every worker of this machine maps."""
+
+    name = "shm"
+
+    def __init__(self, bucket_bytes: int) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._bucket_bytes = bucket_bytes
+
+    def open(self, receivers: Sequence[Receiver], info: Fields, wait: Wait) -> None:
+        wait.at("init")
+        # A file without a name: nothing is left when a process dies.
+        handle = os.memfd_create("phimini-weights")
+        try:
+            os.ftruncate(handle, self._bucket_bytes)
+            path = f"/proc/{os.getpid()}/fd/{handle}"
+            self._buffer = map_segment(path, self._bucket_bytes)
+            link = {"path": path, "num_bytes": self._bucket_bytes}
+            wait.call(receivers, "init", info | {"link": link})
+        finally:
+            os.close(handle)  # the mappings stay
+
+    def buffer(self) -> Tensor | None:
+        return self._buffer
+
+    def send(
+        self, receivers: Sequence[Receiver], update: Fields, tensors: list[Tensor], wait: Wait
+    ) -> None:
+        wait.call(receivers, "update", update)
+
+    def close(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+
+def map_segment(path: str, num_bytes: int) -> Tensor:
+    return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+
+
+class GlooTransport:
+    """A broadcast from the trainer to every worker of every engine, in a process group of its own."""
+
+    name = "gloo"
+
+    def __init__(
+        self, bucket_bytes: int, *, host: str = "127.0.0.1", workers_per_engine: int = 1
+    ) -> None:
+        self._buffer = torch.empty(bucket_bytes, dtype=torch.uint8)
+        self._host, self._workers = host, workers_per_engine
+        self._group: ProcessGroupGloo | None = None
+        self._store: TCPStore | None = None
+
+    def open(self, receivers: Sequence[Receiver], info: Fields, wait: Wait) -> None:
+        wait.at("init")
+        size = 1 + self._workers * len(receivers)
+        timeout = timedelta(seconds=wait.remaining_s)
+        self._store = store = TCPStore(
+            self._host, 0, None, is_master=True, wait_for_workers=False, timeout=timeout
+        )
+        link = {"host": self._host, "port": store.port, "size": size}
+        self._group = meet(
+            receivers, info, link, self._workers, wait,
+            lambda: gloo_group(store, 0, size, wait.remaining_s),
+        )  # fmt: skip
+
+    def buffer(self) -> Tensor | None:
+        return self._buffer
+
+    def send(
+        self, receivers: Sequence[Receiver], update: Fields, tensors: list[Tensor], wait: Wait
+    ) -> None:
+        group, data = self._group, self._buffer[: update["num_bytes"]]
+        assert group is not None, "open comes first"
+        send_to_all(receivers, update, wait, lambda: broadcast(group, data, wait.remaining_s))
+
+    def close(self) -> None:
+        self._group, self._store = None, None
+
+
+def meet(
+    receivers: Sequence[Receiver],
+    info: Fields,
+    link: Fields,
+    workers: int,
+    wait: Wait,
+    join: Callable[[], T],
+) -> T:
+    """Tells every engine its workers' first rank in the trainer's group, and joins as rank 0. Raises WeightSyncError."""
+    futures = []
+    for i, receiver in enumerate(receivers):
+        first = {"first_rank": 1 + i * workers}
+        futures += wait.start([receiver], "init", info | {"link": link | first})
+    try:
+        joined = join()
+    except RuntimeError as error:
+        wait.answers(receivers, futures)  # an engine's own error says more
+        raise wait.error(f"the group: {first_line(error)}") from error
+    wait.answers(receivers, futures)
+    return joined
+
+
+def send_to_all(
+    receivers: Sequence[Receiver], update: Fields, wait: Wait, send: Callable[[], None]
+) -> None:
+    """Announces a bucket, sends it, and waits until it is loaded. Raises WeightSyncError."""
+    futures = wait.start(receivers, "update", update)
+    try:
+        send()
+    except RuntimeError as error:
+        for future in futures:  # a worker's own error says more, if it has one
+            end = time.monotonic() + min(1.0, wait.remaining_s)
+            while not future.done() and time.monotonic() < end:
+                time.sleep(0.01)
+        done = [(r, f) for r, f in zip(receivers, futures, strict=True) if f.done()]
+        wait.answers([r for r, _ in done], [f for _, f in done])
+        raise wait.error(f"the broadcast: {first_line(error)}") from error
+    wait.answers(receivers, futures)
+
+
+def join_gloo(link: Fields, worker: int, timeout_s: float) -> ProcessGroupGloo:
+    """A worker's end of the transport."""
+    timeout = timedelta(seconds=timeout_s)
+    store = TCPStore(link["host"], link["port"], None, is_master=False, timeout=timeout)
+    return gloo_group(store, link["first_rank"] + worker, link["size"], timeout_s)
+
+
+def gloo_group(store: TCPStore, rank: int, size: int, timeout_s: float) -> ProcessGroupGloo:
+    prefixed = PrefixStore("phimini-weights", store)
+    return ProcessGroupGloo(prefixed, rank, size, timedelta(seconds=timeout_s))
+
+
+def broadcast(group: ProcessGroupGloo, data: Tensor, timeout_s: float) -> None:
+    """From rank 0. RuntimeError if the other side is gone, or later than `timeout_s`."""
+    options = BroadcastOptions()
+    options.rootRank = 0
+    options.timeout = timedelta(seconds=timeout_s)
+    group.broadcast([data], options).wait()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,162 @@
+"""Decontamination: does a training row ask a held-out question, perhaps in other words?
+
+Two questions count as one when their numbers are equal and their words overlap by half. Numbers alone throw away what
+shares nothing else: 10 % of GSM8K's training set has some test question's numbers, and no copy is among it. Words
+alone keep no templates apart, where the numbers are what differs. See `same_question` for the measure.
+"""
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+MIN_OVERLAP = 0.5
+"""of the words of two questions with equal numbers; the measurements are in tests/stages/data/test_decontaminate.py"""
+
+_NUMBER_WORDS = "two three four five six seven eight nine ten eleven twelve".split()
+_NUMBERS = {word: str(value) for value, word in enumerate(_NUMBER_WORDS, start=2)}
+# Spellings of one operation or relation: LaTeX, Unicode and words.
+_SPELLINGS = {
+    "+": "plus add added sum total",
+    "-": "− – minus subtract subtracted difference",
+    "*": "× · times cdot multiply multiplied product",
+    "/": "÷ ⁄ frac dfrac tfrac div divide divided quotient fit remainder mod bmod",
+    "≥": "ge geq geqslant",
+    "≤": "le leq leqslant",
+    "≠": "ne neq",
+}
+_SPELLED = {name: symbol for symbol, names in _SPELLINGS.items() for name in names.split()}
+# Words that any question may have: grammar, and how one is asked for an answer.
+_COMMON = frozenset(
+    "a all an and are arithmetic as at be been by calculate can compute determine did do does each equal equals "
+    "evaluate exactly express expression final find following for from get gets give given had has have he her his how "
+    "if in into is it its let many much no not now number of on or out per please problem question she so state that the "
+    "their them then there these they this those to up us was we were what when where which who will with would you your "
+    "value answer result".split()
+)
+_LAYOUT = re.compile(
+    r"\\(?:left|right|text|mathrm|mathbf|operatorname|displaystyle|quad|[bB]igg?[lr]?(?![a-z])|[,;:! ])"
+)
+_TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|[^\W\d_]+(?:'[a-z]+)?|[-+*/=<>^≥≤≠−–×·÷⁄%√∫!|°]")
+
+Numbers = tuple[str, ...]
+
+
+class Fingerprint(NamedTuple):
+    """What a question is compared by."""
+
+    readings: frozenset[Numbers]
+    """its numbers in ascending order; a second reading leaves out those in words (`the two trains`)"""
+    words: frozenset[str]
+    """words by their first five letters, operators, and each three adjacent symbols of a formula"""
+
+
+def fingerprint(question: str) -> Fingerprint:
+    """Return the numbers and words of a question; letter case, spacing and LaTeX's spellings make no difference.
+
+    `1,000`, `1{,}000`, `1000` and `1000.0` are one number; `\\ge`, `\\geq` and `>=` one operator. Numbers in formulas are
+    masked: `x^2 + 3` gives `^`, `+`, `x^#`, `^#+` and `#+#`. Words that any question may have count only where
+    there are no others.
+    """
+    digits: list[str] = []
+    spelled: list[str] = []
+    words, common, formula = set(), set(), []
+    for written in map(str, _TOKEN.findall(_plain(question))):
+        token = _SPELLED.get(written, written)
+        if token in _NUMBERS:
+            spelled.append(_NUMBERS[token])
+            formula.append("#")
+        elif token[0].isdecimal() or token[0] == ".":
+            digits.append(_canonical(token))
+            formula.append("#")
+        elif len(token) == 1:
+            formula.append(token)
+        else:
+            (common if token in _COMMON else words).add(token.removesuffix("s")[:5])
+            words |= _terms(formula)
+            formula = []
+    words |= _terms(formula)
+    readings = {tuple(sorted(digits + spelled))} | ({tuple(sorted(digits))} if digits else set())
+    return Fingerprint(frozenset(readings), frozenset(words or common))
+
+
+def _terms(formula: list[str]) -> set[str]:
+    """A formula's operators, and each three symbols of it in a row."""
+    rows = {"".join(symbols) for symbols in zip(formula, formula[1:], formula[2:], strict=False)}
+    operators = {symbol for symbol in formula if symbol != "#" and not symbol.isalpha()}
+    return operators | (rows - {"###"})
+
+
+def same_question(one: Fingerprint, other: Fingerprint) -> bool:
+    """Whether two questions count as one: equal numbers, and words that overlap by `MIN_OVERLAP`.
+
+    The overlap is the Dice coefficient 2 |A & B| / (|A| + |B|) of the sets of words. It ignores their order because a
+    paraphrase moves clauses, and counts both sizes because a short question's words all occur in some long one.
+    """
+    total = len(one.words) + len(other.words)
+    shared = len(one.words & other.words)
+    return not one.readings.isdisjoint(other.readings) and 2 * shared >= MIN_OVERLAP * total
+
+
+class Questions:
+    """An index of questions by their numbers: a question is compared only with those of equal numbers."""
+
+    def __init__(self, questions: Iterable[str] = ()) -> None:
+        self._by_numbers: dict[Numbers, list[int]] = defaultdict(list)
+        self._added: list[Fingerprint] = []
+        for question in questions:
+            self.add(question)
+
+    def add(self, question: str) -> None:
+        new = fingerprint(question)
+        for numbers in new.readings:
+            self._by_numbers[numbers].append(len(self._added))
+        self._added.append(new)
+
+    def matches(self, question: str) -> Iterator[int]:
+        """The places, in order of addition, of the questions that count as this one."""
+        asked = fingerprint(question)
+        near = {i for numbers in asked.readings for i in self._by_numbers.get(numbers, ())}
+        return (i for i in sorted(near) if same_question(asked, self._added[i]))
+
+    def __contains__(self, question: str) -> bool:
+        return next(self.matches(question), None) is not None
+
+
+def paraphrase_groups(questions: Iterable[str]) -> list[list[str]]:
+    """The different questions, in groups no two of which hold one question in different words."""
+    texts = list(dict.fromkeys(questions))
+    group = list(range(len(texts)))
+
+    def root(place: int) -> int:
+        while group[place] != place:
+            group[place] = place = group[group[place]]
+        return place
+
+    seen = Questions()
+    for place, text in enumerate(texts):
+        for earlier in seen.matches(text):
+            group[root(place)] = root(earlier)
+        seen.add(text)
+    members: dict[int, list[str]] = defaultdict(list)
+    for place, text in enumerate(texts):
+        members[root(place)].append(text)
+    return list(members.values())
+
+
+def _plain(question: str) -> str:
+    """Lower case, one spelling of each character, no layout commands, no separators within a number or word."""
+    text = unicodedata.normalize("NFKC", question).lower().replace("’", "'")
+    text = text.replace(">=", "≥").replace("<=", "≤").replace("!=", "≠")
+    text = re.sub(r"([(\[{]\d+)((?:,\d+)+)(?=\\?[)\]}])", lambda m: m[1] + m[2].replace(",", ", "), text)  # fmt: skip
+    text = re.sub(r"(?<=\d)(?:,|\{,\}|\\,|,\\!)(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(?<=frac)(\d)(\d)", r" \1 \2", text)  # \frac12
+    text = re.sub(r"(?<=[a-z]{2})-(?=[a-z]{2})", " ", text)
+    return _LAYOUT.sub(" ", text)
+
+
+def _canonical(number: str) -> str:
+    whole, _, part = number.partition(".")
+    part = part.rstrip("0")
+    return (whole.lstrip("0") or "0") + (f".{part}" if part else "")

@@ -1,0 +1,99 @@
+"""Stage 4's head: the clipped policy loss of a micro-batch, its importance weights, and what it reports of itself."""
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phimini.kernels import linear_logprob, linear_policy_loss
+from phimini.parallel.megatron.builder import Model
+from phimini.parallel.training.batch import PackedBatch
+from phimini.parallel.training.step import forward_only
+from phimini.stages.config.schema import RlvrConfig
+from phimini.stages.rl.mismatch import MismatchMeter, importance_weights
+
+
+def with_reference_logps(frozen: Model, microbatches: list[PackedBatch]) -> list[PackedBatch]:
+    """The batches with the frozen stage-3 model's log-probs of their tokens, at the rollouts' temperatures."""
+
+    def logp(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
+        return linear_logprob(
+            hidden_MD,
+            weight_VD,
+            batch.targets_T,
+            temperature=batch.fields["temperature"],
+            group=group,
+        ).logp_M
+
+    results = forward_only(frozen, microbatches, logp)
+    return [
+        dataclasses.replace(batch, fields=batch.fields | {"reference_logp": result})
+        for batch, result in zip(microbatches, results, strict=True)
+    ]
+
+
+def logps(
+    hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, group: dist.ProcessGroup | None
+) -> Tensor:
+    """(M,): the trainer's log-probs of the sampled tokens, at the temperatures of their sampling."""
+    temperature = batch.fields["temperature"]
+    return linear_logprob(
+        hidden_MD, weight_VD, batch.targets_T, temperature=temperature, group=group, with_entropy=False
+    ).logp_M  # fmt: skip
+
+
+def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float, importance: str):
+    """The clipped policy loss; the count is trained tokens, or rollouts where each weighs the same.
+
+    importance: as `config.importance`, but not auto.
+
+    The trainer's log-probs of the sampled tokens come with the loss, for the mismatch; importance weights need them
+    first, which is a product more.
+    """
+
+    def head(
+        hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        weight_M, sampled_logp_M = batch.fields["weight"], batch.fields["old_logp"]
+        counts_M, old_logp_M, importance_M = weight_M != 0, sampled_logp_M, None
+        if importance != "off":
+            with torch.no_grad():
+                old_logp_M = logps(hidden_MD, weight_VD, batch, group)
+            importance_M = importance_weights(
+                old_logp_M - sampled_logp_M,
+                counts_M,
+                importance,
+                cap=config.importance_cap,
+                low=config.importance_low,
+                documents_M=batch.document_ids_T,
+                num_documents=batch.num_documents,
+                context_group=batch.context_group,
+                rounding=rounding,
+            )
+        loss, metrics = linear_policy_loss(
+            hidden_MD,
+            weight_VD,
+            batch.targets_T,
+            old_logp_M,
+            batch.fields["advantage"],
+            row_weight_M=weight_M,
+            importance_weight_M=importance_M,
+            temperature=batch.fields["temperature"],
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            reference_logp_M=batch.fields.get("reference_logp"),
+            kl_coef=config.kl_coef,
+            group=group,
+        )
+        meter.add(metrics.logp_M - sampled_logp_M, batch.fields["age"], counts_M)
+        sums = {
+            "rows": metrics.num_rows,
+            "entropy": metrics.entropy_sum,
+            "clipped": metrics.clipped_sum,
+        }
+        if config.kl_coef:  # else there is no reference that it could be to
+            sums["kl"] = metrics.kl_sum
+        return loss, weight_M.sum(), sums
+
+    return head

@@ -1,0 +1,308 @@
+"""vLLM engines in processes of their own, as one rollout engine: rank 0 talks to them, every rank gets the result.
+
+rollout.addresses names engines that run somewhere (`phimini serve`); without it rank 0 starts `rollout.num_engines`
+on its machine. Weights travel by rollout.transport: shm and gloo on a CPU, ipc and nccl on GPUs.
+"""
+
+import dataclasses
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from phimini.model.config import ModelConfig
+from phimini.model.sampler import SamplingParams
+from phimini.parallel.megatron.builder import Model
+from phimini.parallel.ranks.world import World
+from phimini.parallel.weight_sync.cpu_transports import GlooTransport, ShmTransport
+from phimini.parallel.weight_sync.deadline import WeightSyncError
+from phimini.parallel.weight_sync.gpu_transports import IpcTransport, NcclTransport
+from phimini.parallel.weight_sync.sync import SyncReport, Transport, WeightSync
+from phimini.stages.config.schema import RunConfig
+from phimini.stages.rollout.client import EngineClient, launch_engine
+from phimini.stages.rollout.dispatch import Request, RolloutError, RolloutService
+from phimini.stages.rollout.engine import LOADED, Sampled, check_prompts, check_temperature
+from phimini.stages.rollout.server import run_server
+from phimini.stages.rollout.vllm_settings import (
+    EngineSettings,
+    as_sent,
+    bucket_bytes,
+    dtype_of,
+    engine_settings,
+    files_of,
+    outgoing,
+)
+from phimini.stages.rollout.wire import split_address
+
+T = TypeVar("T")
+START_S = 600.0
+"""an engine that is not up after this long is an error"""
+
+
+class SeparateVllm:
+    """Engines behind sockets. Every method is collective but `generate_here`, which is rank 0's."""
+
+    asleep = False
+
+    def __init__(
+        self,
+        run: RunConfig,
+        config: ModelConfig,
+        settings: EngineSettings,
+        world: World,
+        *,
+        context: Any = None,
+    ) -> None:
+        self.config, self.settings, self._world = config, settings, world
+        self._service: RolloutService | None = None
+        self._sync: WeightSync | None = None
+        self.last_sync: SyncReport | None = None
+        self._on_main(lambda: self._open(run, context))
+
+    def load(self, directory: Path) -> None:
+        self._take(files_of(directory, self.config, self.settings), LOADED)
+
+    def sync(self, model: Model) -> None:
+        """An engine that is lost on the way is given up and the sync repeated, if others are left."""
+        while True:
+            try:
+                self._take(outgoing(model, self.settings, every_rank=False), model.num_updates)
+                return
+            except WeightSyncError as error:
+                if not self._on_main(lambda error=error: self._gave_up_lost(error)):
+                    raise
+
+    def as_sent(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """A model's tensors as a sync sends them."""
+        return as_sent(tensors, self.settings)
+
+    def rest(self) -> None:
+        pass
+
+    def reset_prefix_cache(self) -> None:
+        def reset() -> None:
+            for engine in self.service.alive:
+                engine.ask("reset").result(self.service.deadline_s)
+
+        self._on_main(reset)
+
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
+    ) -> list[Sampled]:
+        return self._on_main(lambda: self.generate_here(prompts, params, seeds))
+
+    def generate_groups(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        groups: list[str],
+        wanted: int | None,
+    ) -> Sequence[Sampled | None]:
+        return self._on_main(lambda: self.groups_here(prompts, params, seeds, groups, wanted))
+
+    def generate_here(
+        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
+    ) -> list[Sampled]:
+        """`generate` on rank 0 alone; may run in a thread while the ranks train."""
+        done = self.groups_here(prompts, params, seeds, [""] * len(prompts), None)
+        return [completion for completion in done if completion is not None]
+
+    def groups_here(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        groups: list[str],
+        wanted: int | None,
+    ) -> Sequence[Sampled | None]:
+        check_temperature("temperature", params.temperature)
+        check_prompts(prompts, seeds, params, self.config.vocab_size, self.settings.max_model_len)
+        requests = [
+            Request(id=str(i), prompt=prompt, params=params, seed=seed, group=group)
+            for i, (prompt, seed, group) in enumerate(zip(prompts, seeds, groups, strict=True))
+        ]
+        done = self.service.run(requests, wanted=wanted)
+        return [done.get(request.id) for request in requests]
+
+    def close(self) -> None:
+        if self._service is not None:
+            for engine in self._service.engines:
+                engine.close()
+
+    @property
+    def service(self) -> RolloutService:
+        assert self._service is not None, "rank 0 has the service"
+        return self._service
+
+    def _open(self, run: RunConfig, context: Any) -> None:
+        rollout = run.rollout
+        engines = self._served(run) if rollout.addresses else self._started(run, context)
+        per_engine = 2 * self.settings.max_num_seqs
+        self._service = RolloutService(
+            engines, deadline_s=rollout.deadline_s, per_engine=per_engine
+        )
+        self._sync = WeightSync(
+            self.config,
+            _transport(run, self.config, self.settings),
+            engines,
+            bucket_bytes=bucket_bytes(run, self.config, self.settings),
+            deadline_s=rollout.deadline_s,
+            dtype=dtype_of(self.settings),
+            fp8=self.settings.fp8,
+            merging=self._world.layout.tensor > 1,
+            pause=rollout.pause,
+        )
+
+    def _served(self, run: RunConfig) -> list[EngineClient]:
+        engines = []
+        try:
+            for i, address in enumerate(run.rollout.addresses):
+                engines.append(EngineClient(address, name=f"engine {i}"))
+                engines[i].hello(self.config, self.settings, run.rollout.deadline_s)
+        except (RuntimeError, OSError) as error:
+            for engine in engines:
+                engine.close()
+            raise ValueError(f"rollout.addresses: {error}") from error
+        return engines
+
+    def _started(self, run: RunConfig, context: Any) -> list[EngineClient]:
+        rollout = run.rollout
+        context = context or multiprocessing.get_context("spawn")
+        devices = rollout.devices or ("",) * rollout.num_engines
+        if len(devices) != rollout.num_engines:
+            raise ValueError(
+                f"rollout.devices: expected one entry for each of {rollout.num_engines} engines, got {devices}"
+            )
+        started = [
+            launch_engine(self.config, self.settings, devices=d, context=context) for d in devices
+        ]
+        try:
+            engines = [
+                EngineClient(f"127.0.0.1:{wait(START_S)}", name=f"engine {i}", process=process)
+                for i, (process, wait) in enumerate(started)
+            ]
+            for engine in engines:
+                engine.hello(self.config, self.settings, rollout.deadline_s)
+        except BaseException:
+            # Ctrl-C too: an engine ends with its trainer's connection, if it has one.
+            for process, _ in started:
+                process.kill()
+            raise
+        # multiprocessing waits for its processes at the end; an engine ends with its connection, not before.
+        Finalize(self, self.close, exitpriority=1)
+        return engines
+
+    def _take(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
+        if not self._world.is_main:
+            for _ in tensors:
+                pass
+        self.last_sync = self._on_main(lambda: self._send(tensors, version))
+
+    def _gave_up_lost(self, error: WeightSyncError) -> bool:
+        """Whether engines that died or fell silent are to blame, and others are there to go on with."""
+        assert self._sync is not None, "rank 0 has the sync"
+        half = self.service.deadline_s / 2
+        asked = [engine for engine in self.service.engines if engine in self._sync.receivers]
+        lost = [engine for engine in asked if not engine.alive or engine.silent_s() > half]
+        if not lost or len(lost) == len(asked):
+            return False
+        for engine in lost:
+            engine.kill(f"silent for {engine.silent_s():.1f} s")
+        without = ", ".join(engine.name for engine in lost)
+        print(f"phimini: {error}; it is repeated without {without}", file=sys.stderr, flush=True)
+        return True
+
+    def _send(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
+        assert self._sync is not None, "rank 0 has the sync"
+        alive = self.service.alive
+        if not alive:
+            for _ in tensors:
+                pass
+            raise RolloutError("no vLLM engine is left to sync with")
+        self._sync.set_receivers(alive)
+        return self._sync.sync(tensors, version)
+
+    def _on_main(self, action: Callable[[], T]) -> T:
+        """`action()` on rank 0, what it returned on every rank; what it raised too. Collective."""
+        outcome: tuple[T | None, Exception | None] = (None, None)
+        if self._world.is_main:
+            try:
+                outcome = (action(), None)
+            except (WeightSyncError, RuntimeError, ValueError, OSError) as error:
+                outcome = (None, error)
+        result, error = self._world.broadcast_object(outcome)
+        if error is not None:
+            raise error
+        return result  # pyright: ignore[reportReturnType]
+
+
+def _transport(run: RunConfig, config: ModelConfig, settings: EngineSettings) -> Transport:
+    size = bucket_bytes(run, config, settings)
+    host, workers = run.rollout.trainer_host, settings.tensor_parallel
+    if settings.transport == "shm":
+        return ShmTransport(size)
+    if settings.transport == "gloo":
+        return GlooTransport(size, host=host, workers_per_engine=workers)
+    if settings.transport == "ipc":
+        return IpcTransport(size, workers_per_engine=workers)
+    if settings.transport == "nccl":
+        return NcclTransport(size, host=host, workers_per_engine=workers)
+    raise ValueError(
+        f"rollout.transport: expected shm, gloo, ipc or nccl for engines of their own, got {settings.transport!r}"
+    )
+
+
+def transport_of(run: RunConfig) -> str:
+    """`rollout.transport`, or what fits.
+
+    On a CPU shm on one machine and gloo between several; on GPUs nccl, but ipc where an engine has rank 0's GPU,
+    which NCCL refuses: an engine that rank 0 starts with no `rollout.devices` of its own.
+    """
+    rollout, on_gpu = run.rollout, torch.cuda.is_available()
+    if rollout.transport == "auto":
+        if on_gpu:
+            return "nccl" if rollout.addresses or rollout.devices else "ipc"
+        hosts = {split_address(address)[0] for address in rollout.addresses}
+        return "shm" if hosts <= {"127.0.0.1", "localhost"} else "gloo"
+    if rollout.transport in ("ipc", "nccl") and not on_gpu:
+        raise ValueError(f"rollout.transport={rollout.transport}: needs a GPU; shm or gloo do not")
+    return rollout.transport
+
+
+def serve(run: RunConfig, config: ModelConfig, address: str) -> None:
+    """`phimini serve NAME address=HOST:PORT key=value ...`: one engine for a trainer with the same settings.
+
+    Until it is stopped (Ctrl-C or SIGTERM). A trainer whose settings differ is refused, naming the first that does.
+    """
+    host, port = split_address(address)
+    rollout = dataclasses.replace(run.rollout, placement="separate", addresses=(address,))
+    there = dataclasses.replace(run, rollout=rollout)
+    settings = engine_settings(there, config, transport_of(there))
+
+    def announce(port: int) -> None:
+        how = f"weights by {settings.transport}, up to {settings.max_model_len} tokens"
+        print(f"phimini serve: {run.name} at {host}:{port}, {how}", flush=True)
+
+    run_server(config, settings, host, port, announce)
+
+
+_engines: SeparateVllm | None = None
+
+
+def separate_vllm(run: RunConfig, config: ModelConfig, world: World) -> SeparateVllm:
+    """This job's engines, started or connected by the first call. ValueError if a later one asks for others."""
+    global _engines
+    settings = engine_settings(run, config, transport_of(run))
+    if _engines is None:
+        _engines = SeparateVllm(run, config, settings, world)
+    if (_engines.config, _engines.settings) != (config, settings):
+        raise ValueError(
+            f"vllm: this job's engines were started for {_engines.settings}; asked for {settings}"
+        )
+    return _engines

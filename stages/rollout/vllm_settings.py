@@ -1,0 +1,260 @@
+"""vLLM's settings from the recipe, and requests, answers and weights between its terms and ours.
+
+vLLM is imported inside functions only: whoever samples with the local engine does not need it.
+
+The rope table agrees with the trainer's by construction: the engine reads the config.json of an export, which has the
+run's table under both of vLLM's names (`model/io/huggingface.py`). max_model_len always comes from the recipe.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from phimini.model.config import ModelConfig
+from phimini.model.io.huggingface import check_tensors, read_tensors, save_config
+from phimini.model.sampler import SamplingParams
+from phimini.parallel.megatron.builder import Model
+from phimini.parallel.megatron.hf_weights import to_hf
+from phimini.parallel.megatron.weight_names import hf_names
+from phimini.parallel.weight_sync.fp8_blocks import VLLM_CONFIG, check_blocks, quantise_stream
+from phimini.parallel.weight_sync.gpu_transports import expandable_segments
+from phimini.parallel.weight_sync.sync import smallest_bucket
+from phimini.stages.config.schema import RunConfig
+from phimini.stages.rollout.engine import Sampled, Span, check_temperature
+
+WORKER_EXTENSION = "phimini.parallel.weight_sync.vllm_receiver.WorkerExtension"
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs where it is made
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+CPU_ENVIRONMENT = {
+    "TORCH_COMPILE_DISABLE": "1"
+}  # a helper that is compiled even in eager mode: 20 s of g++
+
+STEP_TOKENS = 4096
+"""that an engine on a CPU computes at once, prompts and answers together"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What one vLLM engine is started with; JSON's types, so that it can travel to another node."""
+
+    max_model_len: int
+    """tokens of the longest prompt and answer together"""
+    max_num_seqs: int
+    dtype: Literal["float32", "bfloat16"]
+    transport: str
+    tensor_parallel: int = 1
+    fp8: bool = False
+    """linear weights come in FP8, with the trainer's blockwise scales"""
+    kv_cache_bytes: int | None = None
+    """None: vLLM takes `memory_share` of the GPU"""
+    memory_share: float = 0.5
+    sleeps: bool = False
+    """the engine's memory can be given to the trainer between rollouts"""
+
+
+def require_vllm() -> None:
+    """Raises ValueError, saying how to get it, where vLLM is not installed. Sets what it reads at import."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            "rollout.engine=vllm: the package vllm is not installed; `make test` sets up its CPU engine, "
+            "`pip install 'phimini[gpu]'` the one for CUDA, and rollout.engine=local needs neither"
+        )
+    for name, value in (
+        ENVIRONMENT | ({} if torch.cuda.is_available() else CPU_ENVIRONMENT)
+    ).items():
+        os.environ.setdefault(name, value)
+
+
+def engine_settings(run: RunConfig, config: ModelConfig, transport: str) -> EngineSettings:
+    """Raises ValueError if the recipe's sequences do not fit the model, or vLLM does not do what it asks for."""
+    rollout, on_gpu = run.rollout, torch.cuda.is_available()
+    length = rollout.max_model_len or max(run.rlvr.sequence_length, run.rollout_dpo.sequence_length)
+    if length > config.max_positions:
+        raise ValueError(
+            f"rollout.max_model_len: {length} tokens exceed the model's max_positions {config.max_positions}"
+        )
+    if config.num_heads % rollout.engine_tensor_parallel:
+        raise ValueError(
+            f"rollout.engine_tensor_parallel: {rollout.engine_tensor_parallel} does not divide the model's "
+            f"{config.num_heads} heads"
+        )
+    for stage, field in (
+        ("rollout_dpo", "temperature"),
+        ("rlvr", "start_temperature"),
+        ("rlvr", "end_temperature"),
+        ("evaluate", "temperature"),
+    ):
+        check_temperature(f"{stage}.{field}", getattr(getattr(run, stage), field))
+    dtype = rollout.dtype if rollout.dtype != "auto" else "bfloat16" if on_gpu else "float32"
+    if rollout.quantization == "fp8":
+        if not on_gpu:
+            raise ValueError("rollout.quantization=fp8: needs a GPU with FP8 units")
+        if dtype != "bfloat16":
+            raise ValueError(
+                f"rollout.dtype={dtype}: rollout.quantization=fp8 computes the rest in bfloat16"
+            )
+        check_blocks(config, rollout.engine_tensor_parallel)
+    per_token = (
+        2
+        * config.num_layers
+        * config.num_kv_heads
+        * config.head_dim
+        * getattr(torch, dtype).itemsize
+    )
+    blocks = -(-length // 128) + 1  # of 128 tokens, on a CPU
+    enough = per_token * 128 * blocks * rollout.max_batch
+    return EngineSettings(
+        max_model_len=length,
+        max_num_seqs=rollout.max_batch,
+        dtype=dtype,
+        transport=transport,
+        tensor_parallel=rollout.engine_tensor_parallel,
+        fp8=rollout.quantization == "fp8",
+        kv_cache_bytes=None if on_gpu else max(enough, 1 << 24),
+        memory_share=rollout.memory_share,
+        sleeps=on_gpu and rollout.placement == "colocated",
+    )
+
+
+def engine_arguments(settings: EngineSettings, folder: str) -> dict[str, Any]:
+    """Keyword arguments of vLLM's `LLM` and `AsyncEngineArgs` alike; `folder` holds config.json."""
+    require_vllm()
+    from vllm.config import WeightTransferConfig
+
+    from phimini.parallel.weight_sync import vllm_receiver as weight_sync_receiver
+
+    weight_sync_receiver.register()
+    on_gpu = torch.cuda.is_available()
+    return {
+        "model": folder,
+        "skip_tokenizer_init": True,  # token ids in, token ids out
+        "load_format": "dummy",  # weights come by sync, and nothing is sampled before
+        "generation_config": "vllm",
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        # A prompt cut in two winds its request's generator back, which one on a CPU cannot do: vLLM 0.32 then dies.
+        "enable_chunked_prefill": on_gpu,
+        "max_num_batched_tokens": None if on_gpu else max(STEP_TOKENS, settings.max_model_len),
+        "tensor_parallel_size": settings.tensor_parallel,
+        "disable_custom_all_reduce": _without_custom_all_reduce(settings),
+        "quantization": "fp8" if settings.fp8 else None,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        "gpu_memory_utilization": settings.memory_share,
+        "enforce_eager": not on_gpu,
+        "enable_sleep_mode": settings.sleeps,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "seed": 0,  # every request has its own
+        "weight_transfer_config": WeightTransferConfig(
+            backend=weight_sync_receiver.backend(settings.transport)  # pyright: ignore[reportArgumentType]
+        ),
+        "worker_extension_cls": WORKER_EXTENSION,
+    }
+
+
+def _without_custom_all_reduce(settings: EngineSettings) -> bool:
+    """vLLM 0.32's own all-reduce shares its CUDA graphs' memory by IPC handles, and ends the process where
+    torch's allocator gives it expandable segments (vllm issue 42609). NCCL's does not."""
+    off = settings.tensor_parallel > 1 and bool(expandable_segments())
+    if off:
+        print(
+            "phimini: vLLM reduces over its GPUs by NCCL, not by its own all-reduce: PYTORCH_ALLOC_CONF has "
+            "expandable_segments:True, with which that one dies",
+            file=sys.stderr,
+            flush=True,
+        )
+    return off
+
+
+def write_engine_config(config: ModelConfig, settings: EngineSettings, folder: str) -> None:
+    """Write the config.json that vLLM starts from: an export's, with the quantisation of the engine."""
+    save_config(config, folder)
+    if settings.fp8:
+        path = Path(folder, "config.json")
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"quantization_config": VLLM_CONFIG})
+        )
+
+
+def vllm_params(params: SamplingParams, seed: int) -> Any:
+    """The request's own temperature and seed, and the log-prob of each token under what it was drawn from."""
+    from vllm import SamplingParams as VllmSamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return VllmSamplingParams(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        seed=seed & (2**63 - 1),
+        max_tokens=params.max_new_tokens,
+        stop_token_ids=list(params.stop_ids),
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def sampled(output: Any) -> Sampled:
+    """Of one finished vLLM CompletionOutput."""
+    tokens = list(output.token_ids)
+    return Sampled(
+        tokens=tokens,
+        logprobs=[at[token].logprob for token, at in zip(tokens, output.logprobs, strict=True)],
+        finish_reason="stop" if output.finish_reason == "stop" else "length",
+        versions=tuple(
+            Span(int(span.version), span.start, span.end) for span in output.weight_versions or ()
+        ),
+    )
+
+
+def bucket_bytes(run: RunConfig, config: ModelConfig, settings: EngineSettings) -> int:
+    """`rollout.bucket_mib`, or what the largest tensor needs, at least 64 MiB."""
+    if run.rollout.bucket_mib is not None:
+        return run.rollout.bucket_mib << 20
+    needed = smallest_bucket(
+        config, dtype_of(settings), merging=run.tensor_parallel > 1, fp8=settings.fp8
+    )
+    return max(64 << 20, *needed.values())
+
+
+def dtype_of(settings: EngineSettings) -> torch.dtype:
+    return getattr(torch, settings.dtype)
+
+
+def as_sent(
+    tensors: Iterable[tuple[str, Tensor]], settings: EngineSettings
+) -> Iterator[tuple[str, Tensor]]:
+    """A model's tensors in the engine's precision."""
+    cast = ((name, tensor.to(dtype_of(settings))) for name, tensor in tensors)
+    return quantise_stream(cast) if settings.fp8 else cast
+
+
+def outgoing(
+    model: Model, settings: EngineSettings, *, every_rank: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """What a sync sends of the trainer's model. Collective."""
+    # The gather is in the engine's precision already: half the bytes.
+    return as_sent(to_hf(model, every_rank=every_rank, dtype=dtype_of(settings)), settings)
+
+
+def files_of(
+    directory: Path, config: ModelConfig, settings: EngineSettings
+) -> Iterator[tuple[str, Tensor]]:
+    """A Hugging Face folder's tensors as a sync sends them. ValueError names file and tensor."""
+    files = read_tensors(directory)
+    check_tensors(config, files)
+    return as_sent(((name, files[name]) for name in hf_names(config)), settings)

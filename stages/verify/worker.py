@@ -1,0 +1,106 @@
+r"""The process that compares symbolic answers: one JSON line [response, answer, seconds] in, one outcome out.
+
+sympy can spend hours and gigabytes on one line, so the comparing itself is done in a forked child which the kernel ends
+when its processor time is up, whatever it computes. The parent has sympy loaded and forks the next child in
+milliseconds: an answer that explodes costs its time limit and no restart.
+"""
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import traceback
+from typing import BinaryIO
+
+from phimini.stages.verify import expressions as verify_expressions
+
+_MEMORY_BYTES = 2 << 30
+
+
+class Child:
+    """A fork that answers questions, one at a time, until it is ended."""
+
+    def __init__(self) -> None:
+        asked, self.questions = os.pipe()
+        self.replies, replying = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self.questions)
+            os.close(self.replies)
+            try:
+                _answer(os.fdopen(asked, "rb"), os.fdopen(replying, "wb", buffering=0))
+            except BaseException:  # a fork must never return into its parent's code
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        os.close(asked)
+        os.close(replying)
+
+    def ask(self, question: bytes) -> bytes | None:
+        """The child's reply; None if it was ended before it came."""
+        try:
+            os.write(self.questions, question)
+        except BrokenPipeError:
+            return None
+        reply = b""
+        while not reply.endswith(b"\n"):
+            piece = os.read(self.replies, 4096)
+            if not piece:
+                return None
+            reply += piece
+        return reply
+
+    def close(self) -> int:
+        """Which signal ended the child, 0 if none did."""
+        os.close(self.questions)
+        os.close(self.replies)
+        return os.waitpid(self.pid, 0)[1] & 0x7F
+
+
+def _answer(questions: BinaryIO, replies: BinaryIO) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    for line in questions:
+        response, answer, limit_seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, limit_seconds)
+        replies.write(json.dumps(_outcome(response, answer)).encode() + b"\n")
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _outcome(response: str, answer: str) -> str:
+    try:
+        equal = verify_expressions.are_equal(response, answer)
+    except (MemoryError, RecursionError, OverflowError):
+        return "too large"
+    except (ArithmeticError, ValueError, TypeError, AttributeError, NotImplementedError):
+        return "unreadable"
+    return "unreadable" if equal is None else "equal" if equal else "different"
+
+
+def main() -> None:
+    logging.disable()  # math-verify warns that its own time limit is off: ours replaces it
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever else prints must not look like a reply
+    # Parser and sympy load their parts at first use: in this process, so that no child has to.
+    verify_expressions.warm_up()
+    child = Child()
+    replies.write(b'"ready"\n')
+    for line in iter(sys.stdin.buffer.readline, b""):
+        reply = child.ask(line)
+        for _ in range(2):
+            if reply is not None:
+                break
+            signal_number = child.close()
+            child = Child()
+            if signal_number == signal.SIGPROF:
+                reply = b'"timed out"\n'
+            else:  # ended from outside before the question, or crashed by it: the second try tells
+                reply = child.ask(line)
+        replies.write(b'"too large"\n' if reply is None else reply)
+    child.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The scripts, word for word; and that bash runs them as meant, with stand-ins for srun and torchrun."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from phimini.parallel.cluster.job_scripts import LaunchSettings, main, render_slurm, render_torchrun
+
+ENVIRONMENT = """\
+export CUDA_DEVICE_MAX_CONNECTIONS=1  # Megatron's overlap of tensor-parallel communication needs it
+export PYTORCH_ALLOC_CONF=expandable_segments:True  # packed batches differ in size: less fragmentation
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1  # a rank whose peer died ends instead of hanging
+export TORCH_NCCL_DUMP_ON_TIMEOUT=1  # the flight recorder says which collective hung
+export TORCH_FR_BUFFER_SIZE=2000  # collectives the flight recorder remembers
+export NCCL_DEBUG=WARN  # NCCL says why it gave up
+export NCCL_IB_TIMEOUT=22  # InfiniBand retries for about a minute before an error
+export NCCL_IB_QPS_PER_CONNECTION=4  # several paths through the fabric per connection
+export NVTE_FWD_LAYERNORM_SM_MARGIN=16  # leaves SMs to communication that overlaps
+export NVTE_BWD_LAYERNORM_SM_MARGIN=16  # leaves SMs to communication that overlaps
+export PYTHONFAULTHANDLER=1  # a crash prints Python's stack
+"""
+
+SLURM = """\
+#!/bin/bash
+# sbatch this file: 16 x 8 = 128 ranks
+#SBATCH --job-name=phimini
+#SBATCH --nodes=16
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=96
+#SBATCH --time=24:00:00
+#SBATCH --partition=gpu
+#SBATCH --signal=TERM@300
+#SBATCH --output=%x-%j.log
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+set -euo pipefail
+
+source .venv/bin/activate
+
+{ENVIRONMENT}export OMP_NUM_THREADS=12
+export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+id="phimini-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+launch=(
+    srun --cpus-per-task=96 --kill-on-bad-exit=1
+    torchrun
+    --nnodes 16 --rdzv-backend c10d --rdzv-endpoint "$head:29500"
+    --nproc-per-node 8
+    --shutdown-timeout 290
+    --numa-binding node
+)
+"${launch[@]}" --rdzv-id "$id-doctor" --max-restarts 0 -m phimini.stages.cli doctor --dist
+exec "${launch[@]}" --rdzv-id "$id-run" --max-restarts 3 -m phimini.stages.cli recipe phi4_mini_reasoning 'out=runs/my run'
+"""
+
+TORCHRUN = """\
+#!/bin/bash
+# HEAD=<first node> bash this file, on every node: 2 x 4 = 8 ranks
+set -euo pipefail
+
+{ENVIRONMENT}export OMP_NUM_THREADS=12
+
+head="${HEAD:?set it to the name of the first node: HEAD=<first node> bash this file, on every node}"
+id="phimini"
+launch=(
+    torchrun
+    --nnodes 2 --rdzv-backend c10d --rdzv-endpoint "$head:29500"
+    --nproc-per-node 4
+    --shutdown-timeout 290
+)
+"${launch[@]}" --rdzv-id "$id-doctor" --max-restarts 0 -m phimini.stages.cli doctor --dist
+exec "${launch[@]}" --rdzv-id "$id-run" --max-restarts 3 -m phimini.stages.cli recipe tiny
+"""
+
+
+def rendered(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_slurm_script(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["nodes=16", "partition=gpu", "interface=ib0"]
+    words += ["--", "recipe", "phi4_mini_reasoning", "out=runs/my run"]
+    expected = SLURM.replace("{ENVIRONMENT}", ENVIRONMENT)
+    assert rendered(["slurm", *words], capsys) == expected
+
+
+def test_torchrun_script(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["nodes=2", "gpus=4", "numa=false", "venv=none", "--", "recipe", "tiny"]
+    expected = TORCHRUN.replace("{ENVIRONMENT}", ENVIRONMENT)
+    assert rendered(["torchrun", *words], capsys) == expected
+
+
+def stand_in(folder: Path, name: str, body: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def run_script(
+    text: str, folder: Path, *, fail: str = "nothing", **environment: str
+) -> tuple[int, list[list[str]], str]:
+    """Exit status, the words of every torchrun that was started, and stderr; one whose words contain `fail` fails."""
+    (folder / "bin").mkdir(exist_ok=True)
+    log = folder / "log"
+    log.unlink(missing_ok=True)
+    python = (
+        "import json, os, sys; print(json.dumps([os.environ['NCCL_IB_TIMEOUT'], *sys.argv[1:]]))"
+    )
+    record = f'python3 -c "{python}" "$@" >> {log}\n'
+    stand_in(folder / "bin", "torchrun", record + f'if [[ "$*" == *"{fail}"* ]]; then exit 3; fi')
+    stand_in(folder / "bin", "srun", 'while [[ "$1" == --* ]]; do shift; done; exec "$@"')
+    # The second name comes late: who stopped reading at the first would end scontrol, and with pipefail the job.
+    stand_in(folder / "bin", "scontrol", "echo first; sleep 0.1; echo second")
+    script = folder / "job.sh"
+    script.write_text(text)
+    done = subprocess.run(
+        ["bash", script],
+        env={"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"} | environment,
+        capture_output=True,
+        text=True,
+    )
+    started = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return done.returncode, started, done.stderr
+
+
+COMMAND = ("recipe", "tiny", "out=runs/it's a $HOME; `run`")
+
+
+def test_slurm_runs_the_doctor_and_then_the_command(tmp_path: Path) -> None:
+    text = render_slurm(LaunchSettings(nodes=2, venv=None, command=COMMAND))
+    environment = {"SLURM_JOB_NODELIST": "first,second", "SLURM_JOB_ID": "7"}
+    status, started, stderr = run_script(text, tmp_path, **environment)
+    assert status == 0, stderr
+    doctor, run = started
+    assert doctor[-5:] == ["0", "-m", "phimini.stages.cli", "doctor", "--dist"]
+    assert run[-6:] == ["3", "-m", "phimini.stages.cli", *COMMAND], "words survive bash"
+    for words in started:
+        assert words[0] == "22", "exported to the ranks"
+        assert words[words.index("--rdzv-endpoint") + 1] == "first:29500"
+    identities = [words[words.index("--rdzv-id") + 1] for words in started]
+    assert identities == ["phimini-7-0-doctor", "phimini-7-0-run"]
+
+
+def test_a_sick_rank_stops_the_job_before_the_command(tmp_path: Path) -> None:
+    text = render_torchrun(LaunchSettings(venv=None, command=COMMAND))
+    status, started, _ = run_script(text, tmp_path, fail="doctor")
+    assert status == 3 and len(started) == 1
+    status, started, _ = run_script(text, tmp_path, fail="recipe")
+    assert status == 3 and len(started) == 2, "the command's status is the job's"
+    without = render_torchrun(LaunchSettings(venv=None, command=COMMAND, doctor=False))
+    status, started, _ = run_script(without, tmp_path)
+    assert status == 0 and [words[-3] for words in started] == ["recipe"]
+
+
+def test_several_nodes_by_hand_need_a_head(tmp_path: Path) -> None:
+    text = render_torchrun(LaunchSettings(nodes=2, venv=None, command=COMMAND))
+    status, started, stderr = run_script(text, tmp_path)
+    assert status != 0 and not started and "HEAD: set it to the name of the first node" in stderr
+    status, started, _ = run_script(text, tmp_path, HEAD="n1")
+    assert status == 0 and started[0][started[0].index("--rdzv-endpoint") + 1] == "n1:29500"
+
+
+def test_sigterm_for_the_script_reaches_torchrun(tmp_path: Path) -> None:
+    """The script becomes torchrun, which then passes the signal on to its ranks."""
+    text = render_torchrun(LaunchSettings(venv=None, command=COMMAND, doctor=False))
+    (tmp_path / "bin").mkdir()
+    stand_in(
+        tmp_path / "bin",
+        "torchrun",
+        'trap "exit 42" TERM; echo ready; while :; do sleep 0.05; done',
+    )
+    process = subprocess.Popen(
+        ["bash", "-c", text],
+        env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.terminate()
+    assert process.wait(10) == 42
+    process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "launch: got nothing; expected one of torchrun"),
+        (["pbs", "--", "recipe"], "launch: got pbs; expected one of torchrun"),
+        (["slurm", "nodes=2"], "no command"),
+        (["slurm", "nodes=two", "--", "recipe"], "nodes=two: expected a whole number"),
+        (["slurm", "nodes=0", "--", "recipe"], "nodes=0: expected at least 1"),
+        (
+            ["slurm", "node=2", "--", "recipe"],
+            "unknown setting 'node=2' .*did you mean nodes",
+        ),
+        (["slurm", "time=none", "--", "recipe"], "time='none': expected Slurm's form"),
+        (["slurm", "venv=", "--", "recipe"], "venv=: expected a folder, or none"),
+        (["slurm", "time=soon", "--", "recipe"], "expected Slurm's form"),
+        (["slurm", "name=a b", "--", "recipe"], "expected letters"),
+        (["slurm", "name=-a", "--", "recipe"], "expected letters"),
+        (["slurm", "port=70000", "--", "recipe"], "port=70000: expected at most 65535"),
+        (["slurm", "partition=a\n#SBATCH --x", "--", "recipe"], "expected one word"),
+        (["slurm", "numa=1", "--", "recipe"], "expected true or false"),
+    ],
+    ids=lambda v: "" if isinstance(v, list) else v[:24],
+)
+def test_bad_settings_are_explained(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(words)

@@ -1,0 +1,102 @@
+"""Selective recomputation: the same gradients to the last bit, and the bytes that are no longer kept.
+
+At every kind of layout against the reference: test_parallel_losses.py (LAYOUTS of test_parallel_parity.py); in bytes
+against the plan: test_plan.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_parallel_parity import GROUPS, config, cross_entropy_head, share_of
+from test_plan import CONFIG, TOKENS, kept_bytes
+from torch import Tensor
+
+from phimini.parallel.megatron import builder, recompute
+from phimini.parallel.megatron.builder import build_model
+from phimini.parallel.megatron.fp8 import Fp8
+from phimini.parallel.ranks.layout import Layout
+from phimini.parallel.ranks.local_launch import run_ranks
+from phimini.parallel.ranks.world import initialize
+from phimini.parallel.training.step import forward_backward
+
+TP2_SP = Layout(tensor=2, sequence_parallel=True)
+
+
+def gradients(layout: Layout, spoilt: bool = False, **options: Any) -> dict[str, list[Tensor]]:
+    """Of this rank's parameters, by recompute mode."""
+    world = initialize(layout, config(), timeout_s=240)
+    if spoilt:
+        recompute._with_note = noted_twice_as_large
+    found = {}
+    for mode in ("none", "selective"):
+        model = build_model(config(), world, seed=0, recompute=mode, **options)
+        model.zero_grad()
+        forward_backward(model, share_of(GROUPS, 0, 1), cross_entropy_head)
+        found[mode] = [p.main_grad.clone() for _, p in model.named_parameters()]  # pyright: ignore[reportAttributeAccessIssue]
+    world.close()
+    return found
+
+
+def noted_twice_as_large(op: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    y = op(x)
+    y.made_again_by = lambda: 2 * op(x.detach())  # pyright: ignore[reportAttributeAccessIssue]
+    return y
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [(Layout(), {}), (TP2_SP, {}), (TP2_SP, dict(fp8=Fp8(recipe="blockwise", emulate=True)))],
+    ids=["one", "tp2-sp", "tp2-sp-fp8"],
+)
+def test_gradients_are_the_same_to_the_last_bit(layout: Layout, options: dict) -> None:
+    for found in run_ranks(lambda: gradients(layout, **options), layout.model_size, timeout_s=240):
+        assert all(a.equal(b) for a, b in zip(found["none"], found["selective"], strict=True))
+
+
+def test_what_is_made_again_is_what_the_gradients_use() -> None:
+    """Negative control: outputs made again twice as large double the gradients of the linears after them."""
+    (found,) = run_ranks(lambda: gradients(Layout(), spoilt=True), 1, timeout_s=240)
+    (model,) = run_ranks(parameter_names, 1, timeout_s=240)
+    for name, right, wrong in zip(model, found["none"], found["selective"], strict=True):
+        after = any(linear in name for linear in ("linear_qkv", "linear_fc1", "linear_fc2"))
+        assert wrong.equal(2 * right if after else right), name
+
+
+def parameter_names() -> list[str]:
+    world = initialize(Layout(), config())
+    return [name for name, _ in build_model(config(), world).named_parameters()]
+
+
+@pytest.mark.parametrize("layout", [Layout(), TP2_SP], ids=["one", "tp2-sp"])
+def test_two_norm_outputs_and_one_product_less_per_layer(layout: Layout) -> None:
+    def run() -> tuple[int, int, int]:
+        world = initialize(layout, CONFIG)
+        none, selective = kept_bytes(world, "none"), kept_bytes(world, "selective")
+        builder.forgetting = lambda linear: (
+            linear
+        )  # the negative control: linears that keep their input
+        return none, selective, kept_bytes(world, "selective")
+
+    elements = (2 * CONFIG.model_dim + CONFIG.mlp_dim) // layout.tensor
+    for none, selective, control in run_ranks(run, layout.model_size, timeout_s=240):
+        assert none - selective == 4 * elements * TOKENS * CONFIG.num_layers
+        assert control == none
+
+
+def test_nothing_is_noted_without_gradients() -> None:
+    with torch.no_grad():
+        y = recompute._with_note(torch.sin, torch.zeros(2))
+    assert not hasattr(y, "made_again_by")
+    x = torch.zeros(2, requires_grad=True)
+    assert recompute._with_note(torch.sin, x).made_again_by().equal(torch.zeros(2))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_transformer_engine_s_linears_are_refused() -> None:
+    def run() -> None:
+        world = initialize(Layout(token_alignment=128), config())
+        build_model(config(), world, recompute="selective", fp8=Fp8(recipe="blockwise", emulate=False))  # fmt: skip
+
+    with pytest.raises(Exception, match="recompute: expected none or full with Transformer Engine"):
+        run_ranks(run, 1)

@@ -1,0 +1,131 @@
+"""`phimini plan`: the document that it writes, and what it refuses."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_plan import MIDTRAIN, PHI, RLVR
+
+from phimini.parallel.plan.command import main
+from phimini.parallel.plan.layouts import Workload, plan_stage
+from phimini.parallel.plan.memory import GIB, GPUS
+from phimini.parallel.ranks.layout import Layout
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpu", "layouts", "recomputes", "message"),
+    [
+        ("auto", "a100", None, ("none", "full"), "a GPU of compute capability 8.0 has no FP8 recipe"),
+        ("mxfp8", "h100", None, ("none", "full"), "fp8_recipe=mxfp8: .* 9.0 can do blockwise, tensorwise"),
+        ("auto", "h100", [Layout(tensor=8)], ("none",), r"over tensor 8 is .* not a multiple of 128"),
+        ("auto", "h100", None, ("selective",), "recompute: expected none or full with Transformer Engine"),
+    ],
+    ids=["no fp8", "other recipe", "shards", "recompute"],
+)  # fmt: skip
+def test_fp8_that_a_run_would_refuse_is_refused(
+    recipe: Any, gpu: str, layouts: Any, recomputes: Any, message: str
+) -> None:
+    odd = dataclasses.replace(PHI, mlp_dim=8256) if layouts else PHI
+    workload = dataclasses.replace(MIDTRAIN, fp8=recipe)
+    with pytest.raises(ValueError, match=message):
+        plan_stage(odd, workload, GPUS[gpu], 8, layouts=layouts, recomputes=recomputes)
+
+
+def test_only_layouts_whose_shards_fp8_can_take_are_proposed() -> None:
+    narrow = dataclasses.replace(PHI, mlp_dim=8320)  # 65 x 128
+    workload = dataclasses.replace(MIDTRAIN, fp8="auto")
+    planned = plan_stage(narrow, workload, GPUS["h100"], 8, best=1000).layouts
+    assert {p.layout.tensor for p in planned} == {1}
+
+
+def test_json_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workloads = {
+        "midtrain": MIDTRAIN,
+        "rlvr": RLVR,
+    }
+    path = tmp_path / "plan.json"
+    arguments = ["stage=midtrain", "gpu=h100", "gpus=8", "--json", str(path)]
+    assert main(arguments, PHI, workloads) == 0
+    document = json.loads(path.read_text())
+    assert document["fits"] is True and document["because"] is None
+    assert all(isinstance(a, str) for a in document["assumptions"])
+    for layout in document["layouts"]:
+        assert sum(layout["memory_bytes"].values()) == layout["peak_bytes"]
+        assert layout["tokens_per_second_per_gpu_at_mfu"]["0.45"] == pytest.approx(13600, rel=0.005)
+        assert layout["flops_per_token"] == pytest.approx(32.7e9, rel=0.002)
+        shape = layout["layout"]
+        assert shape["tensor"] * shape["pipeline"] * shape["context"] * shape["data"] == 8
+    assert "tokens/s per GPU" in capsys.readouterr().out
+    assert main(["gpus=64", "--json", str(path)], PHI, workloads) == 0
+    document = json.loads(path.read_text())
+    stages = document["stages"]
+    assert set(stages) == {"midtrain", "rlvr"}
+    peaks = {stage: plan["layouts"][0]["peak_bytes"] for stage, plan in stages.items()}
+    assert document["stage"] == max(peaks, key=lambda stage: peaks[stage])
+    best = stages["rlvr"]["layouts"][0]
+    assert set(best["phases"]) == {"training", "rollout"}
+    assert best["peak_bytes"] == max(sum(parts.values()) for parts in best["phases"].values())
+
+
+def test_what_does_not_fit_says_why_and_what_would() -> None:
+    long = Workload(stage="midtrain", sequence_length=65536, rows_per_step=128)
+    plan = plan_stage(PHI, long, GPUS["h100"], 1)
+    assert not plan.fits and plan.because is not None
+    assert re.search(r"needs \d+\.\d GiB per GPU and a h100 has 75.1 to give", plan.because)
+    assert "its largest parts are optimizer 42.9" in plan.because
+    assert plan.because.endswith("; 2 GPUs would fit")
+    assert plan.to_json()["fits"] is False and not any(p.fits for p in plan.layouts)
+    with_fp8 = Workload(
+        stage="midtrain", sequence_length=16384, rows_per_step=128, fp8="tensorwise"
+    )
+    parts = plan_stage(PHI, with_fp8, GPUS["h100"], 8).layouts[0].memory_bytes
+    assert parts["fp8_copies"] / GIB == pytest.approx(6, abs=0.05)
+
+
+def test_replicas_that_rows_do_not_divide_over_are_planned_and_come_last() -> None:
+    plan = plan_stage(PHI, MIDTRAIN, GPUS["h100"], 6)
+    rows, micro = MIDTRAIN.rows_per_step, MIDTRAIN.micro_rows
+    for planned in plan.layouts:
+        data = planned.layout.data
+        assert data in (1, 2, 3, 6)
+        assert planned.num_microbatches == -(-rows // (data * micro))
+    # Of two layouts alike but for the rows, the one whose replicas all have work is cheaper.
+    one = [Layout(context=2)]
+    costs = [
+        plan_stage(
+            PHI,
+            dataclasses.replace(MIDTRAIN, rows_per_step=n),
+            GPUS["h100"],
+            8,
+            layouts=one,
+            recomputes=("none",),
+        )
+        .layouts[0]
+        .relative_cost
+        for n in (8, 9)
+    ]
+    assert costs[1] == pytest.approx(costs[0] * 12 / 9)
+
+
+def test_bad_requests_are_explained() -> None:
+    with pytest.raises(ValueError, match="world size 6 is not a multiple"):
+        plan_stage(PHI, MIDTRAIN, GPUS["h100"], 6, layouts=[Layout(tensor=4)])
+    with pytest.raises(ValueError, match="trained_share"):
+        Workload(stage="x", sequence_length=1, rows_per_step=1, trained_share=0)
+    for arguments, message in (
+        (["gpu=v100"], "expected one of a100, h100, h200, b200"),
+        (["stage=sft"], "expected one of midtrain"),
+        (["gpus=many"], "expected a number"),
+        (["gpus=²"], "expected a number"),
+        (
+            ["--json", "/nowhere/plan.json"],
+            "plan --json /nowhere/plan.json: cannot be written: No such",
+        ),
+        (["layout=best"], "unknown argument 'layout=best'"),
+        (["--json"], "expected a path"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(arguments, PHI, {"midtrain": MIDTRAIN})

@@ -1,0 +1,254 @@
+"""Ranks that would train on different data are named before the first forward, in every stage and layout."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rl_run import make_run, reinforce, run_config
+from test_parallel_parity import GROUPS, config, poison_uninitialised_memory, share_of  # noqa: F401
+from test_recipe import MICRO, finished  # noqa: F401
+
+from phimini.parallel.ranks.layout import Layout
+from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
+from phimini.parallel.ranks.world import initialize
+from phimini.parallel.training.same_data import DivergedError, check_same_data, digest
+from phimini.stages import evaluate, midtrain, rlvr, rollout_dpo, sft
+from phimini.stages.cli import dispatch, main
+from phimini.stages.data import packing
+from phimini.stages.run.training import read_examples
+
+Plant = Callable[[], None]
+
+
+def test_equal_values_have_equal_digests() -> None:
+    """Also where one rank shares objects that another, which unpickled them, does not."""
+    prompt = [1, 2, 300]
+    shared, apart = [(prompt, "".join(["a", "b"]), prompt)], [([1, 2, 300], "ab", [1, 2, 300])]
+    assert digest(shared, None) == digest(apart, None)
+    values = [digest(x) for x in ([1, 2], [1, 3], [1.0, 2], [[1], 2], "12", [0.1], [0.1 + 2**-56])]
+    assert len(set(values)) == len(values) and all(-(2**63) <= v < 2**63 for v in values)
+
+
+def compare(items: dict[int, list[int]], replaced: dict[int, int]) -> str:
+    """On ranks of tensor 2 x data 2: rank r has `items[r]`, and its first target replaced by `replaced[r]`."""
+    world = initialize(Layout(tensor=2), config(), timeout_s=100)
+    batches = share_of(GROUPS, world.data_rank, world.data_size)
+    if world.rank in replaced:
+        batches[0].targets_T[0] = replaced[world.rank]
+    try:
+        check_same_data(world, "sft, step 7", items.get(world.rank, [1, 2]), batches)
+    except DivergedError as error:
+        return str(error)
+    return "same"
+
+
+@pytest.mark.parametrize(
+    ("items", "replaced", "says"),
+    [
+        ({}, {}, "same"),
+        ({2: [2, 1]}, {}, "different data: rank 2 differs from ranks 0, 1, 3"),
+        ({2: [1], 3: [1]}, {}, "different data: ranks 2, 3 differ from ranks 0, 1"),
+        ({}, {1: 5}, "different micro-batches: rank 1 differs from rank 0"),
+        ({}, {2: 5, 3: 5}, "same"),
+        ({0: [1], 1: [3]}, {}, "different data: rank 1 differs from rank 0 and from ranks 2, 3"),
+    ],
+)
+def test_the_ranks_that_differ_are_named_on_every_rank(
+    items: dict[int, list[int]], replaced: dict[int, int], says: str
+) -> None:
+    """The last rank's replica may train on whatever it likes, as long as both of its ranks do: it is its own share."""
+    (said,) = set(run_ranks(compare, 4, items, replaced, timeout_s=150))
+    assert said.endswith(says) and (said == "same" or said.startswith("sft, step 7: "))
+
+
+# --- each stage --------------------------------------------------------------------------------------
+def other_order() -> None:
+    """In the second step, where there is one."""
+    batch = packing.EpochSampler.batch
+    packing.EpochSampler.batch = lambda self, step: batch(self, step)[:: -1 if step else 1]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def other_file() -> None:
+    def read(*arguments: Any, **options: Any) -> list:
+        examples = read_examples(*arguments, **options)
+        examples[-1].tokens[-1] += 1
+        return examples
+
+    midtrain.read_examples = sft.read_examples = read
+
+
+def other_pairs() -> None:
+    read = rollout_dpo.read_pairs
+
+    def other(*arguments: Any) -> list:
+        pairs = read(*arguments)
+        pairs[3].rejected.tokens[0] += 1
+        return pairs
+
+    rollout_dpo.read_pairs = other
+
+
+def other_tokens() -> None:
+    modules: list[Any] = [midtrain, sft, rollout_dpo]
+    for module in modules:
+        pack: Any = module.pack
+
+        def other(documents: Any, multiple_of: int = 1, pack: Any = pack) -> Any:
+            batch = pack(documents, multiple_of)
+            batch.tokens_T[0] ^= 1
+            return batch
+
+        module.pack = other
+
+
+def on_rank_1(plant: Plant, action: Callable[..., Any], *arguments: Any) -> Any:
+    if os.environ["RANK"] == "1":
+        plant()
+    return action(*arguments)
+
+
+DATA = "the ranks are about to train on different data: rank 1 differs from rank 0"
+BATCHES = "the ranks of one replica are about to train on different micro-batches: rank 1 differs from rank 0"
+PLANTED = [
+    ("midtrain", other_file, "before step 1", DATA, "processes=2"),
+    ("midtrain", other_order, "step 2", DATA, "processes=2"),
+    ("midtrain", other_tokens, "step 1", BATCHES, "tensor_parallel=2"),
+    ("sft", other_file, "before step 1", DATA, "processes=2"),
+    ("sft", other_order, "step 2", DATA, "pipeline_parallel=2"),
+    ("sft", other_tokens, "step 1", BATCHES, "context_parallel=2"),
+    ("rollout_dpo", other_pairs, "before step 1", DATA, "processes=2"),
+    ("rollout_dpo", other_order, "step 2", DATA, "processes=2"),
+    ("rollout_dpo", other_tokens, "step 1", BATCHES, "tensor_parallel=2"),
+]
+
+
+def inputs_of(run: Path, folder: Path, stage: str) -> None:
+    """Links to what `stage` of the finished `run` was made from."""
+    for name in ("distill", "curate", "base", "midtrain", "sft"):
+        if name == stage:
+            return
+        os.symlink(run / name, folder / name)
+
+
+@pytest.mark.parametrize(("stage", "plant", "when", "what", "layout"), PLANTED, ids=lambda v: getattr(v, "__name__", str(v))[:16])  # fmt: skip
+def test_stages_1_to_3_stop_before_they_train_on_different_data(
+    stage: str, plant: Plant, when: str, what: str, layout: str,
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture,  # noqa: F811
+) -> None:  # fmt: skip
+    inputs_of(finished, tmp_path, stage)
+    words = [stage, "tiny", f"out={tmp_path}", *MICRO, layout]
+    with pytest.raises(RankFailure) as caught:
+        run_ranks(on_rank_1, 2, plant, dispatch, words, timeout_s=200)
+    assert caught.value.error == ("DivergedError", f"{stage}, {when}: {what}")
+
+
+def test_the_command_line_says_it_in_one_line(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture  # noqa: F811
+) -> None:  # fmt: skip
+    inputs_of(finished, tmp_path, "sft")
+    words = ["sft", "tiny", f"out={tmp_path}", *MICRO]
+    assert run_ranks(on_rank_1, 2, other_order, main, words, timeout_s=200) == [1, 1]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "phimini:" in line]
+    assert lines == [f"phimini: sft, step 2: {DATA}"] * 2
+
+
+def other_verdict() -> None:
+    """What a verdict of its own would have done to this rank: one rollout with the other sign."""
+    choose = rlvr.choose
+
+    def other(groups: Any, *arguments: Any) -> list:
+        chosen = choose(groups, *arguments)
+        if chosen[0].step == 1:
+            chosen[0] = dataclasses.replace(chosen[0], advantage=-chosen[0].advantage)
+        return chosen
+
+    rlvr.choose = other
+
+
+def fewer_rollouts() -> None:
+    """Too few for an update on this rank: the other would wait for it in the step's collectives."""
+    choose = rlvr.choose
+    rlvr.choose = lambda *arguments: choose(*arguments)[:1]
+
+
+def other_advantages() -> None:
+    batch = rlvr.rollout_batch
+
+    def other(*arguments: Any) -> Any:
+        made = batch(*arguments)
+        made.fields["advantage"] *= 2
+        return made
+
+    rlvr.rollout_batch = other
+
+
+@pytest.mark.parametrize(
+    ("plant", "when", "what", "layout"),
+    [
+        (other_order, "step 2", DATA, Layout()),
+        (other_verdict, "step 2", DATA, Layout()),
+        (other_verdict, "step 2", DATA, Layout(tensor=2)),
+        (fewer_rollouts, "step 1", DATA, Layout()),
+        (other_advantages, "step 1", BATCHES, Layout(tensor=2)),
+    ],
+    ids=["order", "verdict-dp", "verdict-tp", "fewer", "advantages"],
+)
+def test_stage_4_stops_before_it_trains_on_different_data(
+    plant: Plant, when: str, what: str, layout: Layout, tmp_path: Path
+) -> None:
+    run = run_config(make_run(tmp_path / "run"))
+    with pytest.raises(RankFailure) as caught:
+        run_ranks(on_rank_1, 2, plant, reinforce, run, layout, timeout_s=200)
+    assert caught.value.error == ("DivergedError", f"rlvr, {when}: {what}")
+
+
+# --- verdicts ----------------------------------------------------------------------------------------
+def test_one_rank_judges_stage_4_s_rollouts_for_all(tmp_path: Path) -> None:
+    """Rank 1's verdicts would be others; it is never asked."""
+
+    def rank(run: Any) -> tuple[list[dict], int]:
+        asked = []
+
+        def reward(response: str, finish_reason: str, problem: dict) -> float:
+            asked.append(problem)
+            return (1.0 - 2.0 * (len(response) % 2)) * (1 if os.environ["RANK"] == "0" else -1)
+
+        return reinforce(run, reward=reward), len(asked)
+
+    run = run_config(make_run(tmp_path / "run"))
+    (rows, of_main), (_, of_other) = run_ranks(rank, 2, run, timeout_s=200)
+    assert len(rows) == 3 and of_main > 0 and of_other == 0
+    assert all(row["used_rollouts"] > 0 for row in rows)
+
+
+def test_one_rank_judges_the_evaluation_for_all(
+    finished: Path, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    inputs_of(finished, tmp_path, "rollout_dpo")
+
+    def plant() -> None:
+        def refuse(*_: Any) -> bool:
+            raise AssertionError("rank 1 was asked for a verdict")
+
+        evaluate.judge = refuse
+
+    words = ["evaluate", "tiny", "stage=sft", f"out={tmp_path}", *MICRO]
+    assert run_ranks(on_rank_1, 2, plant, main, words, timeout_s=200) == [0, 0]
+
+
+def test_a_verdict_that_cannot_be_had_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    def rank(run: Any) -> str:
+        def refuse(*_: Any) -> float:
+            raise ImportError("math-verify is not installed")
+
+        try:
+            reinforce(run, reward=refuse)
+        except ImportError as error:
+            return str(error)
+        return "no error"
+
+    run = run_config(make_run(tmp_path / "run"))
+    assert run_ranks(rank, 2, run, timeout_s=200) == ["math-verify is not installed"] * 2

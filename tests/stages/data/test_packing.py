@@ -1,0 +1,153 @@
+import dataclasses
+import types
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phimini.model.config import preset
+from phimini.parallel.training.batch import IGNORE, PackedBatch, idle, pack
+from phimini.stages.config.recipes import tiny
+from phimini.stages.data import packing
+from phimini.stages.data.packing import (
+    EpochSampler,
+    Example,
+    best_fit,
+    check_lengths,
+    chunks,
+    documents,
+    flops_of,
+    micro_batches,
+    shares,
+)
+from phimini.stages.rl.groups import Rollout
+from phimini.stages.rlvr import rollout_batches
+
+
+def test_targets_are_the_next_tokens_of_the_answer_only() -> None:
+    example = Example("a", [10, 11, 12, 13, 14], loss_from=3)
+    assert example.inputs == [10, 11, 12, 13]
+    assert example.targets == [IGNORE, IGNORE, 13, 14]
+    assert len(example) == 4
+    assert documents([example])[0].targets == example.targets
+
+
+def test_loss_on_the_question_trains_every_token_but_the_first() -> None:
+    assert Example("a", [10, 11, 12], loss_from=0).targets == [11, 12]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=80))
+def test_best_fit_places_every_document_once_within_capacity(lengths: list[int]) -> None:
+    rows = best_fit(lengths, 50)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    totals = [sum(lengths[i] for i in row) for row in rows]
+    assert max(totals) <= 50
+    # No two rows would fit into one: best fit leaves at most one row under half full.
+    assert sum(total <= 25 for total in totals) <= 1
+
+
+def test_best_fit_fills_rows() -> None:
+    rows = best_fit([6, 4, 5, 5, 3, 7], 10)
+    assert sorted(sorted(row) for row in rows) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_a_document_longer_than_the_sequence_is_named() -> None:
+    with pytest.raises(ValueError, match=r"rows.jsonl:7: 4 tokens, but sft.sequence_length is 3"):
+        check_lengths([Example("rows.jsonl:7", [1, 2, 3, 4, 5], 0)], 3, "sft.sequence_length")
+
+
+@given(st.lists(st.integers(1, 1000), max_size=60), st.integers(1, 5))
+def test_shares_are_equal_in_count_and_near_in_cost(costs: list[int], num_shares: int) -> None:
+    dealt = shares(costs, num_shares)
+    assert sorted(i for share in dealt for i in share) == list(range(len(costs)))
+    counts = [len(share) for share in dealt]
+    assert max(counts) - min(counts) <= 1
+    if len(costs) and len(costs) % num_shares == 0:
+        totals = [sum(costs[i] for i in share) for share in dealt]
+        assert max(totals) - min(totals) <= max(costs)
+
+
+def test_an_epoch_holds_every_item_once_and_epochs_differ() -> None:
+    sampler = EpochSampler(10, 4, seed=3)
+    seen = [i for step in range(5) for i in sampler.batch(step)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    assert EpochSampler(10, 4, seed=3).batch(2) == sampler.batch(2)
+    assert EpochSampler(10, 4, seed=4).batch(0) != sampler.batch(0)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
+def test_no_item_stands_twice_in_a_step(num_items: int, batch_size: int, seed: int) -> None:
+    sampler = EpochSampler(num_items, batch_size, seed)
+    steps = [sampler.batch(step) for step in range(3 * num_items)]
+    flat = [i for batch in steps for i in batch]
+    for epoch in range(len(flat) // num_items):
+        assert sorted(flat[epoch * num_items :][:num_items]) == list(range(num_items))
+    if num_items >= batch_size:
+        assert all(len(set(batch)) == batch_size for batch in steps)
+    packing._orders.cache_clear()
+    assert [sampler.batch(step) for step in reversed(range(len(steps)))] == steps[::-1]
+
+
+def test_a_run_that_resumes_in_a_late_epoch_gets_the_same_batch() -> None:
+    ahead = EpochSampler(3, 2, 0).batch(9000)
+    packing._orders.cache_clear()
+    assert [EpochSampler(3, 2, 0).batch(step) for step in range(9001)][-1] == ahead
+
+
+def test_chunks() -> None:
+    assert chunks([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+
+
+def of_each_rank(ranks: int, batches_of) -> list[list[PackedBatch]]:
+    layout = types.SimpleNamespace(token_multiple=4)
+    return [
+        batches_of(types.SimpleNamespace(data_size=ranks, data_rank=rank, layout=layout))
+        for rank in range(ranks)
+    ]
+
+
+@settings(deadline=None)  # pure Python on a busy machine
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 7), st.randoms(use_true_random=False))
+def test_every_data_rank_has_as_many_micro_batches_and_every_rollout_is_in_one(
+    num_rollouts: int, ranks: int, micro: int, random
+) -> None:
+    """Over (rollouts, ranks, micro): collectives stay aligned, and each rollout's tokens weigh 1 in all."""
+    config = dataclasses.replace(tiny().rlvr, micro_rollouts=micro)
+    lengths = [random.randint(1, 9) for _ in range(num_rollouts)]
+    rollouts = [
+        Rollout(f"r{k}", "p", 0, [1] * random.randint(1, 4), [100 + k] * n, [-1.0] * n, 1.0, 1.0, False, [[0, 0, n]], 1.0)
+        for k, n in enumerate(lengths)
+    ]  # fmt: skip
+    model = lambda world: types.SimpleNamespace(world=world, num_updates=0, config=preset("tiny"))
+    everywhere = of_each_rank(ranks, lambda w: rollout_batches(rollouts, model(w), config))  # pyright: ignore[reportArgumentType]
+    assert {len(batches) for batches in everywhere} == {-(-num_rollouts // (micro * ranks))}
+    trained, weight = [], 0.0
+    for batch in (b for batches in everywhere for b in batches):
+        targets = batch.targets_T[batch.targets_T >= 0]
+        weight += float(batch.fields["weight"].sum())
+        assert len(targets) == int((batch.fields["weight"] != 0).sum())
+        assert len(targets.unique()) <= micro and batch.num_tokens % 4 == 0
+        trained += [token for token in targets.tolist() if token >= 100]
+    assert sorted(trained) == [100 + k for k, n in enumerate(lengths) for _ in range(n)]
+    assert weight == sum(lengths)
+
+
+def test_an_idle_micro_batch_is_the_cheapest_item_without_its_loss() -> None:
+    examples = [Example(str(n), list(range(n + 1)), 1) for n in (9, 3, 5)]
+    costs = [flops_of([len(e)], preset("tiny")) for e in examples]
+    make = lambda part: pack(documents(part))
+    everywhere = of_each_rank(4, lambda world: micro_batches(examples, costs, 1, world, make))
+    assert [[b.lengths for b in batches] for batches in everywhere] == [[[9]], [[5]], [[3]], [[3]]]
+    assert [int((batches[0].targets_T >= 0).sum()) for batches in everywhere] == [9, 5, 3, 0]
+    assert of_each_rank(2, lambda world: micro_batches([], [], 1, world, make)) == [[], []]
+
+
+def test_idle_keeps_types_and_leaves_its_source_alone() -> None:
+    batch = pack(documents([Example("a", [1, 2, 3], 1)]))
+    batch.fields["age"], batch.document_fields["weight"] = torch.ones(2, dtype=torch.int64), torch.ones(1)  # fmt: skip
+    nothing = idle(batch)
+    assert nothing.fields["age"].dtype == torch.int64 and not nothing.fields["age"].any()
+    assert not nothing.document_fields["weight"].any() and (nothing.targets_T == IGNORE).all()
+    assert batch.targets_T.tolist() == [2, 3] and batch.fields["age"].all()

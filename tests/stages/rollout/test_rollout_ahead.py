@@ -1,0 +1,64 @@
+"""Stage 4 one step ahead, with the local engine in the place of vLLM's: what is trained on is old, and the guard still sees."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rl_run import make_run, reinforce, run_config
+
+from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
+from phimini.stages import rlvr
+from phimini.stages.config.schema import RunConfig
+from phimini.stages.rl import loss as policy_head
+from phimini.stages.rollout.local import LocalEngine
+
+AHEAD = ("rollout.asynchronous=true", "rlvr.steps=4")
+
+
+class AtOnce:
+    """The next step's answers are there before this step trains, all of the same weights."""
+
+    def __init__(self, world: Any, action: Any) -> None:
+        self._result = action()
+
+    def result(self) -> Any:
+        return self._result
+
+
+def ahead(run: RunConfig, factor: float = 1.0) -> tuple[list[dict], set[str]]:
+    """The log, and the modes of the importance weights; from the second update on the engine has weights times `factor`."""
+    modules: Any = rlvr, policy_head
+    modules[0].build_engine = lambda run, config, world: LocalEngine(config, world, 16)
+    modules[0].OnMain, modules[0].Background = lambda engine: engine, AtOnce
+    sync, weights, modes = LocalEngine.sync, policy_head.importance_weights, set()
+
+    def misled(engine: LocalEngine, model: Any) -> None:
+        sync(engine, model)
+        if model.num_updates > 1:
+            for parameter in engine._model.parameters():
+                parameter.data.mul_(factor)
+
+    def noted(d_M: Any, counts_M: Any, mode: str, **more: Any) -> Any:
+        modes.add(mode)
+        return weights(d_M, counts_M, mode, **more)
+
+    LocalEngine.sync = misled  # pyright: ignore[reportAttributeAccessIssue]
+    modules[1].importance_weights = noted
+    return reinforce(run), modes
+
+
+@pytest.mark.parametrize("partial", [False, True], ids=["one-step-off", "partial"])
+def test_every_update_measures_answers_of_its_own_weights(tmp_path: Path, partial: bool) -> None:
+    run = run_config(make_run(tmp_path / "run"), *AHEAD, f"rollout.partial={partial}")
+    rows, modes = run_ranks(ahead, 1, run)[0]
+    updates = [row for row in rows if "max_age" in row]
+    assert len(updates) == 4 and [row["max_age"] for row in updates] == [0, 1, 1, 1]
+    for row in updates:
+        assert 0 < row["mismatch"] <= 1e-5 and row["mismatch_max"] <= 1e-4
+    assert modes == {"token_truncated"}, "the default, where answers are of older weights"
+
+
+def test_wrong_weights_stop_a_run_whose_answers_are_still_under_way(tmp_path: Path) -> None:
+    run = run_config(make_run(tmp_path / "run"), *AHEAD, "rollout.partial=true")
+    with pytest.raises(RankFailure, match="MismatchError.*more than the alarm level"):
+        run_ranks(ahead, 1, run, 1.1)

@@ -1,0 +1,192 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from phimini.model.io.json_files import read_json
+from phimini.stages.config.recipes import recipe_config
+from phimini.stages.config.schema import RunConfig, override
+from phimini.stages.curate import curate
+from phimini.stages.data.arithmetic_problems import number_key
+from phimini.stages.distill import distill
+
+SMALL = ["distill.num_problems=120", "distill.num_prompts=60", "distill.num_heldout=60", "distill.num_validation=40",
+         "distill.rollouts_per_problem=3", "curate.sft_examples=90"]  # fmt: skip
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunConfig:
+    return override(recipe_config("tiny"), [f"out={tmp_path / 'run'}", *SMALL])
+
+
+def test_no_heldout_numbers_occur_in_any_training_set(run: RunConfig) -> None:
+    data = distill(run)
+    curated = curate(run)
+    heldout = {number_key(row["question"]) for row in rows(data / "heldout.jsonl")}
+    validation = {number_key(row["question"]) for row in rows(data / "validation.jsonl")}
+    assert len(heldout) == 60
+    for path in (
+        data / "rollouts.jsonl",
+        data / "prompts.jsonl",
+        curated / "midtrain.jsonl",
+        curated / "sft.jsonl",
+    ):
+        seen = {number_key(row["question"]) for row in rows(path)}
+        assert seen and not seen & heldout, f"{path.name} has a held-out question's numbers"
+        assert not seen & validation, f"{path.name} has a validation question's numbers"
+
+
+def test_the_heldout_set_is_the_same_for_every_seed_and_training_is_not(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    first = distill(run)
+    second = distill(override(run, ["seed=1", f"out={tmp_path / 'other'}"]))
+    assert (first / "heldout.jsonl").read_text() == (second / "heldout.jsonl").read_text()
+    assert (first / "rollouts.jsonl").read_text() != (second / "rollouts.jsonl").read_text()
+
+
+def test_midtraining_gets_every_correct_rollout_and_only_those(run: RunConfig) -> None:
+    data = distill(run)
+    curated = curate(run)
+    rollouts = rows(data / "rollouts.jsonl")
+    correct = [r["id"] for r in rollouts if r["correct"]]
+    kept = rows(curated / "midtrain.jsonl")
+    assert all(r["correct"] for r in kept)
+    texts = lambda some: {(r["problem_id"], r["response"]) for r in some}
+    assert texts(kept) == texts(r for r in rollouts if r["correct"]), "every text is there"
+    assert len(texts(kept)) == len(kept), "and once"
+    assert 0 < len(correct) < len(rollouts), "the teacher is sometimes wrong"
+    sft = [r["id"] for r in rows(curated / "sft.jsonl")]
+    assert set(sft) <= set(correct) and len(sft) == 90 < len(correct)
+
+
+def test_a_complete_stage_is_not_run_again_but_redo_does(run: RunConfig) -> None:
+    path = distill(run)
+    first = read_json(path / "summary.json")["id"]
+    distill(run)
+    assert read_json(path / "summary.json")["id"] == first
+    distill(run, redo=True)
+    assert read_json(path / "summary.json")["id"] != first
+
+
+def test_other_settings_or_other_inputs_of_a_complete_stage_are_named(run: RunConfig) -> None:
+    distill(run)
+    curate(run)
+    with pytest.raises(ValueError, match=r"distill was made with distill.slip=0.15, now it is 0.5"):
+        distill(override(run, ["distill.slip=0.5"]))
+    distill(run, redo=True)
+    with pytest.raises(ValueError, match="distill was made again since; use --redo"):
+        curate(run)
+
+
+def test_a_stage_without_its_input_is_named(run: RunConfig) -> None:
+    with pytest.raises(
+        ValueError, match=r"curate: .*distill is not complete; run `phimini distill` first"
+    ):
+        curate(run)
+
+
+def write_source(folder: Path, rollouts: list[dict]) -> None:
+    folder.mkdir()
+    other = {"id": "h", "question": "What is 3 + 4?", "answer": "7", "response": r"\boxed{7}"}
+    for name, content in {
+        "rollouts.jsonl": rollouts,
+        "prompts.jsonl": [{"id": "p", "question": "What is 30 + 40?", "answer": "70"}],
+        "validation.jsonl": [
+            {"question": "What is 5 + 5?", "answer": "10", "response": r"\boxed{10}"}
+        ],
+        "heldout.jsonl": [other],
+    }.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+
+
+def test_own_data_is_verified_and_cleared_of_heldout_questions(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    write_source(
+        tmp_path / "own",
+        [
+            {"question": "What is 1 + 1?", "answer": "2", "response": r"so \boxed{2}"},
+            {"question": "What is 1 + 1?", "answer": "2", "response": r"so \boxed{3}"},
+            {"question": "Add 4 and 3.", "answer": "7", "response": r"\boxed{7}"},
+        ],
+    )
+    data = distill(override(run, [f"distill.source={tmp_path / 'own'}"]))
+    assert [(r["question"], r["correct"]) for r in rows(data / "rollouts.jsonl")] == [
+        ("What is 1 + 1?", True),
+        ("What is 1 + 1?", False),
+    ]
+
+
+def test_an_answer_that_was_cut_off_is_not_correct(run: RunConfig, tmp_path: Path) -> None:
+    """Stages 1 and 2 end what they train on: the model would learn to stop within a sentence."""
+    given = [
+        (r"so \boxed{2}", {}, True),
+        (r"so \boxed{2}. We check", {"finish_reason": "length"}, False),
+        (r"so \boxed{2} ", {"finish_reason": "stop"}, True),
+        (r"<think>so \boxed{2}", {}, False),
+        (r"<think>so \boxed{2}</think>\boxed{2}", {"finish_reason": None}, True),
+    ]
+    question = {"question": "What is 1 + 1?", "answer": "2"}
+    write_source(tmp_path / "own", [question | {"response": r} | more for r, more, _ in given])
+    own = override(run, [f"distill.source={tmp_path / 'own'}", "curate.level_weights=1"])
+    assert [r["correct"] for r in rows(distill(own) / "rollouts.jsonl")] == [c for *_, c in given]
+    assert {r["response"] for r in rows(curate(own) / "midtrain.jsonl")} == {r for r, _, c in given if c}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"question": "q", "answer": "1", "response": "r", "finish_reason": "eos"},
+            r"rollouts.jsonl:1, field 'finish_reason': expected stop or length, got 'eos'",
+        ),
+        ({"question": "q", "response": "r"}, r"rollouts.jsonl.*1.*answer"),
+        ({"question": "q", "answer": " ", "response": "r"}, r"rollouts.jsonl.*1.*answer"),
+        ({"question": "q", "answer": 3, "response": "r"}, r"rollouts.jsonl.*1.*answer"),
+    ],
+)
+def test_own_data_with_a_bad_row_names_file_and_line(
+    run: RunConfig, tmp_path: Path, row: dict, message: str
+) -> None:
+    write_source(tmp_path / "own", [row])
+    with pytest.raises(ValueError, match=message):
+        distill(override(run, [f"distill.source={tmp_path / 'own'}"]))
+
+
+def test_own_data_that_is_no_folder_is_named(run: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="distill.source: expected `generator`, a folder"):
+        distill(override(run, [f"distill.source={tmp_path / 'none'}"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("prompts.jsonl", {"id": "p1", "question": "What is 77 + 88?", "answer": "165"}, "prompts: expected one row per id, got several of 'p1'"),
+        ("heldout.jsonl", {"id": "h1", "question": "What is 777 + 88?", "answer": "865"}, "heldout: expected one row per id, got several of 'h1'"),
+        ("rollouts.jsonl", {"problem_id": "r1", "question": "What is 7 + 88?", "answer": "95", "response": "96"}, "rollouts: problem_id 'r1' stands for two questions"),
+    ],
+    ids=lambda x: x if isinstance(x, str) and x.endswith("l") else "",
+)  # fmt: skip
+def test_an_id_of_two_questions_is_refused(
+    name: str, row: dict, message: str, tmp_path: Path
+) -> None:
+    """A chosen answer of one question would be paired with a rejected one of another."""
+    sets = {
+        "rollouts.jsonl": {"problem_id": "r1", "question": "What is 1 + 2?", "answer": "3", "response": "\\boxed{3}"},
+        "validation.jsonl": {"question": "What is 11 + 2?", "answer": "13", "response": "\\boxed{13}"},
+        "prompts.jsonl": {"id": "p1", "question": "What is 12 + 2?", "answer": "14"},
+        "heldout.jsonl": {"id": "h1", "question": "What is 15 + 2?", "answer": "17"},
+    }  # fmt: skip
+    for file, first in sets.items():
+        (tmp_path / file).write_text(json.dumps(first) + "\n")
+    own = override(recipe_config("tiny"), [f"out={tmp_path / 'run'}", f"distill.source={tmp_path}"])
+    distill(own)
+    with (tmp_path / name).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=message):
+        distill(own, redo=True)

@@ -1,0 +1,63 @@
+"""Stage 4 as a whole: it says why it made no update, and what it sampled for nothing."""
+
+from pathlib import Path
+
+import pytest
+from rl_run import make_run, reinforce, run_config
+
+from phimini.model.io.json_files import read_json
+from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
+from phimini.stages import rlvr
+from phimini.stages.config.schema import RunConfig
+from phimini.stages.rl import groups as rollout_groups
+
+
+def rewarded(run: RunConfig, value: float) -> list[dict]:
+    """Every answer in training gets the same reward; those of the probe do not."""
+    select = rlvr.select_prompts
+
+    def then_equal(*args):
+        pool = select(*args)
+        rollout_groups.reward = lambda response, finish_reason, problem: value
+        return pool
+
+    rlvr.select_prompts = then_equal
+    return reinforce(run)
+
+
+@pytest.mark.parametrize(
+    ("value", "words", "said"),
+    [
+        (1.0, [], "Of 12 groups 0 had no right answer, 12 were too easy"),
+        (-1.0, [], "Of 12 groups 12 had no right answer, 0 were too easy"),
+        (-1.0, ["rlvr.max_new_tokens=1", "rlvr.truncated=masked", "rlvr.uniform_length=false"], r"and [1-9]\d* were cut off at rlvr.max_new_tokens=1"),
+    ],
+    ids=["all right", "all wrong", "cut off"],
+)  # fmt: skip
+def test_a_stage_without_an_update_says_why(
+    tmp_path: Path, value: float, words: list[str], said: str
+) -> None:
+    run = run_config(make_run(tmp_path / "run"), *words)
+    with pytest.raises(
+        RankFailure, match=f"ValueError.*rlvr: no update was made in 3 steps.*{said}"
+    ):
+        run_ranks(rewarded, 1, run, value)
+    assert not (Path(run.out) / "rlvr" / "summary.json").exists()
+    assert not (Path(run.out) / "rlvr" / "model").exists()
+
+
+def test_too_few_rollouts_for_an_update_are_named(tmp_path: Path) -> None:
+    run = run_config(make_run(tmp_path / "run"), "rlvr.min_rollouts=5000")
+    with pytest.raises(RankFailure, match=r"no update .* \d\d usable rollouts were left at the end, fewer than rlvr.min_rollouts=5000"):  # fmt: skip
+        run_ranks(reinforce, 1, run)
+
+
+def test_rollouts_that_wait_at_the_end_are_reported(tmp_path: Path) -> None:
+    """16 rollouts a step, of which 20 are wanted: of three steps the second makes an update, and the third's wait."""
+    run = run_config(make_run(tmp_path / "run"), "rlvr.min_rollouts=20")
+    rows = run_ranks(reinforce, 1, run)[0]
+    summary = read_json(Path(run.out) / "rlvr" / "summary.json")
+    assert [row["waiting"] > 0 for row in rows] == [True, False, True]
+    assert summary["waiting"] == rows[-1]["waiting"] == rows[-1]["used_rollouts"]
+    assert summary["updates"] == sum("loss" in row for row in rows) == 1
+    assert "unused" not in summary

@@ -1,0 +1,157 @@
+"""Stage 3's pairs; and its check of its first step: policy and reference are one model, and say so in FP8 and bf16 too."""
+
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rollout_cases import reference
+
+from phimini.model.config import preset
+from phimini.model.io.chat import TEMPLATES
+from phimini.model.io.huggingface import save_reference
+from phimini.model.io.json_files import read_json, read_rows, write_json, write_rows
+from phimini.model.io.tokenizer import train_tiny_tokenizer
+from phimini.parallel.ranks.local_launch import run_ranks
+from phimini.parallel.ranks.world import initialize
+from phimini.parallel.training.step import StepMetrics
+from phimini.stages.config.recipes import tiny
+from phimini.stages.config.schema import override
+from phimini.stages.curate import teacher_pairs
+from phimini.stages.rollout_dpo import (
+    check_first_step,
+    pair_up,
+    read_pairs,
+    rollout_dpo,
+    same_in_any_batch,
+)
+from phimini.stages.run.training import layout_of
+
+
+def make_run(folder: Path) -> None:
+    """sft/model and curate/pairs.jsonl, as if the earlier stages had run."""
+    rng = random.Random(0)
+
+    def numbers(count: int) -> str:
+        return " ".join(str(rng.randrange(1000)) for _ in range(count))
+
+    tokenizer = train_tiny_tokenizer([numbers(50) for _ in range(20)], vocab_size=256)
+    for stage in ("distill", "curate", "sft"):
+        (folder / stage).mkdir(parents=True)
+        write_json(folder / stage / "summary.json", {"id": stage})
+    save_reference(reference(preset("tiny"), 1), folder / "sft" / "model", stop_ids=tokenizer.stop_ids)  # fmt: skip
+    tokenizer.save(folder / "sft" / "model", chat_template=TEMPLATES["instruct"])
+    answers = [numbers(rng.randrange(10, 60)) for _ in range(64)]
+    pairs = [
+        {"id": f"p{i}", "problem_id": f"p{i}", "question": numbers(3), "answer": "1", "chosen": chosen, "rejected": rejected}
+        for i, (chosen, rejected) in enumerate(zip(answers[::2], answers[1::2], strict=True))
+    ]  # fmt: skip
+    write_rows(folder / "curate" / "pairs.jsonl", pairs)
+
+
+def first_loss(folder: Path, *words: str) -> float:
+    """The preference loss of the first step, of one that the stage went on from."""
+    settings = ("rollout_dpo.pairs=teacher", "rollout_dpo.sequence_length=400")
+    run = override(tiny(), [f"out={folder}", *settings, *words])
+    rollout_dpo(run, initialize(layout_of(run), preset("tiny")))
+    lines = (folder / "rollout_dpo" / "metrics.jsonl").read_text().splitlines()
+    return json.loads(lines[0])["preference_loss"]
+
+
+def teachers() -> list[dict]:
+    """Rollouts of one question: a few right ones, and wrong ones that were cut off or not."""
+    answers = [
+        ("so \\boxed{4}", True), ("hence \\boxed{4}", True), ("so \\boxed{4}", True),
+        ("then \\boxed{4}", True), ("ends \\boxed{5}", False), ("was cut", False),
+        ("ends \\boxed{5}", False), ("<think>so \\boxed{5}", False),
+    ]  # fmt: skip
+    return [
+        {"id": f"r{k}", "problem_id": "p", "family": "", "level": 0, "question": "q?", "answer": "4",
+         "response": response, "correct": right}
+        for k, (response, right) in enumerate(answers)
+    ]  # fmt: skip
+
+
+def test_a_rejected_answer_that_was_cut_off_keeps_no_end(tmp_path: Path) -> None:
+    tokenizer = train_tiny_tokenizer(["text was cut q? boxed 1234567890"] * 3, vocab_size=256)
+    write_rows(tmp_path / "pairs.jsonl", teacher_pairs(teachers()))
+    pairs = read_pairs(tmp_path / "pairs.jsonl", tokenizer, "instruct")
+    ends = [tokenizer.end_id, tokenizer.eos_id]
+    assert [pair.chosen.tokens[-2:] == ends for pair in pairs] == [True, True, True]
+    rejected = [pair.rejected.tokens[pair.rejected.loss_from :] for pair in pairs]
+    assert rejected == [
+        tokenizer.encode("ends \\boxed{5}") + ends,
+        tokenizer.encode("was cut"),
+        tokenizer.encode("<think>so \\boxed{5}"),
+    ]
+
+
+def test_the_teachers_pairs_have_no_text_twice_and_are_limited(tmp_path: Path) -> None:
+    pairs = teacher_pairs(teachers())
+    assert len({p["chosen"] for p in pairs}) == len({p["rejected"] for p in pairs}) == len(pairs) == 3  # fmt: skip
+    tokenizer = train_tiny_tokenizer(["q?"] * 3, vocab_size=256)
+    other = [row | {"problem_id": "other"} for row in pairs]
+    write_rows(tmp_path / "pairs.jsonl", [*pairs, *other])
+    taken = [
+        len(read_pairs(tmp_path / "pairs.jsonl", tokenizer, "instruct", most)) for most in (1, 2, 9)
+    ]
+    assert taken == [2, 4, 6]
+
+
+def test_the_teachers_pairs_are_limited_in_the_stage(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    rows = read_rows(tmp_path / "curate" / "pairs.jsonl", {})
+    write_rows(tmp_path / "curate" / "pairs.jsonl", [row | {"problem_id": "one"} for row in rows])
+    run_ranks(
+        first_loss, 1, tmp_path, "rollout_dpo.pairs_per_prompt=3", "rollout_dpo.pairs_per_step=2"
+    )
+    assert read_json(tmp_path / "rollout_dpo" / "summary.json")["pairs"] == 3
+
+
+def test_a_models_own_pairs_have_no_text_twice() -> None:
+    rows = [row | {"response_tokens": [1]} for row in teachers()]
+    pairs = pair_up(rows, 9, seed=0)
+    assert len({p["chosen"] for p in pairs}) == len({p["rejected"] for p in pairs}) == len(pairs) == 3  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "tensorwise"])
+def test_stage_3_starts_in_emulated_fp8(recipe: str, tmp_path: Path) -> None:
+    make_run(tmp_path)
+    loss = run_ranks(first_loss, 1, tmp_path, "fp8=emulate", f"fp8_recipe={recipe}")[0]
+    off = abs(loss - math.log(2))
+    # One scale for a whole micro-batch: a log-prob depends on what else is in it.
+    assert off > 1e-3 if recipe == "tensorwise" else off <= 1e-4
+
+
+def test_another_reference_is_seen_in_every_precision() -> None:
+    def metrics(off: float) -> StepMetrics:
+        return StepMetrics(loss_sum=0.0, count=2.0, metrics={"preference_loss": 2 * (math.log(2) + off)})  # fmt: skip
+
+    check_first_step(metrics(9e-4), alike=True)
+    check_first_step(metrics(-0.04), alike=False)
+    for off, alike in ((2e-3, True), (-2e-3, True), (0.06, False), (math.nan, False)):
+        with pytest.raises(RuntimeError, match="expected ln 2"):
+            check_first_step(metrics(off), alike=alike)
+
+
+@pytest.mark.parametrize(
+    "dtype, words, alike",
+    [
+        (torch.float32, [], True),
+        (torch.float32, ["fp8=emulate", "fp8_recipe=blockwise"], True),
+        (torch.float32, ["fp8=emulate", "fp8_recipe=tensorwise"], False),
+        (torch.bfloat16, [], False),
+    ],
+)
+def test_where_log_probs_depend_on_the_micro_batch(
+    dtype: torch.dtype, words: list[str], alike: bool
+) -> None:
+    model: Any = SimpleNamespace(
+        world=SimpleNamespace(device=torch.device("cpu")),
+        chunks=[torch.nn.Linear(2, 2, dtype=dtype)],
+    )
+    assert same_in_any_batch(override(tiny(), words), model) is alike

@@ -1,0 +1,149 @@
+"""Engine processes for tests: started by the test, asked and synced by it, and what is asked of them."""
+
+import dataclasses
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rollout_cases import (
+    LONG,
+    SETTINGS,
+    logprobs,
+    move,
+    parity,
+    prompts,
+    reference,
+    trainer,
+    weights,
+)
+from torch import Tensor
+from vllm_process import context
+
+from phimini.model.config import ModelConfig
+from phimini.model.sampler import SamplingParams
+from phimini.parallel.ranks.layout import Layout
+from phimini.parallel.ranks.world import initialize
+from phimini.parallel.weight_sync.cpu_transports import GlooTransport, ShmTransport
+from phimini.parallel.weight_sync.sync import SyncReport, WeightSync
+from phimini.stages.config.recipes import tiny
+from phimini.stages.config.schema import override
+from phimini.stages.rollout.client import EngineClient, launch_engine
+from phimini.stages.rollout.dispatch import Request
+from phimini.stages.rollout.engine import Sampled
+from phimini.stages.rollout.separate_vllm import SeparateVllm
+from phimini.stages.rollout.vllm_settings import EngineSettings
+
+BUCKET = 1 << 19
+LONG_ANSWERS = SamplingParams(temperature=0.9, max_new_tokens=200, stop_ids=())
+
+
+class Engine:
+    """A running engine: its address, and who it is made of."""
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        self.name = name
+        self.settings = dataclasses.replace(SETTINGS, transport=name, **settings)
+        self.process, self._wait = launch_engine(
+            LONG, self.settings, owned=False, context=context()
+        )
+        self.address = ""
+
+    def up(self) -> None:
+        self.address = f"127.0.0.1:{self._wait(300)}"
+
+    def connect(self) -> EngineClient:
+        client = EngineClient(self.address, name=f"engine {self.name}")
+        self.core = client.hello(LONG, self.settings, 30)["workers"][0]
+        return client
+
+    def sync(
+        self, client: EngineClient, deadline_s: float = 30.0, pause: str = "keep"
+    ) -> WeightSync:
+        make = ShmTransport if self.name == "shm" else GlooTransport
+        return WeightSync(
+            LONG, make(BUCKET), [client], bucket_bytes=BUCKET, deadline_s=deadline_s, pause=pause
+        )
+
+    def give(self, client: EngineClient, seed: int, **options: Any) -> SyncReport:
+        """Weights `seed`, as version `seed`."""
+        return self.sync(client, **options).sync(iter(weights(seed).items()), seed)
+
+
+def from_trainer(
+    layout: Layout, address: str, settings: EngineSettings, config: ModelConfig = LONG
+) -> list[dict[str, Any]]:
+    """In a rank of a trainer: parity with the engine at `address` after each of two syncs."""
+    model = trainer(config, layout, 1)
+    run = override(
+        tiny(), ["rollout.engine=vllm", f"rollout.addresses={address}", "rollout.deadline_s=60"]
+    )
+    engine = SeparateVllm(run, config, settings, model.world)
+    engine.sync(model)
+    results = [parity(engine, model, 1)]
+    move(model, 2)
+    engine.sync(model)
+    results.append(parity(engine, model, 2))
+    engine.close()
+    return results
+
+
+def done_at_once(path: str) -> None:
+    """A trainer that starts an engine, writes its process id, and has nothing more to do."""
+    run = override(tiny(), ["rollout.engine=vllm", "rollout.deadline_s=60"])
+    world = initialize(Layout(), LONG, seed=0)
+    forking = multiprocessing.get_context("fork")  # the imports are paid already
+    engine = SeparateVllm(
+        run, LONG, dataclasses.replace(SETTINGS, transport="shm"), world, context=forking
+    )
+    Path(path).write_text(str(engine.service.engines[0].process.pid))
+    world.close()
+
+
+def requests(number: int, params: SamplingParams, groups: int = 1) -> list[Request]:
+    asked = prompts([3 + i % 40 for i in range(number)], seed=7)
+    return [
+        Request(id=f"r{i}", prompt=p, params=params, seed=1000 + i, group=str(i % groups))
+        for i, p in enumerate(asked)
+    ]
+
+
+def in_thread(action) -> tuple[threading.Thread, list[Any]]:
+    box: list[Any] = []
+    thread = threading.Thread(target=lambda: box.append(action()), daemon=True)
+    thread.start()
+    return thread, box
+
+
+def span_differences(asked: list[Request], done: dict[str, Sampled]) -> float:
+    """max |log-prob - that of the weights that each span says it is from|."""
+    models = {v: reference(LONG, v) for c in done.values() for v in {s.version for s in c.versions}}
+    worst = 0.0
+    for request in asked:
+        c = done[request.id]
+        assert c.versions[0].start == 0 and c.versions[-1].end == len(c.tokens)
+        for span in c.versions:
+            expected = logprobs(
+                models[span.version], request.prompt, c.tokens, request.params.temperature
+            )
+            got = torch.tensor(c.logprobs)
+            part = slice(span.start, span.end)
+            worst = max(worst, (expected[part] - got[part]).abs().max().item())
+    return worst
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(1e-3)
+
+
+def slowly(seed: int, seconds: float, after: int) -> Iterator[tuple[str, Tensor]]:
+    for i, pair in enumerate(weights(seed).items()):
+        if i == after:
+            time.sleep(seconds)
+        yield pair

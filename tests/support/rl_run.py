@@ -1,0 +1,66 @@
+"""A run directory at which stage 4 can start at once: random weights, and a reward that random answers sometimes get."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from rollout_cases import LONG, reference
+
+from phimini.model.io.chat import TEMPLATES
+from phimini.model.io.huggingface import save_reference
+from phimini.model.io.json_files import write_json, write_rows
+from phimini.model.io.tokenizer import train_tiny_tokenizer
+from phimini.parallel.ranks.layout import Layout
+from phimini.parallel.ranks.world import initialize
+from phimini.stages import rlvr
+from phimini.stages.config.recipes import tiny
+from phimini.stages.config.schema import RunConfig, override
+from phimini.stages.rl import groups as rollout_groups
+from phimini.stages.run.stage_folder import Stage
+
+SETTINGS = [
+    "rlvr.steps=3", "rlvr.prompts_per_step=4", "rlvr.rollouts_per_prompt=4", "rlvr.probe_prompts=8",
+    "rlvr.probe_rollouts=4", "rlvr.min_rollouts=2", "rlvr.max_new_tokens=20", "rlvr.rebalance=false",
+    "rlvr.sequence_length=160", "rollout_dpo.sequence_length=160", "rlvr.optimizer.lr=3e-3",
+    "rlvr.optimizer.warmup_ratio=0", "rollout.max_batch=16", "rollout.deadline_s=60",
+]  # fmt: skip
+
+
+def make_run(folder: Path) -> Path:
+    """distill/prompts.jsonl and rollout_dpo/model, as if the earlier stages had run."""
+    problems = [
+        {"id": f"p{i}", "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(12)
+    ]
+    tokenizer = train_tiny_tokenizer([p["question"] for p in problems] * 3, vocab_size=256)
+    for stage in ("distill", "rollout_dpo"):
+        (folder / stage).mkdir(parents=True)
+        write_json(folder / stage / "summary.json", {"id": stage})
+    write_rows(folder / "distill" / "prompts.jsonl", problems)
+    model = reference(LONG, 1)
+    save_reference(model, folder / "rollout_dpo" / "model", stop_ids=tokenizer.stop_ids)
+    tokenizer.save(folder / "rollout_dpo" / "model", chat_template=TEMPLATES["instruct"])
+    return folder
+
+
+def run_config(folder: Path, *more: str) -> RunConfig:
+    return override(tiny(), [f"out={folder}", *SETTINGS, *more])
+
+
+def even_length(response: str, finish_reason: str, problem: dict) -> float:
+    """+1 for answers whose text has an even length."""
+    return 1.0 - 2.0 * (len(response) % 2)
+
+
+def reinforce(
+    run: RunConfig,
+    layout: Layout | None = None,
+    reward: Callable[[str, str, dict], float] = even_length,
+) -> list[dict]:
+    """Run stage 4 in this rank, with this reward; return the log's rows."""
+    rollout_groups.reward = reward
+    config = dataclasses.replace(LONG)
+    world = initialize(layout or Layout(), config)
+    stage = Stage.begin(run, "rlvr", world)
+    rlvr.reinforce(run, world, stage, "rollout_dpo")
+    return [json.loads(line) for line in (stage.path / "metrics.jsonl").read_text().splitlines()]
