@@ -4,8 +4,7 @@ VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check -q
 MCORE_NEXT_VERSION := 0.19.2
 MCORE_NEXT := $(VENV)/megatron-core-$(MCORE_NEXT_VERSION)
-MCORE_TESTS := cpu_shim layout batch attention ring_attention builder recompute parallel_parity parallel_losses parallel_fake step nonfinite \
-	optimizer weights checkpoint checkpoint_failures weight_sync doctor fp8 fp8_checkpoint te
+MCORE_TESTS := parallel/ranks parallel/attention parallel/megatron parallel/training parallel/checkpoint parallel/weight_sync
 TE_VERSION := 2.20.2
 TE := $(VENV)/transformer-engine-$(TE_VERSION)
 export OMP_NUM_THREADS ?= 1
@@ -22,7 +21,7 @@ test: lint
 # Its __version__ has the commit of the git repository around it, which is ours, at the end.
 test-mcore-next: $(VENV)/.test $(MCORE_NEXT)/.done
 	PYTHONPATH=.path:$(MCORE_NEXT) $(VENV)/bin/python -c "import phimini.parallel; from megatron.core.package_info import __shortversion__ as v; assert v == '$(MCORE_NEXT_VERSION)', v"
-	PYTHONPATH=$(CURDIR)/.path:$(CURDIR)/$(MCORE_NEXT) $(VENV)/bin/python -m pytest $(addprefix tests/test_,$(addsuffix .py,$(MCORE_TESTS)))
+	PYTHONPATH=$(CURDIR)/.path:$(CURDIR)/$(MCORE_NEXT) $(VENV)/bin/python -m pytest $(addprefix tests/,$(MCORE_TESTS))
 
 # Our model with the real Python of Transformer Engine, its compiled half replaced by functions that raise; on both
 # versions of megatron-core.

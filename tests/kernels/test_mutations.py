@@ -28,6 +28,6 @@ def test_source_that_cannot_run_is_not_called_caught() -> None:
 @pytest.mark.optin
 @pytest.mark.skipif(not os.environ.get("PHIMINI_MUTATIONS"), reason="PHIMINI_MUTATIONS=1 runs them")
 def test_the_tests_catch_every_mutation() -> None:
-    script = Path(__file__).parent / "mutations.py"
+    script = Path(__file__).parents[1] / "support" / "kernels" / "mutations.py"
     ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:]

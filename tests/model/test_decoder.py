@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_reference import LIMIT, SMALL, build, relative
+from model_cases import LIMIT, SMALL, build, relative
 
 from phimini.model.config import ModelConfig
 from phimini.model.decode_step import Decoder

@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from test_rope import hf_config
+from model_cases import LIMIT, SMALL, build, hf_config, relative
 from torch import Tensor
 from torch.utils._device import _device_constructors
 from transformers import Phi3ForCausalLM
@@ -20,21 +20,6 @@ from phimini.model.reference import KVCache, Phi4Mini, RMSNorm
 # torch.device("meta") remembers torch's constructors at its first use; conftest replaces torch.empty in each test, and
 # a first use inside a test would then build 15 GB of real weights.
 _device_constructors()
-
-LIMIT = 1e-5  # relative to the largest
-SMALL = dataclasses.replace(
-    preset("tiny"), num_layers=2, mlp_dim=192, vocab_size=96, initializer_range=0.02
-)
-
-
-def build(config: ModelConfig = SMALL, seed: int = 0, width: float = 4.0) -> Phi4Mini:
-    model = Phi4Mini(config)
-    model.init_weights(seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(width) if p.ndim > 1 else p.uniform_(0.5, 1.5, generator=generator)
-    return model
 
 
 def build_hf(model: Phi4Mini) -> Phi3ForCausalLM:
@@ -57,10 +42,6 @@ def build_hf(model: Phi4Mini) -> Phi3ForCausalLM:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     hf.load_state_dict(state)
     return hf
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    return float((got - want).detach().abs().max() / want.detach().abs().max())
 
 
 def loss_of(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:

@@ -4,30 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import Phi3Config
+from model_cases import hf_config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from phimini.model.config import ModelConfig, preset
+from phimini.model.config import preset
 from phimini.model.rope import apply_rope, inv_freq, rope_at, rope_table
-
-
-def hf_config(config: ModelConfig) -> Phi3Config:
-    assert config.short_factor is not None and config.long_factor is not None
-    return Phi3Config(
-        hidden_size=config.model_dim,
-        num_attention_heads=config.num_heads,
-        max_position_embeddings=config.max_positions,
-        original_max_position_embeddings=config.original_max_positions,
-        pad_token_id=None,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": config.rope_theta,
-            "partial_rotary_factor": config.partial_rotary_factor,
-            "short_factor": list(config.short_factor),
-            "long_factor": list(config.long_factor),
-            "original_max_position_embeddings": config.original_max_positions,
-        },
-    )
 
 
 @pytest.mark.parametrize("name", ["phi-4-mini", "tiny"])

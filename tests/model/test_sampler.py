@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from test_reference import SMALL, build
+from model_cases import SMALL, build
 from torch import Tensor
 
 from phimini.model import sampler

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from recipe_cases import MICRO, command
 
 from phimini.model.io.json_files import read_json
 from phimini.parallel.ranks.local_launch import run_ranks
@@ -23,33 +24,9 @@ from phimini.stages.cli import main
 from phimini.stages.run import training
 from phimini.stages.run.stage_folder import Interrupt
 
-MICRO = [
-    "processes=1", "distill.num_problems=80", "distill.rollouts_per_problem=3", "distill.num_prompts=40",
-    "distill.num_heldout=24", "distill.num_validation=24", "curate.sft_examples=64",
-    "midtrain.steps=6", "midtrain.validate_every=3", "midtrain.rows_per_step=4", "midtrain.micro_rows=2",
-    "sft.examples_per_step=16", "sft.micro_examples=8", "sft.validate_every=2", "sft.epochs=1",
-    "rollout_dpo.pairs=teacher", "rollout_dpo.pairs_per_step=8", "rollout_dpo.micro_pairs=4",
-    "rlvr.steps=2", "rlvr.prompts_per_step=4", "rlvr.probe_prompts=8", "rlvr.max_new_tokens=24",
-    "evaluate.max_new_tokens=24",
-]  # fmt: skip
-
-
-def command(words: list[str]) -> int:
-    """`phimini WORDS` in a process of its own, forked: gloo's threads would not survive a later fork of this one."""
-    return run_ranks(main, 1, words)[0]
-
 
 def metrics(run: Path, stage: str) -> list[dict]:
     return [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete micro run up to stage 3; an untrained model has no prompt it sometimes answers, so no stage 4."""
-    run = tmp_path_factory.mktemp("runs") / "micro"
-    for verb in ("distill", "curate", "base", "midtrain", "sft", "rollout_dpo"):
-        assert command([verb, "tiny", f"out={run}", *MICRO]) == 0
-    return run
 
 
 def test_each_stage_leaves_a_model_a_summary_and_a_row_per_step(finished: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_parallel_parity import (  # noqa: F401
+from parity_cases import (  # noqa: F401
     LIMIT,
     config,
     poison_uninitialised_memory,

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_compare import CPU, row
+from gate_cases import CPU, row
 
 from phimini.bench.cli import benches
 from phimini.bench.gate import run_all as bench_all

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gate_cases import CPU, HERE, row
 
 from phimini.bench.gate import compare as module
 from phimini.bench.gate.bless import bless, together
@@ -16,28 +17,7 @@ from phimini.bench.gate.bless import main as bless_main
 from phimini.bench.gate.compare import Limits, Report, compare, main
 from phimini.bench.gate.environment import Environment
 from phimini.bench.gate.paired_ratio import Rounds
-from phimini.bench.gate.rows import Row, measured, read_all, write
-
-HERE = Environment(
-    device="NVIDIA H100 80GB HBM3", slug="nvidia-h100-80gb-hbm3", device_kind="cuda", driver="580.1", power_cap_w=700.0,
-    threads=1, versions={"torch": "2.13.0", "triton": "3.7.1", "liger-kernel": "0.8.5"}, commit="a" * 40, dirty=False,
-    date="2026-11-25",
-)  # fmt: skip
-CPU = dataclasses.replace(
-    HERE, device="Some CPU", slug="some-cpu", device_kind="cpu", driver=None, power_cap_w=None
-)
-SAMPLES = [1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.01, 0.99]
-
-
-def row(
-    slow: float = 1.0, environment: Environment = HERE, machine: float = 1.0, **changes: Any
-) -> Row:
-    """Ours at `slow` times 1 ms and eager at 2 ms, on a machine that takes `machine` times as long for both."""
-    settings: dict[str, Any] = dict(
-        bench="kernels", case={"op": "rope"}, provider="phimini", unit="ms", samples=[slow * machine * s for s in SAMPLES],
-        reference="eager", reference_samples=[2 * machine * s for s in SAMPLES[::-1]], peak_bytes=100 * 2**20,
-    )  # fmt: skip
-    return dataclasses.replace(measured(**settings | changes), environment=environment)
+from phimini.bench.gate.rows import Row, read_all, write
 
 
 def alone(slow: float = 1.0, environment: Environment = HERE, **changes: Any) -> Row:
@@ -372,7 +352,7 @@ def test_bless_refuses(name: str, tmp_path: Path) -> None:
 
 
 def test_committed_baselines_can_be_read_and_were_measured_clean() -> None:
-    root = Path(str(module.__file__)).resolve().parent / "baselines"
+    root = Path(str(module.__file__)).resolve().parents[1] / "baselines"
     paths = sorted(root.glob("*/*.jsonl"))
     assert {path.stem for path in paths} >= {"data", "kernels", "rollout", "train", "weight-sync"}
     for path in paths:

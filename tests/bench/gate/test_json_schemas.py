@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_peers import fakes
+from peers_cases import fakes
 
 from phimini.bench.cli import main
 from phimini.bench.gate.paired_ratio import Rounds

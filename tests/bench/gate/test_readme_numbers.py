@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_compare import CPU, row
+from gate_cases import CPU, row
 
 from phimini.bench.gate import readme_table as readme
 from phimini.bench.gate.bless import bless

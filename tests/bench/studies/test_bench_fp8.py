@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_fp8 import CONFIG
+from fp8_cases import CONFIG
 
 from phimini.bench.studies import fp8
 from phimini.model.io.json_files import read_rows

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_tokenizer import TEXTS, TINY
+from tokenizer_cases import TEXTS, TINY
 
 from phimini.model.io.chat import TEMPLATES, encode_example, encode_prompt, render, render_example
 from phimini.model.io.tokenizer import train_tiny_tokenizer

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from model_cases import LIMIT, SMALL, build, relative
 from safetensors.torch import load_file, save_file
-from test_reference import LIMIT, SMALL, build, relative
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Phi3ForCausalLM
 
 from phimini.model.config import ModelConfig, RopeFactors, preset

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_reference import LIMIT, relative
+from model_cases import LIMIT, relative
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 

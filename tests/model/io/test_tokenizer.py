@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_cases import TEXTS, TINY
 from tokenizers import Tokenizer as Inner
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -16,13 +17,6 @@ from phimini.model.io.tokenizer import (
     Tokenizer,
     train_tiny_tokenizer,
 )
-
-TEXTS = [
-    "<|user|>What is 47 + 385?<|end|><|assistant|><think>47+385:7+5=12,4+8+1=13,0+3+1=4;=432</think>\\boxed{432}<|end|>",
-    "<|user|>Solve 3x - 4 = 11 for x.<|end|><|assistant|><think>3x=15\nx=5</think>\\boxed{5}<|end|>",
-    "<|user|>Tom has 12 apples and buys 3 boxes of 5. How many apples does he have?<|end|>",
-] * 5
-TINY = train_tiny_tokenizer(TEXTS)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tokenizer import TEXTS, TINY
+from tokenizer_cases import TEXTS, TINY
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Inner
 from tokenizers.processors import TemplateProcessing

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention import attend_reference, copies, qkv
-from test_attention_blocks import recorded_backward, recorded_forward
-from test_parallel_parity import (  # noqa: F401
+from attention_cases import attend_reference, copies, qkv
+from parity_cases import (  # noqa: F401
     GROUPS,
     LIMIT,
     check,
@@ -22,6 +21,7 @@ from test_parallel_parity import (  # noqa: F401
     share_of,
     worst_error,
 )
+from recorded_attention import recorded_backward, recorded_forward
 from torch import Tensor
 
 from phimini.parallel.attention import blocks as attention_blocks

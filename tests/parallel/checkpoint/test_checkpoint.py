@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from checkpoint_cases import CONFIG, build, fake_steps
 from torch import Tensor
 
-from phimini.model.config import ModelConfig
 from phimini.parallel.checkpoint.save_load import (
     begin_checkpoint,
     latest_step,
@@ -19,31 +19,13 @@ from phimini.parallel.checkpoint.save_load import (
     set_rng_state,
 )
 from phimini.parallel.checkpoint.sharded_state import _pieces
-from phimini.parallel.megatron.builder import Model, build_model
-from phimini.parallel.megatron.hf_weights import export_hf, load_hf, slots, to_hf
-from phimini.parallel.megatron.weight_names import hf_names, take_shard
+from phimini.parallel.megatron.builder import Model
+from phimini.parallel.megatron.hf_weights import export_hf, load_hf, to_hf
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.local_launch import run_ranks
-from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.batch import Document, PackedBatch, next_token_targets, pack
-from phimini.parallel.training.optimizer import Optimizer, OptimizerConfig, build_optimizer
+from phimini.parallel.training.optimizer import Optimizer
 from phimini.parallel.training.step import forward_backward
-
-CONFIG = ModelConfig(
-    num_layers=4, model_dim=64, num_heads=8, num_kv_heads=4, head_dim=16, mlp_dim=96, vocab_size=128,
-    max_positions=64, original_max_positions=64, initializer_range=0.1,
-)  # fmt: skip
-# A large eps: near-zero gradients must not turn rounding into full steps.
-ADAM = OptimizerConfig(lr=1e-2, warmup_steps=2, total_steps=20, eps=1e-5)
-
-
-def build(
-    layout: Layout, *, config: ModelConfig = CONFIG, seed: int = 0, zero1: bool = False,
-    dtype: torch.dtype = torch.float32, adam: OptimizerConfig = ADAM,
-) -> tuple[Model, Optimizer]:  # fmt: skip
-    world = initialize(layout, config)
-    model = build_model(config, world, seed=seed, dtype=dtype, distributed_optimizer=zero1)
-    return model, build_optimizer(model, adam, distributed=zero1)
 
 
 def head(
@@ -73,23 +55,6 @@ def train(model: Model, optimizer: Optimizer, steps: range) -> list[float]:
         losses.append(forward_backward(model, batches, head).loss)
         optimizer.step()
     return losses
-
-
-def fake_steps(model: Model, optimizer: Optimizer, steps: range) -> dict[str, Tensor]:
-    """Updates with random gradients that depend on step and tensor only; the weights after them."""
-    world = model.world
-    for step in steps:
-        optimizer.zero_grad()
-        for slot in slots(model):
-            generator = torch.Generator().manual_seed(hash((step, len(slot.hf_name))) % 2**31)
-            shape = hf_names(model.config)[slot.hf_name]
-            whole = torch.randn(shape, generator=generator)
-            shard = take_shard(
-                whole, slot.split, world.tensor_rank, world.layout.tensor, model.config
-            )
-            slot.parameter.main_grad.copy_(shard)  # pyright: ignore[reportAttributeAccessIssue]
-        optimizer.step()
-    return {name: t.clone() for name, t in to_hf(model)}
 
 
 # --- resuming ------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_cases import ADAM, CONFIG, build, fake_steps
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from test_checkpoint import ADAM, CONFIG, build, fake_steps
 
 from phimini.parallel.checkpoint import files as checkpoint_files
 from phimini.parallel.checkpoint.save_load import (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fp8 import CONFIG
+from fp8_cases import CONFIG
 from torch import Tensor
 
 from phimini.parallel.checkpoint.save_load import load_checkpoint, save_checkpoint
@@ -24,7 +24,8 @@ from phimini.parallel.training.batch import Document, pack
 from phimini.parallel.training.optimizer import OptimizerConfig, build_optimizer
 from phimini.parallel.training.step import forward_backward
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[3]
+TE = ROOT / "tests" / "support" / "te"
 FOLDER = os.environ.get("PHIMINI_TE", "")
 EMULATED = Fp8(recipe="blockwise", emulate=True)
 TP2 = Layout(tensor=2)
@@ -96,8 +97,8 @@ def test_bf16_weights_come_from_the_fp32_masters(tmp_path: Path) -> None:
 def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What te_checkpoint.py found: of each save and load the ranks' states."""
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(TESTS / "te_checkpoint.py"), FOLDER, str(tmp_path_factory.mktemp("te"))],
-        env={**os.environ, "PYTHONPATH": f"{TESTS.parent / '.path'}:{os.environ.get('PYTHONPATH', '')}",
+        [sys.executable, "-W", "ignore", str(TE / "te_checkpoint.py"), FOLDER, str(tmp_path_factory.mktemp("te"))],
+        env={**os.environ, "PYTHONPATH": f"{ROOT / '.path'}:{os.environ.get('PYTHONPATH', '')}",
              "PYTHONHASHSEED": "0"},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_parallel_parity import config
+from parity_cases import config
 from torch import Tensor
 
 from phimini.model.config import ModelConfig

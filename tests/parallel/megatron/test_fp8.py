@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fp8_cases import CONFIG
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -143,13 +144,6 @@ def test_breaking_it_is_seen(what: str, monkeypatch: pytest.MonkeyPatch) -> None
     BREAKS[what](monkeypatch)
     with pytest.raises(AssertionError):
         test_forward_and_gradients_are_the_formulas("blockwise")
-
-
-# --- in the model --------------------------------------------------------------------------------
-CONFIG = ModelConfig(
-    num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=256, vocab_size=128,
-    max_positions=256, original_max_positions=256,
-)  # fmt: skip
 
 
 def head(

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_parallel_parity import GROUPS, config, cross_entropy_head, share_of
-from test_plan import CONFIG, TOKENS, kept_bytes
+from parity_cases import GROUPS, config, cross_entropy_head, share_of
+from plan_cases import CONFIG, TOKENS, kept_bytes
 from torch import Tensor
 
 from phimini.parallel.megatron import builder, recompute

@@ -21,8 +21,9 @@ from phimini.model.config import ModelConfig
 from phimini.parallel.megatron.fp8 import ALIGNMENT
 from phimini.parallel.megatron.weight_names import LAYER_NAMES, hf_names, merge_shards, take_shard
 
-TESTS = Path(__file__).parent
-RECORDED = json.loads((TESTS / "te_recorded.json").read_text())
+ROOT = Path(__file__).parents[3]
+TE = ROOT / "tests" / "support" / "te"
+RECORDED = json.loads((TE / "te_recorded.json").read_text())
 FOLDER = os.environ.get("PHIMINI_TE", "")
 CONFIG = ModelConfig(
     num_layers=4, model_dim=256, num_heads=8, num_kv_heads=4, head_dim=64, mlp_dim=512, vocab_size=128,
@@ -125,8 +126,8 @@ real = [
 def built() -> dict[str, Any]:
     """What te_build.py found, in a process in which Transformer Engine is imported before Megatron."""
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(TESTS / "te_build.py"), FOLDER],
-        env={**os.environ, "PYTHONPATH": f"{TESTS.parent / '.path'}:{os.environ.get('PYTHONPATH', '')}"},
+        [sys.executable, "-W", "ignore", str(TE / "te_build.py"), FOLDER],
+        env={**os.environ, "PYTHONPATH": f"{ROOT / '.path'}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
-from test_parallel_parity import (  # noqa: F401
+from parity_cases import (  # noqa: F401
     GROUPS,
     config,
     cross_entropy_head,

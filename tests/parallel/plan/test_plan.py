@@ -1,19 +1,10 @@
 """The plan's arithmetic against published numbers, and against bytes counted while a step runs on the CPU."""
 
 import dataclasses
-import time
-from collections.abc import Iterable
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from plan_cases import CONFIG, MIDTRAIN, PHI, RLVR, TOKENS, kept_bytes
 
-from phimini.model.config import ModelConfig, preset
-from phimini.parallel.attention.rotary import rotary_tables
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.plan.layouts import Workload, flops_per_token, plan_stage
 from phimini.parallel.plan.memory import (
@@ -29,18 +20,8 @@ from phimini.parallel.plan.memory import (
 )
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.local_launch import run_ranks
-from phimini.parallel.ranks.world import World, initialize
-from phimini.parallel.training.batch import Document, PackedBatch, pack
+from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.optimizer import OptimizerConfig, build_optimizer
-from phimini.parallel.training.step import forward_backward
-
-PHI = preset("phi-4-mini")
-MIDTRAIN = Workload(stage="midtrain", sequence_length=16384, rows_per_step=128)
-CONFIG = ModelConfig(
-    num_layers=4, model_dim=64, num_heads=8, num_kv_heads=4, head_dim=16, mlp_dim=96, vocab_size=128,
-    max_positions=1024, original_max_positions=1024,
-)  # fmt: skip
-TOKENS = 512
 
 
 def parts_of(layout: Layout, recompute: Recompute = "none", tokens: int = 16384) -> dict[str, int]:
@@ -116,8 +97,6 @@ def test_16k_on_eight_h100_is_data_parallel_with_selective_recompute() -> None:
     assert on_b200.layout == Layout(data=8) and on_b200.recompute == "none"
 
 
-# --- two phases ----------------------------------------------------------------------------------
-RLVR = Workload(stage="rlvr", sequence_length=25600, rows_per_step=128, rollout_sequences=8)
 KV_BYTES = 8 * 25600 * 2 * 2 * 32 * 8 * 128
 
 
@@ -173,55 +152,6 @@ def test_an_engine_over_several_gpus_divides_its_weights_and_keys() -> None:
         ValueError, match="Workload.rollout_tensor_parallel: expected at least 1, got 0"
     ):
         dataclasses.replace(RLVR, rollout_tensor_parallel=0)
-
-
-# --- measured on the CPU -------------------------------------------------------------------------
-def sum_of_squares(
-    hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    return hidden_MD.square().sum() + 0 * weight_VD.sum(), torch.tensor(1), {}
-
-
-class Allocated(TorchDispatchMode):
-    """Every storage that an operation returned while the mode was on, held weakly."""
-
-    def __init__(self, but: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.others = {tensor.untyped_storage()._cdata for tensor in but}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                known = self.storages.get(storage._cdata)
-                new = known is None or known[0].expired()
-                if new and storage._cdata not in self.others:
-                    self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return out
-
-    @property
-    def alive_bytes(self) -> int:
-        return sum(nbytes for ref, nbytes in self.storages.values() if not ref.expired())
-
-
-def kept_bytes(world: World, recompute: Recompute) -> int:
-    """What is alive on this rank between forward and backward, beside the model: counted, whoever holds it."""
-    model = build_model(CONFIG, world, recompute=recompute)
-    alive: list[int] = []
-
-    def head(hidden_MD: Tensor, *args, **kwargs):
-        time.sleep(0.1)  # gloo's thread lets go of what it reduced when it next gets to run
-        alive.append(allocated.alive_bytes)
-        return sum_of_squares(hidden_MD, *args, **kwargs)
-
-    tokens = [i % CONFIG.vocab_size for i in range(TOKENS)]
-    batch = pack([Document(tokens=tokens, targets=tokens)])
-    rotary_tables(CONFIG, torch.arange(TOKENS), TOKENS)  # keeps a table
-    with Allocated(but=(p for _, p in model.named_parameters())) as allocated:
-        forward_backward(model, [batch], head)
-    return alive[0]
 
 
 CPU_LAYOUTS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_plan import MIDTRAIN, PHI, RLVR
+from plan_cases import MIDTRAIN, PHI, RLVR
 
 from phimini.parallel.plan.command import main
 from phimini.parallel.plan.layouts import Workload, plan_stage

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_parallel_parity import (  # noqa: F401
+from parity_cases import (  # noqa: F401
     GROUPS,
     config,
     cross_entropy_head,
@@ -197,7 +197,7 @@ def test_a_job_needs_a_rank() -> None:
 
 TORCHRUN_PROGRAM = """
 import os
-from test_parallel_parity import GROUPS, config, cross_entropy_head, share_of
+from parity_cases import GROUPS, config, cross_entropy_head, share_of
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.training.step import forward_backward
@@ -212,11 +212,11 @@ world.close()
 
 
 def test_the_same_job_under_torchrun(tmp_path: Path) -> None:
-    from test_parallel_parity import GROUPS, LIMIT, config, reference
+    from parity_cases import GROUPS, LIMIT, config, reference
 
     program = tmp_path / "job.py"
     program.write_text(TORCHRUN_PROGRAM)
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parents[2] / "support")
     out = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)],
         env=os.environ | {"PYTHONPATH": tests, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"},

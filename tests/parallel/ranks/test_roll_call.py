@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_parallel_parity import (  # noqa: F401
+from parity_cases import (  # noqa: F401
     GROUPS,
     config,
     cross_entropy_head,

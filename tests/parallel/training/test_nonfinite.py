@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_parallel_parity import (  # noqa: F401
+from parity_cases import (  # noqa: F401
     GROUPS,
     config,
     cross_entropy_head,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_parallel_parity import (  # noqa: F401
+from parity_cases import (  # noqa: F401
     GROUPS,
     config,
     cross_entropy_head,

@@ -9,8 +9,8 @@ import random
 from typing import Any
 
 import pytest
-from test_parallel_losses import HEADS, batch_of, reference_losses
-from test_parallel_parity import (  # noqa: F401
+from loss_cases import HEADS, batch_of, reference_losses
+from parity_cases import (  # noqa: F401
     LIMIT,
     config,
     poison_uninitialised_memory,

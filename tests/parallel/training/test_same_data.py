@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from parity_cases import GROUPS, config, poison_uninitialised_memory, share_of  # noqa: F401
+from recipe_cases import MICRO, finished  # noqa: F401
 from rl_run import make_run, reinforce, run_config
-from test_parallel_parity import GROUPS, config, poison_uninitialised_memory, share_of  # noqa: F401
-from test_recipe import MICRO, finished  # noqa: F401
 
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.local_launch import RankFailure, run_ranks

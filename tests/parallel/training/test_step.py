@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_parallel_parity import (  # noqa: F401
+from parity_cases import (  # noqa: F401
     GROUPS,
     check,
     config,

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from phimini.stages.run.gpu_checklist import CHECKS, checklist
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[3]
 
 
 def gpu_tests() -> set[str]:
     return {
-        f"tests/{file.name}::{node.name}"
-        for file in TESTS.glob("test_*.py")
+        f"{file.relative_to(ROOT)}::{node.name}"
+        for file in (ROOT / "tests").rglob("test_*.py")
         for node in ast.parse(file.read_text()).body
         if isinstance(node, ast.FunctionDef)
         and any(ast.unparse(d).startswith("pytest.mark.gpu") for d in node.decorator_list)
@@ -37,4 +37,4 @@ def test_no_pytest_command_forks_ranks_from_the_process_that_has_started_cuda() 
         for command in check.command.split("; "):
             if command.startswith("pytest ") and "-m gpu" not in command:
                 for file in command.split()[1:]:
-                    assert "run_ranks" not in (TESTS.parent / file).read_text(), file
+                    assert "run_ranks" not in (ROOT / file).read_text(), file

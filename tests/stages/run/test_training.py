@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from parity_cases import config
 from rl_run import even_length, make_run, reinforce, run_config
-from test_parallel_parity import config
 
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.ranks.layout import Layout

@@ -58,98 +58,98 @@ RANKS = "test_head_parallel.py -k 'one_rank and 2'"
 MUTATIONS = [
     # --- head: triton kernels
     Mutation(
-        "no mask of the classes beyond V", "triton_kernels.py",
+        "no mask of the classes beyond V", "head/triton_kernels.py",
         "    z = tl.where((cols < V)[None, :], z, MASKED)\n", "", FWD_FP32,
     ),
     Mutation(
-        "forward-only: no mask at the end of a split", "triton_kernels.py",
+        "forward-only: no mask at the end of a split", "head/triton_kernels.py",
         "z = tl.where((cols < last)[None, :], z * scale[:, None], MASKED)",
         "z = z * scale[:, None]", SPLITS,
     ),
     Mutation(
-        "pointer path: the width is not masked", "triton_kernels.py",
+        "pointer path: the width is not masked", "head/triton_kernels.py",
         "x + rows[:, None] * D + depth[None, :], mask=inside[None, :], other=0.0",
         "x + rows[:, None] * D + depth[None, :]", BF16,
     ),
     Mutation(
-        "pointer path: W's stride is V", "triton_kernels.py",
+        "pointer path: W's stride is V", "head/triton_kernels.py",
         "w + cols[None, :] * D + depth[:, None]", "w + cols[None, :] * V + depth[:, None]", BF16,
     ),
     Mutation(
-        "the last slice of the width is skipped", "triton_kernels.py",
+        "the last slice of the width is skipped", "head/triton_kernels.py",
         "        for k in range(0, D, BLOCK_K):\n            z = tl.dot(x.load",
         "        for k in range(0, D - BLOCK_K, BLOCK_K):\n            z = tl.dot(x.load", FWD_FP32,
     ),
     Mutation(
-        "logits accumulated in fp16", "triton_kernels.py",
+        "logits accumulated in fp16", "head/triton_kernels.py",
         "            z = tl.dot(x.load([row, k]), w.load([col, k]).T, z, input_precision=PRECISION)",
         "            z = tl.dot(x.load([row, k]), w.load([col, k]).T, z, input_precision=PRECISION)"
         ".to(tl.float16).to(tl.float32)", FWD_FP32,
     ),
     Mutation(
-        "forward-only: the sum is not rescaled", "triton_kernels.py",
+        "forward-only: the sum is not rescaled", "head/triton_kernels.py",
         "total = total * tl.exp2((m - new_m) * LOG2E)\n", "total = total * 1.0\n", TILES,
     ),
     Mutation(
-        "exp2 without log2 e", "triton_kernels.py",
+        "exp2 without log2 e", "head/triton_kernels.py",
         "    p = tl.exp2(below * LOG2E)\n    if USE_TMA", "    p = tl.exp2(below)\n    if USE_TMA", FWD_FP32,
     ),
     Mutation(
-        "entropy: the maximum's move is forgotten", "triton_kernels.py",
+        "entropy: the maximum's move is forgotten", "head/triton_kernels.py",
         "weighted = (weighted + shift * total) * decay + tl.sum(p * below, axis=1)",
         "weighted = weighted * decay + tl.sum(p * below, axis=1)", TILES,
     ),
     Mutation(
-        "merge: the last block of tiles is skipped", "triton_kernels.py",
+        "merge: the last block of tiles is skipped", "head/triton_kernels.py",
         "for first in range(0, S, BLOCK_S):", "for first in range(0, S - 1, BLOCK_S):",
         TILES,
     ),
     Mutation(
-        "merge: entropy parts are not shifted", "triton_kernels.py",
+        "merge: entropy parts are not shifted", "head/triton_kernels.py",
         "(part_weighted + part_shift * part_total) * part_decay", "part_weighted * part_decay", FWD_FP32,
     ),
     Mutation(
-        "gradient: the target's column is not set", "triton_kernels.py",
+        "gradient: the target's column is not set", "head/triton_kernels.py",
         "            dz = tl.where(cols[None, :] == targets[:, None], at_target[:, None], dz)\n", "", FWD_FP32,
     ),
     Mutation(
-        "gradient: the tile's maximum is a tile behind", "triton_kernels.py",
+        "gradient: the tile's maximum is a tile behind", "head/triton_kernels.py",
         "            tile_max_ptr += stride_s\n", "            tile_max_ptr += stride_s * i\n", FWD_FP32,
     ),
     Mutation(
-        "gradient: rows beyond M are written", "triton_kernels.py",
+        "gradient: rows beyond M are written", "head/triton_kernels.py",
         "inside = in_rows[:, None] & (cols < last_col)[None, :]",
         "inside = (in_rows | True)[:, None] & (cols < last_col)[None, :]", FWD_FP32,
     ),
     Mutation(
-        "gradient: entropy's sign", "triton_kernels.py",
+        "gradient: entropy's sign", "head/triton_kernels.py",
         "dz = p * (softmax[:, None] - entropy[:, None] * above)",
         "dz = p * (softmax[:, None] + entropy[:, None] * above)", FWD_FP32,
     ),
     Mutation(
-        "gradient: rows that do not count keep their logits", "triton_kernels.py",
+        "gradient: rows that do not count keep their logits", "head/triton_kernels.py",
         "e = tl.load(at, mask=inside & counts[:, None], other=0.0).to(tl.float32)",
         "e = tl.load(at, mask=inside, other=0.0).to(tl.float32)", "test_head_triton.py -k 'equals_fp64 or counts'",
     ),
     # --- head: around the kernels
     Mutation(
-        "temperature in the forward only (triton)", "triton_backend.py",
+        "temperature in the forward only (triton)", "head/triton_backend.py",
         "scaled = [None if value_M is None else value_M * inverse_M for value_M in scaled]", "pass", FWD_FP32,
     ),
     Mutation(
-        "temperature in the forward only (torch)", "torch_backend.py",
+        "temperature in the forward only (torch)", "head/torch_backend.py",
         "else scale_M * self.inverse_temperature_M[rows]", "else scale_M", CE,
     ),
     Mutation(
-        "dW takes unscaled rows", "torch_backend.py",
+        "dW takes unscaled rows", "head/torch_backend.py",
         "_accumulate(self.dw_VD, dz_MV, x_MD * scale_M[:, None])", "_accumulate(self.dw_VD, dz_MV, x_MD)", CE,
     ),
     Mutation(
-        "dW is overwritten, not added to", "torch_backend.py",
+        "dW is overwritten, not added to", "head/torch_backend.py",
         "_accumulate(self.dw_VD, dz_MV", "_accumulate(self.dw_VD.zero_(), dz_MV", CE,
     ),
     Mutation(
-        "the last block of dW's rows is skipped (oneDNN)", "torch_backend.py",
+        "the last block of dW's rows is skipped (oneDNN)", "head/torch_backend.py",
         "range(0, dw_VD.shape[0], block)", "range(0, dw_VD.shape[0] - block, block)",
         "test_linear_cross_entropy.py -k several_blocks",
     ),
@@ -162,33 +162,33 @@ MUTATIONS = [
         "outer(dy_MN, x_MK)", "outer(dy_MN, x_MK.flip(0))", "test_linear.py",
     ),
     Mutation(
-        "the last chunk is skipped", "rows.py",
+        "the last chunk is skipped", "head/rows.py",
         "for a in range(0, num_rows, rows)]", "for a in range(0, num_rows - rows + 1, rows)]", CE,
     ),
     Mutation(
-        "results are not put back in their places", "rows.py",
+        "results are not put back in their places", "head/rows.py",
         "return out.index_copy_(0, self.kept_M, value_M)",
         "return out.index_copy_(0, torch.arange(len(value_M)), value_M)", LOGPROB,
     ),
     Mutation(
-        "logits without their maximum taken off", "torch_backend.py",
+        "logits without their maximum taken off", "head/torch_backend.py",
         "            z -= torch.amax(z, 1, keepdim=True, out=max_M1[block])",
         "            max_M1[block] = 0", "test_linear_cross_entropy.py -k extreme",
     ),
     Mutation(
-        "entropy's gradient misses the shift", "chunked.py",
+        "entropy's gradient misses the shift", "head/chunked.py",
         "shift_M = below_M - self.mean_shift_M", "shift_M = below_M", LOGPROB,
     ),
     Mutation(
-        "ranks: sums are added without rescaling", "chunked.py",
+        "ranks: sums are added without rescaling", "head/chunked.py",
         "sum_M=(factor_RM * sum_RM).sum(0)", "sum_M=sum_RM.sum(0)", RANKS,
     ),
     Mutation(
-        "ranks: dX is not summed", "chunked.py",
+        "ranks: dX is not summed", "head/chunked.py",
         "            dist.all_reduce(self.dx_MD, group=self.group)\n", "            pass\n", RANKS,
     ),
     Mutation(
-        "ranks: targets are taken for this rank's", "chunked.py",
+        "ranks: targets are taken for this rank's", "head/chunked.py",
         "rows.targets_M - V * group.rank()", "rows.targets_M", RANKS,
     ),
     # --- losses
@@ -214,7 +214,7 @@ MUTATIONS = [
         "signs = (1.0, 1.0) if self.nll_weight else (1.0, -1.0)", "signs = (1.0, 1.0)", PAIRS,
     ),
     Mutation(
-        "DPO: a long pair is cut in the wrong place", "pairs.py",
+        "DPO: a long pair is cut in the wrong place", "head/pairs.py",
         "chosen_rows = lengths[2 * first]", "chosen_rows = lengths[2 * first + 1]", DPO,
     ),
     Mutation(
@@ -313,7 +313,8 @@ def _package(folder: Path, mutation: Mutation | None) -> Path:
 def _arguments(tests: str) -> list[str]:
     files, _, words = tests.partition(" -k ")
     chosen = ["-k", words.strip("'")] if words else []
-    return [str(ROOT / "tests" / name) for name in files.split()] + chosen
+    found = [str(path) for name in files.split() for path in (ROOT / "tests").rglob(name)]
+    return found + chosen
 
 
 def run_tests(tests: str, folder: Path) -> tuple[int, str]:
