@@ -20,13 +20,9 @@ from phimini.stages.data.decontaminate import (
     same_question,
 )
 from phimini.stages.data.gym_prompts import gym_prompts
+from phimini.stages.data.row_fields import GIVEN_FIELDS, PROBLEM_FIELDS
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.verify.verdict import extract_answer, verify
-
-GIVEN_FIELDS = {"question": str, "answer": str, "response": str}
-"""of a user's own rollout; what else our own have is worked out"""
-ROLLOUT_FIELDS = {"problem_id": str, **GIVEN_FIELDS, "correct": bool}
-PROBLEM_FIELDS = {"id": str, "question": str, "answer": str}
 
 
 def distill(run: RunConfig, *, redo: bool = False) -> Path:

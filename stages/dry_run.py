@@ -30,7 +30,7 @@ from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages.base import base_config
 from phimini.stages.config.schema import RunConfig
-from phimini.stages.distill import GIVEN_FIELDS, PROBLEM_FIELDS
+from phimini.stages.data.row_fields import GIVEN_FIELDS, PROBLEM_FIELDS
 from phimini.stages.midtrain import step_budget
 from phimini.stages.run.training import layout_of
 from phimini.stages.run.workloads import workloads

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from phimini.model.io.json_files import read_json, write_json
-from phimini.parallel.cluster.preflight import cpu_name
+from phimini.parallel.ranks.machine import cpu_name
 from phimini.parallel.ranks.world import World
 from phimini.stages.base import base
 from phimini.stages.config.schema import RunConfig, to_dict

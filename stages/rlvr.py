@@ -29,7 +29,7 @@ from phimini.parallel.training.step import forward_backward, forward_only
 from phimini.stages.config.schema import RlvrConfig, RunConfig
 from phimini.stages.config.seeds import derive
 from phimini.stages.data.packing import EpochSampler, Example, flops_of, micro_batches
-from phimini.stages.distill import PROBLEM_FIELDS
+from phimini.stages.data.row_fields import PROBLEM_FIELDS
 from phimini.stages.rl.groups import Rollout, Sampler, check_room
 from phimini.stages.rl.loss import logps, policy_head, with_reference_logps
 from phimini.stages.rl.mismatch import (

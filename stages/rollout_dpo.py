@@ -41,7 +41,7 @@ from phimini.stages.data.packing import (
     flops_of,
     micro_batches,
 )
-from phimini.stages.distill import PROBLEM_FIELDS
+from phimini.stages.data.row_fields import PROBLEM_FIELDS
 from phimini.stages.evaluate import judge
 from phimini.stages.rl.groups import check_room
 from phimini.stages.rollout.local import build_engine

@@ -17,7 +17,6 @@ It says nothing about time: not about L2, latencies, or how a grid fills the chi
 
 import argparse
 import collections
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -27,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from phimini.bench.ops.cases import StaticCase
 from phimini.bench.ops.registry import bench_modules, cases_of
-
-TARGETS = (80, 90, 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +56,6 @@ _CHIPS = {
 }
 _MMA = {80: r"HMMA\S*", 90: r"HGMMA\S*|HMMA\S*", 100: r"UTC\w*MMA\S*|HMMA\S*"}
 _FAST_MMA = {80: "HMMA", 90: "HGMMA", 100: "tcgen05"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StaticCase:
-    """One kernel with one configuration, to be compiled for each target."""
-
-    kernel: str
-    """the row's name; a peer's kernel that does the same has the same"""
-    provider: str = "phimini"
-    function: Any
-    """the function that `triton.jit` made (autotuned and heuristic kernels: the innermost `.fn`)"""
-    signature: dict[str, str]
-    """run-time arguments: "*bf16" a pointer aligned to 16 bytes, "i32:16" divisible by 16, "i32", "fp32" """
-    constexprs: dict[str, Any]
-    """compile-time arguments, None pointers and ints equal to 1 (triton specialises on 1) among them"""
-    num_warps: int
-    num_stages: int = 3
-    targets: tuple[int, ...] = TARGETS
-    is_matmul: bool = False
-    access_bits: int = 128
-    """that a thread must ask for at once; words of 64 bits that begin anywhere cannot be asked for in pairs"""
-    max_registers: dict[int, int] = field(default_factory=dict)
-    """the committed ceiling per target; a target that is not named has none"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,10 +213,6 @@ def all_cases(ops: Iterable[str] = (), peers: bool = True) -> list[StaticCase]:
         cases += cases_of(module, "static_cases")
         cases += cases_of(module, "peer_static_cases") if peers else []
     return cases
-
-
-def liger_is_installed() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
 
 
 _work: list[tuple[StaticCase, int]] = []  # of the worker processes, which inherit it

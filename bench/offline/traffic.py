@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from phimini.bench.offline import interpreter
+from phimini.bench.ops.cases import TrafficCase
 from phimini.bench.ops.registry import bench_modules, cases_of
 
 # operations that move no data: views, allocations, questions
@@ -47,16 +48,6 @@ _WRITE_ONLY = {
 }
 # these read of their source no more than they write
 _GATHERS = {"index", "index_select", "gather", "embedding"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrafficCase:
-    """One op of one provider: `run` does it once, on small tensors of the real proportions."""
-
-    kernel: str
-    provider: str = "phimini"
-    run: Callable[[], Any]
-    minimum_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

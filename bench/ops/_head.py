@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from phimini.bench.offline.static_report import StaticCase
+from phimini.bench.ops.cases import StaticCase
 from phimini.bench.ops.harness import Case
 from phimini.kernels.head.block_sizes import (
     GRADIENT_ROWS,

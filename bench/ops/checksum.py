@@ -2,8 +2,7 @@
 
 import torch
 
-from phimini.bench.offline.static_report import StaticCase
-from phimini.bench.offline.traffic import TrafficCase
+from phimini.bench.ops.cases import StaticCase, TrafficCase
 from phimini.bench.ops.harness import Case
 from phimini.kernels.checksum import _checksum_kernel, checksum, launch_config
 

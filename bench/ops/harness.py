@@ -24,7 +24,7 @@ from torch import Tensor
 
 from phimini.bench.gate.paired_ratio import Rounds
 from phimini.bench.gate.peak_memory import peak_extra_bytes
-from phimini.parallel.cluster.preflight import cpu_name
+from phimini.parallel.ranks.machine import cpu_name
 
 # dense bf16 FLOP/s, HBM bytes/s, from the data sheets. A device that is not listed gets no percentage.
 PEAKS = {

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phimini.bench.offline.static_report import StaticCase, liger_is_installed
-from phimini.bench.offline.traffic import TrafficCase
 from phimini.bench.ops._head import (
     head_case,
     head_inputs,
@@ -16,6 +14,7 @@ from phimini.bench.ops._head import (
     row_static_cases,
     shapes,
 )
+from phimini.bench.ops.cases import StaticCase, TrafficCase, liger_is_installed
 from phimini.bench.ops.harness import Case
 from phimini.kernels import linear_cross_entropy
 from phimini.kernels.head.chunked import LogitGrads

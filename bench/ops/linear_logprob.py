@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from phimini.bench.offline.static_report import StaticCase
-from phimini.bench.offline.traffic import TrafficCase
 from phimini.bench.ops._head import head_case, head_inputs, logps, matmul_static_cases, shapes
+from phimini.bench.ops.cases import StaticCase, TrafficCase
 from phimini.bench.ops.harness import Case
 from phimini.kernels import linear_logprob
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from phimini.bench.offline.static_report import StaticCase, liger_is_installed
-from phimini.bench.offline.traffic import TrafficCase
+from phimini.bench.ops.cases import StaticCase, TrafficCase, liger_is_installed
 from phimini.bench.ops.harness import Case
 from phimini.kernels import rms_norm, rms_norm_add, rms_norm_add_reference, rms_norm_reference
 from phimini.kernels.rms_norm import _rms_norm_bwd_kernel, _rms_norm_fwd_kernel, launch_config

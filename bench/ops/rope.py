@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from phimini.bench.offline.static_report import StaticCase, liger_is_installed
-from phimini.bench.offline.traffic import TrafficCase
+from phimini.bench.ops.cases import StaticCase, TrafficCase, liger_is_installed
 from phimini.bench.ops.harness import Case
 from phimini.kernels import rope, rope_reference
 from phimini.kernels.rope import _rope_kernel, launch_config

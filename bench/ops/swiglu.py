@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from phimini.bench.offline.static_report import StaticCase, liger_is_installed
-from phimini.bench.offline.traffic import TrafficCase
+from phimini.bench.ops.cases import StaticCase, TrafficCase, liger_is_installed
 from phimini.bench.ops.harness import Case
 from phimini.kernels import swiglu, swiglu_reference
 from phimini.kernels.swiglu import _swiglu_bwd_kernel, _swiglu_fwd_kernel, launch_config

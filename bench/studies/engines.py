@@ -31,7 +31,7 @@ from phimini.parallel.ranks.world import initialize
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
 from phimini.stages.config.seeds import derive
-from phimini.stages.distill import PROBLEM_FIELDS
+from phimini.stages.data.row_fields import PROBLEM_FIELDS
 from phimini.stages.evaluate import judge
 from phimini.stages.recipe import machine
 from phimini.stages.report.intervals import paired_gain

@@ -26,7 +26,8 @@ from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
 from phimini.stages.curate import curate
 from phimini.stages.data.packing import best_fit, documents
-from phimini.stages.distill import ROLLOUT_FIELDS, distill
+from phimini.stages.data.row_fields import ROLLOUT_FIELDS
+from phimini.stages.distill import distill
 from phimini.stages.run.training import read_examples
 from phimini.stages.verify.verdict import verify
 

@@ -18,7 +18,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import socket
 import statistics
 import sys
@@ -26,7 +25,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ from megatron.core.parallel_state import RankGenerator
 
 from phimini.model.suggest import nearest
 from phimini.parallel.ranks.layout import Layout
+from phimini.parallel.ranks.machine import cpu_name
 
 DEADLINE_S = 60.0
 SLOW = 0.5
@@ -172,13 +171,6 @@ def _join() -> tuple[dist.Store, int, int]:
     # A restarted job finds what the one before has said.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"phimini-doctor-{attempt}", store), rank, world_size
-
-
-def cpu_name() -> str:
-    """The processor's model, as far as the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return models[0] if models else platform.machine()
 
 
 def _facts(device: torch.device) -> dict[str, Any]:

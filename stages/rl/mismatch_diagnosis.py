@@ -27,7 +27,7 @@ from phimini.parallel.training.step import forward_only
 from phimini.parallel.weight_sync.fp8_blocks import dequantise_blocks, is_quantised, quantise_blocks
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.config.seeds import derive
-from phimini.stages.distill import PROBLEM_FIELDS
+from phimini.stages.data.row_fields import PROBLEM_FIELDS
 from phimini.stages.rl.mismatch import alarm_level, precision_of
 from phimini.stages.rollout.engine import RolloutEngine, SyncedEngine
 from phimini.stages.rollout.local import build_engine

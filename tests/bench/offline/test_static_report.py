@@ -26,7 +26,7 @@ PLANTED = """
 import json, sys
 import triton
 import triton.language as tl
-from phimini.bench.offline.static_report import StaticCase, compile_case, violations
+from phimini.bench.offline.static_report import compile_case, violations
 
 @triton.jit
 def copy(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):

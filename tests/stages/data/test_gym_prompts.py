@@ -13,7 +13,8 @@ from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
 from phimini.stages.data.arithmetic_problems import generate_problems
 from phimini.stages.data.gym_prompts import gym_prompts
-from phimini.stages.distill import PROBLEM_FIELDS, distill
+from phimini.stages.data.row_fields import PROBLEM_FIELDS
+from phimini.stages.distill import distill
 from phimini.stages.verify.verdict import verify
 
 SMALL = ["distill.num_problems=20", "distill.num_heldout=21", "distill.num_validation=21", "distill.num_prompts=12"]  # fmt: skip
