@@ -1,0 +1,4 @@
+"""The command `phimini bench`.
+
+May import: model, parallel/ranks, stages, stages/run.
+"""

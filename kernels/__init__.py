@@ -1,4 +1,7 @@
-"""The ops: each file has its reference, its Triton kernels and one public function (plain torch on a CPU)."""
+"""Public GPU ops, one per file: the reference, the Triton kernels, and the function that trainers call.
+
+May import: kernels/head.
+"""
 
 from phimini.kernels.checksum import checksum, checksum_reference, checksums
 from phimini.kernels.linear import linear, linear_reference

@@ -1,4 +1,7 @@
-"""Megatron-core, for every device: on a machine without CUDA the shim must come before its first import."""
+"""Megatron-core training; importing this package installs the CPU shim before Megatron is imported.
+
+May import: parallel/ranks.
+"""
 
 import os
 import warnings

@@ -1,0 +1,4 @@
+"""The verbs of the command line, one file each, with the loop of each stage visible in its file.
+
+May import: kernels, model/*, parallel/*, stages/*.
+"""

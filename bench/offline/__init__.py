@@ -1,0 +1,4 @@
+"""Checks of kernels that need no GPU: interpreter, memory traffic, offline compilation.
+
+May import: bench/ops.
+"""

@@ -1,0 +1,4 @@
+"""Finished experiments behind tables of results.
+
+May import: model/*, parallel/*, stages/*.
+"""

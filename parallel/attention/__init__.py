@@ -1,0 +1,4 @@
+"""Attention over packed documents, on one device or over a ring of them.
+
+May import: model.
+"""
