@@ -1,13 +1,12 @@
-"""Each statistic against a formula it does not use, or against the coverage that it promises."""
+"""Intervals and tests, checked against independent formulas or by their coverage."""
 
 from itertools import combinations, product
-from math import comb, sqrt
+from math import sqrt
 
 import numpy as np
 import pytest
 
 from phimini.stages.report.intervals import (
-    _student_t,
     mcnemar,
     mean_interval,
     paired_gain,
@@ -29,28 +28,6 @@ def test_wilson_published_example() -> None:
     assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
     assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
     assert wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
-
-
-def test_wilson_covers_95_percent() -> None:
-    """Exact coverage, averaged over all p: the chance of each outcome times whether its interval holds p."""
-    trials = 50
-    intervals = [wilson_interval(k, trials) for k in range(trials + 1)]
-    coverages = [
-        sum(comb(trials, k) * p**k * (1 - p) ** (trials - k)
-            for k, (low, high) in enumerate(intervals) if low <= p <= high)
-        for p in np.linspace(0.005, 0.995, 199)
-    ]  # fmt: skip
-    assert 0.94 < np.mean(coverages) < 0.965
-
-
-@pytest.mark.parametrize(
-    ("degrees", "point"),  # any printed table of Student's t
-    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706), (9, 2.2622), (10, 2.2281),
-     (30, 2.0423), (60, 2.0003), (61, 1.9996), (120, 1.9799), (100_000, 1.9600)],
-    ids=str,
-)  # fmt: skip
-def test_student_t_points(degrees: int, point: float) -> None:
-    assert _student_t(degrees) == pytest.approx(point, abs=6e-5)
 
 
 def accuracies(
