@@ -59,6 +59,7 @@ from phimini.stages.run.gpu_checklist import checklist
 from phimini.stages.run.lock import RunLock, held_by_main
 from phimini.stages.run.output import lasting_output
 from phimini.stages.run.stage_folder import Stopped
+from phimini.stages.run.trackers import missing_packages
 from phimini.stages.run.training import layout_of
 from phimini.stages.run.workloads import workloads
 
@@ -266,6 +267,8 @@ def num_ranks(run: RunConfig) -> int:
 
 def start(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
     """Run the verb in this rank of torchrun's, or in `run.processes` ranks of our own."""
+    for problem in missing_packages(run):
+        raise ImportError(problem)
     if "RANK" in os.environ or run.processes == 1:
         run_rank(run, verb, stage, redo)
     else:

@@ -32,6 +32,7 @@ from phimini.stages.base import base_config
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.row_fields import GIVEN_FIELDS, PROBLEM_FIELDS
 from phimini.stages.midtrain import step_budget
+from phimini.stages.run.trackers import missing_packages
 from phimini.stages.run.training import layout_of
 from phimini.stages.run.workloads import workloads
 
@@ -110,7 +111,7 @@ def examine(run: RunConfig, gpus: int, gpu: str | None) -> tuple[list[str], list
     if gpus < 1:
         raise ValueError(f"dry run: gpus={gpus}: expected at least 1")
     config = preset(run.model)
-    problems = check_inputs(run, config) + check_lengths(run)
+    problems = missing_packages(run) + check_inputs(run, config) + check_lengths(run)
     layout = planned_layout(run).resolve(gpus, config)
     for stage in workloads(run):
         number_of_steps(run, stage)

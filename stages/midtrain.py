@@ -70,7 +70,7 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
     state = {"tokens": 0, "best_validation_loss": None, "validations_since_best": 0}
     progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
     step = progress.resume()
-    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main)
+    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main, run)
     with log, Interrupt() as interrupt:
         done = False
         while not done:

@@ -96,7 +96,7 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
         engine.sync(model)
     if world.is_main:
         (stage.path / "rollouts").mkdir(exist_ok=True)
-    log = MetricsLog(stage.path / "metrics.jsonl", config.steps, stage.name, world.is_main)
+    log = MetricsLog(stage.path / "metrics.jsonl", config.steps, stage.name, world.is_main, run)
     with log, Interrupt() as interrupt:
         while step < config.steps:
             now = plan(step, config, pool, prompts)

@@ -97,7 +97,7 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
     state = {"tokens": 0}
     progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
     step = progress.resume()
-    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main)
+    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main, run)
     with log, Interrupt() as interrupt:
         while step < steps:
             optimizer.zero_grad()

@@ -72,7 +72,7 @@ def fine_tune(
     state = {"tokens": 0}
     progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
     step = progress.resume()
-    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main)
+    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main, run)
     with log, Interrupt() as interrupt:
         while step < steps:
             optimizer.zero_grad()

@@ -254,6 +254,16 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """Experiment trackers, in addition to metrics.jsonl (extra `log`)."""
+
+    to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """trackers that get every step's metrics, e.g. tensorboard,wandb"""
+    project: str = "phimini"
+    """project name in Weights & Biases and Trackio"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     name: str
     out: str
@@ -299,6 +309,7 @@ class RunConfig:
     rlvr: RlvrConfig
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         if not 1 <= self.collective_deadline_s <= 1e6:

@@ -101,6 +101,14 @@ def run_command(*words: str, **kwargs) -> subprocess.Popen:
     )  # fmt: skip
 
 
+def wait_for_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
+    """Return once metrics.jsonl has a row of so many steps of mid-training."""
+    path = run / "midtrain" / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None, f"ended before step {steps}"
+        time.sleep(0.01)
+
+
 def test_an_interrupted_stage_goes_on_where_it_stopped(finished: Path, tmp_path: Path) -> None:
     """SIGINT in the middle, then the same command: the same losses as the run that was not interrupted."""
     run = tmp_path / "interrupted"
@@ -110,10 +118,8 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(finished: Path, tmp_path:
     words = ["midtrain", "tiny", f"out={run}", *MICRO]
     process = run_command(*words)
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("midtrain 2/6"):
-            process.send_signal(signal.SIGINT)
-            break
+    wait_for_steps(process, run, 2)
+    process.send_signal(signal.SIGINT)
     rest = process.stdout.read()
     assert process.wait() == 130, rest
     assert re.search(
@@ -192,10 +198,8 @@ def test_sigterm_to_torchrun_saves_and_says_how_to_go_on(finished: Path, tmp_pat
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("midtrain 2/400"):
-            process.send_signal(signal.SIGTERM)
-            break
+    wait_for_steps(process, run, 2)
+    process.send_signal(signal.SIGTERM)
     rest = process.stdout.read()
     assert process.wait(timeout=300) != 0, rest
     stopped = re.search(r"stopped after step (\d+) and saved; the same command goes on", rest)
@@ -221,11 +225,9 @@ def test_a_rank_killed_in_a_step_under_torchrun_ends_the_others_and_is_named(
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("midtrain 7/60"):
-            ranks = {p.environ()["RANK"]: p for p in psutil.Process(process.pid).children()}
-            ranks["1"].kill()
-            break
+    wait_for_steps(process, run, 7)
+    ranks = {p.environ()["RANK"]: p for p in psutil.Process(process.pid).children()}
+    ranks["1"].kill()
     began = time.monotonic()
     rest = process.stdout.read()
     assert process.wait(timeout=120) == 1, rest

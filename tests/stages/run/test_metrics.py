@@ -1,11 +1,8 @@
-"""Metrics of a stage: what is in the file after a crash, and what a person sees."""
+"""The metrics file of a stage: its rows, and what is left of it after a crash."""
 
 import json
 import os
-import pty
-import re
 import resource
-import threading
 import traceback
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 
 from phimini.stages.run import metrics
-from phimini.stages.run.metrics import MetricsLog, ProgressBar
+from phimini.stages.run.metrics import MetricsLog
 
 
 @pytest.fixture
@@ -118,85 +115,3 @@ def test_a_full_disk_is_an_error_and_the_rows_before_stay(tmp_path: Path) -> Non
         log.write(100, tokens=1)
     steps = [row["step"] for row in rows_of(path)]
     assert steps == [*range(len(steps) - 1), 100] and len(steps) > 5
-
-
-def test_a_log_without_a_terminal_is_one_line_per_step(
-    tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with MetricsLog(tmp_path / "metrics.jsonl", 400, "sft", is_main=True) as log:
-        for step in range(2):
-            clock[0] += 0.5
-            log.write(step, tokens=5000, loss=0.123456, lr=4e-3, zero_groups=2)
-    assert capsys.readouterr().out == (
-        "sft 1/400  loss 0.1235  lr 0.004  zero_groups 2  10,000 tokens/s  0.50 s\n"
-        "sft 2/400  loss 0.1235  lr 0.004  zero_groups 2  10,000 tokens/s  0.50 s\n"
-    )
-
-
-def screen_after(write, columns: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str]:
-    """The lines that a terminal shows after `write(stream)`, and all that was sent to it."""
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setenv("TERM", "xterm")
-    reader, writer = pty.openpty()
-    pieces: list[bytes] = []
-
-    def read() -> None:
-        try:
-            while piece := os.read(reader, 1 << 16):
-                pieces.append(piece)
-        except OSError:  # the writing side was closed
-            return
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    with os.fdopen(writer, "w", encoding="utf-8") as stream:
-        write(stream)
-    thread.join(timeout=10)
-    os.close(reader)
-    text = b"".join(pieces).decode()
-    # `\r ESC[K` erases the line it stands in: that is all the terminal there is.
-    return [line.split("\r\x1b[K")[-1].rstrip("\r") for line in text.split("\n")], text
-
-
-def test_a_terminal_shows_the_lines_above_one_bar(
-    clock: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write(stream) -> None:
-        bar = ProgressBar(total=8, label="sft", stream=stream)
-        for done in range(1, 5):
-            clock[0] += 30.0
-            bar.say(f"line {done}")
-            bar.advance(done, tokens=60_000)
-        bar.close()
-
-    lines, text = screen_after(write, 100, monkeypatch)
-    assert lines == [
-        "line 1", "line 2", "line 3", "line 4",
-        "sft ████████████░░░░░░░░░░░░ 4/8  2,000 tokens/s  2 min 00 s left", "",
-    ]  # fmt: skip
-    assert len(re.findall("█", text)) > 12, "the bar is drawn after every step"
-
-
-def test_time_left_of_a_run_that_goes_on_counts_only_this_run(
-    clock: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write(stream) -> None:
-        bar = ProgressBar(total=1000, label="rlvr", stream=stream)
-        for done in (901, 902):
-            clock[0] += 50.0
-            bar.advance(done, tokens=100)
-        bar.close()
-
-    lines, _ = screen_after(write, 100, monkeypatch)
-    assert lines[0].endswith("902/1000  2 tokens/s  1 h 21 min left")
-
-
-def test_a_bar_fits_a_narrow_terminal(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(stream) -> None:
-        bar = ProgressBar(total=3, label="midtrain", stream=stream)
-        clock[0] += 1.0
-        bar.advance(1, tokens=10)
-        bar.close()
-
-    lines, _ = screen_after(write, 20, monkeypatch)
-    assert len(lines[0]) == 19
