@@ -8,8 +8,8 @@ Training steps of the tiny model (forward, backward, optimizer, as the stages ca
     batch                1 to 64 rows of 256 tokens in one micro-batch
     data_size            1,000 to 64,000 documents: packing them into rows and drawing a step's
 
-Points take turns, so that a slower clock reaches all of them. `--out` writes scaling.csv, gpus.csv, gpus.md, and plots
-that are drawn from the CSV files. The GPU tables are arithmetic (`parallel/plan/layouts.py`); nothing in them was measured.
+Points take turns, so that a slower clock reaches all of them. `--out` writes scaling.csv, gpus.csv and gpus.md.
+The GPU tables are arithmetic (`parallel/plan/layouts.py`); nothing in them was measured.
 """
 
 import argparse
@@ -28,7 +28,6 @@ from phimini.bench.gate.peak_memory import AllocationMeter
 from phimini.bench.gate.rows import Row, measured, write
 from phimini.bench.gate.yardsticks import gemm_factors, gemm_flops, python_rate, seconds
 from phimini.bench.system.scaling_gpus import write_gpus
-from phimini.bench.system.scaling_plot import plot_gpus, plot_scaling
 from phimini.model.config import ModelConfig, preset
 from phimini.model.flops import training_flops
 from phimini.parallel.megatron.builder import Model, build_model
@@ -91,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="only the points that take a moment")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--out", type=Path, help="write CSV files, tables and plots here")
+    parser.add_argument("--out", type=Path, help="write CSV files and tables here")
     args = parser.parse_args(argv)
     points = [p for p in POINTS if not args.quick or _flops(p.config, p.batch()) <= QUICK_FLOPS]
     sizes = [n for n in DATA_SIZES if not args.quick or n <= QUICK_DOCUMENTS]
@@ -103,10 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         write_csv(args.out / "scaling.csv", rows)
-        plot_scaling(args.out / "scaling.csv", args.out)
         write_gpus(args.out)
-        plot_gpus(args.out / "gpus.csv", args.out)
-        print(f"written: {args.out}/scaling.csv, gpus.csv, gpus.md and *.svg")
+        print(f"written: {args.out}/scaling.csv, gpus.csv and gpus.md")
     return 0 if all(row.correct for row in rows) else 1
 
 

@@ -1,6 +1,6 @@
-"""The report of a run: everything in its directory on one page, `report.html`, that needs nothing else.
+"""The report of a run: everything in its directory on one page, `report.html`, that needs no other file.
 
-Reads results.json, evaluate/STAGE.json, STAGE/metrics.jsonl and, where it exists, controls/controls.json.
+Reads results.json, evaluate/STAGE.json, STAGE/metrics.jsonl and, if it exists, controls/controls.json.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,27 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from phimini.model.io.json_files import Row, read_json, read_rows, write_text
-from phimini.stages.report.charts import (
-    Rung,
-    Series,
-    gain_chart,
-    ladder_chart,
-    line_chart,
-    time_chart,
-)
-from phimini.stages.report.html import (
-    duration,
-    figure,
-    interval,
-    legend,
-    minus,
-    page,
-    percent,
-    section,
-    short,
-    table,
-    text,
-)
+from phimini.stages.report.figures import Chart, Rung, Series, curves, gains, ladder, times
+from phimini.stages.report.formats import duration, minus, short, spaced
+from phimini.stages.report.template import render
 
 STAGE_NAMES = {
     "base": "Base",
@@ -62,19 +44,23 @@ CURVES = [
     ("Truncated responses", ["truncated"]),
     ("Sampling temperature", ["temperature"]),
 ]
-# Of interest when something went wrong: folded away.
+# Folded away: of interest when something went wrong.
 _FOLDED = ["accuracy", "grad_norm", "lr", "tokens_per_second"]
 _NOT_CURVES = {"step", "tokens", "seconds"}
 
 
+_NUMERALS = {1: "one stage", 2: "two stages", 3: "three stages", 4: "four stages"}
+
+
 def write_report(run_dir: str | Path) -> None:
-    """Writes `run_dir`/report.html. FileNotFoundError or ValueError names a file that is missing or damaged."""
+    """Write `run_dir`/report.html. Raises FileNotFoundError or ValueError, naming the file that is missing or damaged."""
     run = Path(run_dir)
     results = read_json(run / "results.json")
-    wanted = {"stages", "seed", "num_problems", "peak_rss_bytes", "versions"}
-    if not isinstance(results, dict) or not wanted <= results.keys() or not results["stages"]:
-        raise ValueError(f"{run / 'results.json'}: expected an object with {sorted(wanted)}, as `recipe` writes it")  # fmt: skip
-    names = [row["stage"] for row in results["stages"]]
+    expected = {"stages", "seed", "num_problems", "peak_rss_bytes", "versions"}
+    if not isinstance(results, dict) or not expected <= results.keys() or not results["stages"]:
+        raise ValueError(f"{run / 'results.json'}: expected an object with {sorted(expected)}, as `recipe` writes it")  # fmt: skip
+    stages = results["stages"]
+    names = [row["stage"] for row in stages]
     evaluations = {name: read_json(run / "evaluate" / f"{name}.json") for name in names}
     metrics = {
         name: read_rows(run / name / "metrics.jsonl", {"step": int})
@@ -82,28 +68,31 @@ def write_report(run_dir: str | Path) -> None:
         if (run / name / "metrics.jsonl").exists()
     }
     controls = run / "controls" / "controls.json"
-    body = [
-        header(results),
-        ladder_section(results),
-        *([controls_section(read_json(controls))] if controls.exists() else []),
-        breakdown_section(evaluations),
-        curves_section(metrics),
-        samples_section(evaluations),
-        run_section(results),
-    ]
-    title = (
-        f"PhiMini: run {results.get('config', {}).get('name', run.name)}, seed {results['seed']}"
+    intervals = [row["gain_ci95"] for row in stages if row["gain_ci95"] is not None]
+    page = render(
+        "report.html.j2",
+        stage_name=stage_name,
+        short_name=short_name,
+        run_name=results.get("config", {}).get("name", run.name),
+        results=results,
+        stages=stages,
+        length=_NUMERALS.get(len(stages) - 1, f"{len(stages) - 1} stages"),
+        num_gains=len(intervals),
+        num_sure=sum(low > 0 for low, _ in intervals),
+        facts=facts(results),
+        ladder=ladder_charts(stages),
+        paper=PAPER,
+        controls=read_json(controls) if controls.exists() else None,
+        breakdowns=breakdowns(evaluations),
+        curves=[stage_curves(name, rows) for name, rows in metrics.items()],
+        samples=samples(evaluations),
     )
-    write_text(run / "report.html", page(title, "\n".join(body)))
+    write_text(run / "report.html", page)
 
 
-def header(results: Row) -> str:
-    stages = results["stages"]
-    first, last = stages[0], stages[-1]
-    gains = [row["gain_ci95"] for row in stages if row["gain_ci95"] is not None]
-    sure = sum(low > 0 for low, _ in gains)
-    count = "each of the" if sure == len(gains) else f"{sure} of the"
-    facts = {
+def facts(results: Row) -> dict[str, object]:
+    """Return the figures of the page's header."""
+    return {
         "Date": results.get("date", "unknown"),
         "Machine": results.get("machine", "unknown"),
         "From data to report": duration(results.get("wall_seconds")),
@@ -111,255 +100,114 @@ def header(results: Row) -> str:
         "Seed": results["seed"],
         "Held-out problems": f"{results['num_problems']:,}",
     }
-    rows = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in facts.items())
-    return (
-        f'<header><p class="overline">PhiMini · run {text(results.get("config", {}).get("name", ""))}</p>'
-        f"<h1>From {percent(first['mean_at_8'])} to {percent(last['mean_at_8'])} in four stages</h1>"
-        f'<p class="lead">Sampled accuracy (mean@8) on problems that no stage has seen. '
-        f"<strong>{count.capitalize()} {len(gains)} gains</strong> "
-        f"{'has' if sure in (1, len(gains)) else 'have'} a paired 95 % interval above zero.</p>"
-        f'<dl class="facts">{rows}</dl></header>'
-    )
 
 
-def ladder_section(results: Row) -> str:
-    stages = results["stages"]
-    labels = [SHORT_NAMES.get(row["stage"], str(row["stage"])) for row in stages]
+def ladder_charts(stages: Sequence[Row]) -> list[Chart]:
+    """Return the accuracy of each stage, the paper's, the gains and the times."""
+    labels = [short_name(row["stage"]) for row in stages]
     rungs = lambda key, ci=None: [
         Rung(100 * row[key], *(100 * x for x in (row[ci] if ci else ()))) for row in stages
     ]
     ours = [("mean@8", "c1", rungs("mean_at_8", "ci95")), ("greedy", "c3", rungs("greedy")),
             ("pass@8", "c0", rungs("pass_at_8"))]  # fmt: skip
-    known = [row["stage"] for row in stages if row["stage"] in PAPER]
-    benchmarks = [("AIME 24", "c1"), ("MATH-500", "c3"), ("GPQA", "c2")]
-    paper = [
-        (name, colour, [Rung(PAPER[stage][index]) for stage in known])
-        for index, (name, colour) in enumerate(benchmarks)
+    charts = [
+        Chart(
+            "This run, held-out problems",
+            ladder(labels, ours),
+            "accuracy after each stage",
+            "bars: 95 % interval",
+        )  # fmt: skip
     ]
-    gains = [
+    if [row["stage"] for row in stages] == list(PAPER):
+        paper = [
+            (name, colour, [Rung(values[index]) for values in PAPER.values()])
+            for index, (name, colour) in enumerate(
+                [("AIME 24", "c1"), ("MATH-500", "c3"), ("GPQA", "c2")]
+            )  # fmt: skip
+        ]
+        charts.append(Chart("The paper, Phi-4-Mini 3.8 B", ladder(labels, paper), "the paper's accuracies", "pass@1, arXiv 2504.21233"))  # fmt: skip
+    gained = [
         (label, 100 * row["gain"], *(100 * x for x in row["gain_ci95"]))
         for label, row in zip(labels, stages, strict=True)
         if row["gain"] is not None
     ]
-    charts = [
-        figure("This run, held-out problems", ladder_chart(labels, ours), "whiskers: 95 % interval")
-    ]
-    if known == list(PAPER):
-        charts.append(
-            figure(
-                "The paper, Phi-4-Mini 3.8 B",
-                ladder_chart(labels, paper),
-                "pass@1, arXiv 2504.21233",
-            )
-        )
-    if gains:
-        charts.append(
-            figure(
-                "What each stage adds, points of mean@8",
-                gain_chart(gains),
-                "paired by problem, 95 % interval",
-            )
-        )
-    charts.append(time_figure(labels, stages))
-    return section(
-        "The ladder",
-        "The paper's ladder is other benchmarks on the model of 3.8 billion parameters: compare the shapes of the "
-        "two, not their heights.",
-        f'<div class="cards wide">{"".join(charts)}</div>{ladder_table(stages)}',
-    )
-
-
-def time_figure(labels: Sequence[str], stages: Sequence[Row]) -> str:
-    rows = []
+    if gained:
+        charts.append(Chart("What each stage adds, points of mean@8", gains(gained), "gain of each stage with its 95 % interval", "paired by problem, 95 % interval"))  # fmt: skip
+    spent = []
     for label, row in zip(labels, stages, strict=True):
         evaluation = row.get("evaluation_seconds", 0.0)
-        rows.append((label, row["seconds"], evaluation, duration(row["seconds"] + evaluation)))
-    return figure(
-        "Where the time went",
-        time_chart(rows),
-        legend([("c1", "training"), ("c0", "evaluation")]),
-        note_is_html=True,
-    )
+        spent.append((label, row["seconds"], evaluation, duration(row["seconds"] + evaluation)))
+    legend = [("c1", "training"), ("c0", "evaluation")]
+    charts.append(Chart("Where the time went", times(spent), "time of training and evaluation of each stage", legend=legend))  # fmt: skip
+    return charts
 
 
-def ladder_table(stages: Sequence[Row]) -> str:
-    rows = []
-    for row in stages:
-        gain = row["gain_ci95"]
-        paper = PAPER.get(row["stage"])
-        rows.append([
-            text(stage_name(row["stage"])),
-            f"<strong>{percent(row['mean_at_8'])}</strong> <small>{interval(row['ci95'])}</small>",
-            "" if gain is None else f"{100 * row['gain']:+.1f} <small>{interval(gain, sign='+')}</small>",
-            percent(row["greedy"]),
-            percent(row["pass_at_8"]),
-            *((f"{row['steps']:,}", f"{row['tokens']:,}", duration(row["seconds"])) if row["steps"] else [""] * 3),
-            "" if paper is None else " / ".join(f"{value:.1f}" for value in paper),
-        ])  # fmt: skip
-    head = ["Stage", "mean@8 [95 %]", "Gain [95 %]", "Greedy", "pass@8", "Steps", "Tokens", "Time", "Paper: AIME / MATH / GPQA"]  # fmt: skip
-    return table(head, rows)
-
-
-def controls_section(controls: Row) -> str:
-    rows = [
-        [
-            text(str(row["arm"]).removeprefix("controls/").replace("_", " ")),
-            f"<strong>{percent(row['mean_at_8'])}</strong> <small>{interval(row['ci95'])}</small>",
-            f"{100 * row['gain_over_sft']:+.1f} <small>{interval(row['gain_ci95'], sign='+')}</small>",
-            f"{100 * row['against_rlvr']:+.1f} <small>{interval(row['against_rlvr_ci95'], sign='+')}</small>",
-            percent(row["greedy"]),
-            percent(row["pass_at_8"]),
-            f"{row['steps']:,}",
-            duration(row["seconds"]),
-        ]
-        for row in controls["arms"]
-    ]
-    head = ["Arm", "mean@8 [95 %]", "Gain over SFT [95 %]", "Against stage 4 [95 %]", "Greedy", "pass@8", "Steps", "Time"]  # fmt: skip
-    return section(
-        "Controls",
-        "What else the time of stages 3 and 4 could have bought from the stage-2 model; and stage 4 again, from the "
-        "stage-3 model, without the remedy that the arm names.",
-        table(head, rows),
-    )
-
-
-def breakdown_section(evaluations: Mapping[str, Row]) -> str:
-    parts = []
+def breakdowns(evaluations: Mapping[str, Row]) -> list[dict[str, Any]]:
+    """Return the tables of mean@8 by family and by level: a row per group, a share per stage."""
+    tables = []
     for kind, title in (("families", "By family"), ("levels", "By level")):
-        groups = list(dict.fromkeys(g for e in evaluations.values() for g in e.get(kind, {})))
-        if not groups:
-            continue
         rows = []
-        for group in groups:
+        for group in dict.fromkeys(g for e in evaluations.values() for g in e.get(kind, {})):
             cells = [e.get(kind, {}).get(group) for e in evaluations.values()]
+            label = f"{'Level ' if kind == 'levels' else ''}{spaced(group)}"
             size = next(cell["n"] for cell in cells if cell)
-            label = f"{'Level ' if kind == 'levels' else ''}{group.replace('_', ' ')}"
             shares = [cell and cell["mean_at_8"] for cell in cells]
-            rows.append(
-                f"<tr><td>{text(label)} <small>n = {size}</small></td>"
-                + "".join(
-                    "<td></td>" if share is None
-                    else f'<td style="--share: {share:.3f}">{percent(share)}</td>'
-                    for share in shares
-                )
-                + "</tr>"
-            )  # fmt: skip
-        head = "".join(f"<th>{text(SHORT_NAMES.get(name, name))}</th>" for name in evaluations)
-        parts.append(
-            f'<h3>{title}</h3><div class="scroll"><table class="heat"><thead><tr><th></th>{head}</tr></thead>'
-            f"<tbody>{''.join(rows)}</tbody></table></div>"
-        )
-    return section("Where the accuracy comes from", "mean@8 after each stage.", "".join(parts))
+            rows.append({"label": label, "n": size, "shares": shares})
+        if rows:
+            tables.append({"title": title, "rows": rows})
+    return tables
 
 
-def curves_section(metrics: Mapping[str, list[Row]]) -> str:
-    parts = []
-    for name, rows in metrics.items():
-        known = [field for _, fields in CURVES for field in fields]
-        others = sorted({field for row in rows for field in row} - {*known, *_FOLDED, *_NOT_CURVES})
-        shown = [curve(title, fields, rows) for title, fields in CURVES]
-        folded = [
-            curve(field.replace("_", " ").capitalize(), [field], rows) for field in others + _FOLDED
-        ]
-        parts.append(
-            f'<h3>{text(stage_name(name))}</h3><div class="cards curves">{"".join(shown)}</div>'
-        )
-        if any(folded):
-            parts.append(
-                f'<details class="more"><summary>More curves of {text(stage_name(name))}</summary>'
-                f'<div class="cards curves">{"".join(folded)}</div></details>'
-            )
-    return section(
-        "How each stage went",
-        "Pale: every step. Strong: running mean. Validation loss is on rollouts that no stage trained on.",
-        "".join(parts),
-    )
+def stage_curves(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return a stage's charts, those of most interest first and the others folded."""
+    known = [field for _, fields in CURVES for field in fields]
+    others = sorted({field for row in rows for field in row} - {*known, *_FOLDED, *_NOT_CURVES})
+    shown = [curve_chart(title, fields, rows) for title, fields in CURVES]
+    folded = [curve_chart(spaced(f).capitalize(), [f], rows) for f in others + _FOLDED]
+    return {
+        "name": stage_name(name),
+        "shown": [chart for chart in shown if chart],
+        "folded": [chart for chart in folded if chart],
+    }
 
 
-def curve(title: str, fields: Sequence[str], rows: Sequence[Row]) -> str:
-    """A figure of `fields` over the steps; nothing if no row has any of them."""
+def curve_chart(title: str, fields: Sequence[str], rows: Sequence[Row]) -> Chart | None:
+    """Return a chart of `fields` over the steps, or None if no row has any of them."""
     series = []
     for index, field in enumerate(fields):
-        points = [
-            (row["step"] + 1, float(row[field])) for row in rows if _is_number(row.get(field))
-        ]
+        points = [(row["step"] + 1, float(row[field])) for row in rows if _is_number(row.get(field))]  # fmt: skip
         if points:
-            series.append(Series(field.replace("_", " "), points, f"c{index + 1}"))
+            series.append(Series(spaced(field), points, f"c{index + 1}"))
     if not series:
-        return ""
+        return None
     values = [y for _, y in series[0].points]
     scale = max(map(abs, values))
     note = f"{short(values[0], scale)} → {short(values[-1], scale)}"
-    if len(fields) > 1:
-        note = legend([(one.colour, one.name) for one in series])
-    elif fields == ["validation_loss"] and len(values) >= 4 and values[-1]:
+    legend = [(one.colour, one.name) for one in series] if len(fields) > 1 else []
+    if fields == ["validation_loss"] and len(values) >= 4 and values[-1]:
         quarter = values[-1 - len(values) // 4]
         note += minus(f", last quarter {100 * (values[-1] - quarter) / quarter:+.1f} %")
-    return figure(title, line_chart(series), note, note_is_html=True)
+    label = f"{', '.join(one.name for one in series)} over the steps"
+    return Chart(title, curves(series), label, "" if legend else note, legend)
 
 
-def samples_section(evaluations: Mapping[str, Row]) -> str:
-    """A card per question, the stages' answers under each other."""
-    asked: dict[str, list[tuple[str, Row]]] = {}
+def samples(evaluations: Mapping[str, Row]) -> dict[str, list[Row]]:
+    """Return each question's answers, first stage to last."""
+    asked: dict[str, list[Row]] = {}
     for name, evaluation in evaluations.items():
         for sample in evaluation.get("samples", []):
-            asked.setdefault(sample["question"], []).append((name, sample))
-    cards = []
-    for index, (question, answers) in enumerate(asked.items()):
-        sample = answers[0][1]
-        marks = "".join(
-            f'<span class="{"right" if s["correct"] else "wrong"}" title="{text(stage_name(name))}">'
-            f"{'✓' if s['correct'] else '✗'}</span>"
-            for name, s in answers
-        )
-        about = f"answer {sample['answer']} · {str(sample.get('family', '')).replace('_', ' ')}, level {sample.get('level', '')}"
-        rows = "".join(
-            f'<div class="answer{" ok" if s["correct"] else ""}"><b>{text(stage_name(name))}'
-            f'<span class="{"right" if s["correct"] else "wrong"}">{"✓ right" if s["correct"] else "✗ wrong"}</span></b>'
-            f"<pre>{text(s['response']) or '(empty)'}</pre></div>"
-            for name, s in answers
-        )
-        cards.append(
-            f'<details class="sample"{" open=" + chr(34) + "open" + chr(34) if index == 0 else ""}><summary>'
-            f'<span class="question">{text(question)}<small>{text(about)}</small></span>'
-            f'<span class="marks">{marks}</span></summary><div class="answers">{rows}</div></details>'
-        )
-    return section(
-        "What the model writes", "Greedy answers of each stage, first to last.", "".join(cards)
-    )
-
-
-def run_section(results: Row) -> str:
-    versions = "".join(
-        f"<tr><td>{text(name)}</td><td>{text(version)}</td></tr>"
-        for name, version in results["versions"].items()
-    )
-    return section(
-        "Versions and settings",
-        "",
-        f'<div class="settings"><div><h4>versions</h4><table>{versions}</table></div>'
-        f"{settings_tables(results.get('config', {}))}</div>",
-    )
-
-
-def settings_tables(config: Mapping[str, Any], prefix: str = "") -> str:
-    """A small table for the values of `config`, then one for each dict in it."""
-    plain = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    nested = {key: value for key, value in config.items() if isinstance(value, dict)}
-    rows = "".join(
-        f"<tr><td>{text(key)}</td><td>{text(value)}</td></tr>" for key, value in plain.items()
-    )
-    own = f"<div><h4>{text(prefix or 'run')}</h4><table>{rows}</table></div>" if plain else ""
-    return own + "".join(
-        settings_tables(value, f"{prefix}.{key}" if prefix else str(key))
-        for key, value in nested.items()
-    )
+            asked.setdefault(sample["question"], []).append({"stage": name, "sample": sample})
+    return asked
 
 
 def stage_name(stage: str) -> str:
     return STAGE_NAMES.get(stage, stage)
 
 
+def short_name(stage: str) -> str:
+    return SHORT_NAMES.get(stage, stage)
+
+
 def _is_number(value: object) -> bool:
-    """One that a chart can show: JSON has 1e999 too, which reads as infinity."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e300
+    """Return True for a number that a chart can show: JSON's 1e999 reads as infinity, and charts hold float32."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e30

@@ -37,6 +37,11 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_file_of_every_package_and_nothing_else(unpacked: Path) -> None:
     shipped = {str(p.relative_to(unpacked / "phimini")) for p in unpacked.rglob("phimini/**/*.py")}
     assert shipped == {str(p.relative_to(ROOT)) for f in LAYERS for p in (ROOT / f).rglob("*.py")}
+    templates = {str(p.relative_to(unpacked / "phimini")) for p in unpacked.rglob("templates/*")}
+    assert templates == {
+        str(p.relative_to(ROOT)) for f in LAYERS for p in (ROOT / f).rglob("templates/*")
+    }
+    assert "stages/report/templates/report.html.j2" in templates
     outside = [p.name for p in unpacked.iterdir() if p.name != "phimini"]
     assert len(outside) == 1 and outside[0].endswith(".dist-info")
 
