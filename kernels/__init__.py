@@ -1,6 +1,6 @@
 """Public GPU ops, one per file: the reference, the Triton kernels, and the function that trainers call.
 
-May import: kernels/head.
+May import: kernels/backend, kernels/head.
 """
 
 from phimini.kernels.checksum import checksum, checksum_reference, checksums

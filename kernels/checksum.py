@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phimini.kernels._launch import Backend, runs_triton
+from phimini.kernels.backend.launch import Backend, runs_triton
 
 _ROWS, _COLUMNS = 127, 129
 _ROW_BYTES = 8 * _COLUMNS

@@ -11,16 +11,18 @@ Deterministic. Bound: compute, 6 * M * V * D FLOPs. Memory: chunk_bytes of logit
 Letters: M rows (tokens), D model width, V vocabulary (this rank's V/TP rows of it where a group is given).
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Unpack
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from phimini.kernels._launch import Backend, compute_dtype
+from phimini.kernels.backend.launch import compute_dtype
+from phimini.kernels.head.call import HeadCall, LossOptions, LossResult, head_loss
 from phimini.kernels.head.chunked import RowGrads
-from phimini.kernels.head.custom_op import HeadLoss, LossCall, LossResult
-from phimini.kernels.head.rows import check_head, check_main_grad, check_rows
+from phimini.kernels.head.options import HeadKeywords
+from phimini.kernels.head.rows import check_head
 
 
 class CrossEntropyMetrics(NamedTuple):
@@ -75,42 +77,42 @@ def linear_cross_entropy_reference(
     return loss, metrics
 
 
-# --- forward with gradients, custom op ------------------------------------------------------------
-def _run(call: LossCall) -> LossResult:
-    (row_weight_M,) = call.row_values
-    smoothing, z_loss, with_entropy = call.numbers
-    rows = call.counting_rows(row_weight_M)
-    weight_M = rows.weights(row_weight_M, call.dtype)
-    head = call.open_for_loss(rows, with_entropy=with_entropy != 0, with_mean_logit=smoothing != 0)
-    sums_5 = weight_M.new_zeros(5)
-    for chunk in call.chunks(rows, call.needs_gradient):
-        stats, w_M = head.forward(chunk), weight_M[chunk]
-        nll_M = ce_M = -stats.logp_M
-        dlogp_M, dlse_M, dmean_M = -w_M, None, None
-        if stats.mean_logit_M is not None:
-            ce_M = (1 - smoothing) * nll_M + smoothing * (stats.lse_M - stats.mean_logit_M)
-            dlogp_M, dlse_M, dmean_M = (smoothing - 1) * w_M, smoothing * w_M, -smoothing * w_M
-        if z_loss:
-            ce_M = ce_M + z_loss * stats.lse_M.square()
-            dz_M = 2 * z_loss * w_M * stats.lse_M
-            dlse_M = dz_M if dlse_M is None else dlse_M + dz_M
-        if call.needs_gradient:
-            head.backward(chunk, RowGrads(dlogp_M, dlse_M, mean_logit_M=dmean_M))
-        entropy_M = torch.zeros_like(nll_M) if stats.entropy_M is None else stats.entropy_M
-        values = [
-            w_M * ce_M,
-            nll_M,
-            stats.is_top_M.to(nll_M.dtype),
-            entropy_M,
-            torch.ones_like(nll_M),
-        ]
-        sums_5 += rows.sum(torch.stack(values), chunk)
-    return LossResult(
-        sums_5[0].clone(), sums_5[1:].clone(), call.close(head, rows), sums_5.new_empty(0)
-    )
+# --- forward with gradients ----------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy(LossOptions):
+    """Options of the loss, and its computation."""
 
+    op = "linear_cross_entropy"
+    num_metrics = len(CrossEntropyMetrics._fields)
 
-_cross_entropy = HeadLoss("linear_cross_entropy", len(CrossEntropyMetrics._fields), _run)
+    label_smoothing: float
+    z_loss: float
+
+    def run(self, call: HeadCall, values: Sequence[Tensor | None]) -> LossResult:
+        (row_weight_M,) = values
+        smoothing, z_loss = self.label_smoothing, self.z_loss
+        rows = call.counting_rows(row_weight_M)
+        weight_M = rows.weights(row_weight_M, call.dtype)
+        head = call.open(rows, with_entropy=self.with_entropy, with_mean_logit=smoothing != 0)
+        sums_5 = weight_M.new_zeros(5)
+        for chunk in head.chunks:
+            stats, w_M = head.forward(chunk), weight_M[chunk]
+            nll_M = ce_M = -stats.logp_M
+            dlogp_M, dlse_M, dmean_M = -w_M, None, None
+            if stats.mean_logit_M is not None:
+                ce_M = (1 - smoothing) * nll_M + smoothing * (stats.lse_M - stats.mean_logit_M)
+                dlogp_M, dlse_M, dmean_M = (smoothing - 1) * w_M, smoothing * w_M, -smoothing * w_M
+            if z_loss:
+                ce_M = ce_M + z_loss * stats.lse_M.square()
+                dz_M = 2 * z_loss * w_M * stats.lse_M
+                dlse_M = dz_M if dlse_M is None else dlse_M + dz_M
+            if call.needs_gradient:
+                head.backward(chunk, RowGrads(dlogp_M, dlse_M, mean_logit_M=dmean_M))
+            entropy_M = torch.zeros_like(nll_M) if stats.entropy_M is None else stats.entropy_M
+            is_top_M, ones_M = stats.is_top_M.to(nll_M.dtype), torch.ones_like(nll_M)
+            values_5M = torch.stack([w_M * ce_M, nll_M, is_top_M, entropy_M, ones_M])
+            sums_5 += rows.sum(values_5M, chunk)
+        return LossResult(sums_5[0].clone(), sums_5[1:].clone(), head.finish(), None)
 
 
 # --- public op -----------------------------------------------------------------------------------
@@ -123,46 +125,30 @@ def linear_cross_entropy(
     temperature: float | Tensor = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    ignore_index: int = -100,
-    group: dist.ProcessGroup | None = None,
-    sequence_parallel: bool = False,
     main_grad: Tensor | None = None,
     with_entropy: bool = True,
-    chunk_bytes: int | None = None,
-    max_rows: int | None = None,
-    _backend: Backend | None = None,
+    **head: Unpack[HeadKeywords],
 ) -> tuple[Tensor, CrossEntropyMetrics]:
-    """(sum over rows of row_weight * cross-entropy, metrics); fp32 scalars (fp64 for fp64 input).
+    """Return (sum over rows of row_weight * cross-entropy, metrics); fp32 scalars (fp64 for fp64 input).
 
     hidden_MD (M, D) and weight_VD (V, D) share a dtype; targets_M (M,) int64 in [0, V) or `ignore_index`.
     row_weight_M (M,): put normalisers here (1 / tokens of the global batch); rows of weight 0 are not computed.
+    temperature: one number, or (M,), one per row (not differentiated).
     main_grad (V, D) fp32: dW is added to it during the forward and weight_VD gets no gradient. Then the loss
     must be backpropagated with gradient 1 (checked), once, and not recomputed by activation checkpointing.
-    temperature, group, sequence_parallel, chunk_bytes, max_rows: as in `linear_logprob`. with_entropy: False saves work.
+    with_entropy: False saves work. The other arguments: `HeadKeywords`.
     Raises ValueError for shapes, dtypes, strides and targets that do not fit.
     """
-    op = "linear_cross_entropy"
-    check_head(
-        op,
-        hidden_MD,
-        weight_VD,
-        targets_M,
-        temperature,
-        group,
-        sequence_parallel,
-        chunk_bytes,
-        max_rows,
-        ignore_index,
+    options = CrossEntropy(
+        label_smoothing=label_smoothing, z_loss=z_loss, with_entropy=with_entropy, **head
     )
-    check_rows(op, "row_weight_M", row_weight_M, targets_M.shape[0], weight_VD.device)
-    check_main_grad(op, main_grad, weight_VD)
+    check_head(
+        options, hidden_MD, weight_VD, targets_M, temperature, main_grad, {"row_weight_M": row_weight_M}
+    )  # fmt: skip
     for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
         if not 0 <= value <= 1:
-            raise ValueError(f"{op}: {name} must be in [0, 1], got {value}")
-    loss, metrics_4, _ = _cross_entropy(
-        hidden_MD, weight_VD, targets_M, row_values=[row_weight_M],
-        numbers=[label_smoothing, z_loss, float(with_entropy)], words="",
-        temperature=temperature, ignore_index=ignore_index, group=group, sequence_parallel=sequence_parallel,
-        main_grad=main_grad, chunk_bytes=chunk_bytes, max_rows=max_rows, backend=_backend,
+            raise ValueError(f"{options.op}: {name} must be in [0, 1], got {value}")
+    loss, metrics_4, _ = head_loss(
+        options, hidden_MD, weight_VD, targets_M, [row_weight_M], temperature=temperature, main_grad=main_grad
     )  # fmt: skip
     return loss, CrossEntropyMetrics(*metrics_4.unbind())

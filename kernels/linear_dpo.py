@@ -18,26 +18,20 @@ Letters: M rows (tokens), D model width, V vocabulary (or this rank's V/TP rows)
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Unpack
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from phimini.kernels._launch import Backend
-from phimini.kernels.head.call import group_of, name_of
+from phimini.kernels.head.call import HeadCall, LossOptions, LossResult, head_loss
 from phimini.kernels.head.chunked import ChunkedHead, RowGrads
-from phimini.kernels.head.custom_op import HeadLoss, LossCall, LossResult
+from phimini.kernels.head.options import HeadKeywords
 from phimini.kernels.head.pairs import PairGroup, plan_pairs
-from phimini.kernels.head.rows import (
-    check_group,
-    check_head,
-    check_main_grad,
-    check_rows,
-    check_tensor,
-    chunk_slices,
-)
+from phimini.kernels.head.rows import check_head, check_tensor, chunk_slices
 from phimini.kernels.linear_logprob import linear_logprob_reference
 
 
@@ -111,15 +105,34 @@ def _loss_of_pairs(
     return loss, DpoMetrics(*(value_P.detach().where(counts_P, 0).sum() for value_P in values))
 
 
-# --- forward with gradients, custom op ------------------------------------------------------------
-class _Dpo:
-    """The loss over one call: log-probs of sequences, and the coefficients they give."""
+# --- forward with gradients ----------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Dpo(LossOptions):
+    """Options of the loss."""
 
-    def __init__(self, call: LossCall) -> None:
+    op = "linear_dpo"
+    num_metrics = len(DpoMetrics._fields)
+
+    beta: float
+    label_smoothing: float
+    nll_weight: float
+    sequence_group: dist.ProcessGroup | None
+
+    def run(self, call: HeadCall, values: Sequence[Tensor | None]) -> LossResult:
+        return _DpoRun(self, call, values).run()
+
+
+class _DpoRun:
+    """One computation of the loss: log-probs of sequences, and the coefficients that follow from them."""
+
+    def __init__(self, options: Dpo, call: HeadCall, values: Sequence[Tensor | None]) -> None:
         self.call = call
-        self.beta, self.smoothing, self.nll_weight = call.numbers
-        self.sequence_group = group_of(call.words)
-        sequence_M, reference_S, weight_P = call.row_values
+        self.beta, self.smoothing = options.beta, options.label_smoothing
+        self.nll_weight = options.nll_weight
+        self.sequence_group = options.sequence_group
+        if self.sequence_group is not None and self.sequence_group.size() == 1:
+            self.sequence_group = None
+        sequence_M, reference_S, weight_P = values
         assert sequence_M is not None and reference_S is not None, "not optional"
         self.plan = plan_pairs(call, sequence_M, weight_P, len(reference_S), self.sequence_group)
         self.rows, self.sequence_M = self.plan.rows, self.plan.sequence_M
@@ -136,7 +149,7 @@ class _Dpo:
         self.scratch_VD: list[Tensor] = []
 
     def run(self) -> LossResult:
-        head = self.call.open_for_loss(self.rows)
+        head = self.call.open(self.rows)
         if self.plan.groups is None:
             self._twice(head)
         for group in self.plan.groups or []:
@@ -153,8 +166,7 @@ class _Dpo:
             self.smoothing,
             self.nll_weight,
         )
-        dx_MD = self.call.close(head, self.rows)
-        return LossResult(loss, torch.stack(metrics), dx_MD, loss.new_empty(0))
+        return LossResult(loss, torch.stack(metrics), head.finish(), None)
 
     def _sequence_within(self, sequences: slice, rows: slice) -> Tensor:
         """Rows that do not count have sequence 0 and log-prob 0: they may be anywhere."""
@@ -235,22 +247,15 @@ class _Dpo:
 
     def _twice(self, head: ChunkedHead) -> None:
         """Four GEMMs: log-probs first, by the kernel that keeps no logits, then everything with known coefficients."""
-        first = self.call.open(self.rows)
-        logps = [self.logp_S[:0]]
-        logps += [
-            first.forward(chunk).logp_M
-            for chunk in self.call.chunks(self.rows, with_gradient=False)
-        ]
+        first = self.call.open(self.rows, statistics_only=True)
+        logps = [self.logp_S[:0], *(first.forward(chunk).logp_M for chunk in first.chunks)]
         sequences = slice(0, len(self.logp_S))
-        self._add_logp(sequences, slice(0, len(self.rows)), torch.cat(logps))
+        self._add_logp(sequences, slice(0, len(self.sequence_M)), torch.cat(logps))
         if self.call.needs_gradient:
             of_row_M = self._coefficients(sequences)[self.sequence_M]
-            for chunk in self.call.chunks(self.rows, with_gradient=True):
+            for chunk in head.chunks:
                 head.forward(chunk)
                 head.backward(chunk, RowGrads(of_row_M[chunk]))
-
-
-_dpo = HeadLoss("linear_dpo", len(DpoMetrics._fields), lambda call: _Dpo(call).run())
 
 
 # --- public op -----------------------------------------------------------------------------------
@@ -265,16 +270,11 @@ def linear_dpo(
     label_smoothing: float = 0.0,
     nll_weight: float = 0.0,
     pair_weight_P: Tensor | None = None,
-    ignore_index: int = -100,
-    group: dist.ProcessGroup | None = None,
-    sequence_parallel: bool = False,
     sequence_group: dist.ProcessGroup | None = None,
     main_grad: Tensor | None = None,
-    chunk_bytes: int | None = None,
-    max_rows: int | None = None,
-    _backend: Backend | None = None,
+    **head: Unpack[HeadKeywords],
 ) -> tuple[Tensor, DpoMetrics]:
-    """(sum over pairs of weight * loss, metrics); fp32 scalars (fp64 for fp64 input).
+    """Return (sum over pairs of weight * loss, metrics); fp32 scalars (fp64 for fp64 input).
 
     sequence_M (M,) int64: row -> sequence, 2i the chosen and 2i+1 the rejected answer of pair i; rows may come in any
     order. Best on the CPU, whatever the device of the others: the host plans chunks of whole pairs with it.
@@ -284,24 +284,18 @@ def linear_dpo(
     every rank returns the whole loss, and the ranks' gradients add up to the loss's gradient.
     The other arguments, and the errors raised: as in `linear_cross_entropy`.
     """
-    op = "linear_dpo"
-    check_head(
-        op,
-        hidden_MD,
-        weight_VD,
-        targets_M,
-        1.0,
-        group,
-        sequence_parallel,
-        chunk_bytes,
-        max_rows,
-        ignore_index,
-    )
-    check_tensor(op, "sequence_M", sequence_M, None)
-    check_rows(op, "sequence_M", sequence_M, targets_M.shape[0])
+    options = Dpo(
+        beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight, sequence_group=sequence_group,
+        with_entropy=False, **head,
+    )  # fmt: skip
+    op = options.op
+    check_head(options, hidden_MD, weight_VD, targets_M, main_grad=main_grad)
+    check_tensor(op, "sequence_M", sequence_M, None, tuple(targets_M.shape))
     check_tensor(op, "reference_logp_S", reference_logp_S, weight_VD.device)
-    check_group(op, "sequence_group", sequence_group)
-    check_main_grad(op, main_grad, weight_VD)
+    if sequence_group is not None and not isinstance(sequence_group, dist.ProcessGroup):
+        raise ValueError(
+            f"{op}: sequence_group must be a ProcessGroup or None, got {sequence_group!r}"
+        )
     if sequence_M.dtype != torch.int64:
         raise ValueError(f"{op}: sequence_M must be int64, got {sequence_M.dtype}")
     if reference_logp_S.ndim != 1 or reference_logp_S.shape[0] % 2:
@@ -319,10 +313,7 @@ def linear_dpo(
             f"{op}: expected beta > 0, label_smoothing in [0, 0.5), nll_weight >= 0, "
             f"got {beta}, {label_smoothing}, {nll_weight}"
         )
-    loss, metrics_9, _ = _dpo(
-        hidden_MD, weight_VD, targets_M, row_values=[sequence_M, reference_logp_S, pair_weight_P],
-        numbers=[beta, label_smoothing, nll_weight], words=name_of(sequence_group),
-        temperature=1.0, ignore_index=ignore_index, group=group, sequence_parallel=sequence_parallel,
-        main_grad=main_grad, chunk_bytes=chunk_bytes, max_rows=max_rows, backend=_backend,
+    loss, metrics_9, _ = head_loss(
+        options, hidden_MD, weight_VD, targets_M, [sequence_M, reference_logp_S, pair_weight_P], main_grad=main_grad
     )  # fmt: skip
     return loss, DpoMetrics(*metrics_9.unbind())

@@ -11,16 +11,18 @@ Deterministic. Bound: compute, 2 * M * V * D FLOPs forward, 6 * M * V * D backwa
 Letters: M rows (tokens), D model width, V vocabulary (this rank's V/TP rows of it where a group is given).
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Unpack
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from phimini.kernels._launch import Backend, compute_dtype
-from phimini.kernels.head.call import HeadCall, name_of
+from phimini.kernels.backend.launch import compute_dtype
+from phimini.kernels.head.call import HeadCall, HeadOp, compute
 from phimini.kernels.head.chunked import RowGrads
-from phimini.kernels.head.rows import check_head
+from phimini.kernels.head.options import HeadKeywords
+from phimini.kernels.head.rows import HeadRows, check_head
 
 
 class LinearLogprob(NamedTuple):
@@ -54,96 +56,82 @@ def linear_logprob_reference(
     return LinearLogprob(*(value_M.where(counts_M, 0) for value_M in (logp_M, entropy_M, lse_M)))
 
 
-# --- custom op + autograd ------------------------------------------------------------------------
-def _call(hidden, weight, targets, temperature_M, temperature, ignore_index, group_name, sequence_parallel,
-          chunk_bytes, max_rows, backend) -> HeadCall:  # fmt: skip
-    return HeadCall(
-        op="linear_logprob", hidden_MD=hidden, weight_VD=weight, targets_M=targets, temperature_M=temperature_M,
-        temperature=temperature, ignore_index=ignore_index, group_name=group_name,
-        sequence_parallel=sequence_parallel, chunk_bytes=chunk_bytes, max_rows=max_rows,
-        backend=backend,
-    )  # fmt: skip
+# --- autograd ------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Logprob(HeadOp):
+    """Options of the op, and its computation, forward and backward."""
 
+    op = "linear_logprob"
 
-@torch.library.custom_op("phimini::linear_logprob", mutates_args=())
-def _logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature_M: Tensor | None, temperature: float,
-    ignore_index: int, group_name: str, sequence_parallel: bool, chunk_bytes: int, max_rows: int, backend: str,
-    with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    call = _call(hidden, weight, targets, temperature_M, temperature, ignore_index, group_name, sequence_parallel,
-                 chunk_bytes, max_rows, backend)  # fmt: skip
-    rows = call.counting_rows(None)
-    head = call.open(rows, with_entropy=with_entropy)
-    logp_M, entropy_M, lse_M = (
-        torch.zeros_like(rows.targets_M, dtype=call.dtype) for _ in range(3)
-    )
-    with call.without_autocast():
-        for chunk in call.chunks(rows, with_gradient=False):
+    def run(self, call: HeadCall, values: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Return (logp, entropy, lse); with `values`, the gradients of the three, return (dX,)."""
+        rows = call.counting_rows(None)
+        return self._backward(call, rows, *values) if values else self._forward(call, rows)
+
+    def _forward(self, call: HeadCall, rows: HeadRows) -> tuple[Tensor, ...]:
+        head = call.open(rows, with_entropy=self.with_entropy)
+        logp_M, entropy_M, lse_M = (
+            torch.zeros_like(rows.targets_M, dtype=call.dtype) for _ in range(3)
+        )
+        for chunk in head.chunks:
             stats = head.forward(chunk)
             logp_M[chunk], lse_M[chunk] = stats.logp_M, stats.lse_M
             if stats.entropy_M is not None:
                 entropy_M[chunk] = stats.entropy_M
-    return rows.expand(logp_M), rows.expand(entropy_M), rows.expand(lse_M)
+        return rows.expand(logp_M), rows.expand(entropy_M), rows.expand(lse_M)
 
-
-@_logprob.register_fake
-def _(hidden, weight, targets, *_) -> tuple[Tensor, Tensor, Tensor]:
-    logp, entropy, lse = (
-        targets.new_empty(targets.shape, dtype=compute_dtype(weight.dtype)) for _ in range(3)
-    )
-    return logp, entropy, lse
-
-
-@torch.library.custom_op("phimini::linear_logprob_bwd", mutates_args=())
-def _logprob_bwd(
-    dlogp: Tensor | None, dentropy: Tensor | None, dlse: Tensor | None, hidden: Tensor, weight: Tensor,
-    targets: Tensor, temperature_M: Tensor | None, temperature: float, ignore_index: int, group_name: str,
-    sequence_parallel: bool, chunk_bytes: int, max_rows: int, backend: str, needs_dx: bool, needs_dw: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = _call(hidden, weight, targets, temperature_M, temperature, ignore_index, group_name, sequence_parallel,
-                 chunk_bytes, max_rows, backend)  # fmt: skip
-    rows = call.counting_rows(None)
-    dw_VD = call.new_weight_gradient(needs_dw)
-    head = call.open(rows, needs_dx=needs_dx, dw_VD=dw_VD, entropy_gradient=dentropy is not None)
-    dlogp_M, dlse_M, dentropy_M = (rows.select(d, call.dtype) for d in (dlogp, dlse, dentropy))
-    if dlogp_M is None:
-        dlogp_M = torch.zeros_like(rows.targets_M, dtype=call.dtype)
-    with call.without_autocast():
-        for chunk in call.chunks(rows, with_gradient=True):
+    def _backward(
+        self, call: HeadCall, rows: HeadRows, dlogp: Tensor | None, dentropy: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor | None]:  # fmt: skip
+        head = call.open(rows, entropy_gradient=dentropy is not None)
+        dlogp_M, dlse_M, dentropy_M = (rows.select(d, call.dtype) for d in (dlogp, dlse, dentropy))
+        if dlogp_M is None:
+            dlogp_M = torch.zeros_like(rows.targets_M, dtype=call.dtype)
+        for chunk in head.chunks:
             head.forward(chunk)
             grads = (None if d_M is None else d_M[chunk] for d_M in (dlse_M, dentropy_M))
             head.backward(chunk, RowGrads(dlogp_M[chunk], *grads))
-    return call.close(head, rows), weight.new_empty(0) if dw_VD is None else dw_VD.to(weight.dtype)
+        return (head.finish(),)
+
+    def fake(
+        self, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, num_values: int, needs_dx: bool
+    ) -> list[Tensor]:  # fmt: skip
+        if num_values:
+            return [hidden_MD.new_empty(hidden_MD.shape if needs_dx else 0)]
+        wide = compute_dtype(weight_VD.dtype)
+        return [targets_M.new_empty(targets_M.shape, dtype=wide) for _ in range(3)]
 
 
-@_logprob_bwd.register_fake
-def _(dlogp, dentropy, dlse, hidden, weight, targets, temperature_M, temperature, ignore_index, group_name,
-      sequence_parallel, chunk_bytes, max_rows, backend, needs_dx, needs_dw):  # fmt: skip
-    return hidden.new_empty(hidden.shape if needs_dx else 0), weight.new_empty(
-        weight.shape if needs_dw else 0
-    )
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, options: Logprob, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, temperature: float | Tensor
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        is_row_wise = isinstance(temperature, Tensor)
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.temperature = options, None if is_row_wise else temperature
+        ctx.save_for_backward(hidden_MD, weight_VD, targets_M, temperature if is_row_wise else None)
+        logp_M, entropy_M, lse_M, _dw_VD = compute(
+            options, hidden_MD, weight_VD, targets_M, temperature, [], False, False
+        )  # fmt: skip
+        assert logp_M is not None and entropy_M is not None and lse_M is not None, "all are given"
+        if not options.with_entropy:
+            ctx.mark_non_differentiable(entropy_M)
+        return logp_M, entropy_M, lse_M
 
-
-def _setup(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    if not inputs[-1]:  # with_entropy
-        ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:4])
-    ctx.numbers, ctx.num_inputs = inputs[4:11], len(inputs)
-
-
-def _backward(ctx, dlogp: Tensor | None, dentropy: Tensor | None, dlse: Tensor | None):
-    if torch.is_grad_enabled():
-        raise RuntimeError("linear_logprob has no second derivative")
-    needs_dx, needs_dw = ctx.needs_input_grad[:2]
-    dx, dw = _logprob_bwd(
-        dlogp, dentropy, dlse, *ctx.saved_tensors, *ctx.numbers, needs_dx, needs_dw
-    )
-    return dx if needs_dx else None, dw if needs_dw else None, *(None,) * (ctx.num_inputs - 2)
-
-
-_logprob.register_autograd(_backward, setup_context=_setup)
+    @staticmethod
+    def backward(ctx, dlogp: Tensor | None, dentropy: Tensor | None, dlse: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_logprob has no second derivative")
+        hidden_MD, weight_VD, targets_M, temperature_M = ctx.saved_tensors
+        temperature = ctx.temperature if temperature_M is None else temperature_M
+        needs_dx, needs_dw = ctx.needs_input_grad[1:3]
+        dx_MD, dw_VD = compute(
+            ctx.options, hidden_MD, weight_VD, targets_M, temperature, [dlogp, dentropy, dlse], needs_dx, needs_dw
+        )  # fmt: skip
+        if dw_VD is not None:
+            dw_VD = dw_VD.to(weight_VD.dtype)
+        return None, dx_MD if needs_dx else None, dw_VD if needs_dw else None, None, None
 
 
 # --- public op -----------------------------------------------------------------------------------
@@ -153,42 +141,17 @@ def linear_logprob(
     targets_M: Tensor,
     *,
     temperature: float | Tensor = 1.0,
-    ignore_index: int = -100,
-    group: dist.ProcessGroup | None = None,
-    sequence_parallel: bool = False,
     with_entropy: bool = True,
-    chunk_bytes: int | None = None,
-    max_rows: int | None = None,
-    _backend: Backend | None = None,
+    **head: Unpack[HeadKeywords],
 ) -> LinearLogprob:
-    """logp, entropy and lse of each row's target, fp32; differentiable in all three; ignored rows give 0.
+    """Return logp, entropy and lse of each row's target, fp32; differentiable in all three; ignored rows give 0.
 
     hidden_MD (M, D) and weight_VD (V, D) share a dtype; targets_M (M,) int64 in [0, V) or `ignore_index`.
-    temperature: one number, or one per row (not differentiated).
-    group: weight_VD is this rank's V/TP rows of the vocabulary, targets stay global, hidden is the same on all
-    ranks; its gradient is summed over them. sequence_parallel: hidden_MD is instead this rank's M/TP rows.
-    with_entropy: False saves work; entropy_M is then 0. chunk_bytes: logits held at a time.
-    max_rows: on a GPU, how many rows count at most, if the host knows; the others are then not even padding.
+    temperature: one number, or (M,), one per row (not differentiated).
+    with_entropy: False saves work; entropy_M is then 0. The other arguments: `HeadKeywords`.
     Raises ValueError for shapes, dtypes, strides and targets that do not fit.
     """
-    check_head(
-        "linear_logprob",
-        hidden_MD,
-        weight_VD,
-        targets_M,
-        temperature,
-        group,
-        sequence_parallel,
-        chunk_bytes,
-        max_rows,
-        ignore_index,
-    )
-    is_row_wise = isinstance(temperature, Tensor)
-    return LinearLogprob(
-        *_logprob(
-            hidden_MD, weight_VD, targets_M,
-            temperature if is_row_wise else None, 1.0 if is_row_wise else float(temperature), ignore_index,
-            name_of(group), sequence_parallel, chunk_bytes or 0, -1 if max_rows is None else max_rows,
-            _backend or "", with_entropy,
-        )
-    )  # fmt: skip
+    options = Logprob(with_entropy=with_entropy, **head)
+    check_head(options, hidden_MD, weight_VD, targets_M, temperature)
+    outputs = _LinearLogprob.apply(options, hidden_MD, weight_VD, targets_M, temperature)
+    return LinearLogprob(*outputs)  # pyright: ignore[reportGeneralTypeIssues]

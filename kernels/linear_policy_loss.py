@@ -19,27 +19,21 @@ Deterministic. Bound: compute, 6 * M * V * D FLOPs. Letters: M rows, D model wid
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Unpack
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from phimini.kernels._launch import Backend, compute_dtype
+from phimini.kernels.backend.launch import compute_dtype
+from phimini.kernels.head.call import HeadCall, LossOptions, LossResult, head_loss
 from phimini.kernels.head.chunked import RowGrads, RowStats
-from phimini.kernels.head.custom_op import HeadLoss, LossCall, LossResult
-from phimini.kernels.head.rows import (
-    check_head,
-    check_main_grad,
-    check_rows,
-    check_tensor,
-)
+from phimini.kernels.head.options import HeadKeywords
+from phimini.kernels.head.rows import check_head, check_tensor
 from phimini.kernels.linear_logprob import linear_logprob_reference
 
 MAX_EXPONENT = 20.0
-_LOGP = 7
-"""its row among `_policy_rows`' values"""
 
 
 class PolicyMetrics(NamedTuple):
@@ -117,30 +111,12 @@ def linear_policy_loss_reference(
 
 
 # --- the coefficient of a row ---------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    clip_low: float
-    clip_high: float
-    kl_coef: float
-    entropy_coef: float
-    kl: str
-    kl_gradient: str
-
-
 class _RowInputs(NamedTuple):
     weight_M: Tensor
     old_logp_M: Tensor
     advantage_M: Tensor
     reference_logp_M: Tensor | None
     importance_weight_M: Tensor | None
-
-
-def _chunk_inputs(values: list[Tensor | None], rows: slice) -> _RowInputs:
-    weight_M, old_M, advantage_M, reference_M, importance_M = (
-        None if value_M is None else value_M[rows] for value_M in values
-    )
-    assert weight_M is not None and old_M is not None and advantage_M is not None, "not optional"
-    return _RowInputs(weight_M, old_M, advantage_M, reference_M, importance_M)
 
 
 def _clamped(d_M: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,14 +126,14 @@ def _clamped(d_M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _policy_rows(
-    stats: RowStats, inputs: _RowInputs, settings: _Settings
+    stats: RowStats, inputs: _RowInputs, options: "PolicyLoss"
 ) -> tuple[Tensor, RowGrads]:
     """((10, M): weighted loss, then the metrics; gradients of the weighted loss)."""
     difference_M = stats.logp_M - inputs.old_logp_M
     log_ratio_M, inside_M = _clamped(difference_M)
     ratio_M = log_ratio_M.exp()
     unclipped_M = ratio_M * inputs.advantage_M
-    clipped_M = ratio_M.clamp(1 - settings.clip_low, 1 + settings.clip_high) * inputs.advantage_M
+    clipped_M = ratio_M.clamp(1 - options.clip_low, 1 + options.clip_high) * inputs.advantage_M
     is_clipped_M = (clipped_M < unclipped_M).to(ratio_M.dtype)
     policy_M = -torch.minimum(unclipped_M, clipped_M)
     dlogp_M = -unclipped_M * inside_M * (1 - is_clipped_M)
@@ -169,18 +145,18 @@ def _policy_rows(
     loss_M, kl_M = policy_M, torch.zeros_like(policy_M)
     if inputs.reference_logp_M is not None:
         d_M, inside_M = _clamped(stats.logp_M - inputs.reference_logp_M)
-        kl_M = _kl_value(d_M, settings.kl)
-        dkl_M = _kl_derivative(d_M, "k2" if settings.kl_gradient == "reverse" else settings.kl)
-        loss_M = loss_M + settings.kl_coef * kl_M
-        dlogp_M = dlogp_M + settings.kl_coef * dkl_M * inside_M
+        kl_M = _kl_value(d_M, options.kl)
+        dkl_M = _kl_derivative(d_M, "k2" if options.kl_gradient == "reverse" else options.kl)
+        loss_M = loss_M + options.kl_coef * kl_M
+        dlogp_M = dlogp_M + options.kl_coef * dkl_M * inside_M
     entropy_M, dentropy_M = (
         torch.zeros_like(policy_M) if stats.entropy_M is None else stats.entropy_M,
         None,
     )
-    if settings.entropy_coef:
+    if options.entropy_coef:
         loss_M, dentropy_M = (
-            loss_M - settings.entropy_coef * entropy_M,
-            -settings.entropy_coef * inputs.weight_M,
+            loss_M - options.entropy_coef * entropy_M,
+            -options.entropy_coef * inputs.weight_M,
         )
     values_10M = torch.stack(
         [loss_M * inputs.weight_M, policy_M, kl_M, entropy_M, ratio_M, is_clipped_M, difference_M, stats.logp_M,
@@ -201,39 +177,48 @@ def _kl_derivative(d_M: Tensor, kl: str) -> Tensor:
     return d_M if kl == "k2" else -torch.expm1(-d_M)
 
 
-# --- forward with gradients, custom op ------------------------------------------------------------
-def _run(call: LossCall) -> LossResult:
-    clip_low, clip_high, kl_coef, entropy_coef, with_entropy = call.numbers
-    kl, kl_gradient = call.words.split()
-    settings = _Settings(clip_low, clip_high, kl_coef, entropy_coef, kl, kl_gradient)
-    row_weight_M = call.row_values[0]
-    rows = call.counting_rows(row_weight_M)
-    inputs = [rows.weights(row_weight_M, call.dtype)]
-    inputs += [rows.select(value_M, call.dtype) for value_M in call.row_values[1:]]
-    head = call.open_for_loss(
-        rows,
-        with_entropy=with_entropy != 0 or entropy_coef != 0,
-        entropy_gradient=entropy_coef != 0 and call.needs_gradient,
-    )
-    sums_10 = torch.zeros(10, dtype=call.dtype, device=call.weight_VD.device)
-    logp_M = torch.zeros(len(rows), dtype=call.dtype, device=call.weight_VD.device)
-    for chunk in call.chunks(rows, call.needs_gradient):
-        stats = head.forward(chunk)
-        chunk_inputs = _chunk_inputs(inputs, chunk)
-        values_10M, grads = _policy_rows(stats, chunk_inputs, settings)
-        if call.needs_gradient:
-            head.backward(chunk, grads)
-        sums_10 += rows.sum(values_10M, chunk)
-        logp_M[chunk] = values_10M[_LOGP]
-    if rows.active_M is not None:
-        logp_M = logp_M.where(rows.active_M, 0)
-    return LossResult(
-        sums_10[0].clone(), sums_10[1:].clone(), call.close(head, rows), rows.expand(logp_M)
-    )
+# --- forward with gradients ----------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss(LossOptions):
+    """Options of the loss, and its computation."""
 
+    op = "linear_policy_loss"
+    num_metrics = len(PolicyMetrics._fields) - 1
+    gives_logp = True
 
-_NUM_SUMS = len(PolicyMetrics._fields) - 1
-_policy_loss = HeadLoss("linear_policy_loss", _NUM_SUMS, _run, gives_logp=True)
+    clip_low: float
+    clip_high: float
+    kl_coef: float
+    kl: Literal["k1", "k2", "k3"]
+    kl_gradient: Literal["estimator", "reverse"]
+    entropy_coef: float
+
+    def run(self, call: HeadCall, values: Sequence[Tensor | None]) -> LossResult:
+        """`values`: the fields of `_RowInputs`, in order, of all rows."""
+        row_weight_M = values[0]
+        rows = call.counting_rows(row_weight_M)
+        inputs = [rows.weights(row_weight_M, call.dtype)]
+        inputs += [rows.select(value_M, call.dtype) for value_M in values[1:]]
+        head = call.open(
+            rows,
+            with_entropy=self.with_entropy or self.entropy_coef != 0,
+            entropy_gradient=self.entropy_coef != 0 and call.needs_gradient,
+        )
+        sums_10 = torch.zeros(10, dtype=call.dtype, device=call.weight_VD.device)
+        logp_M = torch.zeros_like(rows.targets_M, dtype=call.dtype)
+        for chunk in head.chunks:
+            stats = head.forward(chunk)
+            of_chunk = (None if value_M is None else value_M[chunk] for value_M in inputs)
+            values_10M, grads = _policy_rows(stats, _RowInputs(*of_chunk), self)  # pyright: ignore[reportArgumentType]
+            if call.needs_gradient:
+                head.backward(chunk, grads)
+            sums_10 += rows.sum(values_10M, chunk)
+            logp_M[chunk] = stats.logp_M
+        if rows.active_M is not None:
+            logp_M = logp_M.where(rows.active_M, 0)
+        return LossResult(
+            sums_10[0].clone(), sums_10[1:].clone(), head.finish(), rows.expand(logp_M)
+        )
 
 
 # --- public op -----------------------------------------------------------------------------------
@@ -254,43 +239,28 @@ def linear_policy_loss(
     kl_gradient: Literal["estimator", "reverse"] = "estimator",
     entropy_coef: float = 0.0,
     importance_weight_M: Tensor | None = None,
-    ignore_index: int = -100,
-    group: dist.ProcessGroup | None = None,
-    sequence_parallel: bool = False,
     main_grad: Tensor | None = None,
     with_entropy: bool = True,
-    chunk_bytes: int | None = None,
-    max_rows: int | None = None,
-    _backend: Backend | None = None,
+    **head: Unpack[HeadKeywords],
 ) -> tuple[Tensor, PolicyMetrics]:
-    """(sum over rows of row_weight * token loss, metrics); fp32 scalars (fp64 for fp64 input).
+    """Return (sum over rows of row_weight * token loss, metrics); fp32 scalars (fp64 for fp64 input).
 
     old_logp_M, advantage_M, reference_logp_M, importance_weight_M: one per row, constants of the loss; the last is
     min(exp(trainer's old_logp - rollout engine's logp), cap), and multiplies the policy term only.
     The other arguments, and the errors raised: as in `linear_cross_entropy`.
     """
-    op = "linear_policy_loss"
-    check_head(
-        op,
-        hidden_MD,
-        weight_VD,
-        targets_M,
-        temperature,
-        group,
-        sequence_parallel,
-        chunk_bytes,
-        max_rows,
-        ignore_index,
-    )
+    options = PolicyLoss(
+        clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef, kl=kl, kl_gradient=kl_gradient,
+        entropy_coef=entropy_coef, with_entropy=with_entropy, **head,
+    )  # fmt: skip
+    op = options.op
     row_values = {
         "row_weight_M": row_weight_M, "old_logp_M": old_logp_M, "advantage_M": advantage_M,
         "reference_logp_M": reference_logp_M, "importance_weight_M": importance_weight_M,
     }  # fmt: skip
+    check_head(options, hidden_MD, weight_VD, targets_M, temperature, main_grad, row_values)
     for name in ("old_logp_M", "advantage_M"):
         check_tensor(op, name, row_values[name], weight_VD.device)
-    for name, value_M in row_values.items():
-        check_rows(op, name, value_M, targets_M.shape[0], weight_VD.device)
-    check_main_grad(op, main_grad, weight_VD)
     if not 0 <= clip_low <= 1 or not clip_high >= 0:
         raise ValueError(
             f"{op}: expected clip_low in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}"
@@ -299,16 +269,15 @@ def linear_policy_loss(
         raise ValueError(
             f"{op}: expected kl in k1, k2, k3 and kl_gradient in estimator, reverse, got {kl!r} and {kl_gradient!r}"
         )
-    if not math.isfinite(kl_coef) or not math.isfinite(entropy_coef):
+    if not (abs(kl_coef) < math.inf and abs(entropy_coef) < math.inf):
         raise ValueError(
             f"{op}: kl_coef and entropy_coef must be finite, got {kl_coef} and {entropy_coef}"
         )
     if kl_coef and reference_logp_M is None:
         raise ValueError(f"{op}: kl_coef {kl_coef} needs reference_logp_M, got None")
-    loss, metrics_9, logp_M = _policy_loss(
-        hidden_MD, weight_VD, targets_M, row_values=list(row_values.values()),
-        numbers=[clip_low, clip_high, kl_coef, entropy_coef, float(with_entropy)], words=f"{kl} {kl_gradient}",
-        temperature=temperature, ignore_index=ignore_index, group=group, sequence_parallel=sequence_parallel,
-        main_grad=main_grad, chunk_bytes=chunk_bytes, max_rows=max_rows, backend=_backend,
+    loss, metrics_9, logp_M = head_loss(
+        options, hidden_MD, weight_VD, targets_M, list(row_values.values()), temperature=temperature,
+        main_grad=main_grad,
     )  # fmt: skip
+    assert logp_M is not None, "gives_logp"
     return loss, PolicyMetrics(*metrics_9.unbind(), logp_M=logp_M)

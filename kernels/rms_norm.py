@@ -16,18 +16,16 @@ Letters: M rows (all leading dims), D normalised dim, P programs.
 """
 
 # triton types constexpr parameters as tl.constexpr, not int
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportReturnType=false
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phimini.kernels._launch import (
+from phimini.kernels.backend.launch import (
     Backend,
-    cdiv,
     compute_dtype,
-    next_power_of_2,
     num_sms,
     runs_triton,
 )
@@ -120,7 +118,7 @@ def launch_config(D: int) -> dict[str, int]:
     16 elements per thread are two 128-bit accesses in bf16 and leave registers for x, w and dw in fp32. Rows
     shorter than 1,024 share a tile, so that even those are read 128 bits at a time.
     """
-    BLOCK_D = next_power_of_2(D)
+    BLOCK_D = triton.next_power_of_2(D)
     rows = max(1, 1024 // BLOCK_D)
     num_warps = min(16, max(4, rows * BLOCK_D // (32 * 16)))
     return {"ROWS": rows, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
@@ -133,7 +131,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _num_programs(M: int, rows: int, device: torch.device, per_sm: int) -> int:
-    return min(cdiv(M, rows), per_sm * num_sms(device))
+    return min(triton.cdiv(M, rows), per_sm * num_sms(device))
 
 
 def _launch_fwd(

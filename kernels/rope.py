@@ -18,17 +18,16 @@ Letters: L tokens, N heads in a group, K head size, R rotary size, P rows of the
 """
 
 # triton types constexpr parameters as tl.constexpr, not int
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportReturnType=false
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phimini.kernels._launch import (
+from phimini.kernels.backend.launch import (
     Backend,
     compute_dtype,
-    next_power_of_2,
     runs_triton,
 )
 
@@ -109,14 +108,14 @@ def _rope_kernel(
 def launch_config(G: int, N: int, K: int, R: int, num_rotated_heads: int) -> dict[str, int]:
     """Sizes and warps: a thread holds 8 elements of each half, one 128-bit access in bf16. With 16, backward
     spills on sm_80."""
-    block_heads = next_power_of_2(G * num_rotated_heads)
-    block_half = next_power_of_2(R // 2)
+    block_heads = triton.next_power_of_2(G * num_rotated_heads)
+    block_half = triton.next_power_of_2(R // 2)
     return {
         "G": G, "N": N, "K": K, "HALF": R // 2, "ROTATED": num_rotated_heads,
         "BLOCK_HEADS": block_heads, "BLOCK_HALF": block_half,
-        "BLOCK_TAIL": next_power_of_2(max(1, K - R)),
-        "BLOCK_G": next_power_of_2(G),
-        "BLOCK_REST": next_power_of_2(max(1, (N - num_rotated_heads) * K)),
+        "BLOCK_TAIL": triton.next_power_of_2(max(1, K - R)),
+        "BLOCK_G": triton.next_power_of_2(G),
+        "BLOCK_REST": triton.next_power_of_2(max(1, (N - num_rotated_heads) * K)),
         "num_warps": min(16, max(1, block_heads * block_half // (32 * 8))),
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ Letters: M rows (all leading dims), F MLP hidden size (half of gate_up's last di
 """
 
 # triton types constexpr parameters as tl.constexpr, not int
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportReturnType=false
 import torch
 import triton
 import triton.language as tl
@@ -21,11 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from phimini.kernels._launch import (
+from phimini.kernels.backend.launch import (
     Backend,
-    cdiv,
     compute_dtype,
-    next_power_of_2,
     runs_triton,
 )
 
@@ -78,7 +76,7 @@ def _swiglu_bwd_kernel(
 def launch_config(F: int) -> dict[str, int]:
     """8 elements per thread: one 128-bit access per tensor in bf16, and few enough registers that an SM holds
     its 64 warps, which is what hides the latency of a kernel that only streams."""
-    BLOCK_F = min(1024, max(32, next_power_of_2(F)))
+    BLOCK_F = min(1024, max(32, triton.next_power_of_2(F)))
     return {"BLOCK_F": BLOCK_F, "num_warps": max(1, BLOCK_F // (32 * 8))}
 
 
@@ -95,7 +93,7 @@ def _swiglu_fwd(gate_up: Tensor) -> Tensor:
     y_MF = torch.empty(M, F, dtype=gate_up.dtype, device=gate_up.device)
     if M > 0:
         config = launch_config(F)
-        _swiglu_fwd_kernel[(M, cdiv(F, config["BLOCK_F"]))](
+        _swiglu_fwd_kernel[(M, triton.cdiv(F, config["BLOCK_F"]))](
             gate_up_M2F, y_MF, gate_up_M2F.stride(0), F, **config
         )
     return y_MF.view(*gate_up.shape[:-1], F)
@@ -108,7 +106,7 @@ def _swiglu_bwd(dy: Tensor, gate_up: Tensor) -> Tensor:
     dgate_up_M2F = torch.empty(M, 2 * F, dtype=gate_up.dtype, device=gate_up.device)
     if M > 0:
         config = launch_config(F)
-        _swiglu_bwd_kernel[(M, cdiv(F, config["BLOCK_F"]))](
+        _swiglu_bwd_kernel[(M, triton.cdiv(F, config["BLOCK_F"]))](
             dy_MF, gate_up_M2F, dgate_up_M2F, dy_MF.stride(0), gate_up_M2F.stride(0), F, **config
         )
     return dgate_up_M2F.view(gate_up.shape)

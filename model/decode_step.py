@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phimini.kernels.linear import matmul
+from phimini.kernels.backend.cpu_gemm import matmul
 from phimini.model.config import ModelConfig
 from phimini.model.reference import KVCache, Layer, Phi4Mini
 from phimini.model.rope import rope_table

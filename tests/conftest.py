@@ -38,7 +38,7 @@ def poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["mkl", "onednn"])
 def each_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The test runs once with each library for a CPU's fp32 products."""
-    from phimini.kernels.linear import library
+    from phimini.kernels.backend.cpu_gemm import library
 
     if request.param == "onednn" and not torch.backends.mkldnn.is_available():
         # right: then `library()` refuses onednn, and no product can reach it

@@ -1,4 +1,4 @@
-"""Machinery under the four head losses: row selection, chunks of logits, back-ends and block sizes.
+"""Machinery that the four head losses share, from a call's options to the Triton text.
 
-May import: kernels.
+May import: kernels/backend.
 """

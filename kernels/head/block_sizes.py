@@ -16,8 +16,6 @@ The gradient kernel's column block is the logit tile's: one maximum belongs to o
 
 from dataclasses import dataclass
 
-import torch
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatmulBlocks:
@@ -42,17 +40,6 @@ MERGE_SPLITS, MERGE_ROWS, MERGE_WARPS = 32, 32, 4
 GRADIENT_ROWS, GRADIENT_WARPS = 8, 4
 GRADIENT_TILES = 8
 """Tiles a program goes through: the row's numbers (24 bytes) are then read once per 8 KB of logits."""
-
-
-def generation(device: torch.device) -> int:
-    """80, 90 or 100: the newest generation of the table that is not newer than the GPU. 90 in the interpreter."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        raise ValueError(f"head kernels need compute capability 8.0 or newer, got {major}.{minor}")
-    # sm_120 has neither tcgen05 nor sm_100's shared memory: it runs sm_80's plan
-    return 80 if major in (8, 12) else min(100, 10 * major)
 
 
 def vocabulary_splits(num_row_blocks: int, num_tiles: int, num_sms: int) -> int:

@@ -22,8 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from phimini.kernels._launch import compute_dtype
-from phimini.kernels.head.rows import HeadRows
+from phimini.kernels.head.rows import HeadRows, chunk_slices
 
 
 class LocalStats(NamedTuple):
@@ -69,16 +68,20 @@ class LogitGrads(NamedTuple):
 
 
 class ChunkedHead:
-    """What the back-ends share; they provide `logits`, `gradients` and `scaled_rows`.
+    """The part of the head that the back-ends share; they provide `logits`, `gradients` and `scaled_rows`.
 
-    Per chunk: `stats = head.forward(rows)`, then, where gradients are wanted, `head.backward(rows, grads)`; at the
-    end `head.finish()`. `dx_MD` is written, `dw_VD` added to; None where that gradient is not wanted.
+    For each of `chunks`: `stats = head.forward(rows)`, then, where gradients are wanted, `head.backward(rows, grads)`.
+    At the end `head.finish()`. `dx_MD` is written, `dw_VD` added to; None where that gradient is not wanted.
     """
+
+    CHUNK_MULTIPLE = 32
+    """Chunks have a multiple of so many rows, but for the last."""
 
     def __init__(
         self,
         rows: HeadRows,
         weight_VD: Tensor,
+        chunk_rows: int,
         *,
         temperature: float | Tensor = 1.0,
         group: dist.ProcessGroup | None = None,
@@ -87,11 +90,14 @@ class ChunkedHead:
         with_entropy: bool = False,
         entropy_gradient: bool = False,
         with_mean_logit: bool = False,
+        sequence_parallel: bool = False,
     ) -> None:
-        """`temperature` as a tensor has one value per row that counts."""
+        """`chunk_rows`: the most rows of a chunk. `temperature` as a tensor has one value per row that counts."""
         V, D = weight_VD.shape
         self.rows = rows
-        self.dtype = compute_dtype(weight_VD.dtype)
+        self.chunks = chunk_slices(len(rows.targets_M), chunk_rows, self.CHUNK_MULTIPLE)
+        self.sequence_parallel = sequence_parallel
+        self.dtype = torch.promote_types(weight_VD.dtype, torch.float32)
         self.weight_VD = weight_VD
         self.group = group
         self.num_classes = V if group is None else V * group.size()
@@ -108,7 +114,9 @@ class ChunkedHead:
             )
         self.dx_MD = None
         if needs_dx:
-            self.dx_MD = torch.empty(len(rows), D, dtype=self.dtype, device=weight_VD.device)
+            self.dx_MD = torch.empty(
+                len(rows.targets_M), D, dtype=self.dtype, device=weight_VD.device
+            )
         self.dw_VD = dw_VD
         self.local_mean_D = self.mean_D = self.mean_gradient_D = None
         if with_mean_logit:
@@ -128,8 +136,19 @@ class ChunkedHead:
         raise NotImplementedError
 
     def forward(self, rows: slice) -> RowStats:
-        """Statistics of a chunk; 0 for rows that do not count."""
-        local = self._finite(self.logits(rows), rows)
+        """Return the statistics of a chunk; 0 for rows that do not count."""
+        local = self.logits(rows)
+        if self.rows.active_M is not None:
+            # Back-ends may leave out rows that do not count. They get a softmax over one class with logit 0.
+            active_M = self.rows.active_M[rows]
+            has_the_class = self.group is None or self.group.rank() == 0
+            weighted_M = local.weighted_M
+            local = LocalStats(
+                max_M=local.max_M.where(active_M, 0),
+                sum_M=local.sum_M.where(active_M, 1.0 if has_the_class else 0.0),
+                target_logit_M=local.target_logit_M.where(active_M, 0),
+                weighted_M=None if weighted_M is None else weighted_M.where(active_M, 0),
+            )
         merged = local
         if self.group is not None:
             merged = _merge_ranks(local, self.weight_VD.shape[0], self.group)
@@ -148,19 +167,6 @@ class ChunkedHead:
             entropy_M=self.entropy_M,
             mean_logit_M=None if self.mean_D is None else self.scaled_rows(rows).mv(self.mean_D),
             is_top_M=target_M >= 0,
-        )
-
-    def _finite(self, local: LocalStats, rows: slice) -> LocalStats:
-        """For rows that do not count, which back-ends may leave out: a softmax over one class with logit 0."""
-        if self.rows.active_M is None:
-            return local
-        active_M = self.rows.active_M[rows]
-        has_the_class = self.group is None or self.group.rank() == 0
-        return LocalStats(
-            max_M=local.max_M.where(active_M, 0),
-            sum_M=local.sum_M.where(active_M, 1.0 if has_the_class else 0.0),
-            target_logit_M=local.target_logit_M.where(active_M, 0),
-            weighted_M=None if local.weighted_M is None else local.weighted_M.where(active_M, 0),
         )
 
     def backward(self, rows: slice, grads: RowGrads) -> None:
@@ -200,11 +206,18 @@ class ChunkedHead:
                 part_D if self.mean_gradient_D is None else self.mean_gradient_D + part_D
             )
 
-    def finish(self) -> None:
+    def finish(self) -> Tensor | None:
+        """Complete dW and return dX of this rank's rows in hidden's dtype; None where it is not wanted."""
         if self.mean_gradient_D is not None and self.dw_VD is not None:
             self.dw_VD += self.mean_gradient_D / self.num_classes
-        if self.dx_MD is not None and self.group is not None:
+        if self.dx_MD is None:
+            return None
+        if self.group is not None:
             dist.all_reduce(self.dx_MD, group=self.group)
+        dx_MD = self.rows.expand(self.dx_MD).to(self.weight_VD.dtype)
+        if self.sequence_parallel and self.group is not None:
+            dx_MD = dx_MD.chunk(self.group.size())[self.group.rank()].clone()
+        return dx_MD
 
 
 def _merge_ranks(local: LocalStats, num_local_classes: int, group: dist.ProcessGroup) -> LocalStats:

@@ -44,8 +44,8 @@ def plan_pairs(
 ) -> PairPlan:  # fmt: skip
     """ValueError for a counting row's sequence outside [0, num_sequences), where the host can see it."""
     on_device_M = sequence_M.to(call.targets_M.device, non_blocking=True)
-    counts_M = call.targets_M != call.ignore_index
-    _check_sequences(call.op, on_device_M, counts_M, num_sequences)
+    counts_M = call.targets_M != call.options.ignore_index
+    _check_sequences(call.options.op, on_device_M, counts_M, num_sequences)
     on_device_M = on_device_M.where(counts_M, 0).clamp(0, num_sequences - 1)
     counts_M = call.counts(None if weight_P is None else weight_P[on_device_M // 2])
     if not call.is_counted_on_device:
@@ -66,11 +66,13 @@ def plan_pairs(
                 "on the host: logits are computed twice. Pass sequence_M on the CPU or a larger chunk_bytes",
                 stacklevel=2,
             )
-    max_rows = call.max_rows if call.max_rows >= 0 and segment_M is None else None
+    max_rows = call.options.max_rows if segment_M is None else None
     rows = move_counting_rows_first(call.hidden_MD, call.targets_M, counts_M, segment_M, max_rows)
-    if len(rows) <= call.chunk_rows:
+    if len(rows.targets_M) <= call.chunk_rows:
         groups = [
-            PairGroup(first=0, last=num_sequences // 2, rows=slice(0, len(rows)), chosen_rows=0)
+            PairGroup(
+                first=0, last=num_sequences // 2, rows=slice(0, len(rows.targets_M)), chosen_rows=0
+            )
         ]
     sequence_of_rows_M = rows.select(on_device_M, torch.int64)
     assert sequence_of_rows_M is not None, "selected from a tensor"

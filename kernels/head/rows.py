@@ -1,18 +1,18 @@
-"""What every head op does before its first GEMM: check arguments, drop rows that do not count, size the chunks.
+"""Preparation of a head op before its first GEMM: check arguments, drop rows that do not count, size the chunks.
 
 Letters: M rows (tokens), D model width, V vocabulary rows of this rank.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from phimini.kernels._launch import compute_dtype
-from phimini.kernels.head.deferred_checks import check_later
+from phimini.kernels.backend.launch import compute_dtype
+from phimini.kernels.head.options import HeadOptions
 
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1536 << 20}
 """Logits of one chunk. CPU: 32 MiB, so that the whole op stays near the size of dW. CUDA: 4,096 rows of a
@@ -21,75 +21,18 @@ NO_TARGET = -1
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadRows:
-    """The rows that count, and where they came from.
-
-    On a CPU there are no others. On a GPU their number is not known to the host: `active_M` then says which rows
-    count, the others stand behind them (within each chunk), are zero, and have no target (-1).
-    """
-
-    x_MD: Tensor
-    targets_M: Tensor
-    kept_M: Tensor | None
-    """indices of these rows among all rows; None when they are all rows, in order"""
-    num_total: int
-    active_M: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.targets_M.shape[0]
-
-    def select(self, value_M: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """A per-row argument for these rows; 0 where they do not count."""
-        if value_M is None:
-            return None
-        value_M = value_M.to(self.targets_M.device, dtype)
-        if self.kept_M is not None:
-            value_M = value_M.index_select(0, self.kept_M)
-        return value_M if self.active_M is None else value_M.where(self.active_M, 0)
-
-    def weights(self, weight_M: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Row weights, 1 without; 0 for rows that do not count."""
-        selected_M = self.select(weight_M, dtype)
-        if selected_M is not None:
-            return selected_M
-        if self.active_M is not None:
-            return self.active_M.to(dtype)
-        return torch.ones_like(self.targets_M, dtype=dtype)
-
-    def sum(self, values_KM: Tensor, rows: slice) -> Tensor:
-        """(K,) sums over the rows of a chunk that count."""
-        if self.active_M is not None:
-            values_KM = values_KM.where(self.active_M[rows], 0)
-        return values_KM.sum(1)
-
-    def count(self, rows: slice) -> Tensor:
-        """(1,) int32: how many rows of a chunk count; they come first."""
-        if self.active_M is None:
-            return self.targets_M.new_full((1,), rows.stop - rows.start, dtype=torch.int32)
-        return self.active_M[rows].sum(0, dtype=torch.int32)[None]
-
-    def expand(self, value_M: Tensor) -> Tensor:
-        """Per-row results put back in their places; rows that do not count give 0."""
-        if self.kept_M is None:
-            return value_M
-        out = value_M.new_zeros(self.num_total, *value_M.shape[1:])
-        return out.index_copy_(0, self.kept_M, value_M)
-
-
+# --- checks --------------------------------------------------------------------------------------
 def check_head(
-    op: str,
+    options: HeadOptions,
     hidden_MD: Tensor,
     weight_VD: Tensor,
     targets_M: Tensor,
-    temperature: float | Tensor,
-    group: dist.ProcessGroup | None,
-    sequence_parallel: bool,
-    chunk_bytes: int | None,
-    max_rows: int | None,
-    ignore_index: int,
+    temperature: float | Tensor = 1.0,
+    main_grad: Tensor | None = None,
+    rows: Mapping[str, Tensor | None] | None = None,
 ) -> None:
-    """Raise ValueError for what a caller can get wrong; reads no values of tensors."""
+    """Raise ValueError for what a caller can get wrong; reads no values of tensors. `rows`: tensors of shape (M,)."""
+    op, group = options.op, options.group
     check_tensor(op, "weight_VD", weight_VD, None)
     for name, value in (("hidden_MD", hidden_MD), ("targets_M", targets_M)):
         check_tensor(op, name, value, weight_VD.device)
@@ -108,53 +51,55 @@ def check_head(
         )
     if weight_VD.shape[0] == 0:
         raise ValueError(f"{op}: weight_VD must have a row per class, got {tuple(weight_VD.shape)}")
-    check_group(op, "group", group)
-    if sequence_parallel and group is None:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"{op}: group must be a ProcessGroup or None, got {group!r}")
+    if options.sequence_parallel and group is None:
         raise ValueError(f"{op}: sequence_parallel needs group, got None")
-    num_rows = hidden_MD.shape[0] * (group.size() if sequence_parallel and group is not None else 1)
+    num_shares = group.size() if options.sequence_parallel and group is not None else 1
+    shape = (hidden_MD.shape[0] * num_shares,)
     if targets_M.dtype != torch.int64:
         raise ValueError(f"{op}: targets_M must be int64, got {targets_M.dtype}")
-    check_rows(op, "targets_M", targets_M, num_rows)
+    check_tensor(op, "targets_M", targets_M, None, shape)
+    for name, value_M in (rows or {}).items():
+        if value_M is not None:
+            check_tensor(op, name, value_M, weight_VD.device, shape)
     if isinstance(temperature, Tensor):
-        check_rows(op, "temperature", temperature, num_rows, weight_VD.device)
+        check_tensor(op, "temperature", temperature, weight_VD.device, shape)
     elif not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
         raise ValueError(
             f"{op}: temperature must be a finite number above 0, or one per row, got {temperature}"
         )
-    for name, value, least in (("chunk_bytes", chunk_bytes, 1), ("max_rows", max_rows, 0)):
+    for name, value, least in (
+        ("chunk_bytes", options.chunk_bytes, 1),
+        ("max_rows", options.max_rows, 0),
+    ):
         if value is not None and (not isinstance(value, int) or value < least):
             raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {value}")
-    if not isinstance(ignore_index, int):
-        raise ValueError(f"{op}: ignore_index must be an integer, got {ignore_index}")
+    if not isinstance(options.ignore_index, int):
+        raise ValueError(f"{op}: ignore_index must be an integer, got {options.ignore_index}")
+    if main_grad is not None:
+        _check_main_grad(op, main_grad, weight_VD)
 
 
-def check_tensor(op: str, name: str, value: object, device: torch.device | None) -> None:
+def check_tensor(
+    op: str,
+    name: str,
+    value: object,
+    device: torch.device | None,
+    shape: tuple[int, ...] | None = None,
+) -> None:
+    """Raise ValueError where `value` is no tensor, not on `device`, or not of `shape`, one per row."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if device is not None and value.device != device:
         raise ValueError(f"{op}: {name} must be on {device} like weight_VD, got {value.device}")
-
-
-def check_group(op: str, name: str, group: object) -> None:
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"{op}: {name} must be a ProcessGroup or None, got {group!r}")
-
-
-def check_rows(
-    op: str, name: str, value_M: Tensor | None, num_rows: int, device: torch.device | None = None
-) -> None:
-    if value_M is None:
-        return
-    check_tensor(op, name, value_M, device)
-    if value_M.shape != (num_rows,):
+    if shape is not None and value.shape != shape:
         raise ValueError(
-            f"{op}: {name} must have shape ({num_rows},), one per row, got {tuple(value_M.shape)}"
+            f"{op}: {name} must have shape {shape}, one per row, got {tuple(value.shape)}"
         )
 
 
-def check_main_grad(op: str, main_grad: Tensor | None, weight_VD: Tensor) -> None:
-    if main_grad is None:
-        return
+def _check_main_grad(op: str, main_grad: Tensor, weight_VD: Tensor) -> None:
     check_tensor(op, "main_grad", main_grad, weight_VD.device)
     expected = compute_dtype(weight_VD.dtype)
     if (
@@ -168,41 +113,66 @@ def check_main_grad(op: str, main_grad: Tensor | None, weight_VD: Tensor) -> Non
         )
 
 
-def check_targets(op: str, targets_M: Tensor, counts_M: Tensor, vocab_size: int) -> None:
-    """ValueError with the index and the value of the first target outside [0, vocab_size)."""
-    bad_M = ((targets_M < 0) | (targets_M >= vocab_size)) & counts_M
-    message = "{}: targets_M[{}] is {:.0f}, expected a class in [0, {}) or ignore_index"
-    _report(bad_M, targets_M, lambda at, value: message.format(op, at, value, vocab_size))
+# --- rows that count -----------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRows:
+    """The rows that count, and their places among all rows.
 
+    On a CPU there are no others. On a GPU the host does not know their number: `active_M` marks the rows that count.
+    The others stand behind them (within each chunk), are zero, and have no target (-1).
+    """
 
-def check_temperatures(op: str, temperature_M: Tensor, counts_M: Tensor) -> None:
-    """ValueError with the index and the value of the first that is not a finite number above 0."""
-    bad_M = ~((temperature_M > 0) & temperature_M.isfinite()) & counts_M
-    message = "{}: temperature[{}] is {:g}, expected a finite number above 0"
-    _report(bad_M, temperature_M, lambda at, value: message.format(op, at, value))
+    x_MD: Tensor
+    targets_M: Tensor
+    kept_M: Tensor | None
+    """Indices of these rows among all rows; None when they are all rows, in order."""
+    num_total: int
+    active_M: Tensor | None = None
 
+    def select(self, value_M: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return a per-row argument for these rows; 0 where they do not count."""
+        if value_M is None:
+            return None
+        value_M = value_M.to(self.targets_M.device, dtype)
+        if self.kept_M is not None:
+            value_M = value_M.index_select(0, self.kept_M)
+        return value_M if self.active_M is None else value_M.where(self.active_M, 0)
 
-def _report(bad_M: Tensor, value_M: Tensor, message: Callable[[int, float], str]) -> None:
-    if value_M.numel() == 0:
-        return
-    if value_M.device.type != "cpu":
-        check_later(bad_M, value_M, message)
-    elif bool(bad_M.any()):
-        at = int(bad_M.nonzero()[0])
-        raise ValueError(message(at, float(value_M[at])))
+    def weights(self, weight_M: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return row weights, 1 where none are given; 0 for rows that do not count."""
+        if weight_M is not None:
+            selected_M = self.select(weight_M, dtype)
+            assert selected_M is not None, "selected from a tensor"
+            return selected_M
+        if self.active_M is not None:
+            return self.active_M.to(dtype)
+        return torch.ones_like(self.targets_M, dtype=dtype)
+
+    def sum(self, values_KM: Tensor, rows: slice) -> Tensor:
+        """Return (K,) sums over the rows of a chunk that count."""
+        if self.active_M is not None:
+            values_KM = values_KM.where(self.active_M[rows], 0)
+        return values_KM.sum(1)
+
+    def expand(self, value_M: Tensor) -> Tensor:
+        """Put per-row results back in their places; rows that do not count give 0."""
+        if self.kept_M is None:
+            return value_M
+        out = value_M.new_zeros(self.num_total, *value_M.shape[1:])
+        return out.index_copy_(0, self.kept_M, value_M)
 
 
 def keep_counting_rows(hidden_MD: Tensor, targets_M: Tensor, counts_M: Tensor) -> HeadRows:
-    """The rows that `counts_M` names, on a CPU; the others cost nothing from here on."""
+    """Return the rows that `counts_M` names, on a CPU; the others cost nothing from here on."""
     if bool(counts_M.all()):
         return HeadRows(
             x_MD=hidden_MD.contiguous(), targets_M=targets_M, kept_M=None, num_total=len(targets_M)
         )
-    kept_M = counts_M.nonzero()[:, 0]
-    return rows_at(hidden_MD, targets_M, kept_M)
+    return rows_at(hidden_MD, targets_M, counts_M.nonzero()[:, 0])
 
 
 def rows_at(hidden_MD: Tensor, targets_M: Tensor, kept_M: Tensor) -> HeadRows:
+    """Return the rows of the indices `kept_M`."""
     return HeadRows(
         x_MD=hidden_MD.index_select(0, kept_M),
         targets_M=targets_M.index_select(0, kept_M),
@@ -218,9 +188,9 @@ def move_counting_rows_first(
     segment_M: Tensor | None,
     max_rows: int | None,
 ) -> HeadRows:
-    """The same without the host knowing how many there are: a stable partition, per segment if there are any.
+    """Return all rows in a stable partition, those that count first, per segment if there are any.
 
-    `max_rows`: what the caller knows their number not to exceed.
+    The host need not know how many rows count. `max_rows`: an upper bound that the caller gives.
     """
     M = len(targets_M)
     key_M = (~counts_M).to(torch.int64) if segment_M is None else 2 * segment_M + ~counts_M
@@ -231,22 +201,23 @@ def move_counting_rows_first(
         )
         kept_M = kept_M[:max_rows]
     active_M = counts_M.index_select(0, kept_M)
-    rows = rows_at(hidden_MD, targets_M, kept_M)
-    # Rows that do not count are multiplied by zeros later: whatever they hold, not a NaN.
-    return replace(
-        rows,
-        x_MD=rows.x_MD.masked_fill_(~active_M[:, None], 0),
-        targets_M=rows.targets_M.where(active_M, NO_TARGET),
+    # Ignored rows are later multiplied by 0, and 0 * NaN would be NaN: so they are zeros.
+    return HeadRows(
+        x_MD=hidden_MD.index_select(0, kept_M).masked_fill_(~active_M[:, None], 0),
+        targets_M=targets_M.index_select(0, kept_M).where(active_M, NO_TARGET),
+        kept_M=kept_M,
+        num_total=M,
         active_M=active_M,
     )
 
 
 def chunk_slices(num_rows: int, rows_at_most: int, multiple: int = 32) -> list[slice]:
-    """Even chunks of at most `rows_at_most` rows, so that the last one is not a crumb."""
-    if num_rows == 0:
-        return []
+    """Cut the rows into even chunks of at most `rows_at_most`, so that the last one is not a small rest."""
+    chunks: list[slice] = []
     num_chunks = -(-num_rows // rows_at_most)
-    rows = -(-num_rows // num_chunks)
+    rows = -(-num_rows // max(1, num_chunks))
     if num_chunks > 1 and rows > multiple:
         rows = min(-(-rows // multiple) * multiple, rows_at_most)
-    return [slice(a, min(a + rows, num_rows)) for a in range(0, num_rows, rows)]
+    for first in range(0, num_rows, max(1, rows)):
+        chunks.append(slice(first, min(first + rows, num_rows)))  # noqa: PERF401
+    return chunks

@@ -15,36 +15,30 @@ Deterministic for a fixed number of threads. Letters: M rows, D model width, V c
 import torch
 from torch import Tensor
 
+from phimini.kernels.backend.cpu_gemm import add_outer, matmul
 from phimini.kernels.head.chunked import ChunkedHead, LocalStats, LogitGrads
 from phimini.kernels.head.rows import HeadRows
-from phimini.kernels.linear import matmul, outer, uses_onednn
 
 TINY = 1e-30
-DW_BLOCK_ELEMENTS = 1 << 18
-"""of dW at a time where products cannot be accumulated: 1 MiB of fp32"""
-
-
-def _block_elements(device: torch.device) -> int:
-    """How much of a chunk is worked on at a time.
-
-    One thread: 512 KiB of fp32, a quarter of a 2 MiB L2 cache, which also holds the block of exponentials.
-    Several: 8 MiB. Each operation is then a parallel region, and on a shared machine its end is waited for.
-    """
-    if device.type != "cpu":
-        return 1 << 60
-    return 1 << 17 if torch.get_num_threads() == 1 else 1 << 21
+SEVERAL_THREADS_ELEMENTS = 1 << 21
+ONE_THREAD_ELEMENTS = 1 << 17
+"""How much of a chunk is worked on at a time. One thread: 512 KiB of fp32, a quarter of a 2 MiB L2 cache, which also
+holds the block of exponentials. Several: 8 MiB, because each operation is a parallel region whose end is waited for."""
 
 
 class TorchHead(ChunkedHead):
     def __init__(self, rows: HeadRows, weight_VD: Tensor, chunk_rows: int, **options) -> None:
-        super().__init__(rows, weight_VD, **options)
+        super().__init__(rows, weight_VD, chunk_rows, **options)
         self.wide_weight_VD = weight_VD.to(self.dtype)
         self.x_MD = rows.x_MD.to(self.dtype)
         if self.inverse_temperature_M is not None:
             self.x_MD = self.x_MD * self.inverse_temperature_M[:, None]
         V = weight_VD.shape[0]
         self.logits_MV = self.x_MD.new_empty(0)
-        self.block_rows = min(chunk_rows, max(1, _block_elements(weight_VD.device) // V))
+        elements = ONE_THREAD_ELEMENTS if torch.get_num_threads() == 1 else SEVERAL_THREADS_ELEMENTS
+        self.block_rows = chunk_rows
+        if weight_VD.device.type == "cpu":
+            self.block_rows = min(chunk_rows, max(1, elements // V))
         self.block_MV = None
         if self.with_entropy:
             self.block_MV = self.x_MD.new_empty(self.block_rows, V)
@@ -52,23 +46,19 @@ class TorchHead(ChunkedHead):
     def scaled_rows(self, rows: slice) -> Tensor:
         return self.x_MD[rows]
 
-    def _local_targets(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """(column to read or write, whether this rank has the target), each (M, 1); None: it has them all."""
-        targets = self.targets_M[rows, None]
-        if self.has_all_targets:
-            return targets, None
-        V = self.weight_VD.shape[0]
-        return targets.clamp(0, V - 1), (targets >= 0) & (targets < V)
-
     def logits(self, rows: slice) -> LocalStats:
         x_MD = self.x_MD[rows]
         M = x_MD.shape[0]
         self.logits_MV = self.x_MD.new_empty(0)  # the chunk before goes first
         self.logits_MV = z_MV = matmul(x_MD, self.wide_weight_VD.t())
-        column, is_here = self._local_targets(rows)
-        target_M1 = z_MV.gather(1, column)
-        if is_here is not None:
-            target_M1 = target_M1.where(is_here, 0)
+        targets_M1, V = self.targets_M[rows, None], z_MV.shape[1]
+        self.column_M1, self.is_here_M1 = targets_M1, None
+        if not self.has_all_targets:
+            self.is_here_M1 = (targets_M1 >= 0) & (targets_M1 < V)
+            self.column_M1 = targets_M1.clamp(0, V - 1)
+        target_M1 = z_MV.gather(1, self.column_M1)
+        if self.is_here_M1 is not None:
+            target_M1 = target_M1.where(self.is_here_M1, 0)
         max_M1, sum_M = torch.empty_like(target_M1), torch.empty_like(target_M1[:, 0])
         weighted_M = torch.empty_like(sum_M) if self.with_entropy else None
         for a in range(0, M, self.block_rows):
@@ -96,9 +86,10 @@ class TorchHead(ChunkedHead):
             self._entropy_pass(dz_MV, grads)
         # dz = scale * (buffer + target / scale * onehot); a scale of 0 with a target is a rounding accident.
         scale_M = torch.where((scale_M.abs() < TINY) & (target_M != 0), TINY, scale_M)
-        column, is_here = self._local_targets(rows)
-        at_target = (target_M / torch.where(scale_M == 0, 1, scale_M))[:, None]
-        dz_MV.scatter_add_(1, column, at_target if is_here is None else at_target.where(is_here, 0))
+        at_target_M1 = (target_M / torch.where(scale_M == 0, 1, scale_M))[:, None]
+        if self.is_here_M1 is not None:
+            at_target_M1 = at_target_M1.where(self.is_here_M1, 0)
+        dz_MV.scatter_add_(1, self.column_M1, at_target_M1)
         if self.dx_MD is not None:
             row_scale_M = (
                 scale_M
@@ -108,7 +99,7 @@ class TorchHead(ChunkedHead):
             dx_MD = matmul(dz_MV, self.wide_weight_VD)
             torch.mul(dx_MD, row_scale_M[:, None], out=self.dx_MD[rows])
         if self.dw_VD is not None:
-            _accumulate(self.dw_VD, dz_MV, x_MD * scale_M[:, None])
+            add_outer(self.dw_VD, dz_MV, x_MD * scale_M[:, None])
 
     def _entropy_pass(self, z_MV: Tensor, grads: LogitGrads) -> None:
         """z - max -> exp(z - max) * (softmax - entropy * (z - max + shift)), in place."""
@@ -125,13 +116,3 @@ class TorchHead(ChunkedHead):
                 offset_M1[a : a + self.block_rows], z, minus_M1[a : a + self.block_rows], out=z
             )
             z *= e
-
-
-def _accumulate(dw_VD: Tensor, dz_MV: Tensor, x_MD: Tensor) -> None:
-    """dW += dz^T x"""
-    if not uses_onednn(dz_MV):
-        dw_VD.addmm_(dz_MV.t(), x_MD)
-        return
-    block = max(1, DW_BLOCK_ELEMENTS // dw_VD.shape[1])
-    for a in range(0, dw_VD.shape[0], block):
-        dw_VD[a : a + block] += outer(dz_MV[:, a : a + block], x_MD)

@@ -21,11 +21,14 @@ On a CPU (tests) the kernels run in Triton's interpreter, and the GEMMs in fp32.
 
 # launches: triton types constexpr parameters as tl.constexpr, and knows num_warps
 # pyright: reportArgumentType=false, reportCallIssue=false
+import functools
+
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from phimini.kernels._launch import cdiv, num_sms
+from phimini.kernels.backend.launch import num_sms
 from phimini.kernels.head.block_sizes import (
     GRADIENT_ROWS,
     GRADIENT_TILES,
@@ -34,8 +37,6 @@ from phimini.kernels.head.block_sizes import (
     MERGE_ROWS,
     MERGE_SPLITS,
     MERGE_WARPS,
-    MatmulBlocks,
-    generation,
     vocabulary_splits,
 )
 from phimini.kernels.head.chunked import ChunkedHead, LocalStats, LogitGrads
@@ -48,9 +49,23 @@ from phimini.kernels.head.triton_kernels import (
 )
 
 
+@functools.cache
+def generation(device: torch.device) -> int:
+    """Return 80, 90 or 100: the newest generation of MATMUL that is not newer than the GPU; 90 in the interpreter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise ValueError(f"head kernels need compute capability 8.0 or newer, got {major}.{minor}")
+    # sm_120 has neither tcgen05 nor sm_100's shared memory: it runs sm_80's plan
+    return 80 if major in (8, 12) else min(100, 10 * major)
+
+
 class TritonHead(ChunkedHead):
+    CHUNK_MULTIPLE = 128
+
     def __init__(self, rows: HeadRows, weight_VD: Tensor, chunk_rows: int, **options) -> None:
-        super().__init__(rows, weight_VD, **options)
+        super().__init__(rows, weight_VD, chunk_rows, **options)
         V, D = weight_VD.shape
         if D * weight_VD.itemsize % 16:
             raise ValueError(
@@ -63,7 +78,7 @@ class TritonHead(ChunkedHead):
         self.e_MV: Tensor | None = None
         if self.dx_MD is not None or self.dw_VD is not None:
             # rows start at multiples of 16 bytes, as TMA and 128-bit accesses need
-            stride = cdiv(V, 16) * 16
+            stride = triton.cdiv(V, 16) * 16
             self.e_MV = torch.empty(
                 chunk_rows, stride, dtype=weight_VD.dtype, device=weight_VD.device
             )[:, :V]
@@ -77,11 +92,11 @@ class TritonHead(ChunkedHead):
     def logits(self, rows: slice) -> LocalStats:
         M, V = rows.stop - rows.start, self.weight_VD.shape[0]
         b, device = self.blocks, self.weight_VD.device
-        num_row_blocks, num_tiles = cdiv(M, b.block_m), cdiv(V, b.block_n)
+        num_row_blocks, num_tiles = triton.cdiv(M, b.block_m), triton.cdiv(V, b.block_n)
         if self.e_MV is None:
             num_splits = vocabulary_splits(num_row_blocks, num_tiles, num_sms(device))
-            tiles_per_split = cdiv(num_tiles, num_splits)
-            num_splits = cdiv(num_tiles, tiles_per_split)
+            tiles_per_split = triton.cdiv(num_tiles, num_splits)
+            num_splits = triton.cdiv(num_tiles, tiles_per_split)
         else:
             num_splits = num_tiles
         # Kernels write whole row blocks: no masks, so that the merge kernel reads 128 bits at a time.
@@ -92,13 +107,16 @@ class TritonHead(ChunkedHead):
         part_max, part_sum, part_weighted = (*parts.unbind(), None)[:3]
         target_logit_M = torch.zeros(M, dtype=torch.float32, device=device)
         temperature_M = self.inverse_temperature_M
-        self.count = self.rows.count(rows)
+        self.count_1 = torch.full((1,), M, dtype=torch.int32, device=device)
+        if self.rows.active_M is not None:
+            self.count_1 = self.rows.active_M[rows].sum(0, dtype=torch.int32)[None]
+        x_MD, w_VD = self.x_MD[rows], self.weight_VD
         common = dict(
-            x=_operand(self.x_MD[rows], b.block_m, b.block_k, b),
-            w=_operand(self.weight_VD, b.block_n, b.block_k, b),
+            x=TensorDescriptor.from_tensor(x_MD, [b.block_m, b.block_k]) if b.use_tma else x_MD,
+            w=TensorDescriptor.from_tensor(w_VD, [b.block_n, b.block_k]) if b.use_tma else w_VD,
             targets_ptr=self.targets_M[rows],
             inverse_temperature_ptr=None if temperature_M is None else temperature_M[rows],
-            num_rows_ptr=self.count, max_ptr=part_max, sum_ptr=part_sum, weighted_ptr=part_weighted,
+            num_rows_ptr=self.count_1, max_ptr=part_max, sum_ptr=part_sum, weighted_ptr=part_weighted,
             target_logit_ptr=target_logit_M, M=M, V=V, D=self.weight_VD.shape[1], stride_s=parts.stride(1),
             USE_TMA=b.use_tma, WITH_ENTROPY=self.with_entropy, PRECISION=self.precision,
             BLOCK_M=b.block_m, BLOCK_N=b.block_n, BLOCK_K=b.block_k, num_warps=b.num_warps, num_stages=b.num_stages,
@@ -107,7 +125,9 @@ class TritonHead(ChunkedHead):
         if self.e_MV is None:
             _head_fwd_kernel[grid](**common, tiles_per_split=tiles_per_split)  # pyright: ignore
         else:
-            e = _operand(self.e_MV[:M], b.block_m, b.block_n, b)
+            e = self.e_MV[:M]
+            if b.use_tma:
+                e = TensorDescriptor.from_tensor(e, [b.block_m, b.block_n])
             _head_logits_kernel[grid](**common, e=e, stride_e_m=self.e_MV.stride(0))
         self.parts = parts
         merged = self.merge() if num_splits > 1 else parts[:, 0]
@@ -119,11 +139,11 @@ class TritonHead(ChunkedHead):
         )
 
     def merge(self) -> Tensor:
-        """(max, sum, weighted) per row out of the tiles' or splits' of the latest logits."""
+        """Return (max, sum, weighted) per row, from the tiles' or splits' of the latest logits."""
         parts = self.parts
         kinds, num_splits, M = parts.shape
         merged = torch.empty(kinds, M, dtype=parts.dtype, device=parts.device)
-        _head_merge_kernel[(cdiv(M, MERGE_ROWS),)](
+        _head_merge_kernel[(triton.cdiv(M, MERGE_ROWS),)](
             parts[0], parts[1], parts[2] if kinds == 3 else None,
             merged[0], merged[1], merged[2] if kinds == 3 else None,
             num_splits, parts.stride(1),
@@ -132,68 +152,45 @@ class TritonHead(ChunkedHead):
         return merged
 
     def gradients(self, rows: slice, grads: LogitGrads) -> None:
-        dz_MV = self.row_pass(rows, grads)
-        if not dz_MV.is_cuda:
-            dz_MV = dz_MV.to(self.dtype)  # no CPU GEMM widens its result
+        dz_MV, w_VD, x_MD = self.row_pass(rows, grads), self.weight_VD, self.x_MD[rows]
+        wide = {"out_dtype": self.dtype}
+        if not dz_MV.is_cuda:  # no CPU GEMM widens its result
+            dz_MV, w_VD, x_MD = dz_MV.to(self.dtype), w_VD.to(self.dtype), x_MD.to(self.dtype)
+            wide = {}
         if self.dx_MD is not None:
-            _matmul(dz_MV, self.weight_VD, self.dx_MD[rows])
+            torch.mm(dz_MV, w_VD, out=self.dx_MD[rows], **wide)
         if self.dw_VD is not None:
-            _add_matmul(self.dw_VD, dz_MV.t(), self.x_MD[rows])
+            # in place: dW is the C operand of one cuBLAS call
+            torch.addmm(self.dw_VD, dz_MV.t(), x_MD, out=self.dw_VD, **wide)
 
     def row_pass(self, rows: slice, grads: LogitGrads) -> Tensor:
-        """E -> dz, in place."""
+        """Turn E into dz, in place, and return it.
+
+        The kernel's per-row numbers are divided by the temperature. At the target dz is a small difference for a
+        confident row, p - 1: it is computed here, from the fp32 statistics.
+        """
         assert self.e_MV is not None, "a head opened without gradients keeps no logits"
         M, V = rows.stop - rows.start, self.weight_VD.shape[0]
         dz_MV = self.e_MV[:M]
-        per_row = self._per_row(rows, grads)
-        grid = (cdiv(M, GRADIENT_ROWS), cdiv(cdiv(V, self.blocks.block_n), GRADIENT_TILES))
-        _head_gradient_kernel[grid](
-            dz_MV, self.parts[0], self.targets_M[rows], self.count, *per_row,
+        softmax_M, entropy_M, shift_M = grads.softmax_M, grads.entropy_M, grads.shift_M
+        of_p_M = softmax_M
+        if entropy_M is not None:
+            assert self.entropy_M is not None, "an entropy gradient needs entropy_gradient=True"
+            of_p_M = of_p_M - entropy_M * (self.logp_M + self.entropy_M)
+        at_target_M = self.logp_M.exp() * of_p_M + grads.target_M
+        if self.inverse_temperature_M is not None:
+            inverse_M = self.inverse_temperature_M[rows]
+            softmax_M, at_target_M = softmax_M * inverse_M, at_target_M * inverse_M
+            entropy_M = None if entropy_M is None else entropy_M * inverse_M
+        per_row = [self.local_max_M, grads.scale_M, softmax_M, at_target_M]
+        for i, value_M in enumerate(per_row):
+            per_row[i] = value_M.float().contiguous()
+        if entropy_M is not None and shift_M is not None:
+            entropy_M, shift_M = entropy_M.float().contiguous(), shift_M.float().contiguous()
+        num_tiles = triton.cdiv(V, self.blocks.block_n)
+        _head_gradient_kernel[triton.cdiv(M, GRADIENT_ROWS), triton.cdiv(num_tiles, GRADIENT_TILES)](
+            dz_MV, self.parts[0], self.targets_M[rows], self.count_1, *per_row, entropy_M, shift_M,
             M, V, dz_MV.stride(0), self.parts.stride(1), GRADIENT_TILES,
             BLOCK_M=GRADIENT_ROWS, BLOCK_N=self.blocks.block_n, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
         return dz_MV
-
-    def _per_row(self, rows: slice, grads: LogitGrads) -> list[Tensor | None]:
-        """max, scale, softmax, at_target, entropy, shift: the gradient kernel's numbers, divided by temperature.
-
-        At the target dz is a small difference for a confident row, p - 1: made here out of the fp32 statistics.
-        """
-        of_p_M = grads.softmax_M
-        if grads.entropy_M is not None:
-            assert self.entropy_M is not None, "an entropy gradient needs entropy_gradient=True"
-            of_p_M = of_p_M - grads.entropy_M * (self.logp_M + self.entropy_M)
-        at_target_M = self.logp_M.exp() * of_p_M + grads.target_M
-        scaled = [grads.softmax_M, at_target_M, grads.entropy_M]
-        if self.inverse_temperature_M is not None:
-            inverse_M = self.inverse_temperature_M[rows]
-            scaled = [None if value_M is None else value_M * inverse_M for value_M in scaled]
-        softmax_M, at_target_M, entropy_M = scaled
-        values = (self.local_max_M, grads.scale_M, softmax_M, at_target_M, entropy_M, grads.shift_M)
-        return [None if v is None else v.to(torch.float32).contiguous() for v in values]
-
-
-def _operand(
-    matrix: Tensor, block_rows: int, block_cols: int, blocks: MatmulBlocks
-) -> Tensor | TensorDescriptor:
-    if not blocks.use_tma:
-        return matrix
-    return TensorDescriptor(
-        matrix, list(matrix.shape), list(matrix.stride()), [block_rows, block_cols]
-    )
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b with an fp32 result."""
-    if a.is_cuda and a.dtype != out.dtype:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in fp32, in place: the C operand of one cuBLAS call."""
-    if a.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))

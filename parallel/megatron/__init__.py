@@ -1,4 +1,4 @@
 """Phi-4-Mini as a Megatron model, with its weights under Hugging Face names.
 
-May import: kernels, model, model/io, parallel/attention, parallel/ranks.
+May import: kernels, kernels/backend, model, model/io, parallel/attention, parallel/ranks.
 """

@@ -36,7 +36,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from phimini.kernels.linear import matmul, outer
+from phimini.kernels.backend.cpu_gemm import matmul, outer
 
 Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8"]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

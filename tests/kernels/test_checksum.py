@@ -9,7 +9,7 @@ from interpreter import observe
 from numerics import DEVICE
 from torch import Tensor
 
-from phimini.kernels._launch import Backend
+from phimini.kernels.backend.launch import Backend
 from phimini.kernels.checksum import _weights, checksum, checksum_reference, checksums
 from phimini.parallel.weight_sync.sync import fingerprint
 

@@ -18,7 +18,9 @@ from numerics import check_against_reference
 from torch import Tensor
 
 from phimini.kernels import linear_cross_entropy, linear_cross_entropy_reference
-from phimini.kernels.linear_cross_entropy import _cross_entropy
+from phimini.kernels.head.call import compute_compiled
+from phimini.kernels.head.options import ConstantOptions
+from phimini.kernels.linear_cross_entropy import CrossEntropy
 
 OPTIONS = [
     pytest.param({}, id="plain"),
@@ -222,11 +224,15 @@ def test_compiled_without_a_break_and_once_for_all_row_counts() -> None:
         return graph.forward
 
     hidden, weight, targets = make_head(33, 8, 20)
+    weight.requires_grad_()
     fn = lambda x, w, t: linear_cross_entropy(x, w, t)[0]
     compiled = torch.compile(fn, fullgraph=True, dynamic=True, backend=backend)
     for M in (33, 20, 7):
-        x, t = hidden[:M].clone(), targets[:M].clone()
-        assert bool(compiled(x, weight, t) == fn(x, weight, t))
+        x, t = hidden[:M].clone().requires_grad_(), targets[:M].clone()
+        got, want = (f(x, weight, t) for f in (compiled, fn))
+        assert bool(got == want)
+        gradients = [torch.autograd.grad(3 * loss, (x, weight)) for loss in (got, want)]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert len(graphs) == 1
 
 
@@ -259,17 +265,20 @@ def test_is_deterministic_and_chunks_do_not_show() -> None:
 
 
 def test_opcheck() -> None:
+    """The operation that a compiled graph holds, for each combination of gradients."""
     hidden, weight, targets = make_head(9, 8, 20)
-    for row_values in ([None], [torch.rand(9)]):
-        numbers, words = [0.1, 1e-3, 1.0], ""
-        rest = (None, 1.0, IGNORE, "", False, 0, -1, "", True)
-        args = (targets, row_values, numbers, words, *rest)
-        torch.library.opcheck(
-            _cross_entropy.op, (hidden.requires_grad_(), weight.requires_grad_(), *args, True)
-        )
-        torch.library.opcheck(
-            _cross_entropy.op_into, (hidden.detach(), weight.detach(), *args, torch.zeros(20, 8))
-        )
+    options = ConstantOptions.of(CrossEntropy(label_smoothing=0.1, z_loss=1e-3))
+    for values, needs in (([None], (True, True)), ([torch.rand(9)], (False, True))):
+        args = (options, hidden, weight, targets, None, 1.0, values)
+        torch.library.opcheck(compute_compiled, (*args, *needs))
+
+
+def test_compiled_with_main_grad_is_refused() -> None:
+    hidden, weight, targets = make_head(9, 8, 20)
+    fn = lambda x, w, m: linear_cross_entropy(x, w, targets, main_grad=m)[0]
+    compiled = torch.compile(fn, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="main_grad cannot be compiled by torch.compile"):
+        compiled(hidden, weight.requires_grad_(), torch.zeros(20, 8))
 
 
 def bad_input(**changes) -> dict:

@@ -10,7 +10,9 @@ from numerics import check_against_reference
 from torch import Tensor
 
 from phimini.kernels import linear_dpo, linear_dpo_reference
-from phimini.kernels.linear_dpo import _dpo
+from phimini.kernels.head.call import compute_compiled
+from phimini.kernels.head.options import ConstantOptions
+from phimini.kernels.linear_dpo import Dpo
 
 # rows of each sequence; a budget of 16 rows holds some pairs together, some alone, and the long one in parts
 LENGTHS = {
@@ -214,15 +216,10 @@ def test_main_grad_takes_dw(lengths: list[int]) -> None:
 
 def test_opcheck() -> None:
     hidden, weight, arguments = dpo_inputs([5, 4, 3, 8], 12, 50, {}, torch.float32)
-    row_values = [arguments["sequence_M"], arguments["reference_logp_S"], None]
-    args = (
-        hidden.requires_grad_(),
-        weight.requires_grad_(),
-        arguments["targets_M"],
-        row_values,
-        [0.1, 0.0, 0.2],
-    )
-    torch.library.opcheck(_dpo.op, (*args, "", None, 1.0, IGNORE, "", False, 0, -1, "", True, True))
+    values = [arguments["sequence_M"], arguments["reference_logp_S"], None]
+    options = Dpo(beta=0.1, label_smoothing=0.0, nll_weight=0.2, sequence_group=None)
+    args = (ConstantOptions.of(options), hidden, weight, arguments["targets_M"], None, 1.0, values)
+    torch.library.opcheck(compute_compiled, (*args, True, True))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from numerics import check_against_reference
 from torch import Tensor
 
 from phimini.kernels import linear_logprob, linear_logprob_reference
-from phimini.kernels.linear_logprob import _logprob, _logprob_bwd
+from phimini.kernels.head.call import compute_compiled
+from phimini.kernels.head.options import ConstantOptions
+from phimini.kernels.linear_logprob import Logprob
 
 TEMPERATURES = ["one", "number", "per-row"]
 OUTPUTS = ["logp_M", "entropy_M", "lse_M"]
@@ -134,14 +136,12 @@ def test_second_derivative_is_refused() -> None:
 
 def test_opcheck() -> None:
     hidden, weight, targets = make_head(9, 8, 20)
-    numbers = (1.0, IGNORE, "", False, 0, -1, "")
+    options = ConstantOptions.of(Logprob())
     for temperature_M in (None, torch.rand(9) + 0.5):
-        head = (hidden.requires_grad_(), weight.requires_grad_(), targets, temperature_M)
-        torch.library.opcheck(_logprob, (*head, *numbers, True))
-        plain = (hidden.detach(), weight.detach(), targets, temperature_M)
-        torch.library.opcheck(
-            _logprob_bwd, (torch.rand(9), torch.rand(9), None, *plain, *numbers, True, True)
-        )
+        args = (options, hidden, weight, targets, temperature_M, 1.0)
+        torch.library.opcheck(compute_compiled, (*args, [], False, False))
+        upstream = [torch.rand(9), torch.rand(9), None]
+        torch.library.opcheck(compute_compiled, (*args, upstream, True, True))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ from phimini.kernels import (
     linear_policy_loss,
     linear_policy_loss_reference,
 )
-from phimini.kernels.linear_policy_loss import _policy_loss
+from phimini.kernels.head.call import compute_compiled
+from phimini.kernels.head.options import ConstantOptions
+from phimini.kernels.linear_policy_loss import PolicyLoss
 
 OPTIONS = [
     pytest.param({}, id="plain"),
@@ -229,11 +231,17 @@ def test_main_grad_takes_dw() -> None:
 
 def test_opcheck() -> None:
     hidden, weight, targets = make_head(9, 8, 20)
-    row_values = [None, *(torch.rand(9) for _ in range(3)), None]
-    numbers = [0.2, 0.28, 0.1, 0.01, 1.0]
-    args = (hidden.requires_grad_(), weight.requires_grad_(), targets, row_values, numbers)
-    rest = ("k3 estimator", None, 1.0, IGNORE, "", False, 0, -1, "", True, True)
-    torch.library.opcheck(_policy_loss.op, (*args, *rest))
+    values = [None, *(torch.rand(9) for _ in range(3)), None]
+    options = PolicyLoss(
+        clip_low=0.2,
+        clip_high=0.28,
+        kl_coef=0.1,
+        kl="k3",
+        kl_gradient="estimator",
+        entropy_coef=0.01,
+    )
+    args = (ConstantOptions.of(options), hidden, weight, targets, None, 1.0, values)
+    torch.library.opcheck(compute_compiled, (*args, True, True))
 
 
 @pytest.mark.parametrize(

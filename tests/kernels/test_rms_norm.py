@@ -4,7 +4,7 @@ from interpreter import observe
 from numerics import DEVICE, check_against_reference
 from torch import Tensor
 
-from phimini.kernels._launch import Backend
+from phimini.kernels.backend.launch import Backend
 from phimini.kernels.rms_norm import (
     rms_norm,
     rms_norm_add,

@@ -7,7 +7,7 @@ from interpreter import observe
 from numerics import DEVICE, check_against_reference
 from torch import Tensor
 
-from phimini.kernels._launch import Backend
+from phimini.kernels.backend.launch import Backend
 from phimini.kernels.rope import rope, rope_reference
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -3,7 +3,7 @@ import torch
 from interpreter import observe
 from numerics import DEVICE, check_against_reference
 
-from phimini.kernels._launch import Backend
+from phimini.kernels.backend.launch import Backend
 from phimini.kernels.swiglu import swiglu, swiglu_reference
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phimini.kernels.linear import library
+from phimini.kernels.backend.cpu_gemm import library
 from phimini.model.config import preset
 from phimini.model.reference import Phi4Mini
 from phimini.parallel.megatron.builder import build_model

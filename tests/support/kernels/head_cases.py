@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phimini.kernels.linear import library
+from phimini.kernels.backend.cpu_gemm import library
 
 SHAPES = [
     pytest.param(64, 32, 128, id="aligned"),
