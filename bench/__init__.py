@@ -1,4 +1,4 @@
-"""The command `phimini bench`.
+"""The command `phimini bench` and the page of results that it writes.
 
-May import: model, parallel/ranks, stages, stages/run.
+May import: model, model/io, parallel/ranks, stages, stages/run, bench/gate, bench/peers.
 """

@@ -1,65 +1,97 @@
-"""The command `phimini`: `bench` is answered here, every other verb by `phimini.stages.cli`.
+"""The command `phimini bench` (also installed as `phimini-bench`): the table of benches and their exit statuses.
 
-A bench is a file of this folder whose docstring begins with "`phimini bench NAME" and which has `main(arguments)`,
-returning the exit status: 0 done, 1 a check that says no, 2 bad input.
+A bench is a module of this package with `main(arguments) -> status`: 0 done, 1 a check fails, 2 bad input. Modules are
+imported only when their bench is called, because some of them decide at import whether Triton interprets or compiles.
 """
 
 import importlib
-import os
-import re
 import sys
-import textwrap
-from itertools import pairwise
-from pathlib import Path
+from typing import NamedTuple
 
 from phimini.model.suggest import nearest
 from phimini.parallel.ranks.local_launch import RankFailure
 from phimini.stages.cli import EXPECTED
-from phimini.stages.cli import main as stages_main
 from phimini.stages.run.output import lasting_output
 
-_FIRST_LINE = re.compile(r'"""`(phimini bench ([a-z0-9-]+)[^`]*)`[.:]? *(.*?)(?:""")?$')
+
+class Bench(NamedTuple):
+    module: str
+    """below phimini.bench"""
+    usage: str
+    summary: str
 
 
-def benches() -> dict[str, tuple[str, str]]:
-    """Name -> (module, how it is called and what it measures), found by looking; nothing is imported.
-
-    Some benches decide at import whether Triton interprets or compiles.
-    """
-    found = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        with path.open(encoding="utf-8") as file:
-            first, rest = file.readline().strip(), file.read(400)
-        if match := _FIRST_LINE.match(first):
-            usage, name, what = match.groups()
-            # A first line that only says how it is called: the next sentence says what it does.
-            what = textwrap.shorten(what or rest.split(". ")[0], 110, placeholder=" ...")
-            found[name] = (f"phimini.bench.{path.stem}", f"{usage}\n    {what.rstrip('.')}")
-    return found
+BENCHES = {
+    "kernels": Bench(
+        "ops.kernels", "[OP ...] [--static | --traffic] [--quick] [--json PATH]",
+        "Time every op, compile it for GPUs that are not there, or count the bytes it asks for",
+    ),
+    "train": Bench(
+        "system.train", "[STAGE ...] [--run DIR] [--steps N] [--quick] [--profile DIR] [--json PATH] [key=value ...]",
+        "Time steps of the real training stages: speed, share of each phase, memory",
+    ),
+    "rollout": Bench(
+        "system.rollout", "[--model NAME] [--rounds N] [--quick] [--json PATH]",
+        "Tokens per second of the local engine and of vLLM, in turns",
+    ),
+    "weight-sync": Bench(
+        "system.weight_sync", "[--model NAME] [--repeats N] [--quick] [--json PATH]",
+        "Time a weight sync into vLLM by phase, over every layout and transport",
+    ),
+    "data": Bench(
+        "system.data", "[--rounds N] [--quick] [--json PATH]",
+        "Time reading, packing and verifying: the Python work around the GPU",
+    ),
+    "scaling": Bench(
+        "system.scaling", "[--quick] [--json PATH]",
+        "Time a step as sequence, batch, vocabulary and data set grow",
+    ),
+    "peers": Bench(
+        "peers.command", "[sft] [dpo] [grpo] [--rounds N] [--steps N] [--python PATH] [--json PATH]",
+        "Compare stages 2, 3 and 4 with TRL's trainers, in turns",
+    ),
+    "all": Bench(
+        "gate.run_all", "[--quick | --shortest] [--only PART,...] [--json PATH]",
+        "Run every bench and collect the rows in one file",
+    ),
+    "compare": Bench(
+        "gate.compare", "[BASE] NEW [--baselines DIR] [--absolute auto|always|never] [--partial] [--verbose]",
+        "Compare the rows of a run with a baseline; fail where one is slower or larger",
+    ),
+    "bless": Bench(
+        "gate.bless", "NEW [NEW ...] --reason TEXT [--baselines DIR]",
+        "Make the rows of a run the baseline of their device",
+    ),
+    "golden": Bench(
+        "gate.golden", "[--layouts 1,tp2] [--bless --reason TEXT] [--baselines DIR]",
+        "Compare losses of the first steps with the committed ones, bit by bit, and across layouts",
+    ),
+    "readme": Bench(
+        "results_page", "[RUN ...] [--baselines DIR]",
+        "Write bench/results/README.md from the committed rows",
+    ),
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status; 2 for an unknown bench."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] != "bench":
-        return stages_main(arguments)
+    """Run one bench and return its exit status; 2 for an unknown name, 1 where the standard output was lost."""
     with lasting_output() as output:
-        status = bench(arguments)
+        status = run(sys.argv[1:] if argv is None else argv)
     return status or int(output.lost is not None)
 
 
-def bench(arguments: list[str]) -> int:
-    known = benches()
-    if len(arguments) < 2 or arguments[1] in ("-h", "--help"):
-        print("\n".join(usage for _, usage in known.values()))
+def run(arguments: list[str]) -> int:
+    """Return the exit status of the bench that `arguments` names."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        for name, bench in BENCHES.items():
+            print(f"phimini bench {name} {bench.usage}\n    {bench.summary}")
         return 0
-    name = arguments[1]
-    if name not in known:
-        print(f"phimini: unknown bench {name!r}; {nearest(name, known)}", file=sys.stderr)
+    name, *rest = arguments
+    if name not in BENCHES:
+        print(f"phimini: unknown bench {name!r}; {nearest(name, BENCHES)}", file=sys.stderr)
         return 2
     try:
-        check_options(arguments[2:])
-        return importlib.import_module(known[name][0]).main(arguments[2:])
+        return importlib.import_module(f"phimini.bench.{BENCHES[name].module}").main(rest)
     except (ValueError, OSError, RankFailure) as error:
         kind, message = type(error).__name__, str(error)
         if isinstance(error, RankFailure):
@@ -70,19 +102,6 @@ def bench(arguments: list[str]) -> int:
             raise
         print(f"phimini: bench {name}: {message}", file=sys.stderr)
         return EXPECTED[kind]
-
-
-def check_options(words: list[str]) -> None:
-    """Before anything is measured: counts are at least 1, and the folder of `--json PATH` can be written."""
-    split = [part for w in words for part in (w.split("=", 1) if w.startswith("--") else [w])]
-    for option, value in pairwise(split):
-        if option in ("--rounds", "--steps", "--repeats") and re.fullmatch("-[0-9]+|0+", value):
-            raise ValueError(f"{option}: expected at least 1, got {value}")
-        if option == "--json":
-            folder = Path(value).parent
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK) or Path(value).is_dir():
-                raise ValueError(f"--json {value}: expected a file that can be written")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command `phimini` (and `phimini bench`, see `phimini.bench.cli`).
+"""The command `phimini`.
 
     phimini recipe tiny                      all four stages, evaluation and report
     phimini recipe tiny seed=1 out=runs/s1   any field of the config can be set
@@ -18,7 +18,7 @@
     phimini doctor --dist                    under torchrun: are these ranks fit to train together?
     phimini doctor --mismatch tiny           why do sampler and trainer differ? (a run's config as above)
     phimini doctor --gpu-checklist           what to run on the first GPU, and how it was checked without
-    phimini bench                            measuring; names its benches
+    phimini bench                            list the benches (`phimini.bench.cli`)
     torchrun --nproc-per-node 2 -m phimini.stages.cli recipe tiny tensor_parallel=2
 
 A stage that is complete is not run again; `--redo` does. One command at a time writes into a run's folder. Exit status:
@@ -27,6 +27,7 @@ A stage that is complete is not run again; `--redo` does. One command at a time 
 """
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -128,6 +129,8 @@ def exit_status(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
+    if arguments[0] == "bench":  # lazily: the benches import the stages
+        return importlib.import_module("phimini.bench.cli").main(arguments[1:])
     try:
         return dispatch(arguments)
     except ValueError as error:

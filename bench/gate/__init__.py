@@ -1,4 +1,4 @@
-"""Rows, baselines and their comparison: fail when slower.
+"""Rows, baselines and their comparison, which fails where a row is slower.
 
 May import: model/io, parallel/ranks, stages/*.
 """

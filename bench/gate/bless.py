@@ -1,57 +1,52 @@
-"""`phimini bench bless NEW [NEW ...] --reason TEXT [--baselines DIR]`: rows of a run become the baseline of their device.
+"""Make the rows of a run the baseline of their device.
 
-Of several runs each row is the one whose ratio lies in the middle, and its band takes in the others': what differs from
-process to process is then no slow-down.
+Bless several runs together: of each row the run whose ratio lies in the middle is kept, and its band covers the others,
+so that a difference between processes is no slow-down.
 
-Writes DIR/<device>/<bench>.jsonl, a file per bench: a row replaces the one with its key, the others stay, and the
-reason is kept in the file with the commit, the day and how many rows it was for. Commit the files.
+Writes DIR/<device>/<bench>.jsonl, one file per bench. A row replaces the one with its key, the others stay, and the file
+keeps the reason with the commit, the date and the number of rows. Commit the files.
 """
 
-import argparse
 import dataclasses
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from phimini.bench.gate.compare import BASELINES, MIN_ROUNDS, SCHEMA_STATUS
+from phimini.bench.gate.compare import BASELINES, MIN_ROUNDS, slug_of_rows
+from phimini.bench.gate.environment import environment
+from phimini.bench.gate.options import parser, status_of
 from phimini.bench.gate.paired_ratio import typical
 from phimini.bench.gate.rows import Row, SchemaError, read, read_all, write
 
 
 def bless(new: list[Row], reason: str, baselines: Path = BASELINES) -> list[Path]:
-    """The files that were written, each whole or not at all.
+    """Write the baseline files, each whole or not at all, and return their paths.
 
-    ValueError for a run that no later one should be held to: without a reason, of a tree with uncommitted changes,
-    with a wrong result of ours, with fewer than MIN_ROUNDS rounds, or of several devices.
+    ValueError for a run that is no baseline: without a reason, with uncommitted changes, with a wrong result of ours,
+    with fewer than MIN_ROUNDS rounds, or of several devices.
     """
     if not reason.strip():
-        raise ValueError("bench bless: reason: expected a sentence, got nothing")
-    if not new:
-        raise ValueError("bench bless: expected rows, got none")
-    if len({row.environment.slug for row in new if row.environment}) != 1:
-        raise ValueError("bench bless: expected rows of one device, got several")
+        raise ValueError("--reason: expected a sentence, got nothing")
+    folder = baselines / slug_of_rows(new)
     for row in new:
         _check(row)
     paths = []
     for bench in sorted({row.bench for row in new}):
-        mine = [row for row in new if row.bench == bench]
-        here = mine[0].environment
+        mine = {row.key: row for row in new if row.bench == bench}
+        here = next(iter(mine.values())).environment
         assert here is not None
-        path = baselines / here.slug / f"{bench}.jsonl"
+        path = folder / f"{bench}.jsonl"
         old, blessings = _before(path)
-        keys = {row.key for row in mine}
-        kept = [row for row in old if row.key not in keys]
-        blessings.append(
-            {"reason": reason, "date": here.date, "commit": here.commit, "rows": len(mine)}
-        )
-        write(path, sorted([*kept, *mine], key=lambda row: row.key), blessings)
+        blessings.append({"reason": reason, "date": here.date, "commit": here.commit, "rows": len(mine)})  # fmt: skip
+        merged = {row.key: row for row in old} | mine
+        write(path, [merged[key] for key in sorted(merged)], blessings)
         paths.append(path)
     return paths
 
 
 def together(runs: list[list[Row]]) -> list[Row]:
-    """One row per key: of those of several runs the middle one, with half of what lies between the outermost two."""
+    """Return one row per key: the middle one of several runs, with half the distance between the outermost two."""
     keyed: dict[str, list[Row]] = {}
     for row in (row for run in runs for row in run):
         keyed.setdefault(row.key, []).append(row)
@@ -68,7 +63,7 @@ def _middle(rows: list[Row]) -> Row:
 
 
 def _before(path: Path) -> tuple[list[Row], list[dict[str, Any]]]:
-    """What the file has. Rows of another schema are dropped, which is said: nothing could be held to them any more."""
+    """Return the file's rows and blessings. Rows of another schema are dropped with a warning: no run compares with them."""
     try:
         return read_all(path) if path.exists() else ([], [])
     except SchemaError as problem:
@@ -79,40 +74,37 @@ def _before(path: Path) -> tuple[list[Row], list[dict[str, Any]]]:
 def _check(row: Row) -> None:
     assert row.environment is not None, "rows come from files"
     if row.environment.dirty:
-        raise ValueError(
-            f"bench bless: {row.key}: measured with uncommitted changes on {row.environment.commit}; commit, then "
-            "measure again"
-        )
-    ours = row.provider == "phimini" or row.reference is not None
-    if ours and not row.correct:
-        raise ValueError(f"bench bless: {row.key}: a wrong result (error {row.error})")
-    if ours and row.num_samples < MIN_ROUNDS:
-        raise ValueError(
-            f"bench bless: {row.key}: expected at least {MIN_ROUNDS} rounds, got {row.num_samples}"
-        )
+        text = f"uncommitted changes on {row.environment.commit}; commit, then measure again"
+        raise ValueError(f"{row.key}: measured with {text}")
+    if row.held and not row.correct:
+        raise ValueError(f"{row.key}: a wrong result (error {row.error})")
+    if row.held and len(row.samples) < MIN_ROUNDS:
+        rounds = len(row.samples)
+        raise ValueError(f"{row.key}: expected at least {MIN_ROUNDS} rounds, got {rounds}")
+
+
+def folder_to_bless(baselines: Path) -> Path:
+    """Return `baselines`. ValueError for the default where phimini is installed: its own folder is not the user's."""
+    if baselines == BASELINES and environment().commit is None:
+        raise ValueError("--baselines: expected a folder of your project; phimini is installed here, not a checkout")  # fmt: skip
+    return baselines
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 2 where nothing was written, 4 for another schema."""
-    parser = argparse.ArgumentParser(prog="phimini bench bless", description=__doc__)
-    parser.add_argument("new", nargs="+", type=Path, metavar="NEW")
-    parser.add_argument("--reason", required=True, help="why later runs are held to this one")
-    parser.add_argument("--baselines", type=Path, default=BASELINES)
-    args = parser.parse_args(argv)
-    try:
-        new = together([read(path) for path in args.new])
-        for path in bless(new, args.reason, args.baselines):
+    """Return 0; 2 where no baseline was written, 4 for another schema."""
+    options = parser("bless", __doc__, json=False)
+    options.add_argument("new", nargs="+", type=Path, metavar="NEW")
+    options.add_argument("--reason", required=True, help="why later runs are compared with this one")  # fmt: skip
+    options.add_argument("--baselines", type=Path, default=BASELINES)
+    args = options.parse_args(argv)
+
+    def run() -> int:
+        rows = together([read(path) for path in args.new])
+        for path in bless(rows, args.reason, folder_to_bless(args.baselines)):
             print(f"wrote {path}")
-    except SchemaError as problem:
-        print(f"schema change: {problem}", file=sys.stderr)
-        return SCHEMA_STATUS
-    except (OSError, ValueError) as problem:
-        print(
-            f"bench bless: {problem}".replace("bench bless: bench bless:", "bench bless:"),
-            file=sys.stderr,
-        )
-        return 2
-    return 0
+        return 0
+
+    return status_of("bless", run)
 
 
 if __name__ == "__main__":

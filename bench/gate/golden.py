@@ -1,15 +1,14 @@
-"""`phimini bench golden [--layouts 1,tp2] [--bless --reason TEXT] [--baselines DIR]`.
+"""Compare the losses of the first steps of all four training stages with the committed ones, and across layouts.
 
-The losses and gradient norms of the first steps of all four training stages, at several layouts, in torch's
-deterministic mode. The stages are the real ones, on a tiny model and data made from a seed; each layout starts every
-stage from the one-rank model, so that step 1 is the same computation. Two things are asked:
+The stages are the real ones, in torch's deterministic mode, on a tiny model and data made from a seed. Every layout
+starts each stage from the one-rank model, so that step 1 is the same computation. Two checks:
 
-    step 1    every layout has the one-rank run's loss and gradient norm (within STEP_1, for another order of sums)
-    golden    every number is bit-equal to what is committed for this device in DIR/<device>/golden.json
+    step 1    every layout has the loss and gradient norm of one rank (within STEP_1: sums have another order)
+    golden    every number is bit-equal to the one committed for this device in DIR/<device>/golden.json
 
-Exit status: 0 both hold; 1 one does not; 2 bad input; 3 step 1 holds, but nothing, or something of another version, is
-committed for this device, so bit-equality was not checked, which is no pass. A layout that this machine has too few
-GPUs for is named and left out; if it is in the committed file, the status is 3.
+Exit status: 0 both hold; 1 one fails; 2 bad input; 3 step 1 holds, but this device has no committed numbers, or numbers
+of other versions, so bit-equality was not checked, which is no pass. A layout that needs more GPUs than this machine has
+is named and left out; if the committed file has it, the status is 3.
 """
 
 import argparse
@@ -25,8 +24,10 @@ from typing import Any
 
 import torch
 
+from phimini.bench.gate.bless import folder_to_bless
 from phimini.bench.gate.compare import BASELINES
 from phimini.bench.gate.environment import Environment, environment
+from phimini.bench.gate.options import parser, status_of
 from phimini.model.io.json_files import read_json, read_rows, write_json
 from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages import cli
@@ -57,16 +58,17 @@ SETTINGS = (
     "rlvr.min_rollouts=2", "rlvr.rebalance=false", "rlvr.max_new_tokens=16", "rlvr.micro_rollouts=8",
     "rlvr.optimizer.warmup_ratio=0", "rlvr.uniform_length=false",
 )  # fmt: skip
+BITS_DEPEND_ON = (
+    "device", "threads", "torch", "cuda", "triton", "megatron-core", "transformer-engine", "flash-attn",
+)  # fmt: skip
 Losses = dict[str, dict[str, list[list[float]]]]
 """stage -> layout -> step -> FIELDS"""
 
 
 def measure(layouts: list[str]) -> Losses:
-    """The numbers of `layouts`, "1" always among them. ValueError for an unknown layout."""
+    """Return the numbers of `layouts` and of one rank. ValueError for an unknown layout."""
     if unknown := [name for name in layouts if name not in LAYOUTS]:
-        raise ValueError(
-            f"bench golden: unknown layout {unknown[0]!r}; expected some of {list(LAYOUTS)}"
-        )
+        raise ValueError(f"unknown layout {unknown[0]!r}; expected some of {list(LAYOUTS)}")
     losses: Losses = {stage: {} for stage in STAGES}
     with tempfile.TemporaryDirectory() as folder:
         single = Path(folder) / "1"
@@ -96,7 +98,7 @@ def _run(stage: str, folder: Path, layout: str) -> None:
 
 
 def _rank(words: list[str]) -> int:
-    """One rank, in a process of its own: deterministic, and with a reward that an untrained model sometimes gets."""
+    """Run a stage on one rank, deterministically, with a reward that an untrained model sometimes gets."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     rollout_groups.reward = lambda response, finish_reason, problem: 1.0 - 2.0 * (len(response) % 2)
@@ -111,7 +113,7 @@ def _read(folder: Path, stage: str) -> list[list[float]]:
 
 # --- verdicts --------------------------------------------------------------------------------------
 def layouts_that_differ(losses: Losses, limit: float) -> list[str]:
-    """A line per stage, layout and field whose step 1 is not the one-rank run's."""
+    """Return a line per stage, layout and field whose step 1 differs from one rank's by more than `limit`, relatively."""
     lines = []
     for stage, by_layout in losses.items():
         for layout, steps in by_layout.items():
@@ -126,19 +128,21 @@ def layouts_that_differ(losses: Losses, limit: float) -> list[str]:
 @dataclass(frozen=True, slots=True)
 class Verdict:
     status: int
-    """0 bit-equal, 1 not, 3 nothing that could be compared"""
+    """0 bit-equal, 1 not, 3 not compared"""
     lines: list[str]
 
 
-def hold(losses: Losses, here: Environment, path: Path, *, partial: bool = False) -> Verdict:
-    """The measured numbers against the committed file. ValueError names a file that is none of ours.
+def compare_with(
+    losses: Losses, here: Environment, path: Path, *, partial: bool = False
+) -> Verdict:
+    """Compare the measured numbers with the committed file. ValueError for a file of another kind.
 
-    `partial`: layouts that only the file has were not asked for.
+    `partial`: layouts that only the file has were not measured.
     """
     if not path.exists():
         return Verdict(3, [f"no baseline: {path} does not exist"])
     committed = _committed(path)
-    if changes := list(_stale(committed, here)):
+    if changes := _stale(committed, here):
         return Verdict(
             3, [f"stale baseline: {'; '.join(changes)} (`phimini bench golden --bless`)"]
         )
@@ -185,28 +189,20 @@ def _committed(path: Path) -> dict[str, Any]:
     return value
 
 
-def _stale(committed: dict[str, Any], here: Environment) -> Iterator[str]:
-    """What decides about bits beside our code."""
-    then, now = committed["environment"], dataclasses.asdict(here)
-    for name in ("device", "threads"):
-        if then[name] != now[name]:
-            yield f"{name} was {then[name]}, is {now[name]}"
-    for name in ("torch", "cuda", "triton", "megatron-core", "transformer-engine", "flash-attn"):
-        a, b = then["versions"].get(name), now["versions"].get(name)
-        if a != b:
-            yield f"{name} was {a}, is {b}"
+def _stale(committed: dict[str, Any], here: Environment) -> list[str]:
+    """Describe the changes besides our code that decide about bits."""
+    changes = Environment(**committed["environment"]).changes(here, BITS_DEPEND_ON)
     if committed["settings"] != list(SETTINGS):
-        yield "it was measured with other settings"
+        changes.append("it was measured with other settings")
+    return changes
 
 
 def bless(losses: Losses, here: Environment, path: Path, reason: str) -> None:
-    """Writes the file, whole or not at all; the reasons of earlier ones stay in it."""
+    """Write the file, whole or not at all. It keeps the reasons of earlier blessings."""
     if not reason.strip():
-        raise ValueError("bench golden: --reason: expected a sentence, got nothing")
+        raise ValueError("--reason: expected a sentence, got nothing")
     if here.dirty:
-        raise ValueError(
-            f"bench golden: uncommitted changes on {here.commit}; commit, then measure again"
-        )
+        raise ValueError(f"uncommitted changes on {here.commit}; commit, then measure again")
     blessings = _committed(path)["blessings"] if path.exists() else []
     blessings.append({"reason": reason, "date": here.date, "commit": here.commit})
     write_json(path, {"schema": SCHEMA, "environment": dataclasses.asdict(here), "settings": list(SETTINGS),
@@ -214,13 +210,12 @@ def bless(losses: Losses, here: Environment, path: Path, reason: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="phimini bench golden", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
-    parser.add_argument("--layouts", help="only these, of " + ",".join(LAYOUTS))
-    parser.add_argument("--bless", action="store_true", help="commit what this run measures")
-    parser.add_argument("--reason", default="", help="why, with --bless")
-    parser.add_argument("--baselines", type=Path, default=BASELINES)
-    args = parser.parse_args(argv)
+    options = parser("golden", __doc__, json=False)
+    options.add_argument("--layouts", help="only these, of " + ",".join(LAYOUTS))
+    options.add_argument("--bless", action="store_true", help="commit the numbers of this run")
+    options.add_argument("--reason", default="", help="why, with --bless")
+    options.add_argument("--baselines", type=Path, default=BASELINES)
+    args = options.parse_args(argv)
     torch.set_num_threads(1)
     layouts = list(LAYOUTS) if args.layouts is None else args.layouts.split(",")
     if torch.cuda.is_available():
@@ -228,22 +223,21 @@ def main(argv: list[str] | None = None) -> int:
         if left_out := [n for n in layouts if n in LAYOUTS and n not in fit]:
             print(f"left out, too few GPUs: {', '.join(left_out)}")
         layouts = [n for n in layouts if n not in left_out]
-    try:
-        losses = measure(layouts)
-        here = environment()  # after the forks: it starts CUDA
-        lines = layouts_that_differ(losses, STEP_1[here.device_kind])
-        path = args.baselines / here.slug / "golden.json"
-        if args.bless and not lines:
-            bless(losses, here, path, args.reason)
-            print(f"wrote {path}")
-        verdict = hold(losses, here, path, partial=args.layouts is not None)
-    except (OSError, ValueError) as problem:
-        print(f"phimini: {problem}", file=sys.stderr)
-        return 2
-    print(
-        "\n".join([*lines, *verdict.lines])
-        or "step 1 agrees over all layouts; every number is bit-equal"
-    )
+    return status_of("golden", lambda: _run_and_judge(layouts, args))
+
+
+def _run_and_judge(layouts: list[str], args: argparse.Namespace) -> int:
+    losses = measure(layouts)
+    here = environment()  # after the forks: it starts CUDA
+    lines = layouts_that_differ(losses, STEP_1[here.device_kind])
+    path = args.baselines / here.slug / "golden.json"
+    if args.bless and not lines:
+        folder_to_bless(args.baselines)
+        bless(losses, here, path, args.reason)
+        print(f"wrote {path}")
+    verdict = compare_with(losses, here, path, partial=args.layouts is not None)
+    agreed = "step 1 agrees over all layouts; every number is bit-equal"
+    print("\n".join([*lines, *verdict.lines]) or agreed)
     return 1 if lines else verdict.status
 
 

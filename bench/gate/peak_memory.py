@@ -1,4 +1,4 @@
-"""Bytes that a stretch of code holds at its peak: exact by allocation, and the resident set for what is not torch's."""
+"""Peak memory of a stretch of code: by allocations, or by the resident set for memory that is not torch's."""
 
 import ctypes
 import weakref
@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_STATUS = Path("/proc/self/status")
+
 
 class AllocationMeter(TorchDispatchMode):
-    """Counts the bytes of tensors that are made, and not yet gone, within the block; of this thread, on any device.
+    """Count the live bytes of the tensors that this thread makes within the block, on any device.
 
-    Exact where a resident set is noise: a tiny model's step or sync needs less than an allocator keeps for itself.
+    Exact where a resident set is noise: a tiny model's step needs less than an allocator keeps for itself.
     """
 
     def __init__(self) -> None:
@@ -48,35 +50,41 @@ def id_of(t: Tensor) -> int:
 
 
 def peak_rss_bytes() -> int | None:
-    """The largest resident set of this process so far; None where the system does not say."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    peaks = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return peaks[0] if peaks else None
+    """Return the largest resident set of this process so far; None where the system does not report it."""
+    return _resident_bytes("VmHWM") if _STATUS.exists() else None
 
 
-def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """What `run()` holds at its peak beyond what was there before it; None where the system cannot say.
-
-    By torch's allocator on CUDA, else by the resident set, which counts what is not torch's too.
-    """
+def peak_allocated_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Return the bytes that `run()` allocates through torch at its peak, beyond those allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
+    with AllocationMeter() as meter:
+        run()
+    return meter.peak_bytes
+
+
+def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """Return the bytes that `run()` needs at its peak, libraries other than torch included; None where unknown.
+
+    From torch's allocator on CUDA, else from the resident set.
+    """
+    if device.type == "cuda":
+        return peak_allocated_bytes(run, device)
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that glibc keeps would hide the next growth
-    reset.write_text("5")  # the peak of the resident set starts anew (Linux, man 5 proc)
+    reset.write_text("5")  # resets the peak of the resident set (Linux, man 5 proc)
     before = _resident_bytes("VmRSS")
     run()
     return max(0, _resident_bytes("VmHWM") - before)
 
 
 def _resident_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in _STATUS.read_text().splitlines():
         if line.startswith(name + ":"):
             return 1024 * int(line.split()[1])
     raise RuntimeError(f"/proc/self/status has no {name}")

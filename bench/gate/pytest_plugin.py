@@ -1,34 +1,33 @@
-"""Speed as a test, in anybody's CI: a marker, a fixture and two options for pytest.
+"""A pytest plugin that makes speed a test in the CI of any project: a marker, a fixture and two options.
 
-    # conftest.py, at the root of the tests
-    pytest_plugins = ["phimini.bench.gate.pytest_plugin"]
+pytest finds it by itself where phimini is installed. It imports torch only when a test asks for `bench_gate`.
 
     # test_speed.py
-    from phimini.bench.gate.rows import measured
+    from phimini.bench.gate.rows import Row
 
     @pytest.mark.bench
     def test_my_kernel_is_as_fast_as_it_was(bench_gate):
-        bench_gate([measured(bench="mine", case={"T": 4096}, provider="mine", unit="ms", samples=ours,
-                             reference="eager", reference_samples=eager)])
+        bench_gate([Row(bench="mine", case={"T": 4096}, provider="mine", unit="ms", samples=ours,
+                        reference="eager", reference_samples=eager)])
 
-Run with `pytest -m bench`. `bench_gate(rows)` holds the rows to `--bench-baselines DIR` (perf/baselines) as `phimini
-bench compare` does and fails with its table; so does a row without a baseline, a stale one, or too few rounds:
-nothing was checked, which is no pass. `--bench-save PATH` keeps the rows of all tests, failed or not, in one file:
-`phimini bench bless PATH --baselines DIR --reason TEXT` makes them the baseline. Limits of one test are the marker's:
+Run it with `pytest -m bench`. `bench_gate(rows)` compares the rows with `--bench-baselines DIR` (perf/baselines) as
+`phimini bench compare` does, and fails with its table. A row without a baseline, with a stale one or with too few rounds
+fails too, because nothing was checked. `--bench-save PATH` writes the rows of all tests, failed or not, to one file, and
+`phimini bench bless PATH --baselines DIR --reason TEXT` makes them the baseline. The marker sets the limits of a test:
 `@pytest.mark.bench(ratio=0.03, memory=0.05)`.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from phimini.bench.gate.compare import Limits, baseline_of, compare
-from phimini.bench.gate.environment import environment
-from phimini.bench.gate.rows import Row, write
+if TYPE_CHECKING:
+    from phimini.bench.gate.rows import Row
 
-_SAVED = pytest.StashKey[list[Row]]()
+_SAVED: "pytest.StashKey[list[Row]]" = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,24 +39,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers",
-        "bench(ratio, absolute, memory): measures, and holds what it measured to a baseline",
+        "markers", "bench(ratio, absolute, memory): measure, and compare with a baseline"
     )
     config.stash[_SAVED] = []
 
 
 @pytest.fixture
-def bench_gate(request: pytest.FixtureRequest) -> Callable[[Iterable[Row]], None]:
-    """`bench_gate(rows)` fails the test unless every row passes; rows are those of `rows.measured`."""
+def bench_gate(request: pytest.FixtureRequest) -> "Callable[[Iterable[Row]], None]":
+    """Return a function that fails the test unless every one of its rows passes."""
+    from phimini.bench.gate.compare import Limits, baseline_of, compare
+    from phimini.bench.gate.environment import environment
+
     marker = request.node.get_closest_marker("bench")
     limits = Limits(**(marker.kwargs if marker else {}))
 
-    def gate(rows: Iterable[Row]) -> None:
+    def gate(rows: "Iterable[Row]") -> None:
         here = environment()
         new = [r if r.environment else dataclasses.replace(r, environment=here) for r in rows]
         request.config.stash[_SAVED] += new
         base = baseline_of(new, Path(str(request.config.getoption("--bench-baselines"))))
-        report = compare(base, new, limits, partial=True)  # other tests have the other rows
+        report = compare(base, new, limits, partial=True)  # other tests measure the other rows
         if report.status:
             pytest.fail(report.text(), pytrace=False)
 
@@ -67,4 +68,6 @@ def bench_gate(request: pytest.FixtureRequest) -> Callable[[Iterable[Row]], None
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path, rows = session.config.getoption("--bench-save"), session.config.stash[_SAVED]
     if path is not None and rows:
+        from phimini.bench.gate.rows import write
+
         write(path, rows)

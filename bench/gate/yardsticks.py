@@ -1,4 +1,4 @@
-"""What rates are held to, measured in the same run: a matrix product for arithmetic, a plain loop for Python"""
+"""Yardsticks of the machine, measured in the same run: a matrix product for arithmetic, a plain loop for Python."""
 
 import time
 from collections.abc import Callable
@@ -6,10 +6,11 @@ from collections.abc import Callable
 import torch
 
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+PYTHON_WORDS = [str(i % 997) for i in range(40_000)]
 
 
 def seconds(fn: Callable[[], object], device: torch.device) -> float:
-    """Of one call: this process's CPU time on a CPU, wall time until the GPU is done on a GPU."""
+    """Return the seconds of one call: this process's CPU time on a CPU, wall time until the GPU is done on a GPU."""
     if device.type == "cpu":
         began = time.process_time()
         fn()
@@ -22,7 +23,7 @@ def seconds(fn: Callable[[], object], device: torch.device) -> float:
 
 
 def gemm_factors(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 on a CPU, bf16 on a GPU."""
+    """Return two square matrices: fp32 on a CPU, bf16 on a GPU."""
     size = GEMM_SIZE[device.type]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
@@ -30,17 +31,16 @@ def gemm_factors(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gemm_flops(a: torch.Tensor, b: torch.Tensor) -> float:
-    """FLOP/s of a @ b."""
+    """Return the FLOP/s of one a @ b."""
     return 2 * a.shape[0] * a.shape[1] * b.shape[1] / seconds(lambda: torch.mm(a, b), a.device)
 
 
 def python_rate() -> float:
-    """Words a second counted in a dictionary: the kind of work that reading and packing are."""
-    words = [str(i % 997) for i in range(40_000)]
+    """Return the words per second of a plain Python loop over a dictionary, the kind of work that packing is."""
 
     def work() -> None:
         counts: dict[str, int] = {}
-        for word in words:
+        for word in PYTHON_WORDS:
             counts[word] = counts.get(word, 0) + len(word)
 
-    return len(words) / seconds(work, torch.device("cpu"))
+    return len(PYTHON_WORDS) / seconds(work, torch.device("cpu"))

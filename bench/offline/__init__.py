@@ -1,4 +1,4 @@
 """Checks of kernels that need no GPU: interpreter, memory traffic, offline compilation.
 
-May import: bench/ops.
+May import: model/io, bench/gate, bench/ops.
 """

@@ -1,13 +1,13 @@
 """Triton's CPU interpreter, repaired: kernels give a GPU's numbers, and their mistakes are reported.
 
     import os; os.environ["TRITON_INTERPRET"] = "1"     # before any kernel is decorated
-    from phimini.bench import interpreter
+    from phimini.bench.offline import interpreter
     interpreter.install()                               # from now on every launch is checked
     with interpreter.observe(shuffle_seed=1) as report:
         op(x)
     report.launches[0].requested_bytes, report.races
 
-What the stock interpreter of triton 3.7.1 does, and what happens here instead:
+The stock interpreter of triton 3.7.1 and this one:
 
     bf16, fp8                  multiplies and compares bit patterns; casts truncate    true values, rounded to
                                                                                        nearest even, fp8 saturates
@@ -15,7 +15,7 @@ What the stock interpreter of triton 3.7.1 does, and what happens here instead:
     autotune                   needs a GPU                                             first, i-th or every config
     libdevice                  returns None                                            numpy
     Python float arguments     stay Python floats                                      fp32, as on a GPU
-    masked load, no `other=`   zeros                                                   NaN: it is undefined
+    masked load, no `other=`   zeros                                                   NaN: they are undefined
     out of bounds              reads and writes foreign memory                         OutOfBoundsError
     races between programs     invisible                                               RaceError
     order of the programs      z fastest                                               x fastest, or shuffled
@@ -77,7 +77,7 @@ SUPPORTED_TRITON = "3.7."
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """What the launches inside one `observe` did."""
+    """The launches and races inside one `observe`."""
 
     launches: list[Launch] = field(default_factory=list)
     races: list[str] = field(default_factory=list)
@@ -188,7 +188,7 @@ def _atomic_cas(self, ptr, cmp, value, sem, scope) -> Handle:
 
 
 def _keeps_region(name: str) -> Callable:
-    """A pointer computed from an argument still belongs to that argument."""
+    """Return a builder method whose result keeps the region of the pointer that it is computed from."""
     original = getattr(Builder, name)
 
     def create(self, *args):
@@ -218,7 +218,7 @@ def _dot(self, a: Handle, b: Handle, d: Handle, input_precision, max_num_impreci
 
 
 def _replace_libdevice(namespace: dict[str, Any]) -> None:
-    """libdevice functions that a kernel's module imported by name, or the module itself."""
+    """Replace libdevice functions in a kernel's globals, whether imported by name or through the module."""
     for key, value in list(namespace.items()):
         if isinstance(value, types.ModuleType) and value.__name__.endswith(".libdevice"):
             for name in LIBDEVICE:
@@ -237,7 +237,7 @@ _sees_the_language = types.FunctionType((lambda: None).__code__, {"tl": tl, "cor
 
 
 def _implicit_cvt(arg):
-    """Kernel arguments as a GPU gets them: a Python float is an fp32 scalar."""
+    """Convert a kernel argument as for a GPU: a Python float becomes an fp32 scalar."""
     if type(arg) is float:
         return tl.tensor(Handle(np.array([arg], np.float32), tl.float32), tl.float32)
     if type(arg) is bool:
@@ -256,7 +256,7 @@ def _tensors(name: str, arg: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _run_grid(self, *args, **kwargs) -> None:
-    """GridExecutor.__call__: the launch of one kernel."""
+    """Launch one kernel; replaces GridExecutor.__call__."""
     kwargs = {k: v for k, v in kwargs.items() if k in inspect.getfullargspec(self.fn).args}
     for hook in self.pre_run_hooks:
         hook(*args, **kwargs)
@@ -315,7 +315,7 @@ def _mark_regions(args: dict[str, Any], regions: list[Region]) -> None:
 
 
 def _device_call(self, *args, **kwargs):
-    """A jit function called by a kernel; outside a launch, triton's own answer."""
+    """Call a jit function from a kernel; outside a launch as triton does."""
     if _monitor is None:
         return _stock_device_call(self, *args, **kwargs)
     _replace_libdevice(self.fn.__globals__)

@@ -1,13 +1,13 @@
-"""What a kernel run by the interpreter does to memory: bounds, races between programs, bytes and FLOPs.
+"""The memory accesses of a kernel in the interpreter: bounds, races between programs, bytes and FLOPs.
 
-A program of a launch may read what no other program of that launch writes. So, per element of every
-argument, the last program that stored it and the programs that read it are kept, and three things are
-races: two programs store the same element, one reads what another stored, one stores what another read.
-On a CPU such a kernel gives the right value, because programs run one after the other; that is why a test
-of values cannot see it. Atomic read-modify-writes never race with each other.
+A program may not read an element that another program of the same launch writes. Per element of every argument, the
+monitor keeps the last program that stored it and the programs that read it. Three cases are races: two programs store the
+same element, one reads an element that another stored, one stores an element that another read. On a CPU such a kernel
+gives the right value, because programs run one after the other, so a test of values cannot find it. Atomic
+read-modify-writes never race with each other.
 
-Out of bounds means outside the argument that the pointer was made from: beyond the end of a tensor, also
-where another tensor happens to lie there, and beyond the end of a slice of a larger tensor.
+Out of bounds means outside the argument that the pointer was made from: beyond the end of a tensor, even where another
+tensor lies there, and beyond the end of a slice of a larger tensor.
 """
 
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ class RaceError(RuntimeError):
 
 @dataclass(slots=True, kw_only=True)
 class Launch:
-    """One kernel launch: what was asked of memory and of the matrix units. Bytes unless named otherwise."""
+    """The requests of one kernel launch to memory and matrix units. Bytes unless named otherwise."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -41,7 +41,7 @@ class Launch:
     stored_bytes: int = 0
     atomic_bytes: int = 0
     unique_loaded_bytes: int = 0
-    """each element once, however often it was loaded: what infinitely large caches would leave"""
+    """each element counted once, as if caches were infinitely large"""
     unique_stored_bytes: int = 0
     load_sectors: int = 0
     """32-byte sectors per load instruction, summed: loaded_bytes / (32 * load_sectors) is the coalescing"""
@@ -51,12 +51,12 @@ class Launch:
 
     @property
     def requested_bytes(self) -> int:
-        """An atomic reads and writes: counted twice."""
+        """Return the requested bytes. An atomic counts twice, because it reads and writes."""
         return self.loaded_bytes + self.stored_bytes + 2 * self.atomic_bytes
 
 
 class _Storage:
-    """Who read and who stored each element of one block of memory; programs are numbered from 1."""
+    """The last reader and writer of each element of one block of memory; programs are numbered from 1."""
 
     def __init__(self, base: int, num_bytes: int, item: int) -> None:
         self.base, self.item = base, item
@@ -75,7 +75,7 @@ class Region:
 
 
 class MemoryMonitor:
-    """Follows the memory accesses of one launch."""
+    """Follow the memory accesses of one launch."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class MemoryMonitor:
             storage.stored_by[elements] = _ATOMIC
 
     def check_lanes(self, addresses: np.ndarray, bits: np.ndarray, region: Region | None) -> None:
-        """One store instruction may not give one address two values: which lane wins is undefined."""
+        """Raise where one store instruction gives an address two values, because it is undefined which lane wins."""
         if addresses.size < 2 or bool(np.all(addresses[1:] > addresses[:-1])):
             return
         order = np.argsort(addresses, kind="stable")
@@ -159,7 +159,9 @@ class MemoryMonitor:
             )
 
     def _check_bounds(self, kind: Access, first: int, end: int, region: Region | None) -> Region:
-        if region is None:  # a pointer made from an integer: any argument that contains the access
+        if (
+            region is None
+        ):  # a pointer made from an integer may belong to any argument that contains the access
             region = next((r for r in self.regions if r.begin <= first and end <= r.end), None)
         if region is not None and region.begin <= first and end <= region.end:
             return region
@@ -219,6 +221,6 @@ class MemoryMonitor:
 
 
 def _extent_bytes(t: Tensor) -> int:
-    """From a tensor's first element to one past its last, in bytes; a view's own, not its storage's."""
+    """Return the bytes from a tensor's first element to one past its last, without the rest of its storage."""
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return (last + 1) * t.element_size()

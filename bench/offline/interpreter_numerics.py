@@ -31,7 +31,7 @@ def dtype_name(handle: Handle) -> str:
 
 
 def values_of(handle: Handle) -> np.ndarray:
-    """bf16 and fp8 widened to fp32; everything else as it is."""
+    """Return bf16 and fp8 widened to fp32, and other types unchanged."""
     name, data = dtype_name(handle), handle.data
     if name not in NARROW or data.dtype == np.bool_:
         return data
@@ -42,7 +42,7 @@ def values_of(handle: Handle) -> np.ndarray:
 
 
 def to_bits(values: np.ndarray, dtype: tl.dtype, truncate: bool = False) -> np.ndarray:
-    """Values to the numpy array that holds `dtype`, rounded to nearest even (or toward zero)."""
+    """Return the numpy array that holds `values` in `dtype`, rounded to nearest even (or toward zero)."""
     name = str(dtype.scalar.name)
     if name not in NARROW:
         return values.astype(stock._get_np_dtype(dtype))
@@ -111,7 +111,7 @@ def _get_bf16(self, value: float) -> Handle:
 
 
 def repaired_reduce(self, input):
-    """tl.reduce and tl.associative_scan: narrow types go through fp32."""
+    """Compute tl.reduce and tl.associative_scan with narrow types widened to fp32."""
     if not isinstance(input, tuple):
         return self.apply((input,))[0]
     narrow = [dtype_name(t.handle) in NARROW for t in input]

@@ -1,23 +1,21 @@
-"""Compile kernels for GPUs that are not there and read what the compiler made of them.
+"""Compile kernels for GPUs that are not there, and report registers, spills and instructions.
 
     python -m phimini.bench.offline.static_report [op ...] [--json PATH] [--check]
 
 Needs triton's wheel alone (it brings ptxas, cuobjdump and nvdisasm), no GPU and no driver. Each bench file
-offers its kernels with `static_cases()`, and other projects' with `peer_static_cases()`: the arguments as a real launch
-on Phi-4-Mini's shapes gives them, since triton specialises on them (an int divisible by 16 turns 16-bit accesses into
-128-bit ones).
+lists its kernels in `static_cases()`, and other projects' in `peer_static_cases()`, with the arguments of a real launch on
+Phi-4-Mini's shapes: triton specialises on them (an int divisible by 16 turns 16-bit accesses into 128-bit ones).
 
 Columns: registers per thread; spills, instructions that read or write local memory; shared_bytes per program;
 mma, the tensor-core instruction (on sm_100 with its PTX name, tcgen05); global_access_bits, the width through
 which most bytes of global memory pass per instruction (TMA counts as 128, its unit being 16 bytes);
 occupancy, resident warps over the chip's, by registers, warps and shared memory alone.
 
-It says nothing about time: not about L2, latencies, or how a grid fills the chip.
+The report does not cover time: L2, latencies, or how a grid fills the chip.
 """
 
 import argparse
 import collections
-import json
 import math
 import multiprocessing
 import os
@@ -36,6 +34,7 @@ from triton.compiler import ASTSource
 
 from phimini.bench.ops.cases import StaticCase
 from phimini.bench.ops.registry import bench_modules, cases_of
+from phimini.model.io.json_files import write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,7 @@ def compile_case(case: StaticCase, target: int) -> StaticRow:
 
 
 def violations(case: StaticCase, row: StaticRow) -> list[str]:
-    """What of the static gate this row breaks, in words."""
+    """Describe each limit of the static gate that this row breaks."""
     target = int(row.target.removeprefix("sm_"))
     limit, ceiling = _CHIPS[target].shared_bytes_per_program, case.max_registers.get(target)
     found = []
@@ -135,7 +134,7 @@ def violations(case: StaticCase, row: StaticRow) -> list[str]:
 
 
 def _config(case: StaticCase) -> dict[str, int | bool]:
-    """What a launch chooses: the block sizes and flags (upper case), pointers that are None (0), warps, stages."""
+    """Return a launch's choices: block sizes and flags (upper case), pointers that are None (0), warps, stages."""
     chosen = {k: v for k, v in case.constexprs.items() if k.isupper() and isinstance(v, int)}
     chosen |= {k: False for k, v in case.constexprs.items() if v is None}
     return chosen | {"num_warps": case.num_warps, "num_stages": case.num_stages}
@@ -146,7 +145,7 @@ def _config_text(row: StaticRow) -> str:
 
 
 def _disassemble(cubin: bytes) -> tuple[int, list[str]]:
-    """Registers per thread, and the instruction names of the kernel's SASS."""
+    """Return the registers per thread, and the instruction names of the kernel's SASS."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -177,7 +176,7 @@ def _mma(counts: collections.Counter, target: int) -> str | None:
 
 
 def _global_access_bits(counts: collections.Counter) -> int:
-    """The access width that carries most of the bytes; TMA moves whole tiles with one instruction."""
+    """Return the access width that carries most of the bytes; 128 for TMA, which moves whole tiles."""
     bits: collections.Counter = collections.Counter()
     for name, count in counts.items():
         if re.match(r"UTMA(LDG|STG|RED)|UBLKCP", name):
@@ -195,7 +194,7 @@ def _occupancy(chip: _Chip, registers: int, num_warps: int, shared_bytes: int) -
     if shared_bytes > chip.shared_bytes_per_program:
         return 0.0
     registers_per_warp = math.ceil(registers * 32 / 256) * 256  # allocated 256 at a time
-    # 1 KiB of shared memory per program is the system's
+    # the system takes 1 KiB of shared memory per program
     shared = math.ceil((shared_bytes + 1024) / 128) * 128
     programs = min(
         chip.warps // num_warps,
@@ -207,7 +206,7 @@ def _occupancy(chip: _Chip, registers: int, num_warps: int, shared_bytes: int) -
 
 
 def all_cases(ops: Iterable[str] = (), peers: bool = True) -> list[StaticCase]:
-    """The cases of the named ops, or of all; each op's own first, then other projects' kernels."""
+    """Return the cases of the named ops, or of all, each op's own kernels before other projects'."""
     cases = []
     for module in bench_modules(ops):
         cases += cases_of(module, "static_cases")
@@ -215,7 +214,7 @@ def all_cases(ops: Iterable[str] = (), peers: bool = True) -> list[StaticCase]:
     return cases
 
 
-_work: list[tuple[StaticCase, int]] = []  # of the worker processes, which inherit it
+_work: list[tuple[StaticCase, int]] = []  # the worker processes inherit it
 
 
 def _compile_number(i: int) -> StaticRow:
@@ -232,7 +231,7 @@ def report(cases: Iterable[StaticCase], jobs: int = 1) -> Iterator[tuple[StaticC
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table for the documentation, versions in its first line."""
+    """Return the rows as a Markdown table below a line with the version of triton."""
     lines = [
         f"Compiled offline with triton {triton.__version__}, not run; a ceiling of registers per kernel and target "
         "stands in each bench file. Made by `python -m phimini.bench.offline.static_report --markdown bench/results/static.md`.",
@@ -248,7 +247,7 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0, or with --check 1 where one of our kernels breaks the static gate."""
+    """Return 0, or with --check 1 where one of our kernels breaks the static gate."""
     parser = argparse.ArgumentParser(prog="phimini.bench.offline.static_report")
     parser.add_argument("ops", nargs="*", help="kernel files by name; all without")
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -276,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(args.json, rows)
     if args.markdown:
         args.markdown.write_text(markdown_table(rows))
     for text in broken:

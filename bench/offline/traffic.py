@@ -1,17 +1,16 @@
-"""Bytes that an op asks of memory, over the least that it must move; counted without a GPU.
+"""The bytes that an op requests from memory, over the least possible, counted without a GPU.
 
     TRITON_INTERPRET=1 python -m phimini.bench.offline.traffic [op ...] [--json PATH]
 
-Triton kernels run in the repaired interpreter, which counts the bytes of every load, store and atomic; a
-dispatch mode counts what torch's own operations read and write (a GEMM: each operand once). So a whole op is
-covered, ours and a peer's alike.
+Triton kernels run in the repaired interpreter, which counts the bytes of every load, store and atomic. A dispatch mode
+counts the bytes that torch's own operations read and write (a GEMM: each operand once). This covers whole ops, ours and
+other projects'.
 
-Requested is not what reaches HBM: caches are not modelled, each load of a kernel counts. A weight that every
-program reads again comes from L2 on a GPU and still counts here.
+Requested bytes are more than the traffic of HBM: caches are not modelled. A weight that every program reads again comes
+from L2 on a GPU and counts each time here.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterable
@@ -27,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 from phimini.bench.offline import interpreter
 from phimini.bench.ops.cases import TrafficCase
 from phimini.bench.ops.registry import bench_modules, cases_of
+from phimini.model.io.json_files import write_json
 
-# operations that move no data: views, allocations, questions
+# operations that move no data
 _FREE = {
     "view", "_unsafe_view", "t", "transpose", "slice", "detach", "unsqueeze", "squeeze", "expand", "select",
     "as_strided", "permute", "alias", "split", "split_with_sizes", "chunk", "unbind", "empty", "empty_like",
@@ -46,7 +46,7 @@ _WRITE_ONLY = {
     "full_like",
     "arange",
 }
-# these read of their source no more than they write
+# operations that read as many bytes of their source as they write
 _GATHERS = {"index", "index_select", "gather", "embedding"}
 
 
@@ -60,7 +60,7 @@ class TrafficRow:
 
 
 class TorchTraffic(TorchDispatchMode):
-    """Counts the bytes that torch's operations read and write while it is active."""
+    """Count the bytes that torch's operations read and write while this mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,9 +70,9 @@ class TorchTraffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace not in ("aten", "prims"):
-            with self:  # a custom op: count what its implementation does
+            with self:  # a custom op: count its implementation's operations
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        # Inside a custom op torch does not take composite operations (reshape, to) apart.
+        # Inside a custom op torch does not decompose composite operations (reshape, to).
         with self:
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
@@ -102,7 +102,7 @@ def _moved_bytes(name: str, inputs: Any, result: Any) -> int:
 
 
 def _bytes(t: torch.Tensor) -> int:
-    """Of the elements that exist: an expanded tensor's are read once."""
+    """Return the bytes of the stored elements: those of an expanded tensor count once."""
     elements = 1
     for size, stride in zip(t.shape, t.stride(), strict=True):
         elements *= size if stride != 0 else 1
@@ -125,7 +125,7 @@ def count(case: TrafficCase) -> TrafficRow:
 
 
 def all_cases(ops: Iterable[str] = ()) -> list[TrafficCase]:
-    """The cases of the named ops, or of all."""
+    """Return the cases of the named ops, or of all."""
     return [case for module in bench_modules(ops) for case in cases_of(module, "traffic_cases")]
 
 
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(args.json, rows)
     return 0
 
 

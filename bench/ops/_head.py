@@ -1,4 +1,4 @@
-"""What the bench files of the four head ops share: inputs, floors, and the kernels' arguments as launched."""
+"""The common part of the four head ops' bench files: inputs, least bytes and FLOPs, and the kernels' arguments."""
 
 import torch
 from torch import Tensor
@@ -20,11 +20,11 @@ from phimini.kernels.head.triton_kernels import (
     _head_merge_kernel,
 )
 
-# (M, D, V): Phi-4-Mini's head at 16,384 tokens; on a CPU a model of a demo's size, and a real vocabulary
+# (M, D, V): Phi-4-Mini's head at 16,384 tokens; on a CPU the demo's model, and one with a large vocabulary
 GPU_SHAPES = [(16384, 3072, 200064), (4096, 3072, 200064)]
 CPU_SHAPES = [(1536, 128, 256), (2048, 256, 32000)]
 
-# To be confirmed where there is an H100; at 800 TFLOP/s three GEMMs of the first shape take 75.5 ms.
+# Not confirmed on an H100; at 800 TFLOP/s three GEMMs of the first shape take 75.5 ms.
 _PER_GEMM = "H100, fwd+bwd: within 10 % of linear_cross_entropy's ms"
 GPU_TARGETS = {
     "linear_logprob": "H100, fwd: at most 30 ms",
@@ -48,7 +48,7 @@ def shapes(device: str, quick: bool) -> list[tuple[int, int, int]]:
 
 
 def head_inputs(M: int, D: int, V: int, device: str) -> dict[str, Tensor]:
-    """hidden and weight with logits of unit variance."""
+    """Return hidden and weight, scaled so that the logits have unit variance."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return {
         "hidden": torch.randn(M, D, device=device, dtype=dtype),
@@ -57,7 +57,7 @@ def head_inputs(M: int, D: int, V: int, device: str) -> dict[str, Tensor]:
 
 
 def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Eager torch through the full log-softmax: (log-softmax (M, V), the targets' (M,))."""
+    """Return eager torch's (log-softmax (M, V), log-probs of the targets (M,))."""
     log_p = torch.log_softmax(
         (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)), -1
     )
@@ -67,7 +67,7 @@ def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 def head_case(
     op: str, shape: tuple[int, int, int], inputs: dict[str, Tensor], eager, ours, passes: tuple[str, ...], **others
 ) -> Case:  # fmt: skip
-    """Floors: x, W read, dX, dW written once; one GEMM forward, three with gradients."""
+    """Return a case whose least work is: x and W read, dX and dW written once; one GEMM forward, three with gradients."""
     M, D, V = shape
     is_cuda = inputs["hidden"].is_cuda
     target = (GPU_TARGETS if is_cuda else CPU_TARGETS).get(op, "")
@@ -100,7 +100,7 @@ _LOGITS_CEILING = {80: 240, 90: 192, 100: 200}
 
 
 def matmul_static_cases(kernel: str) -> list[StaticCase]:
-    """`fwd` or `logits`, each generation with its blocks, with and without entropy and temperature."""
+    """Return the kernel `fwd` or `logits` for each GPU generation, with and without entropy and temperature."""
     return [
         _matmul_case(kernel, target, entropy, temperature)
         for target in MATMUL
@@ -143,7 +143,7 @@ def _matmul_case(kernel: str, target: int, entropy: bool, temperature: bool) -> 
 
 
 def row_static_cases() -> list[StaticCase]:
-    """The merge and gradient kernels."""
+    """Return the merge and gradient kernels."""
     cases = []
     for entropy in (False, True):
         names = ["max_ptr", "sum_ptr", "weighted_ptr"]

@@ -1,4 +1,4 @@
-"""Cases that every op's bench file lists: kernels to compile offline, and calls whose traffic is counted."""
+"""The cases that the ops' bench files list: kernels to compile offline, and calls whose memory traffic is counted."""
 
 import importlib.util
 from collections.abc import Callable
@@ -10,10 +10,10 @@ TARGETS = (80, 90, 100)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticCase:
-    """One kernel with one configuration, to be compiled for each target."""
+    """One kernel with one configuration, compiled for each target."""
 
     kernel: str
-    """the row's name; a peer's kernel that does the same has the same"""
+    """the row's name, shared with other projects' kernels for the same work"""
     provider: str = "phimini"
     function: Any
     """the function that `triton.jit` made (autotuned and heuristic kernels: the innermost `.fn`)"""
@@ -26,14 +26,14 @@ class StaticCase:
     targets: tuple[int, ...] = TARGETS
     is_matmul: bool = False
     access_bits: int = 128
-    """that a thread must ask for at once; words of 64 bits that begin anywhere cannot be asked for in pairs"""
+    """least width of a thread's global accesses; 64 for words of 64 bits at any offset, which cannot be read in pairs"""
     max_registers: dict[int, int] = field(default_factory=dict)
-    """the committed ceiling per target; a target that is not named has none"""
+    """the committed ceiling per target"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrafficCase:
-    """One op of one provider: `run` does it once, on small tensors of the real proportions."""
+    """One op of one provider: `run` calls it once, on small tensors of the real proportions."""
 
     kernel: str
     provider: str = "phimini"

@@ -1,4 +1,4 @@
-"""The checksum of a tensor: what to compile and count. It is timed in the sync that it belongs to, by `phimini bench weight-sync`."""
+"""Bench cases of the tensor checksum: compiled and counted. `phimini bench weight-sync` times it within a sync."""
 
 import torch
 
@@ -32,7 +32,7 @@ def static_cases() -> list[StaticCase]:
 
 # --- counted ---------------------------------------------------------------------------------------
 def traffic_cases() -> list[TrafficCase]:
-    """Five blocks, the last one not full, of a tensor in bf16."""
+    """Return a bf16 tensor of five blocks, the last of which is not full."""
     tensor = torch.randn(600, 512).bfloat16()
     checksum(tensor)  # draws the weights
     return [

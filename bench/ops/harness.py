@@ -1,14 +1,15 @@
-"""Time several providers of one op in one run, after checking that each gives the right result.
+"""Time several providers of one op in one run, after checking the result of each.
 
-The same code on a CPU and on a GPU. One sample is one call (several where a call is too short for the clock). Providers
-take turns, a different one first in each round, each round on its own copies of the inputs (where they lie decides up to
-30 % of a short op's time); before every sample a buffer larger than the last cache is written. Rounds go on until the
-ratio of ours to eager is known (`paired.Rounds`). `ms` is wall time on a CPU, device time on CUDA; `cpu_seconds`, the
-process's CPU time, is what to compare on a shared machine. `peak_extra_bytes` is what a call needs beyond its inputs.
+The same code runs on a CPU and on a GPU. One sample is one call (several where a call is too short for the clock).
+Providers take turns, a different one first in each round. Each round copies the inputs, because their place in memory
+decides up to 30 % of a short op's time, and before every sample a buffer larger than the last cache is written. Rounds
+go on until the ratio of ours to eager is known (`paired_ratio.Rounds`). `ms` is wall time on a CPU and device time on
+CUDA. Compare `cpu_seconds`, the process's CPU time, on a shared machine. `peak_extra_bytes` is a call's memory beyond
+its inputs.
 
     percent_of_peak = the time the hardware needs at best / the median measured time
     at best         = max(min_bytes / peak bandwidth, min_flops / peak dense 16-bit FLOP/s)
-A result that is wrong is not timed: its row has the error and no times.
+A wrong result is not timed: its row has the error and no times.
 """
 
 import functools
@@ -24,16 +25,17 @@ from torch import Tensor
 
 from phimini.bench.gate.paired_ratio import Rounds
 from phimini.bench.gate.peak_memory import peak_extra_bytes
+from phimini.bench.gate.rows import Band
 from phimini.parallel.ranks.machine import cpu_name
 
-# dense bf16 FLOP/s, HBM bytes/s, from the data sheets. A device that is not listed gets no percentage.
+# dense bf16 FLOP/s, HBM bytes/s, from the data sheets. Other devices get no percentage.
 PEAKS = {
     "NVIDIA A100-SXM4-80GB": (312e12, 2.039e12),
     "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
     "NVIDIA H200": (989e12, 4.8e12),
     "NVIDIA B200": (2250e12, 8.0e12),
 }
-# Largest |error| / max|truth| of a result that may be timed; the tests of each op are stricter.
+# Largest |error| / max|truth| of a timed result; the tests of each op are stricter.
 ERROR_LIMITS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 PASSES = ("fwd", "bwd", "fwd+bwd")
 Row = dict[str, Any]
@@ -49,16 +51,16 @@ class Case:
     providers: dict[str, Callable[..., Any]]
     """name -> function of the inputs that returns a tensor or a tuple of tensors"""
     reference: Callable[..., Any]
-    """the definition: called with fp64 (for 16-bit inputs fp32) inputs"""
+    """the definition, called in fp64 (in fp32 for 16-bit inputs)"""
     min_bytes: dict[str, int]
     """by pass ("fwd" without gradients, "bwd", "fwd+bwd"), which also says which passes are timed"""
     min_flops: dict[str, int]
     frozen: tuple[str, ...] = ()
     """floating-point inputs that get no gradient"""
     error_limits: dict[str, float] = field(default_factory=dict)
-    """by provider, where it may be further off than ERROR_LIMITS says"""
+    """by provider, where its limit is not that of ERROR_LIMITS"""
     target: str = ""
-    """what this shape is meant to reach on this device: printed as a target, never as a result"""
+    """the goal for this shape on this device, printed as a target and not as a result"""
 
     def __post_init__(self) -> None:
         unknown = [p for p in self.min_bytes if p not in PASSES]
@@ -79,7 +81,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """How long one case and pass is measured."""
+    """The duration of the measurement of one case and pass."""
 
     rounds: Rounds = Rounds(seconds=20.0)
     sample_ms: float = 1.0
@@ -95,7 +97,7 @@ def _outputs(result: Any) -> list[Tensor]:
 
 
 def _leaves(case: Case, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Copies of the inputs, so that an op in place changes nothing that another provider sees."""
+    """Return copies of the inputs, because an op may work in place."""
     leaves = {}
     for name, t in case.inputs.items():
         t = t.detach().clone()
@@ -115,7 +117,7 @@ def _backward(
 
 
 def _upstream(outputs: list[Tensor]) -> list[Tensor]:
-    """The same pseudo-random gradients for every provider, exact in every dtype; 1 for a loss."""
+    """Return the same pseudo-random gradients for every provider, exact in every dtype; 1 for a loss."""
 
     def gradient(y: Tensor) -> Tensor:
         if y.ndim == 0:
@@ -128,7 +130,7 @@ def _upstream(outputs: list[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One pass of one provider: what is done before the clock starts, and what is timed."""
+    """One pass of one provider: its preparation, which is not timed, and the timed part."""
 
     prepare: Callable[[], Any]
     run: Callable[[Any], Any]
@@ -137,7 +139,7 @@ class _Call:
 def _call(
     case: Case, provider: Callable[..., Any], which: str, upstream: list[Tensor] | None
 ) -> _Call:
-    """`upstream`: the gradients of the outputs; None for the forward alone."""
+    """Return one pass of `provider`. `upstream`: the gradients of the outputs; None for the forward alone."""
     leaves = _leaves(case)
     if upstream is None:
         plain = {name: t.detach() for name, t in leaves.items()}
@@ -159,7 +161,7 @@ def _call(
 
 
 def relative_errors(case: Case) -> dict[str, float]:
-    """Per provider: the largest |error| / max|truth| over all outputs and gradients."""
+    """Return, per provider, the largest |error| / max|truth| over all outputs and gradients."""
     with_grads = set(case.min_bytes) != {"fwd"}
 
     def results(fn: Callable[..., Any], dtype: torch.dtype | None) -> list[Tensor]:
@@ -196,7 +198,7 @@ def _cache_filler(device: torch.device) -> Tensor:
 
 
 def _sample(call: _Call, device: torch.device, repeats: int) -> tuple[float, float]:
-    """(milliseconds, CPU seconds) of one call, inputs cold."""
+    """Return (milliseconds, CPU seconds) of one call with cold inputs."""
     prepared = [call.prepare() for _ in range(repeats)]
     _cache_filler(device).add_(1)
     if device.type == "cuda":
@@ -229,7 +231,7 @@ def device_name(device: torch.device) -> str:
 
 
 def percent_of_peak(case: Case, which: str, ms: float) -> float | None:
-    """None for a device without an entry in PEAKS, and for dtypes whose peak is not there."""
+    """Return the share of the hardware's best time; None for a device or dtype without an entry in PEAKS."""
     name = device_name(case.device)
     if name not in PEAKS or case.dtype.itemsize != 2:
         return None
@@ -240,7 +242,7 @@ def percent_of_peak(case: Case, which: str, ms: float) -> float | None:
 
 # --- cases -----------------------------------------------------------------------------------------
 def run_case(case: Case, timing: Timing) -> list[Row]:
-    """One row per provider and pass; its `samples` are (milliseconds, CPU seconds), round by round."""
+    """Return one row per provider and pass; its `samples` are (milliseconds, CPU seconds), round by round."""
     errors = relative_errors(case)
     limit = ERROR_LIMITS[case.dtype]
     right = [p for p in case.providers if errors[p] <= case.error_limits.get(p, limit)]
@@ -264,7 +266,7 @@ def run_case(case: Case, timing: Timing) -> list[Row]:
             ms = times["ms_p50"]
             row |= times
             row["peak_extra_bytes"] = memory.get(provider)
-            # JSON has no infinity; a result with a NaN has no finite error
+            # JSON has no infinity, which is the error of a result with a NaN
             row["max_relative_error"] = errors[provider] if errors[provider] < torch.inf else None
             row["percent_of_peak"] = None if ms is None else percent_of_peak(case, which, ms)
             row["samples"] = [list(sample) for sample in samples.get(provider, [])]
@@ -273,7 +275,7 @@ def run_case(case: Case, timing: Timing) -> list[Row]:
 
 
 class _Calls:
-    """The calls of one case and pass, as often as wanted: each time on copies of the inputs that lie somewhere else."""
+    """The calls of one case and pass, made anew for each round on inputs at other addresses."""
 
     def __init__(self, case: Case, which: str, providers: list[str]) -> None:
         self.case, self.which, self.providers = case, which, providers
@@ -289,14 +291,14 @@ class _Calls:
             p: _call(self.case, self.case.providers[p], self.which, self._upstream[p])
             for p in shuffled
         }
-        del ballast  # only now, or a copy could lie in it
+        del ballast  # after the copies, which must not reuse its memory
         return calls
 
 
 def _repeats(case: Case, which: str, sample_ms: float) -> int:
-    """Calls to a sample, the same for all providers and in every run: only the first of them finds cold inputs.
+    """Return the calls per sample: one on CUDA, else from the case's least work on a slow core (5 GB/s, 50 GFLOP/s).
 
-    From what the case must do at least, on a slow core: 5 GB/s and 50 GFLOP/s. One call on CUDA.
+    The number is the same for all providers and in every run, because only the first call finds cold inputs.
     """
     if case.device.type == "cuda":
         return 1
@@ -324,29 +326,24 @@ def _alternate(calls: _Calls, timing: Timing) -> dict[str, list[tuple[float, flo
 
 
 def _clock(device: torch.device) -> float:
-    """Seconds: on a CPU this process's, so that a busy machine takes as many rounds as an idle one."""
+    """Return seconds; on a CPU the process's own, so that a busy machine makes as many rounds as an idle one."""
     return time.perf_counter() if device.type == "cuda" else time.process_time()
 
 
 def _held(providers: list[str]) -> list[str]:
-    """The two whose ratio is to be known: ours and eager, as `bench compare` has it, or who else is there."""
+    """Return the two providers whose ratio ends the rounds: ours and eager, or the first ones of the case."""
     by_rank = sorted(providers, key=lambda p: ("phimini", "eager", p).index(p))
     return (by_rank * 2)[:2]
 
 
 def _quantiles(samples: list[tuple[float, float]]) -> dict[str, float | None]:
-    ms = sorted(ms for ms, _cpu in samples)
-    fifths = statistics.quantiles(ms, n=5, method="inclusive") if len(ms) > 1 else [ms[0]] * 4
-    return {
-        "ms_p20": fifths[0],
-        "ms_p50": statistics.median(ms),
-        "ms_p80": fifths[3],
-        "cpu_seconds": statistics.median(cpu for _ms, cpu in samples),
-    }
+    ms = Band.of([ms for ms, _cpu in samples])
+    cpu = statistics.median(cpu for _ms, cpu in samples)
+    return {"ms_p20": ms.p20, "ms_p50": ms.p50, "ms_p80": ms.p80, "cpu_seconds": cpu}
 
 
 def print_rows(case: Case, rows: Iterable[Row]) -> None:
-    """The table: also GB/s and TFLOP/s, which follow from the case's bytes and FLOPs."""
+    """Print the rows with GB/s and TFLOP/s, which follow from the case's bytes and FLOPs."""
     shape = " ".join(f"{k}={v}" for k, v in case.shape.items())
     rows = list(rows)
     for row in rows:
@@ -375,7 +372,7 @@ def print_rows(case: Case, rows: Iterable[Row]) -> None:
 
 
 def _ratios(rows: list[Row], device: str) -> list[str]:
-    """Ours over each other provider, per pass: CPU seconds (on CUDA device time), and extra memory."""
+    """Return a line per pass and other provider: ours over it, in CPU seconds (on CUDA device time) and memory."""
     clock = "ms_p50" if device == "cuda" else "cpu_seconds"
     timed = {(row["pass"], row["provider"]): row for row in rows if row["ms_p50"] is not None}
     texts = []

@@ -1,13 +1,10 @@
-"""`phimini bench kernels [op ...] [--static] [--traffic] [--quick] [--json PATH]`.
+"""Time every op on the GPU, or on the CPU where there is none.
 
-Without a flag: time every op on the GPU, or, where there is none, on the CPU. `--static` compiles for GPUs that
-are not there, `--traffic` counts bytes in the interpreter; both run in a process of their own, because triton
-reads TRITON_INTERPRET when a kernel is decorated.
+`--static` compiles the kernels for GPUs that are not there, `--traffic` counts bytes in the interpreter. Both run in a
+process of their own, because Triton reads TRITON_INTERPRET when a kernel is decorated.
 """
 
-import argparse
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -16,31 +13,21 @@ from pathlib import Path
 import torch
 
 from phimini.bench.gate import rows
+from phimini.bench.gate.options import finish, parser
 from phimini.bench.ops.harness import QUICK, Row, Timing, print_rows, run_case
 from phimini.bench.ops.registry import bench_modules
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 1 where one of our ops gave a wrong result, or a compiled kernel breaks the static gate."""
-    parser = argparse.ArgumentParser(prog="phimini bench kernels", description=__doc__)
-    parser.add_argument("ops", nargs="*", help="kernels by name; all without")
-    parser.add_argument(
-        "--static", action="store_true", help="registers, spills, shared memory; no GPU"
-    )
-    parser.add_argument(
-        "--traffic", action="store_true", help="bytes requested over the minimum; no GPU"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one shape, few rounds, no torch.compile"
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        help="write the rows here, as a list; *.jsonl: timings for `bench compare`",
-    )
-    args = parser.parse_args(argv)
+    """Return 0; 1 where one of our ops is wrong, or a compiled kernel breaks the static gate."""
+    options = parser("kernels", __doc__)
+    options.add_argument("ops", nargs="*", help="kernels by name; default: all")
+    options.add_argument("--static", action="store_true", help="registers, spills, shared memory; no GPU")  # fmt: skip
+    options.add_argument("--traffic", action="store_true", help="bytes requested over the minimum; no GPU")  # fmt: skip
+    options.add_argument("--quick", action="store_true", help="one shape, few rounds, no torch.compile")  # fmt: skip
+    args = options.parse_args(argv)
     if args.static and args.traffic:
-        parser.error("--static and --traffic: one at a time")
+        options.error("--static and --traffic: one at a time")
     bench_modules(args.ops)  # an unknown op fails before any work
     if args.static:
         return _in_own_process("static_report", [*args.ops, "--check"], args.json, interpret=False)
@@ -54,7 +41,7 @@ def _in_own_process(module: str, argv: list[str], path: Path | None, interpret: 
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
     json_argument = [] if path is None else ["--json", str(path)]
-    command = [sys.executable, "-m", f"phimini.bench.{module}", *argv, *json_argument]
+    command = [sys.executable, "-m", f"phimini.bench.offline.{module}", *argv, *json_argument]
     return subprocess.run(command, env=environment).returncode
 
 
@@ -69,23 +56,21 @@ def _time(ops: list[str], quick: bool, path: Path | None) -> int:
     for module in bench_modules(ops):
         for case in module.timed_cases(device, quick):
             if quick:
-                # which compiles for seconds to minutes
+                # torch.compile takes seconds to minutes per case
                 rest = {k: v for k, v in case.providers.items() if k != "torch.compile"}
                 case = dataclasses.replace(case, providers=rest)
             new = run_case(case, timing)
             print_rows(case, new)
             results += new
-    if path is not None and path.suffix == ".jsonl":
-        rows.write(path, rows_of(results))
-    elif path is not None:
-        plain = [{k: v for k, v in row.items() if k != "samples"} for row in results]
-        path.write_text(json.dumps(plain, indent=1) + "\n")
-    wrong = [row for row in results if row["provider"] == "phimini" and row["ms_p50"] is None]
-    return 1 if wrong else 0
+    plain = [{k: v for k, v in row.items() if k != "samples"} for row in results]
+    return finish(path, rows_of(results), plain)
 
 
 def rows_of(results: list[Row]) -> list[rows.Row]:
-    """The results of `run_case` as comparable rows: ours is held to eager, in CPU time where there is no GPU."""
+    """Return the results of `run_case` as comparable rows; the reference of ours is eager.
+
+    The unit is device time on a GPU and CPU time elsewhere.
+    """
     unit, clock = ("ms", 0) if torch.cuda.is_available() else ("cpu_ms", 1)
     factor = {"ms": 1.0, "cpu_ms": 1e3}[unit]
 
@@ -102,9 +87,9 @@ def rows_of(results: list[Row]) -> list[rows.Row]:
         mine = samples[str(case), provider]
         reference = samples.get((str(case), "eager")) if provider == "phimini" and mine else None
         made.append(
-            rows.measured(
+            rows.Row(
                 bench="kernels", case=case, provider=provider, unit=unit, samples=mine, correct=bool(mine),
-                reference="eager" if reference else None, reference_samples=reference or (),
+                reference="eager" if reference else None, reference_samples=reference or [],
                 peak_bytes=row["peak_extra_bytes"], error=row["max_relative_error"],
                 info={k: row[k] for k in ("ms_p20", "ms_p50", "ms_p80", "percent_of_peak")},
             )

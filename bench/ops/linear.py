@@ -1,4 +1,4 @@
-"""A linear layer's products: what to time. Nothing is compiled or counted: the kernels are cuBLAS's, MKL's and oneDNN's."""
+"""Bench cases of a linear layer: timed only, because the kernels are cuBLAS's, MKL's and oneDNN's."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from phimini.kernels.linear import linear, linear_reference
 
 
 def timed_cases(device: str, quick: bool) -> list[Case]:
-    """The fused gate_up of the GPU preset; of a small model on a CPU; a step of a sampler."""
+    """Return the fused gate_up of the GPU preset; on a CPU that of a small model, a square product, a sampler's step."""
     if device == "cuda":
         shapes = [(16384, 3072, 16384)]
         return [_case(*shape, device, torch.bfloat16) for shape in shapes]

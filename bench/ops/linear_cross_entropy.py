@@ -1,4 +1,4 @@
-"""Cross-entropy of the head: what to time, compile and count."""
+"""Bench cases of the head's cross-entropy: timed, compiled and counted."""
 
 import importlib
 import importlib.util
@@ -24,7 +24,7 @@ from phimini.kernels.head.triton_backend import TritonHead
 
 # --- timed -----------------------------------------------------------------------------------------
 def timed_cases(device: str, quick: bool) -> list[Case]:
-    """The loss summed over rows; ours with all its metrics, entropy among them."""
+    """Return the loss summed over rows; ours includes all its metrics, such as the entropy."""
     cases = []
     for shape in shapes(device, quick):
         targets = torch.randint(0, shape[2], shape[:1], device=device)
@@ -47,7 +47,7 @@ def timed_cases(device: str, quick: bool) -> list[Case]:
 
 
 def _peers(targets: Tensor, device: str) -> dict:
-    """What is installed: torch's fused op, Liger, QuACK, Apple's CCE."""
+    """Return the installed ones of torch's fused op, Liger, QuACK and Apple's CCE."""
     peers = {
         "torch": lambda hidden, weight: F.linear_cross_entropy(
             hidden, weight, targets, reduction="sum", options=torch.nn.LinearCrossEntropyOptions()
@@ -75,12 +75,12 @@ def _peers(targets: Tensor, device: str) -> dict:
 
 # --- compiled --------------------------------------------------------------------------------------
 def static_cases() -> list[StaticCase]:
-    """The kernels of every loss: logits with statistics, merge, gradient."""
+    """Return the kernels that every loss uses: logits with statistics, merge, gradient."""
     return matmul_static_cases("logits") + row_static_cases()
 
 
 def peer_static_cases() -> list[StaticCase]:
-    """Liger 0.8.5's row kernel at V = 200,064 in bf16, as its launch code sets it on sm_80 and sm_90."""
+    """Return Liger 0.8.5's row kernel at V = 200,064 in bf16, as its launch code sets it on sm_80 and sm_90."""
     if not liger_is_installed():
         return []
     liger = importlib.import_module("liger_kernel.ops.cross_entropy")
@@ -106,7 +106,7 @@ def peer_static_cases() -> list[StaticCase]:
 
 # --- counted ---------------------------------------------------------------------------------------
 def traffic_cases() -> list[TrafficCase]:
-    """The row pass alone (one read and one write of the logits), and the whole op at Phi-4-Mini's V / D = 65."""
+    """Return the row pass alone (one read and one write of the logits), and the whole op at Phi-4-Mini's V / D = 65."""
     cases = [_row_pass()]
     M, D, V = 256, 64, 4160
     hidden, weight = torch.randn(M, D).bfloat16(), torch.randn(V, D).bfloat16()

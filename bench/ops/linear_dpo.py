@@ -1,4 +1,4 @@
-"""DPO of the head: what to time. Its kernels are cross-entropy's."""
+"""Bench cases of the head's DPO loss: timed. Its kernels are cross-entropy's."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ NUM_PAIRS = 4
 
 
 def timed_cases(device: str, quick: bool) -> list[Case]:
-    """Four pairs of equal answers: on a GPU a chunk holds one pair, on a CPU none (long pairs)."""
+    """Return four pairs of equally long answers. A chunk holds one pair on a GPU, and part of a pair on a CPU."""
     cases = []
     for shape in shapes(device, quick):
         M, _, V = shape

@@ -1,4 +1,4 @@
-"""Log-probs of the head's targets: what to time, compile and count."""
+"""Bench cases of the head's log-probs: timed, compiled and counted."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from phimini.kernels import linear_logprob
 
 
 def timed_cases(device: str, quick: bool) -> list[Case]:
-    """Forward alone, as for old and reference log-probs: with the entropy and without."""
+    """Return the forward alone, as for old and reference log-probs, with the entropy and without."""
     cases = []
     for shape in shapes(device, quick):
         targets = torch.randint(0, shape[2], shape[:1], device=device)
@@ -48,7 +48,7 @@ def static_cases() -> list[StaticCase]:
 
 
 def traffic_cases() -> list[TrafficCase]:
-    """Requested bytes are tiles read again by each block of rows, from L2 on a GPU."""
+    """Return the forward; each block of rows reads the weight's tiles again, which a GPU does from L2."""
     M, D, V = 256, 64, 4160
     hidden, weight = torch.randn(M, D).bfloat16(), torch.randn(V, D).bfloat16()
     targets = torch.randint(0, V, (M,))

@@ -1,4 +1,4 @@
-"""The policy loss of the head: what to time. Its kernels are cross-entropy's."""
+"""Bench cases of the head's policy loss: timed. Its kernels are cross-entropy's."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ FORMS = ("", "_entropy_metric", "_entropy_bonus")
 
 
 def timed_cases(device: str, quick: bool) -> list[Case]:
-    """GRPO with k3: without the entropy, with it as a metric, and with it in the loss."""
+    """Return GRPO with the k3 penalty: without the entropy, with it as a metric, and with it in the loss."""
     cases = []
     for shape in shapes(device, quick):
         inputs = head_inputs(*shape, device)
@@ -36,7 +36,7 @@ def _providers(shape: tuple[int, int, int], device: str, form: str) -> tuple[Cal
 
     def eager(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         log_p, logp = logps(hidden, weight, targets)
-        # log-probs are far from `old` in units of the clip: both of its branches occur
+        # log-probs differ from `old` by more than the clip, so that both branches occur
         ratio, d = (logp - old).exp(), logp - reference
         loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
         loss = (loss + KL_COEF * ((-d).exp() + d - 1)).sum()

@@ -1,11 +1,11 @@
-"""The bench file of every kernel: same stem as the kernel's, found by looking.
+"""The bench file of every kernel, which has the kernel's stem: `bench/ops/<stem>.py`.
 
-A bench file `bench/<stem>.py` offers
-    timed_cases(device, quick) -> list[harness.Case]            what `phimini bench kernels` times
-and, where there is something of that kind,
-    static_cases() -> list[static_report.StaticCase]            what `--static` compiles: ours,
-    peer_static_cases() -> list[static_report.StaticCase]       and other projects' kernels beside it
-    traffic_cases() -> list[traffic.TrafficCase]                what `--traffic` counts
+Each one has
+    timed_cases(device, quick) -> list[harness.Case]       the cases of `phimini bench kernels`
+and may have
+    static_cases() -> list[cases.StaticCase]               the kernels that `--static` compiles
+    peer_static_cases() -> list[cases.StaticCase]          other projects' kernels for the same work
+    traffic_cases() -> list[cases.TrafficCase]             the calls whose bytes `--traffic` counts
 """
 
 import importlib
@@ -17,21 +17,21 @@ import phimini.kernels
 
 
 def op_names() -> list[str]:
-    """The stems of kernels/*.py, private files left out."""
+    """Return the stems of kernels/*.py without private files."""
     folder = Path(str(phimini.kernels.__file__)).parent
     return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
 
 
 def bench_modules(ops: Iterable[str] = ()) -> list[ModuleType]:
-    """The bench files of `ops`, or of every kernel. ValueError names an op that does not exist."""
+    """Return the bench modules of `ops`, or of every kernel. ValueError names an unknown op."""
     known = op_names()
     chosen = list(ops) or known
     for op in chosen:
         if op not in known:
-            raise ValueError(f"bench kernels: unknown op {op!r}; expected one of {known}")
-    return [importlib.import_module(f"phimini.bench.{op}") for op in chosen]
+            raise ValueError(f"unknown op {op!r}; expected one of {known}")
+    return [importlib.import_module(f"phimini.bench.ops.{op}") for op in chosen]
 
 
 def cases_of(module: ModuleType, kind: str) -> list:
-    """What `module` offers under one of the names above; none where it does not."""
+    """Return the cases of one of the kinds above; an empty list for a module without that kind."""
     return getattr(module, kind, list)()

@@ -1,4 +1,4 @@
-"""RMSNorm, alone and after a residual add: what to time, compile and count. The widths are the presets'."""
+"""Bench cases of RMSNorm, alone and after a residual add: timed, compiled and counted at the presets' widths."""
 
 import importlib
 import importlib.util
@@ -18,7 +18,7 @@ GPU_WIDTHS = sorted({preset(name).model_dim for name in ("phi-4-mini", "phi-400m
 
 # --- timed -----------------------------------------------------------------------------------------
 def timed_cases(device: str, quick: bool) -> list[Case]:
-    """bf16 at Phi-4-Mini's width on CUDA, fp32 at the tiny preset's and a larger width on a CPU."""
+    """Return bf16 at Phi-4-Mini's width on CUDA, fp32 at the tiny preset's and a larger width on a CPU."""
     if device == "cuda":
         shapes = [(16384, 3072)] if quick else [(2048, 3072), (16384, 3072), (65536, 3072)]
         return [
@@ -132,7 +132,7 @@ def static_cases() -> list[StaticCase]:
 
 
 def peer_static_cases() -> list[StaticCase]:
-    """Liger 0.8.5 at Phi-4-Mini's width, as its launch code sets it (calculate_settings)."""
+    """Return Liger 0.8.5 at Phi-4-Mini's width, as its launch code sets it (calculate_settings)."""
     if not liger_is_installed():
         return []
     import triton.language as tl
@@ -173,7 +173,7 @@ def peer_static_cases() -> list[StaticCase]:
 
 # --- counted ---------------------------------------------------------------------------------------
 def traffic_cases() -> list[TrafficCase]:
-    """Phi-4-Mini's width; 16 rows per program forward and 32 backward, half of what 16,384 rows give an H100."""
+    """Return Phi-4-Mini's width with 16 rows per program forward and 32 backward, half of an H100's at 16,384 rows."""
     M, D = 64, 3072
     x, residual, dy = (torch.randn(M, D).bfloat16() for _ in range(3))
     weight = torch.rand(D).bfloat16()

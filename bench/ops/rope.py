@@ -1,4 +1,4 @@
-"""RoPE on the fused qkv: what to time, compile and count. The shapes are the presets'."""
+"""Bench cases of RoPE on the fused qkv: timed, compiled and counted at the presets' shapes."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def _tables(config: ModelConfig, num_positions: int, device: str) -> tuple[Tenso
 
 # --- timed -----------------------------------------------------------------------------------------
 def timed_cases(device: str, quick: bool) -> list[Case]:
-    """Packed rows: positions restart every 1,024 tokens."""
+    """Return packed rows, whose positions restart every 1,024 tokens."""
     if device == "cuda":
         lengths = [16384] if quick else [2048, 16384, 65536]
         return [_case(preset("phi-4-mini"), L, device, torch.bfloat16) for L in lengths]
@@ -71,7 +71,7 @@ def _case(config: ModelConfig, L: int, device: str, dtype: torch.dtype) -> Case:
 
 
 def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor, R: int) -> Tensor:
-    """As transformers writes it (`apply_rotary_pos_emb` of Phi-3)."""
+    """Return the rotated halves, as in `apply_rotary_pos_emb` of transformers' Phi-3."""
     rotated, passed = x[..., :R], x[..., R:]
     half = torch.cat([-rotated[..., R // 2 :], rotated[..., : R // 2]], dim=-1)
     return torch.cat([rotated * cos + half * sin, passed], dim=-1)
@@ -79,7 +79,7 @@ def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor, R: int) -> Tensor:
 
 # --- compiled --------------------------------------------------------------------------------------
 def static_cases() -> list[StaticCase]:
-    """Both GPU presets, with Hugging Face's layout of qkv and with Megatron's."""
+    """Return both GPU presets, with Hugging Face's layout of qkv and with Megatron's."""
     cases = []
     for name in ("phi-4-mini", "phi-400m"):
         p = preset(name)
@@ -106,7 +106,7 @@ def static_cases() -> list[StaticCase]:
 
 
 def peer_static_cases() -> list[StaticCase]:
-    """Liger 0.8.5 for Phi-4-Mini's heads, as its launch code sets it (triton's default of 4 warps)."""
+    """Return Liger 0.8.5 for Phi-4-Mini's heads, as its launch code sets it (triton's default of 4 warps)."""
     if not liger_is_installed():
         return []
     from liger_kernel.ops import rope as liger
@@ -133,7 +133,7 @@ def peer_static_cases() -> list[StaticCase]:
 
 # --- counted ---------------------------------------------------------------------------------------
 def traffic_cases() -> list[TrafficCase]:
-    """Phi-4-Mini's heads. Liger gets q and k as slices of the fused projection, as its Phi-3 layer does."""
+    """Return Phi-4-Mini's heads. Liger gets q and k as slices of the fused projection, as its Phi-3 layer does."""
     config, L = preset("phi-4-mini"), 16
     H, G, K, R = config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim
     cos, sin = _tables(config, L, "cpu")

@@ -1,4 +1,4 @@
-"""SwiGLU on the fused gate_up: what to time, compile and count. The widths are the presets'."""
+"""Bench cases of SwiGLU on the fused gate_up: timed, compiled and counted at the presets' widths."""
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def _case(M: int, F: int, device: str, dtype: torch.dtype) -> Case:
 
 # --- compiled --------------------------------------------------------------------------------------
 def static_cases() -> list[StaticCase]:
-    """One block size serves every width of at least 1,024, so of both GPU presets."""
+    """Return the kernels with the block size of every width from 1,024 on, which both GPU presets have."""
     blocks = launch_config(8192)
     num_warps = blocks.pop("num_warps")
     sizes = {"stride_gate_up_m": "i32:16", "F": "i32:16"}
@@ -80,7 +80,7 @@ def static_cases() -> list[StaticCase]:
 
 
 def peer_static_cases() -> list[StaticCase]:
-    """Liger 0.8.5 at F = 8192, as its launch code sets it."""
+    """Return Liger 0.8.5 at F = 8192, as its launch code sets it."""
     if not liger_is_installed():
         return []
     from liger_kernel.ops import swiglu as liger
@@ -109,7 +109,7 @@ def peer_static_cases() -> list[StaticCase]:
 
 # --- counted ---------------------------------------------------------------------------------------
 def traffic_cases() -> list[TrafficCase]:
-    """Liger's kernel takes gate and up apart: its own Phi-3 layer copies both halves of the fused projection
+    """Return one width. Liger's kernel takes gate and up apart: its own Phi-3 layer copies both halves of the fused projection
     first, and joins the two gradients (liger_kernel/transformers/swiglu.py, `ensure_contiguous`)."""
     M, F = 8, 8192
     gate_up, dy = torch.randn(M, 2 * F).bfloat16(), torch.randn(M, F).bfloat16()

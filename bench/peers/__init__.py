@@ -1,4 +1,4 @@
-"""Other trainers beside ours on the same task.
+"""TRL's trainers beside our stages on the same task.
 
-May import: kernels, model/*, parallel/*, stages/*, bench/gate, bench/system.
+May import: kernels, model/*, parallel/*, stages/*, bench/gate.
 """

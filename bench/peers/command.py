@@ -1,23 +1,17 @@
-"""`phimini bench peers [sft] [dpo] [grpo] [--provider NAME ...] [--rounds N] [--steps N] [--json PATH]`: peers beside our stages, taking turns
+"""Compare stages 2, 3 and 4 with TRL's SFTTrainer, DPOTrainer and GRPOTrainer, which take turns.
 
-    --provider trl (default), megatron_bridge, verl, nemo_rl     the last three on a GPU: `bench/peers/gpu_frameworks.py`
+Each side is a process of one thread on the tiny preset in fp32. Ours runs the real stage (`stages/sft.py`,
+`rollout_dpo.py`, `rlvr.py`), TRL its trainer on Phi3ForCausalLM, from the same model folder and token ids, with the same
+batch. Before any timing the two must agree, within 1e-4, on the loss of the same batch. Then they take turns of a few
+optimizer steps, measured in each process's CPU time. Ours includes reading its batches, metrics and, for DPO, the
+reference's forward pass; for GRPO sampling, verifying and weight sync. A GRPO sample is a sampled answer: TRL also trains
+on groups with equal rewards, whose gradient is zero, our stage does not.
 
-Each side is a process of one thread on the tiny preset in fp32: ours runs the real stage (`stages/sft.py`,
-`rollout_dpo.py`, `rlvr.py`), TRL its SFTTrainer, DPOTrainer or GRPOTrainer on Phi3ForCausalLM, from the same model
-folder, on the same token ids, with the same batch. Before anything is timed the two must agree, within 1e-4, on the loss
-of the same batch. Then they take turns of a few optimizer steps; what counts is each process's CPU time. Ours includes
-reading its batches, metrics and, for DPO, the reference's forward pass; for GRPO sampling, verifying and weight sync.
-A GRPO sample is a sampled answer: our stage does not train on groups with equal rewards, whose gradient is zero; TRL does.
-
-TRL lives in an environment of its own (`make bench-peers`); `--python` names another provider's interpreter. Where one
-is not there, or there is no GPU for it, a line says so, `--json` has a row with a `verdict` and no numbers, and the status is 2.
-
-`--json PATH` has a row per task and provider, whatever PATH ends in (a JSON list; JSON lines in *.jsonl): task, provider,
-unit, per_cpu_second, peak_rss_bytes, first_loss, versions, ratio (of ours, else null). On a GPU per_cpu_second and
-peak_rss_bytes are null and per_gpu_second, peak_gpu_bytes, gpus and device follow.
+TRL has an environment of its own (`make bench-peers`; `--python` names another interpreter). Without it the status is 2.
+`--json PATH` gets two rows per task, as JSON lines in *.jsonl and as a JSON list elsewhere: task, provider, unit,
+per_cpu_second, peak_rss_bytes, first_loss, versions, ratio (on our row, else null).
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -35,7 +29,7 @@ from typing import Any
 
 import torch
 
-from phimini.bench.peers import gpu_frameworks as peers_gpu
+from phimini.bench.gate.options import at_least_one, parser
 from phimini.bench.peers.common_start import (
     BATCH,
     BETA,
@@ -58,11 +52,12 @@ from phimini.stages.run.metrics import MetricsLog
 Row = dict[str, Any]
 UNITS = {"sft": "tokens", "dpo": "pairs", "grpo": "samples"}
 TARGETS = {"sft": 1.8, "dpo": 2.2, "grpo": 4.0}
-"""of our rate over TRL's"""
+"""least ratio of our rate to TRL's"""
 SAME_LOSS = 1e-4
 WARM_UP = 2
+PACKAGES = ("phimini", "megatron-core", "torch")
 PYTHON = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
-# The stages as they are timed: TRL's defaults where they decide how much work a step is.
+# The timed stages' settings: TRL's defaults where they decide the amount of work per step.
 TIMED = [
     "sft.epochs=1000", "rollout_dpo.pairs=teacher", "rollout_dpo.epochs=100", "rollout_dpo.pairs_per_step=32",
     "rollout_dpo.nll_weight=0", f"rollout_dpo.beta={BETA}", "rlvr.steps=100000",
@@ -73,76 +68,32 @@ TIMED = [
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 1 where a target against TRL is missed; 2 where a provider could not be compared with. RuntimeError: other losses."""
-    parser = argparse.ArgumentParser(
-        prog="phimini bench peers", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument(
-        "tasks", nargs="*", metavar="TASK", help=f"of {', '.join(UNITS)}; none: all"
-    )
-    parser.add_argument("--provider", action="append", choices=["trl", *peers_gpu.PROVIDERS])
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a turn")
-    parser.add_argument("--python", type=Path, help="the provider's interpreter")
-    parser.add_argument("--run", help="GPU: start from the models and rows of this finished run")
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs of this machine")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    args = parser.parse_args(argv)
+    """Return 0; 1 where a target is missed; 2 without TRL. RuntimeError where the losses of one batch differ."""
+    options = parser("peers", __doc__)
+    options.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(UNITS)}; default: all")  # fmt: skip
+    options.add_argument("--rounds", type=at_least_one, default=5, help="turns of each side")
+    options.add_argument("--steps", type=at_least_one, default=4, help="optimizer steps of a turn")
+    options.add_argument("--python", type=Path, default=PYTHON, help="TRL's interpreter")
+    args = options.parse_args(argv)
     if unknown := [t for t in args.tasks if t not in UNITS]:
-        parser.error(f"unknown task {unknown[0]!r}; expected {', '.join(UNITS)}")
-    tasks, providers = args.tasks or list(UNITS), args.provider or ["trl"]
-    python = {p: args.python or (PYTHON if p == "trl" else Path(sys.executable)) for p in providers}
-    absent = {(p, t): why for p in providers for t in tasks if (why := why_not(p, t, python[p]))}
-    rows = [peers_gpu.no_row(p, task, why) for (p, task), why in absent.items()]
-    for why in dict.fromkeys(absent.values()):
-        print(f"phimini bench peers: {why}", file=sys.stderr)
-    if wanted := [(p, task) for p in providers for task in tasks if (p, task) not in absent]:
-        with tempfile.TemporaryDirectory() as name:
-            run = prepare(Path(name)) if args.run is None else finished(args.run)
-            for p, task in wanted:
-                if p == "trl":
-                    rows += compare(task, run, python[p], args.rounds, args.steps)
-                    print(describe(rows[-2:]), flush=True)
-                else:
-                    job = peers_gpu.job_of(task, run, Path(name), args.steps, args.gpus)
-                    rows += peers_gpu.compare(p, job, str(python[p]), args.rounds)
-                    print(peers_gpu.describe(rows[-2:]), flush=True)
+        options.error(f"unknown task {unknown[0]!r}; expected {', '.join(UNITS)}")
+    if not args.python.exists():
+        raise ValueError(f"trl: {args.python} does not exist; `make bench-peers` sets it up")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        run = prepare(Path(name))
+        for task in args.tasks or UNITS:
+            rows += compare(task, run, args.python, args.rounds, args.steps)
+            print(describe(rows[-2:]), flush=True)
     if args.json is not None:
-        write_either(args.json, rows)
-    held = [r for r in rows if r["provider"] == "phimini" and "device" not in r]
-    if any(r["ratio"] < TARGETS[r["task"]] for r in held):
-        return 1
-    return 2 if absent else 0
-
-
-def why_not(provider: str, task: str, python: Path) -> str | None:
-    """Why this provider cannot be compared with; None: it can."""
-    if provider != "trl":
-        return peers_gpu.why_not(provider, task, str(python))
-    return (
-        None if python.exists() else f"trl: {python} does not exist; `make bench-peers` sets it up"
-    )
-
-
-def finished(out: str) -> RunConfig:
-    """Of a run that is complete up to stage 2. ValueError where it is not."""
-    if not (Path(out) / "sft" / "summary.json").exists():
-        raise ValueError(f"--run {out}: expected a finished stage sft, found none")
-    return override(tiny(), [f"out={out}"])
-
-
-def write_either(path: Path, rows: list[Row]) -> None:
-    """The same rows as JSON lines into a .jsonl, as one list into any other file."""
-    if path.suffix == ".jsonl":
-        write_rows(path, rows)
-    else:
-        write_json(path, rows)
+        (write_rows if args.json.suffix == ".jsonl" else write_json)(args.json, rows)
+    held = [row for row in rows if row["provider"] == "phimini"]
+    return 1 if any(row["ratio"] < TARGETS[row["task"]] for row in held) else 0
 
 
 # --- our side ------------------------------------------------------------------------------------
 def our_side(task: str, folder: str, steps: int) -> None:
-    """A process that runs the stage and lets `steps` optimizer steps pass per `go` that it reads."""
+    """Run the stage in this process, `steps` optimizer steps per line `go` on stdin."""
     torch.set_num_threads(1)
     out = Path(folder) / "run"
     run = override(tiny(), [f"out={out}", *SETTINGS, *TIMED])
@@ -163,7 +114,7 @@ def our_side(task: str, folder: str, steps: int) -> None:
 
 
 def _linked(out: Path, task: str) -> Path:
-    """A run directory of the task's own, whose earlier stages are the prepared ones (stage 3's is stage 2's)."""
+    """Return a run directory for the task, with links to the prepared stages (stage 3 links to stage 2)."""
     bench = out.parent / f"{task}-run"
     bench.mkdir()
     stages = {"sft": ("midtrain",), "dpo": ("midtrain", "sft"), "grpo": ("midtrain", "sft")}[task]
@@ -175,13 +126,13 @@ def _linked(out: Path, task: str) -> Path:
 
 
 class Turns:
-    """What our process says to the one that compares: JSON lines, as TRL's side says them."""
+    """Our process's half of the protocol with the comparing process: JSON lines, as TRL's side writes them."""
 
     def __init__(self, task: str, steps: int, first_loss: float) -> None:
         self.task, self.steps, self.first_loss = task, steps, first_loss
         self.done, self.units, self.since = 0, 0.0, 0.0
         self.reference_seconds = 0.0
-        """of DPO: the reference's forward pass per pair"""
+        """the reference's forward pass of DPO, per pair"""
 
     def timed_reference(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         def timed(model: Model, pairs: list, *args: Any) -> Any:
@@ -206,7 +157,7 @@ class Turns:
                 spent += self.reference_seconds * self.units
             self.say(cpu_seconds=spent, units=self.units)
         else:
-            self.say(first_loss=self.first_loss, versions={p: version(p) for p in ("phimini", "megatron-core", "torch")})  # fmt: skip
+            self.say(first_loss=self.first_loss, versions={p: version(p) for p in PACKAGES})  # fmt: skip
         if sys.stdin.readline().strip() != "go":
             os._exit(0)
         self.units, self.since = 0.0, time.process_time()
@@ -217,7 +168,7 @@ class Turns:
 
 
 class TurnLog(MetricsLog):
-    """The stage's own log; a turn may end after each of its rows."""
+    """The stage's log, which ends a turn after a row."""
 
     turns: Turns
 
@@ -228,7 +179,7 @@ class TurnLog(MetricsLog):
 
 # --- taking turns --------------------------------------------------------------------------------
 class Side:
-    """One provider's process."""
+    """The process of one provider."""
 
     def __init__(self, name: str, command: list[str]) -> None:
         self.name = name
@@ -263,13 +214,13 @@ class Side:
 
 
 def compare(task: str, run: RunConfig, python: Path, rounds: int, steps: int) -> list[Row]:
-    """Rows of both providers; RuntimeError where a side ends early, or their losses of one batch differ."""
+    """Return the rows of both providers. RuntimeError where a side ends early, or the losses of one batch differ."""
     folder = Path(run.out).parent
     code = "import sys; from phimini.bench.peers.command import our_side; our_side(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
     ours = Side(
         "phimini", [sys.executable, "-W", "ignore", "-c", code, task, str(folder), str(steps)]
     )
-    heard = {"phimini": ours.hear()}  # first: it writes the batch that both compute
+    heard = {"phimini": ours.hear()}  # before TRL starts: this side writes the batch for both
     script = Path(__file__).parent / "trl_stages.py"
     # -P: its folder has a kernels.py, which transformers would import
     trl = Side(
@@ -303,20 +254,6 @@ def compare(task: str, run: RunConfig, python: Path, rounds: int, steps: int) ->
         }
         for side in (ours, trl)
     ]
-
-
-def table(rows: list[Row]) -> str:
-    """The README's, of committed rows: a line per task."""
-    lines = ["| task | ours | TRL | ratio | target | peak memory, ours and TRL | loss of one batch, both |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for ours, trl in zip(rows[::2], rows[1::2], strict=True):
-        mib = " and ".join(f"{row['peak_rss_bytes'] / 2**20:,.0f}" for row in (ours, trl))
-        loss = " and ".join(f"{row['first_loss']:.6f}" for row in (ours, trl))
-        lines.append(
-            f"| {ours['task']} | {ours['per_cpu_second']:,.1f} | {trl['per_cpu_second']:,.1f} {ours['unit']} per CPU second "
-            f"| {ours['ratio']:.2f} | {TARGETS[ours['task']]} | {mib} MiB | {loss} |"
-        )
-    return "\n".join(lines)
 
 
 def describe(rows: list[Row]) -> str:

@@ -1,4 +1,4 @@
-"""What both sides of `phimini bench peers` start from: a small run's models and rows, and our loss of the first batch"""
+"""The common start of both sides of `phimini bench peers`: models and rows of a small run, and our loss of one batch."""
 
 import shutil
 import statistics
@@ -39,7 +39,7 @@ SETTINGS = [
 
 
 def prepare(folder: Path) -> RunConfig:
-    """A small run up to stage 2, and what TRL reads of it: models, rows of token ids, settings."""
+    """Make a small run up to stage 2, and the files of it that TRL reads: models, rows of token ids, settings."""
     run = override(tiny(), [f"out={folder / 'run'}", *SETTINGS])
     run_ranks(_train, 1, run)
     out = folder / "run"
@@ -98,7 +98,7 @@ def sft_loss(run: RunConfig, world: World, folder: Path) -> float:
 
 
 def dpo_loss(run: RunConfig, world: World, folder: Path) -> float:
-    """The reference is stage 1's model here: with stage 2's the loss is ln 2, whatever the batch."""
+    """Return the DPO loss against stage 1's model: with stage 2's as the reference it is ln 2 for any batch."""
     model, tokenizer = load_model(run, world, "sft")
     frozen, _ = load_model(run, world, "midtrain")
     rows = Path(run.out) / "curate" / "pairs.jsonl"
@@ -109,7 +109,7 @@ def dpo_loss(run: RunConfig, world: World, folder: Path) -> float:
 
 
 def grpo_loss(run: RunConfig, world: World, folder: Path) -> float:
-    """Of teacher rollouts with advantages of both signs and old log-probs that are off, so that some are clipped."""
+    """Return the GRPO loss of teacher rollouts with advantages of both signs and shifted old log-probs, so that some clip."""
     model, tokenizer = load_model(run, world, "sft")
     rows = Path(run.out) / "distill" / "rollouts.jsonl"
     examples = read_examples(rows, tokenizer, run.chat_template)[:64]

@@ -1,8 +1,8 @@
-"""TRL's side of `phimini bench peers`: a script for an environment of its own, which has no megatron-core
+"""TRL's side of `phimini bench peers`: a script for an environment without megatron-core.
 
     python trl_stages.py sft|dpo|grpo FOLDER STEPS
 
-Speaks as `command.py` expects: a JSON line when it is ready, then one for every `go` that it reads.
+Writes a JSON line when it is ready, then one for every line `go` on stdin, as `command.py` expects.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
@@ -25,7 +25,7 @@ PACKAGES = ("trl", "transformers", "accelerate", "torch")
 
 
 class Turns(TrainerCallback):
-    """Lets `steps` optimizer steps pass per `go`; the first ones, which warm up, pass unasked."""
+    """Run `steps` optimizer steps per `go`, after WARM_UP uncounted steps."""
 
     def __init__(self, steps: int, units: int, first_loss: float) -> None:
         self.steps, self.units, self.first_loss = steps, units, first_loss
@@ -48,7 +48,7 @@ class Turns(TrainerCallback):
 
 
 class TokenizedDPO(DPOTrainer):
-    """With the rows' own token ids, the same as the other side's."""
+    """A DPO trainer that keeps the rows' token ids, which are those of the other side."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -133,7 +133,7 @@ def grpo(folder: Path, rows: list, settings: dict, common: dict) -> tuple[Any, f
         processing_class=tokenizer_of(folder / "model"),
     )
     given = json.loads((folder / "grpo_batch.json").read_text())
-    trainer.model.eval()  # there is no dropout; TRL's train mode counts accumulation steps that have not begun
+    trainer.model.eval()  # TRL's train mode counts accumulation steps before they begin; the model has no dropout
     with torch.no_grad():
         loss = float(trainer.compute_loss(trainer.model, padded(given)))
     trainer.model.train()
@@ -141,7 +141,7 @@ def grpo(folder: Path, rows: list, settings: dict, common: dict) -> tuple[Any, f
 
 
 def padded(rollouts: list[dict]) -> dict[str, torch.Tensor]:
-    """TRL's batch: prompts padded on the left, completions on the right."""
+    """Return TRL's batch: prompts padded on the left, completions on the right."""
     P, C = max(len(r["prompt"]) for r in rollouts), max(len(r["response"]) for r in rollouts)
     left = lambda ids: [0] * (P - len(ids)) + ids
     right = lambda values: values + [0] * (C - len(values))

@@ -1,12 +1,10 @@
-"""`phimini bench data [--rounds N] [--quick] [--json PATH]`.
+"""Time the Python work around the GPU: reading examples, packing them, judging answers.
 
-What a stage does before its first GPU second, and stage 4 after each answer: reading examples, packing them, judging
-answers. Units of work per second of the process's CPU time. All of it is Python, so each is held to a fixed loop of
-plain Python measured in the same rounds, which go on until every ratio is known (`paired.Rounds`). Checked in the same
-run: every example is packed once and whole, every verdict is the one that the data came with.
+A row is units of work per second of the process's CPU time, relative to a fixed loop of plain Python in the same rounds.
+Rounds go on until every ratio is known (`paired_ratio.Rounds`). Checks in the same run: every example is packed once and
+whole, every verdict is the one that the data came with.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -16,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from phimini.bench.gate.options import at_least_one, finish, parser
 from phimini.bench.gate.paired_ratio import Rounds
-from phimini.bench.gate.rows import Row, measured, write
+from phimini.bench.gate.rows import Row
 from phimini.bench.gate.yardsticks import seconds
 from phimini.model.io.json_files import read_rows
 from phimini.model.io.tokenizer import Tokenizer, train_tiny_tokenizer
@@ -40,7 +39,7 @@ CAPACITY = 256
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """`run` is timed; it returns whether what it made is right. `amount` units of work are in one call."""
+    """Timed work: one call of `run` does `amount` units and returns True if its result is right."""
 
     unit: str
     amount: int
@@ -48,28 +47,19 @@ class Work:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 1 where a result was wrong."""
-    parser = argparse.ArgumentParser(prog="phimini bench data", description=__doc__)
-    parser.add_argument("--rounds", type=int, help="as many, instead of as many as it takes")
-    parser.add_argument("--quick", action="store_true", help="few rounds, little data")
-    parser.add_argument(
-        "--json", type=Path, help="write the rows here, as `bench compare` reads them"
-    )
-    args = parser.parse_args(argv)
+    """Return 0; 1 where a result is wrong."""
+    options = parser("data", __doc__)
+    options.add_argument("--rounds", type=at_least_one, help="a fixed number of rounds")
+    options.add_argument("--quick", action="store_true", help="few rounds, little data")
+    args = options.parse_args(argv)
     rounds = QUICK_ROUNDS if args.quick else ROUNDS
     if args.rounds is not None:
         rounds = Rounds(at_least=args.rounds, at_most=args.rounds)
     rows = bench(200 if args.quick else 1000, rounds)
     for row in rows:
-        value = (
-            "WRONG"
-            if row.value is None
-            else f"{row.value.p50:,.0f} {row.unit} ({row.value.p20:,.0f} to {row.value.p80:,.0f})"
-        )
-        print(f"{row.case['work']:8} {value}", flush=True)
-    if args.json is not None:
-        write(args.json, rows)
-    return 0 if all(row.correct for row in rows) else 1
+        band = row.value and f"{row.value.p50:,.0f} {row.unit} ({row.value.p20:,.0f} to {row.value.p80:,.0f})"  # fmt: skip
+        print(f"{row.case['work']:8} {band or 'WRONG'}", flush=True)
+    return finish(args.json, rows)
 
 
 def bench(num_problems: int, rounds: Rounds) -> list[Row]:
@@ -90,7 +80,7 @@ def bench(num_problems: int, rounds: Rounds) -> list[Row]:
                 taken[name].append(seconds(work.run, CPU))
             python.append(seconds(plain_python, CPU))
     return [
-        measured(
+        Row(
             bench="data", case={"work": name, "amount": work.amount}, provider="phimini", unit=work.unit,
             samples=[work.amount / s for s in taken[name]] if right[name] else [], correct=right[name],
             reference="python", reference_samples=[1 / s for s in python] if right[name] else [],
@@ -129,7 +119,7 @@ def works_of(run: RunConfig) -> dict[str, Work]:
 
 
 def plain_python() -> None:
-    """The yardstick: dictionaries, strings and integers, some ten milliseconds."""
+    """Do some ten milliseconds of plain Python work, the yardstick."""
     counts: dict[str, int] = {}
     for number in range(40_000):
         key = str(number % 997)

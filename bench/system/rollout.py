@@ -1,21 +1,20 @@
-"""`phimini bench rollout [--model NAME] [--rounds N] [--quick] [--json PATH]`.
+"""Tokens per second of the local engine and of vLLM in one process, in turns, on the same prompts and weights.
 
-Tokens per second of the local engine and of vLLM in one process, on the same prompts and weights, in turns; a number
-only where the engine's log-probs are those of the reference model (max |dlogp| is the row's error). On a CPU it is
-tokens per second of the process's CPU time, with one thread. `phimini` is the local engine, held to vLLM.
+An engine is timed only if its log-probs are those of the reference model; max |dlogp| is the row's error. On a CPU the
+unit is tokens per second of the process's CPU time, with one thread. `phimini` is the local engine; its reference is
+vLLM.
 """
 
-import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from phimini.bench.gate.rows import Row, measured
-from phimini.bench.system.weight_sync import MODELS, write_either
+from phimini.bench.gate.options import at_least_one, finish, parser
+from phimini.bench.gate.rows import Row
+from phimini.bench.system.weight_sync import MODELS
 from phimini.model.config import ModelConfig
 from phimini.model.reference import Phi4Mini
 from phimini.model.sampler import SamplingParams
@@ -31,31 +30,25 @@ from phimini.stages.rollout.local import LocalEngine, RolloutEngine, Sampled
 from phimini.stages.rollout.vllm_settings import engine_settings, require_vllm
 
 LIMIT = {"float32": 1e-4, "bfloat16": 0.5}
-"""of max |dlogp|, for a row to be timed"""
+"""largest max |dlogp| of a timed row, by dtype"""
 SHAPES = ((1, 32, 64), (32, 32, 64), (128, 32, 64), (128, 128, 64))
 """batch, prompt tokens, new tokens"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 1 where an engine's log-probs are not the reference model's."""
-    parser = argparse.ArgumentParser(prog="phimini bench rollout", description=__doc__)
-    parser.add_argument("--model", choices=MODELS, default="tiny")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="one small shape, five rounds")
-    parser.add_argument(
-        "--json",
-        type=Path,
-        help="PATH.jsonl: rows for `bench compare`; any other PATH: plain rows",
-    )
-    args = parser.parse_args(argv)
+    """Return 0; 1 where an engine's log-probs are not the reference model's."""
+    options = parser("rollout", __doc__)
+    options.add_argument("--model", choices=MODELS, default="tiny")
+    options.add_argument("--rounds", type=at_least_one, default=15)
+    options.add_argument("--quick", action="store_true", help="one small shape, five rounds")
+    args = options.parse_args(argv)
     require_vllm()
     shapes, rounds = (SHAPES[1:2], 5) if args.quick else (SHAPES, args.rounds)
     rows = run_ranks(measure, 1, MODELS[args.model], shapes, rounds)[0]
     for row in rows:
         print(line(row))
-    if args.json is not None:
-        write_either(args.json, rows, [plain(row) for row in rows])
-    return 0 if all(row.correct for row in rows) else 1
+    status = finish(args.json, rows, [plain(row) for row in rows])
+    return status if all(row.correct for row in rows) else 1
 
 
 def measure(
@@ -93,7 +86,7 @@ def measure_shape(
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     errors: dict[str, float] = {}
     for number in range(rounds + 1):  # the first round is checked, not timed
-        # Other prompts every round: no engine may live off what it cached.
+        # Other prompts every round, because an engine may cache prefixes.
         generator = torch.Generator().manual_seed(number)
         vocabulary = reference.config.vocab_size
         prompts = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=generator).tolist()
@@ -107,7 +100,7 @@ def measure_shape(
                 errors[name] = error_of(reference, prompts, done)
             else:
                 seconds[name].append(spent)
-    # On a GPU the process's CPU time says little about the work.
+    # On a GPU the process's CPU time does not measure the work.
     unit, clock = ("tokens/s", 0) if torch.cuda.is_available() else ("tokens/cpu_s", 1)
     rates = {n: [batch * new_tokens / spent[clock] for spent in seconds[n]] for n in engines}
     rows = []
@@ -115,7 +108,7 @@ def measure_shape(
         right = errors[name] <= limit
         held = name == "local" and right and errors["vllm"] <= limit
         rows.append(
-            measured(
+            Row(
                 bench="rollout",
                 case={"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens},
                 provider="phimini" if name == "local" else name,
@@ -123,7 +116,7 @@ def measure_shape(
                 samples=rates[name] if right else [],
                 correct=right,
                 reference="vllm" if held else None,
-                reference_samples=rates["vllm"] if held else (),
+                reference_samples=rates["vllm"] if held else [],
                 error=errors[name],
                 info={
                     f"tokens_per_{clock}": statistics.median(
@@ -138,7 +131,7 @@ def measure_shape(
 
 @torch.no_grad()
 def error_of(reference: Phi4Mini, prompts: list[list[int]], done: list[Sampled]) -> float:
-    """max |log-prob reported - the reference model's|."""
+    """Return the largest |reported log-prob - the reference model's|."""
     device = reference.head_weight_VD.device
     tokens_BT = torch.tensor(
         [p + c.tokens for p, c in zip(prompts, done, strict=True)], device=device
@@ -151,7 +144,7 @@ def error_of(reference: Phi4Mini, prompts: list[list[int]], done: list[Sampled])
 
 
 def plain(row: Row) -> dict[str, Any]:
-    """One engine's row in JSON's types; its rates are None where its log-probs are wrong."""
+    """Return one engine's row in JSON types; its rates are None where its log-probs are wrong."""
     rates = {
         name: row.info[name] if row.correct else None
         for name in ("tokens_per_second", "tokens_per_cpu_second")

@@ -1,33 +1,28 @@
-"""`phimini bench scaling [--quick] [--json PATH] [--out DIR]`: what a step costs as the work grows, and a plan for more GPUs
-
-Training steps of the tiny model (forward, backward, optimizer, as the stages call them) along one axis at a time:
+"""The cost of a training step of the tiny model as the work grows, along one axis at a time.
 
     sequence_length      one document of 256 to 8,192 tokens
     documents_per_pack   4,096 tokens cut into 1 to 64 documents
     vocabulary           256 to 65,536 words, 1,024 tokens
     batch                1 to 64 rows of 256 tokens in one micro-batch
-    data_size            1,000 to 64,000 documents: packing them into rows and drawing a step's
+    data_size            1,000 to 64,000 documents: packing them into rows and drawing the rows of a step
 
-Points take turns, so that a slower clock reaches all of them. `--out` writes scaling.csv, gpus.csv and gpus.md.
-The GPU tables are arithmetic (`parallel/plan/layouts.py`); nothing in them was measured.
+A step is forward, backward and optimizer, as the stages call them. Points take turns, so that a slower clock reaches all
+of them. `phimini plan` estimates other GPUs and sizes.
 """
 
-import argparse
-import csv
 import dataclasses
 import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from phimini.bench.gate.peak_memory import AllocationMeter
-from phimini.bench.gate.rows import Row, measured, write
+from phimini.bench.gate.options import finish, parser
+from phimini.bench.gate.peak_memory import peak_allocated_bytes
+from phimini.bench.gate.rows import Row
 from phimini.bench.gate.yardsticks import gemm_factors, gemm_flops, python_rate, seconds
-from phimini.bench.system.scaling_gpus import write_gpus
 from phimini.model.config import ModelConfig, preset
 from phimini.model.flops import training_flops
 from phimini.parallel.megatron.builder import Model, build_model
@@ -43,16 +38,15 @@ from phimini.stages.run.training import cross_entropy_head
 LONGEST = 8192
 ROUNDS = 8
 QUICK_FLOPS = 15e9
-"""--quick leaves out points whose step is more than this"""
+"""--quick leaves out the points whose steps are larger"""
 QUICK_DOCUMENTS = 4000
 LOSS_LIMIT = 0.1
-"""a new model knows nothing: its loss is ln(vocabulary), within this share"""
-COLUMNS = ("axis", "x", "unit", "p20", "p50", "p80", "share_of_gemm", "peak_bytes")
+"""relative distance of a new model's loss from ln(vocabulary)"""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One step: a micro-batch of documents of these lengths."""
+    """One step on a micro-batch of documents of these lengths."""
 
     axis: str
     x: int
@@ -84,27 +78,16 @@ DATA_SIZES = (1000, 4000, 16000, 64000)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="phimini bench scaling", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="only the points that take a moment")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--out", type=Path, help="write CSV files and tables here")
-    args = parser.parse_args(argv)
+    """Return 0; 1 where a loss is wrong."""
+    options = parser("scaling", __doc__)
+    options.add_argument("--quick", action="store_true", help="only the points that take a moment")
+    args = options.parse_args(argv)
     points = [p for p in POINTS if not args.quick or _flops(p.config, p.batch()) <= QUICK_FLOPS]
     sizes = [n for n in DATA_SIZES if not args.quick or n <= QUICK_DOCUMENTS]
     rows = [*run_ranks(measure_steps, 1, points)[0], *measure_data(sizes)]
     for row in rows:
         print(describe(row), flush=True)
-    if args.json is not None:
-        write(args.json, rows)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_csv(args.out / "scaling.csv", rows)
-        write_gpus(args.out)
-        print(f"written: {args.out}/scaling.csv, gpus.csv and gpus.md")
-    return 0 if all(row.correct for row in rows) else 1
+    return finish(args.json, rows)
 
 
 def _flops(config: ModelConfig, batch: PackedBatch) -> int:
@@ -116,11 +99,11 @@ class _Prepared:
     point: Point
     batch: PackedBatch
     step: Callable[[], float]
-    """gives the loss"""
+    """returns the loss"""
 
 
 def measure_steps(points: Sequence[Point]) -> list[Row]:
-    """One rank: each point's step, in turns."""
+    """Time each point's step on one rank, in turns."""
     world = initialize(Layout(), preset("tiny"))
     trainers: dict[ModelConfig, tuple[Model, Optimizer]] = {}
     prepared = [_prepare(point, world, trainers) for point in points]
@@ -136,11 +119,11 @@ def measure_steps(points: Sequence[Point]) -> list[Row]:
     for i, p in enumerate(prepared):
         expected = math.log(p.point.vocabulary)
         error = abs(first_losses[i] / expected - 1)
-        peak = _peak_bytes(p.step, world.device)
+        peak = peak_allocated_bytes(p.step, world.device)
         tokens, flops = p.batch.num_tokens, _flops(p.point.config, p.batch)
         right = error <= LOSS_LIMIT
         rows.append(
-            measured(
+            Row(
                 bench="scaling",
                 case={"axis": p.point.axis, "x": p.point.x},
                 provider="phimini",
@@ -163,7 +146,7 @@ def _prepare(
 ) -> _Prepared:
     if point.config not in trainers:
         model = build_model(point.config, world, seed=0)
-        # So small a rate that the model stays new: every step of a point is the same work and the same loss.
+        # The rate is so small that every step of a point is the same work with the same loss.
         trainers[point.config] = model, build_optimizer(model, OptimizerConfig(lr=1e-9, total_steps=10**6))  # fmt: skip
     model, optimizer = trainers[point.config]
     batch = point.batch()
@@ -177,20 +160,8 @@ def _prepare(
     return _Prepared(point, batch, step)
 
 
-def _peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """What a step allocates at its peak, beyond weights and optimizer."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with AllocationMeter() as meter:
-        step()
-    return meter.peak_bytes
-
-
 def measure_data(sizes: Sequence[int]) -> list[Row]:
-    """Packing `n` documents into rows of 256, and drawing one step's rows from them; Python's own work."""
+    """Time packing `n` documents into rows of 256 tokens, and drawing the rows of a step."""
     generator = torch.Generator().manual_seed(0)
     cpu = torch.device("cpu")
     lengths = torch.randint(20, 200, (max(sizes),), generator=generator).tolist()
@@ -207,7 +178,7 @@ def measure_data(sizes: Sequence[int]) -> list[Row]:
             )
     draw = {n: _draw_seconds(n) for n in sizes}
     return [
-        measured(
+        Row(
             bench="scaling",
             case={"axis": "data_size", "x": n},
             provider="phimini",
@@ -238,19 +209,6 @@ def describe(row: Row) -> str:
     if row.reference == "gemm":
         return f"{text}  {100 * row.ratio.p50:.0f} % of a matrix product  peak {(row.peak_bytes or 0) / 2**20:.1f} MiB"
     return f"{text}  a step's draw {row.info['draw_ms']:.2f} ms"
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in rows:
-            if row.value is None or row.ratio is None:
-                continue
-            value = [f"{v:.6g}" for v in (row.value.p20, row.value.p50, row.value.p80)]
-            share = f"{row.ratio.p50:.4f}" if row.reference == "gemm" else ""
-            peak = "" if row.peak_bytes is None else row.peak_bytes
-            writer.writerow([row.case["axis"], row.case["x"], row.unit, *value, share, peak])
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
-"""`phimini bench train [STAGE ...]`: a training step of the real stages: its speed, where its time goes, its memory
+"""A training step of the real stages: its speed, the share of each phase, its memory.
 
     phimini bench train [midtrain|sft|dpo|rlvr ...] [--run DIR] [--steps N] [--quick] [--profile DIR] [--json PATH] [key=value ...]
 
-Runs the stages themselves for a few steps and prints where their time went: the marks of `parallel/ranks/timing.py` are in
-the code that every run uses. Layout and sizes are the recipe's fields, e.g. `processes=2 tensor_parallel=2`; under
-torchrun each rank takes part. Without `--run` the stages start from a new model, whose answers in stage 4 get a coin
-for a reward (after the verifier's real work); with it, from the models of a finished run, which is only read.
+Runs the stages themselves for a few steps. The phases are the marks of `parallel/ranks/timing.py`, which every run
+has. Layout and sizes are the recipe's fields, e.g. `processes=2 tensor_parallel=2`; under torchrun each rank takes part.
+With `--run` the stages start from the models of a finished run, which is only read. Without it they start from a new
+model, whose answers in stage 4 get a random reward (after the verifier's real work).
 
-Convention: FLOPs as in `model/flops.py` (multiply-add is 2, causal attention within the real documents, recomputation
-and rollouts not counted), over all of a step but rollout, verify and sync. MFU is against the device's dense bf16 peak,
-whatever the precision, and is left out for a device without an entry; on a CPU the yardstick is an fp32 matrix product
-of 1024, measured between the steps. Seconds are wall time on a GPU (the marks wait for it) and the ranks' CPU time on
-a CPU. On a GPU, waiting undoes overlap: half of the steps are marked, for the shares, and half are not, for the
-speed. Peak memory: torch's allocator on a GPU; on a CPU what one step allocates beyond weights and optimizer.
+FLOPs are counted as in `model/flops.py` (multiply-add is 2, causal attention within the real documents, recomputation
+and rollouts not counted), over all phases but rollout, verify and sync. MFU is relative to the device's dense bf16 peak,
+whatever the precision, and is left out for a device without a known peak. On a CPU the yardstick is an fp32 matrix
+product of 1024, measured between the steps. Seconds are wall time on a GPU (the marks synchronise) and the ranks' CPU
+time on a CPU. Synchronising undoes overlap on a GPU: half of the steps are marked, for the shares, and half are not, for
+the speed. Peak memory is from torch's allocator on a GPU, and on a CPU the bytes that one step allocates.
 """
 
-import argparse
 import contextlib
 import inspect
 import json
@@ -30,8 +29,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from phimini.bench.gate.options import at_least_one, finish, parser
 from phimini.bench.gate.peak_memory import AllocationMeter, peak_rss_bytes
-from phimini.bench.gate.rows import Row, write
+from phimini.bench.gate.rows import Row
 from phimini.bench.gate.yardsticks import gemm_factors, gemm_flops
 from phimini.bench.system.train_rows import RankResult, describe, make_row
 from phimini.model.io.json_files import write_json
@@ -49,7 +49,7 @@ from phimini.stages.run.training import layout_of
 
 STAGES = {"midtrain": "midtrain", "sft": "sft", "dpo": "rollout_dpo", "rlvr": "rlvr"}
 WARM_UP = 3
-"""steps before the first that counts"""
+"""uncounted steps at the start"""
 STEPS = {"midtrain": 100, "sft": 60, "dpo": 30, "rlvr": 8}
 QUICK_STEPS = {"midtrain": 24, "sft": 16, "dpo": 10, "rlvr": 10}
 QUICK = ["rlvr.prompts_per_step=8", "rlvr.probe_prompts=16", "rlvr.max_new_tokens=48", "rlvr.min_rollouts=8"]  # fmt: skip
@@ -65,30 +65,24 @@ COLLECTIVES = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 1 where a loss or a gradient was not finite."""
-    parser = argparse.ArgumentParser(
-        prog="phimini bench train", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("words", nargs="*", metavar="stage | key=value")
-    parser.add_argument("--run", type=Path, help="start from the models of this finished run")
-    parser.add_argument("--steps", type=int, help="steps that count; default: by stage")
-    parser.add_argument("--quick", action="store_true", help="few steps, few rollouts")
-    parser.add_argument("--profile", type=Path, help="write a trace of two steps into this folder")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    args = parser.parse_intermixed_args(argv)  # stages before the options, key=value after them
+    """Return 0; 1 where a loss or a gradient is not finite."""
+    options = parser("train", __doc__)
+    options.add_argument("words", nargs="*", metavar="stage | key=value")
+    options.add_argument("--run", type=Path, help="start from the models of this finished run")
+    options.add_argument("--steps", type=at_least_one, help="steps that count; default: by stage")
+    options.add_argument("--quick", action="store_true", help="few steps, few rollouts")
+    options.add_argument("--profile", type=Path, help="write a trace of two steps into this folder")
+    args = options.parse_intermixed_args(argv)  # stages before the options, key=value after them
     assignments = [word for word in args.words if "=" in word]
     stages = [word for word in args.words if "=" not in word] or list(STAGES)
     if unknown := [stage for stage in stages if stage not in STAGES]:
-        parser.error(f"{unknown[0]}: expected one of {', '.join(STAGES)}, or key=value")
-    rows = []
+        options.error(f"{unknown[0]}: expected one of {', '.join(STAGES)}, or key=value")
+    rows, is_first = [], os.environ.get("RANK", "0") == "0"
     for stage in stages:
         rows.append(bench(stage, assignments, args.run, args.steps, args.quick, args.profile))
-        if os.environ.get("RANK", "0") == "0":
+        if is_first:
             print(describe(rows[-1]), flush=True)
-    if args.json is not None and os.environ.get("RANK", "0") == "0":
-        write(args.json, rows)
-    return 0 if all(row.correct for row in rows) else 1
+    return finish(args.json if is_first else None, rows)
 
 
 def bench(
@@ -99,9 +93,9 @@ def bench(
     quick: bool = False,
     profile: Path | None = None,
 ) -> Row:
-    """Times one stage of the tiny recipe with `assignments`."""
+    """Time one stage of the tiny recipe with the fields of `assignments`."""
     num_steps = steps or (QUICK_STEPS if quick else STEPS)[stage]
-    # One under the meter, two under the profiler, the last one validates.
+    # Four more: one under the memory meter, two under the profiler, and the last one, which validates.
     total = WARM_UP + num_steps + 4
     with _shared_folder() as folder:
         settings = ["processes=1", *(SMALL_DATA if source is None else []), *(QUICK if quick else [])]  # fmt: skip
@@ -121,7 +115,7 @@ def _launch(fn: Callable[..., Row], run: RunConfig, *args: Any) -> Row:
 
 @contextlib.contextmanager
 def _shared_folder() -> Iterator[Path]:
-    """A temporary folder; under torchrun one that all ranks of the machine know, by the job's port."""
+    """Yield a temporary folder; under torchrun one named by the job's port, which all ranks of the machine share."""
     if "RANK" not in os.environ:
         with tempfile.TemporaryDirectory(prefix="phimini-bench-") as folder:
             yield Path(folder)
@@ -133,7 +127,7 @@ def _shared_folder() -> Iterator[Path]:
 
 
 def prepare(run: RunConfig, stage: str, source: Path | None) -> None:
-    """Gives `stage` its inputs: small data and a new model, or links to a finished run's."""
+    """Make the inputs of `stage`: small data and a new model, or links to a finished run's."""
     out = Path(run.out)
     out.mkdir(parents=True, exist_ok=True)
     needed = {"distill", "curate", "base", *INPUTS[stage]}
@@ -154,7 +148,7 @@ def prepare(run: RunConfig, stage: str, source: Path | None) -> None:
 
 
 def _for_steps(run: RunConfig, stage: str, total: int) -> RunConfig:
-    """`run` with exactly `total` steps of `stage`, and no validation or checkpoint among them."""
+    """Return `run` with exactly `total` steps of `stage`, without validations and checkpoints."""
     never = 10**9
     settings = [f"{STAGES[stage]}.checkpoint_every={never}"]
     lines = lambda name: len((Path(run.out) / "curate" / name).read_text().splitlines())
@@ -178,13 +172,13 @@ def _for_steps(run: RunConfig, stage: str, total: int) -> RunConfig:
 def measure_stage(
     run: RunConfig, stage: str, total: int, num_steps: int, profile: Path | None, coin: bool
 ) -> Row:
-    """One rank: runs the stage, and gives all ranks' row."""
+    """Run the stage on one rank and return the row of all ranks."""
     run = _for_steps(run, stage, total)
     world = initialize(layout_of(run), base_config(run), seed=run.seed)
     watcher = _Watcher(world, stage, num_steps, profile)
     recorder = Recorder(world.device, lambda done: watcher.after_step(done, recorder))
     with _coin_rewards(coin), timed_collectives(), recorder:
-        # Everybody prints what the stages print; the bench's own lines are all that should be seen.
+        # The stages' own output would hide the bench's lines.
         with contextlib.redirect_stdout(open(os.devnull, "w")):
             TRAINING[STAGES[stage]](run, world)
     # Uncounted: warm-up, the metered and the profiled steps, and the last one, which validates.
@@ -212,7 +206,7 @@ def measure_stage(
 
 
 class _Watcher:
-    """Works between steps: the yardstick, the memory of one step, the trace of two."""
+    """Measure between the steps: the yardstick, the memory of one step, the trace of two."""
 
     def __init__(self, world: World, stage: str, num_steps: int, profile: Path | None) -> None:
         self.gemm_flops: list[float] = []
@@ -255,10 +249,10 @@ class _Watcher:
 
 @contextlib.contextmanager
 def timed_collectives() -> Iterator[None]:
-    """Marks what the ranks say to each other, wherever Megatron does it: below torch.distributed's functions, some of
-    which it keeps under names of its own."""
+    """Mark communication between ranks as a phase, at the process groups: Megatron keeps references to some functions of
+    torch.distributed, so replacing those would miss calls."""
     names = [(dist.Work, "wait"), *((dist.ProcessGroup, name) for name in COLLECTIVES)]
-    # Static: bound to no class, or what is put back would no longer be a method.
+    # Static: an attribute bound to its class would not be a method once it is put back.
     real = [(kind, name, inspect.getattr_static(kind, name)) for kind, name in names]
     for kind, name, _ in real:
         setattr(kind, name, phase("communication")(getattr(kind, name)))
@@ -271,7 +265,7 @@ def timed_collectives() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _coin_rewards(on: bool) -> Iterator[None]:
-    """A new model's answers are all wrong and would train nothing: the verifier works, a coin decides."""
+    """Replace the rewards by random ones after the verifier's work: a new model's answers are all wrong."""
     real = rollout_groups.reward
 
     def reward(response: str, finish_reason: str, problem: dict) -> float:

@@ -1,4 +1,4 @@
-"""What `phimini bench train` makes of the ranks' steps: throughput, shares of the phases, FLOP/s and what they are of."""
+"""The rows of `phimini bench train`: throughput, shares of the phases and FLOP/s, from the steps of all ranks."""
 
 import dataclasses
 import statistics
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from phimini.bench.gate.environment import environment
-from phimini.bench.gate.rows import Row, measured
+from phimini.bench.gate.rows import Row
 from phimini.bench.ops.harness import PEAKS
 from phimini.parallel.ranks.timing import PHASES, Step
 from phimini.parallel.ranks.world import World
@@ -15,19 +15,19 @@ from phimini.stages.config.schema import RunConfig
 
 TRAINING_PHASES = tuple(p for p in PHASES if p not in ("rollout", "verify", "sync"))
 ESSENTIAL = ("rollout", "forward", "head", "backward", "optimizer", "verify", "sync")
-"""a step's purpose; the head is the end of the forward and the start of the backward pass"""
+"""the work that a step exists for; the head is the end of the forward and the start of the backward pass"""
 OUTSIDE_LIMIT = 0.05
-"""share of an RL step that may lie outside its purpose"""
+"""largest share of an RL step for data, communication and unmarked time"""
 
 
 @dataclass(frozen=True, slots=True)
 class RankResult:
-    """What one rank measured."""
+    """The measurements of one rank."""
 
     steps: list[Step]
-    """those that count for speed"""
+    """the steps that give the speed"""
     marked: list[Step]
-    """those that count for the shares"""
+    """the steps that give the shares"""
     gemm_flops: list[float]
     """FLOP/s of a matrix product, after each of `steps`"""
     peak_bytes: int
@@ -54,7 +54,7 @@ class JobStep:
 
 
 def job_steps(of_each_rank: list[list[Step]], model_size: int, cuda: bool) -> list[JobStep]:
-    """Rank by rank into whole steps; what the `model_size` ranks of a replica all count is counted once."""
+    """Combine the steps of the ranks. Work that all `model_size` ranks of a replica count is counted once."""
     steps = []
     for of_ranks in zip(*of_each_rank, strict=True):
         clocks = [step.wall_s if cuda else step.cpu_s for step in of_ranks]
@@ -77,9 +77,9 @@ def make_row(
     if not training:
         raise ValueError(f"bench train {stage}: no step trained on anything; take more --steps")
     gemms = [statistics.median(flops) for flops in zip(*(r.gemm_flops for r in ranks), strict=True)]
-    # On a GPU a step's seconds are all ranks' at once, and so are the GPUs' FLOPs.
+    # On a GPU a step's wall time is that of all ranks, so its yardstick is the sum of theirs.
     at_once = len(ranks) if cuda else 1
-    if stage == "rlvr":  # against GFLOP, for want of the rollouts' FLOPs
+    if stage == "rlvr":  # per GFLOP: the FLOPs of rollouts are not counted
         unit, work = "samples/cpu_s", [s.counts["samples"] for s in steps]
         machine = [gemm * at_once / 1e9 for gemm in gemms]
     else:  # the ratio is the share of the yardstick's FLOP/s
@@ -102,7 +102,7 @@ def make_row(
     layout = {
         k: v for k, v in dataclasses.asdict(world.layout).items() if v not in (1, False, "auto")
     }
-    return measured(
+    return Row(
         bench="train",
         case={"stage": stage, "model": run.model, "ranks": len(ranks)}
         | layout
@@ -133,7 +133,7 @@ def make_row(
 
 
 def _size_of_step(run: RunConfig, stage: str) -> str:
-    """The settings that decide how much a step is."""
+    """Return the settings that decide the amount of work of a step."""
     if stage == "midtrain":
         return f"{run.midtrain.rows_per_step}x{run.midtrain.sequence_length}"
     if stage == "sft":
@@ -144,12 +144,12 @@ def _size_of_step(run: RunConfig, stage: str) -> str:
 
 
 def outside_share(row: Row) -> float:
-    """Of a step: data, communication and what no mark claims."""
+    """Return a step's share for data, communication and unmarked time."""
     return 1 - row.info["essential_share"]
 
 
 def too_much_outside(row: Row) -> bool:
-    """Whether an RL step spends more than OUTSIDE_LIMIT on what it is not for."""
+    """Return True if an RL step spends more than OUTSIDE_LIMIT outside its essential phases."""
     return row.correct and row.case["stage"] == "rlvr" and outside_share(row) > OUTSIDE_LIMIT
 
 

@@ -1,34 +1,29 @@
-"""`phimini bench weight-sync [--model NAME] [--repeats N] [--quick] [--json PATH]`.
+"""Seconds and bytes of a weight sync into the real vLLM, by phase, over every layout and transport of this machine.
 
-Seconds and bytes of a weight sync into the real vLLM by phase, from trainers at several layouts and over every
-transport that this machine has, and the trainer's peak extra memory (counted allocation by allocation in a sync of
-its own, because counting costs time). Each row is the median of N syncs after a first one. On a CPU seconds are wall
-time: use an idle machine, or read the shares, which are medians of each sync's own. Status 1 where a trainer's rank
-needed more than two buckets. PATH.jsonl gets rows for `bench compare`, any other PATH a JSON list of plain ones.
+A row is the median of N syncs after a first one. The trainer's peak extra memory is counted allocation by allocation in
+a separate sync, because counting costs time. On a CPU seconds are wall time: use an idle machine, or read the shares,
+which are medians of each sync's own share. Status 1 where a trainer's rank needs more than two buckets.
 
-"checksums" is how long those of what was sent and of what arrived keep a sync waiting, against the target of 5 % of it.
-On two idle cores of an Intel Xeon (29 November 2026, 15 syncs) the tiny model keeps to it everywhere (3.1 to 4.2 %), the mid one
-does not (5.3 to 13.7 %). Syncs with checksums in turns with syncs without any (31 each, inproc, one rank) differ by 5 to 7 %
-with the tiny model and by 12 to 14 % with the mid one, of which a plain sum of each tensor, once, would already cost 8 %:
-it reads 112 MiB from memory at 14 GB/s while a sync is bound by memory too. No GPU was measured.
+"checksums" is the time that a sync waits for the checksums of the sent and the arrived tensors; the target is 5 % of it.
+On two idle cores of an Intel Xeon (29 November 2026, 15 syncs) the tiny model keeps the target everywhere (3.1 to
+4.2 %), the mid one does not (5.3 to 13.7 %). Syncs with checksums in turns with syncs without (31 each, inproc, one
+rank) differ by 5 to 7 % with the tiny model and by 12 to 14 % with the mid one. A plain sum of each tensor would already
+cost 8 % there: it reads 112 MiB from memory at 14 GB/s while the sync is bound by memory too. No GPU was measured.
 """
 
-import argparse
 import dataclasses
-import json
 import multiprocessing
 import statistics
 import sys
 import time
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from phimini.bench.gate import rows as bench_rows
+from phimini.bench.gate.options import at_least_one, finish, parser
 from phimini.bench.gate.peak_memory import AllocationMeter
-from phimini.bench.gate.rows import measured, write
 from phimini.model.config import ModelConfig, preset
 from phimini.parallel.megatron.builder import Model, build_model
 from phimini.parallel.megatron.hf_weights import to_hf
@@ -59,7 +54,7 @@ FIELDS = (
 )  # fmt: skip
 """of a plain row"""
 SHARES = ("checksum_share", "verify_share")
-"""of a sync's seconds, its median"""
+"""medians of a sync's shares of its seconds"""
 Row = dict[str, Any]
 
 # 30 million parameters: large enough that bytes count, small enough for a CPU.
@@ -69,20 +64,20 @@ MID = dataclasses.replace(
 )  # fmt: skip
 MODELS = {"tiny": preset("tiny"), "mid": MID, "phi-4-mini": preset("phi-4-mini")}
 BUCKETS_MIB = {"tiny": 1, "mid": 64, "phi-4-mini": 3072}
-"""several buckets to a model, none smaller than its largest tensor needs"""
+"""several buckets per model, each large enough for its largest tensor"""
 TARGETS = (
-    "Targets, measured by nobody yet: Phi-4-mini in bfloat16 (7.7 GB) on 8 H100: colocated at most 0.3 s, "
+    "Targets, not yet measured: Phi-4-mini in bfloat16 (7.7 GB) on 8 H100: colocated at most 0.3 s, "
     "disaggregated over NCCL at most 0.15 s, checksums at most 5 % of a sync."
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="phimini bench weight-sync", description=__doc__)
-    parser.add_argument("--model", choices=MODELS, action="append", help="default: tiny and mid")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="the tiny model from one rank")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    args = parser.parse_args(argv)
+    """Return 0; 1 where a rank needs more than two buckets."""
+    options = parser("weight-sync", __doc__)
+    options.add_argument("--model", choices=MODELS, action="append", help="default: tiny and mid")
+    options.add_argument("--repeats", type=at_least_one, default=9)
+    options.add_argument("--quick", action="store_true", help="the tiny model from one rank")
+    args = options.parse_args(argv)
     require_vllm()
     models = ["tiny"] if args.quick else args.model or ["tiny", "mid"]
     layouts = ["tp1"] if args.quick else list(LAYOUTS)
@@ -90,14 +85,13 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         print(line(row))
     print(TARGETS)
-    if args.json is not None:
-        write_either(args.json, [to_row(row) for row in rows], [plain(row) for row in rows])
+    finish(args.json, [to_row(row) for row in rows], [plain(row) for row in rows])
     return 1 if any(row["peak_extra_bytes"] > 2 * row["bucket_bytes"] for row in rows) else 0
 
 
 def to_row(row: Row) -> bench_rows.Row:
-    """As `bench compare` reads it: the whole sync, held to a plain copy of as many bytes. A wrong sync has raised."""
-    return measured(
+    """Return the row for `bench compare`: the whole sync, relative to a plain copy of as many bytes. A wrong sync raises."""
+    return bench_rows.Row(
         bench="weight-sync", case={k: row[k] for k in ("model", "transport", "layout", "bytes")}, provider="phimini",
         unit="ms", samples=row["total_ms"], reference="copy", reference_samples=row["copy_ms"],
         peak_bytes=row["peak_extra_bytes"], info={k: row[k] for k in ("parameters", "bucket_bytes", *SHARES, *PHASES)},
@@ -106,14 +100,6 @@ def to_row(row: Row) -> bench_rows.Row:
 
 def plain(row: Row) -> Row:
     return {name: row[name] for name in FIELDS}
-
-
-def write_either(path: Path, rows: list[bench_rows.Row], plain_rows: list[Row]) -> None:
-    """Rows for `bench compare` into a .jsonl, plain ones into any other file."""
-    if path.suffix == ".jsonl":
-        write(path, rows)
-    else:
-        path.write_text(json.dumps(plain_rows, indent=1) + "\n")
 
 
 def bench(name: str, layouts: list[str], repeats: int) -> list[Row]:
@@ -143,7 +129,7 @@ def bench(name: str, layouts: list[str], repeats: int) -> list[Row]:
 def measure(
     run: RunConfig, config: ModelConfig, settings: EngineSettings, layout: Layout, repeats: int
 ) -> Row:
-    """One rank: medians of its syncs, and the peak of one that is counted."""
+    """Return one rank's medians over its syncs, and the peak memory of one more."""
     model = build_model(config, initialize(layout, config), seed=0)
     engine: ColocatedVllm | SeparateVllm
     if settings.transport == "inproc":
@@ -162,7 +148,9 @@ def measure(
         copies.append(copy_ms(engine.last_sync.bytes, model.world.device))
     with AllocationMeter() as meter:
         if settings.transport == "inproc":
-            sync_to_nobody(model, size)  # what the engine allocates in this process is its own
+            sync_without_engine(
+                model, size
+            )  # the engine's allocations in this process do not count
         else:
             engine.sync(model)
     if isinstance(engine, SeparateVllm):
@@ -178,10 +166,10 @@ def measure(
     return counts | medians | shares | {"peak_extra_bytes": meter.peak_bytes + own_bucket(engine)}
 
 
-class Nobody:
-    """Takes what it is sent without a look."""
+class NullReceiver:
+    """A receiver that accepts every tensor and loads none."""
 
-    name = "nobody"
+    name = "null"
 
     def __init__(self) -> None:
         self.checksums: dict[str, int] = {}
@@ -194,15 +182,15 @@ class Nobody:
         return completed(lambda: [answer])
 
 
-def sync_to_nobody(model: Model, size: int) -> None:
-    """The trainer's part of a sync inproc."""
+def sync_without_engine(model: Model, size: int) -> None:
+    """Run the trainer's part of an inproc sync."""
     transport = InprocTransport()
-    sync = WeightSync(model.config, transport, [Nobody()], bucket_bytes=size, deadline_s=60.0)
+    sync = WeightSync(model.config, transport, [NullReceiver()], bucket_bytes=size, deadline_s=60.0)
     sync.sync(to_hf(model), 1)
 
 
 def copy_ms(num_bytes: int, device: torch.device) -> float:
-    """The machine's yardstick, in the clock of the syncs: wall time."""
+    """Return the wall time of a plain copy, the machine's yardstick."""
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()
@@ -213,14 +201,14 @@ def copy_ms(num_bytes: int, device: torch.device) -> float:
 
 
 def own_bucket(engine: ColocatedVllm | SeparateVllm) -> int:
-    """A broadcast's buffer is allocated once, before the first sync; shared memory in every counted sync's init."""
+    """Return the bytes of a transport's bucket that was allocated before the counted sync."""
     sync = engine._sync
     buffer = None if sync is None else sync.transport.buffer()
     return 0 if buffer is None else buffer.numel()
 
 
 def slowest(ranks: list[Row]) -> Row:
-    """A sync ends with its last rank; memory is the largest rank's."""
+    """Return the row of the slowest rank, with the largest rank's memory."""
     row = max(ranks, key=lambda rank: rank["total_s"])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     peak = max(rank["peak_extra_bytes"] for rank in ranks)

@@ -15,7 +15,7 @@ A block's s is rounded up to a power of two, as Transformer Engine does. (Micike
 as DeepSeek-V3, arXiv 2412.19437, 3.3.) The values of a Transformer Engine linear with the same recipe, but that its
 tensorwise scale of a sharded weight is each rank's own. Slower than fp32, so for numerics only.
 
-What it costs the demo's stage 1 is measured by `phimini bench fp8` (README, Measured): 0.1 % of the loss on the same
+Its cost for the demo's stage 1 is in bench/results/README.md: 0.1 % of the loss on the same
 weights, averaged over the stage; of one model at the end of all 3,200 steps, where the loss is 0.05, 0.3 to 0.5 % (0.5 to
 0.9 % of the validation loss), with scales that are powers of two or not. Whole runs are compared over seeds only: points
 of two runs that differ in rounding alone part by several per cent. At all 3,200 steps of seed 2 the loss averaged over

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from phimini.bench.gate.environment import Environment
-from phimini.bench.gate.rows import Row, measured
+from phimini.bench.gate.rows import Row
 
 HERE = Environment(
     device="NVIDIA H100 80GB HBM3", slug="nvidia-h100-80gb-hbm3", device_kind="cuda", driver="580.1", power_cap_w=700.0,
@@ -24,9 +24,9 @@ SAMPLES = [1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.01, 0.99]
 def row(
     slow: float = 1.0, environment: Environment = HERE, machine: float = 1.0, **changes: Any
 ) -> Row:
-    """Ours at `slow` times 1 ms and eager at 2 ms, on a machine that takes `machine` times as long for both."""
-    settings: dict[str, Any] = dict(
+    """Return a row of ours at `slow` ms and eager at 2 ms, both times `machine`."""
+    settings: dict[str, Any] = dict(environment=environment,
         bench="kernels", case={"op": "rope"}, provider="phimini", unit="ms", samples=[slow * machine * s for s in SAMPLES],
         reference="eager", reference_samples=[2 * machine * s for s in SAMPLES[::-1]], peak_bytes=100 * 2**20,
     )  # fmt: skip
-    return dataclasses.replace(measured(**settings | changes), environment=environment)
+    return Row(**settings | changes)

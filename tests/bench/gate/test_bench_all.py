@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from gate_cases import CPU, row
 
-from phimini.bench.cli import benches
+from phimini.bench.cli import BENCHES
 from phimini.bench.gate import run_all as bench_all
 from phimini.bench.gate.compare import compare
 from phimini.bench.gate.rows import read
@@ -15,7 +15,7 @@ from phimini.bench.gate.run_all import PARTS, Part, problems_of
 
 
 def test_every_part_is_a_bench() -> None:
-    assert {(part.command or (name,))[0] for name, part in PARTS.items()} <= set(benches())
+    assert {(part.command or (name,))[0] for name, part in PARTS.items()} <= set(BENCHES)
 
 
 def test_the_shortest_form_writes_every_row(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -58,7 +58,7 @@ def test_a_row_that_is_wrong_or_not_comparable_is_a_problem() -> None:
     assert problems_of("x", []) == ["x: no row of ours was written"]
     peers = dataclasses.replace(right, provider="eager", reference=None, reference_samples=[])
     assert problems_of("x", [peers]) == ["x: no row of ours was written"]
-    wrong = row(environment=CPU, correct=False, samples=[], reference_samples=())
+    wrong = row(environment=CPU, correct=False, samples=[], reference_samples=[])
     assert problems_of("x", [wrong])[0].startswith("wrong: kernels:op=rope")
     few = row(environment=CPU, samples=[1.0] * 3, reference_samples=[1.0] * 3)
     assert problems_of("x", [few])[0].startswith("too few rounds: kernels:op=rope")

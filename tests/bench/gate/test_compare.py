@@ -21,7 +21,7 @@ from phimini.bench.gate.rows import Row, read_all, write
 
 
 def alone(slow: float = 1.0, environment: Environment = HERE, **changes: Any) -> Row:
-    return row(slow, environment, **{"reference": None, "reference_samples": ()} | changes)
+    return row(slow, environment, **{"reference": None, "reference_samples": []} | changes)
 
 
 def verdicts(report: Report) -> list[str]:
@@ -53,8 +53,8 @@ CASES: dict[str, tuple[list[Row], list[Row], list[str], int]] = {
     "pages of a CPU": ([row(environment=CPU, peak_bytes=2**20)], [row(environment=CPU, peak_bytes=2**21)], ["ok"], 0),
     "memory no longer measured": ([row()], [row(peak_bytes=None)], ["ok", "no baseline"], 3),
     "slower and larger": ([row()], [row(1.2, peak_bytes=2**30)], ["slower", "more memory"], 1),
-    "wrong": ([row()], [row(correct=False, samples=[], reference_samples=())], ["wrong"], 1),
-    "wrong and new": ([], [row(correct=False, samples=[], reference_samples=())], ["wrong"], 1),
+    "wrong": ([row()], [row(correct=False, samples=[], reference_samples=[])], ["wrong"], 1),
+    "wrong and new": ([], [row(correct=False, samples=[], reference_samples=[])], ["wrong"], 1),
     "no base": ([], [row()], ["no baseline"], 3),
     "a new row": ([row()], [row(), row(case={"op": "new"})], ["ok", "no baseline"], 3),
     "a row is gone": ([row(), row(case={"op": "old"})], [row()], ["ok", "gone"], 1),
@@ -326,18 +326,31 @@ def test_what_differs_between_runs_of_one_code_is_no_slow_down(
     assert verdicts(compare([base], [row(1.4, CPU)])) == ["slower"]
     alone = dataclasses.replace(base, run_to_run=0.0)
     assert verdicts(compare([alone], [row(1.2, CPU)])) == ["slower"]
-    wrong = row(environment=CPU, correct=False, samples=[], reference_samples=())
+    wrong = row(environment=CPU, correct=False, samples=[], reference_samples=[])
     assert together([[row(environment=CPU)], [wrong]]) == [wrong]
+    capsys.readouterr()
+
+
+def test_an_installed_phimini_asks_for_the_users_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    new = tmp_path / "new.jsonl"
+    write(new, [row(environment=CPU)])
+    installed = dataclasses.replace(CPU, commit=None)
+    monkeypatch.setattr("phimini.bench.gate.bless.environment", lambda: installed)
+    assert bless_main([str(new), "--reason", "x"]) == 2
+    assert "--baselines: expected a folder of your project" in capsys.readouterr().err
+    assert bless_main([str(new), "--reason", "x", "--baselines", str(tmp_path / "b")]) == 0
     capsys.readouterr()
 
 
 REFUSED = {
     "no reason": ([row()], " ", "reason: expected a sentence, got nothing"),
     "dirty": ([row(environment=dataclasses.replace(HERE, dirty=True))], "x", "measured with uncommitted changes"),
-    "wrong": ([row(correct=False, samples=[], reference_samples=())], "x", "a wrong result"),
+    "wrong": ([row(correct=False, samples=[], reference_samples=[])], "x", "a wrong result"),
     "few rounds": ([row(samples=[1.0], reference_samples=[1.0])], "x", "expected at least 5 rounds, got 1"),
-    "two devices": ([row(), row(environment=CPU, case={"op": "x"})], "x", "rows of one device, got several"),
-    "no rows": ([], "x", "expected rows, got none"),
+    "two devices": ([row(), row(environment=CPU, case={"op": "x"})], "x", "rows of one device, got .*some-cpu"),
+    "no rows": ([], "x", "expected rows of one device, got no rows"),
 }  # fmt: skip
 
 

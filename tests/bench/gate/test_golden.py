@@ -10,7 +10,7 @@ import torch
 from phimini.bench.gate import golden
 from phimini.bench.gate.compare import BASELINES
 from phimini.bench.gate.environment import environment
-from phimini.bench.gate.golden import Losses, bless, hold, layouts_that_differ, measure
+from phimini.bench.gate.golden import Losses, bless, compare_with, layouts_that_differ, measure
 from phimini.model.io.json_files import read_json, write_json
 
 HERE = dataclasses.replace(environment(), dirty=False)
@@ -46,7 +46,7 @@ def test_a_second_run_is_bit_equal(measured: Losses) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two ranks; this is the CPU's")
 def test_the_committed_numbers_of_this_device(measured: Losses) -> None:
     path = Path(__file__).parents[3] / BASELINES / HERE.slug / "golden.json"
-    verdict = hold(measured, dataclasses.replace(HERE, threads=1), path, partial=True)
+    verdict = compare_with(measured, dataclasses.replace(HERE, threads=1), path, partial=True)
     if verdict.status == 3:
         pytest.skip(verdict.lines[0])
     assert verdict.lines == []
@@ -54,23 +54,25 @@ def test_the_committed_numbers_of_this_device(measured: Losses) -> None:
 
 def test_verdicts(tmp_path: Path) -> None:
     path = tmp_path / "golden.json"
-    assert hold(LOSSES, HERE, path) == golden.Verdict(3, [f"no baseline: {path} does not exist"])
+    assert compare_with(LOSSES, HERE, path) == golden.Verdict(
+        3, [f"no baseline: {path} does not exist"]
+    )
     bless(LOSSES, HERE, path, "first")
-    assert hold(LOSSES, HERE, path) == golden.Verdict(0, [])
+    assert compare_with(LOSSES, HERE, path) == golden.Verdict(0, [])
 
     other = copy.deepcopy(LOSSES)
     other["sft"]["tp2"][1][1] = 1.1000000000000003  # one bit
-    verdict = hold(other, HERE, path)
+    verdict = compare_with(other, HERE, path)
     assert verdict.status == 1
     assert verdict.lines == ["sft, layout tp2, step 2: grad_norm 1.1000000000000003, committed 1.1"]
     other["sft"]["tp2"].pop()
-    assert hold(other, HERE, path).lines == ["sft, layout tp2: 1 steps, committed 2"]
+    assert compare_with(other, HERE, path).lines == ["sft, layout tp2: 1 steps, committed 2"]
 
     single = {stage: {"1": of["1"]} for stage, of in LOSSES.items()}
-    assert hold(single, HERE, path).status == 3
-    assert hold(single, HERE, path, partial=True).status == 0
+    assert compare_with(single, HERE, path).status == 3
+    assert compare_with(single, HERE, path, partial=True).status == 0
     more = {stage: of | {"pp2": of["1"]} for stage, of in LOSSES.items()}
-    assert hold(more, HERE, path).lines[0] == "no baseline: midtrain, layout pp2"
+    assert compare_with(more, HERE, path).lines[0] == "no baseline: midtrain, layout pp2"
 
 
 def test_another_device_or_version_is_no_pass(tmp_path: Path) -> None:
@@ -79,14 +81,14 @@ def test_another_device_or_version_is_no_pass(tmp_path: Path) -> None:
     newer = dataclasses.replace(HERE, versions=HERE.versions | {"torch": "3.0"})
     for here, said in ((dataclasses.replace(HERE, device="x"), "is x"), (newer, "is 3.0"),
                        (dataclasses.replace(HERE, threads=99), "is 99")):  # fmt: skip
-        verdict = hold(LOSSES, here, path)
+        verdict = compare_with(LOSSES, here, path)
         assert (
             verdict.status == 3
             and verdict.lines[0].startswith("stale baseline: ")
             and said in verdict.lines[0]
         )
     write_json(path, read_json(path) | {"settings": ["processes=1"]})
-    assert "other settings" in hold(LOSSES, HERE, path).lines[0]
+    assert "other settings" in compare_with(LOSSES, HERE, path).lines[0]
 
 
 def test_step_1_of_a_layout_that_is_off_is_named() -> None:
@@ -110,7 +112,7 @@ def test_bless_keeps_reasons_and_refuses(tmp_path: Path) -> None:
         bless(LOSSES, dataclasses.replace(HERE, dirty=True), path, "x")
     write_json(path, {"schema": 0})
     with pytest.raises(ValueError, match="golden.json: schema: expected 1, got 0"):
-        hold(LOSSES, HERE, path)
+        compare_with(LOSSES, HERE, path)
 
 
 @pytest.mark.parametrize(("layouts", "unknown"), [("1,tp3", "tp3"), ("", "")])

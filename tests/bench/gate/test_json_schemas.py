@@ -11,13 +11,14 @@ from peers_cases import fakes
 
 from phimini.bench.cli import main
 from phimini.bench.gate.paired_ratio import Rounds
-from phimini.bench.gate.rows import measured, read
+from phimini.bench.gate.rows import Row, read
 from phimini.bench.offline import static_report
 from phimini.bench.offline import traffic as traffic_module
 from phimini.bench.ops import kernels
 from phimini.bench.ops.harness import Timing
 from phimini.bench.peers import command as peers
 from phimini.bench.system import rollout, weight_sync
+from phimini.stages.cli import main as phimini
 
 SCHEMAS = {
     "static": "kernel provider target config registers spills shared_bytes mma global_access_bits occupancy",
@@ -44,15 +45,15 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def test_timed_kernels(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "QUICK", Timing(rounds=Rounds(at_least=3, at_most=3)))
     path = tmp_path / f"rows.{suffix}"
-    assert main(["bench", "kernels", "swiglu", "--quick", "--json", str(path)]) == 0
+    assert main(["kernels", "swiglu", "--quick", "--json", str(path)]) == 0
     assert all(list(row) == fields("kernels") for row in rows_of(path))
 
 
 def test_timed_kernels_for_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "QUICK", Timing(rounds=Rounds(at_least=3, at_most=3)))
     path = tmp_path / "rows.jsonl"
-    assert main(["bench", "kernels", "swiglu", "--quick", "--json", str(path)]) == 0
-    assert all(row.bench == "kernels" and row.num_samples == 3 for row in read(path))
+    assert main(["kernels", "swiglu", "--quick", "--json", str(path)]) == 0
+    assert all(row.bench == "kernels" and len(row.samples) == 3 for row in read(path))
 
 
 def test_static_and_traffic() -> None:
@@ -75,9 +76,9 @@ def test_weight_sync_and_rollout(
     for module in (weight_sync, rollout):
         monkeypatch.setattr(module, "require_vllm", lambda: None)
     monkeypatch.setattr(weight_sync, "bench", lambda *_: [SYNC])
-    case = {"batch": 1, "prompt_tokens": 2, "new_tokens": 3}
+    case: dict[str, Any] = {"batch": 1, "prompt_tokens": 2, "new_tokens": 3}
     rates = {"tokens_per_second": 1.0, "tokens_per_cpu_second": 2.0}
-    row = measured(
+    row = Row(
         bench="rollout",
         case=case,
         provider="vllm",
@@ -89,7 +90,7 @@ def test_weight_sync_and_rollout(
     monkeypatch.setattr(rollout, "run_ranks", lambda *_: [[row]])
     for verb in ("weight-sync", "rollout"):
         path = tmp_path / f"{verb}.{suffix}"
-        assert main(["bench", verb, "--quick", "--json", str(path)]) == 0
+        assert main([verb, "--quick", "--json", str(path)]) == 0
         if suffix == "json":
             assert all(list(row) == fields(verb) for row in rows_of(path))
         else:
@@ -104,7 +105,7 @@ def test_peers(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     path = tmp_path / f"rows.{suffix}"
     words = ["sft", "dpo", "--rounds", "3", "--python", sys.executable, "--json", str(path)]
-    assert main(["bench", "peers", *words]) == 0
+    assert main(["peers", *words]) == 0
     text = path.read_text()
     rows = rows_of(path) if suffix == "json" else [json.loads(line) for line in text.splitlines()]
     assert [(r["task"], r["provider"]) for r in rows] == [(t, p) for t in ("sft", "dpo") for p in ("phimini", "trl")]  # fmt: skip
@@ -116,7 +117,7 @@ def test_peers(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_plan(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     words = ["plan", "phi4_mini_reasoning", "stage=sft", "gpu=h100", "gpus=8", "--json", str(path)]
-    assert main(words) in (0, 1)
+    assert phimini(words) in (0, 1)
     plan = json.loads(path.read_text())
     assert {"fits", "layouts", "assumptions"} <= plan.keys() and isinstance(plan["fits"], bool)
     layout = {
@@ -132,5 +133,5 @@ def test_plan(tmp_path: Path) -> None:
 def test_the_help_says_which_rows_a_path_gets(capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("kernels", "rollout", "weight-sync", "peers"):
         with pytest.raises(SystemExit):
-            main(["bench", verb, "--help"])
+            main([verb, "--help"])
         assert ".jsonl" in capsys.readouterr().out, verb

@@ -14,11 +14,11 @@ TESTS = """
 import json
 from pathlib import Path
 import pytest
-from phimini.bench.gate.rows import measured
+from phimini.bench.gate.rows import Row
 
 def row(size):
     factor = json.loads((Path(__file__).parent / "factor.json").read_text())
-    return measured(bench="mine", case={"T": size}, provider="mine", unit="ms", samples=[factor * 2.0] * 15,
+    return Row(bench="mine", case={"T": size}, provider="mine", unit="ms", samples=[factor * 2.0] * 15,
                     reference="eager", reference_samples=[2.0] * 15)
 
 @pytest.mark.bench

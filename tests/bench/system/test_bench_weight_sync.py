@@ -1,6 +1,8 @@
 """What the rows of `phimini bench weight-sync` and `bench rollout` say; their fields are in tests/bench/gate/test_json_schemas.py."""
 
-from phimini.bench.gate.rows import measured
+from typing import Any
+
+from phimini.bench.gate.rows import Row
 from phimini.bench.system import rollout, weight_sync
 
 
@@ -15,11 +17,11 @@ def test_a_sync_says_what_its_checksums_take() -> None:
 
 
 def test_a_rollout_as_a_plain_row() -> None:
-    case = {"batch": 4, "prompt_tokens": 32, "new_tokens": 64}
+    case: dict[str, Any] = {"batch": 4, "prompt_tokens": 32, "new_tokens": 64}
     rates = {"tokens_per_second": 9.0, "tokens_per_cpu_second": 8.0}
-    right = measured(bench="rollout", case=case, provider="phimini", unit="tokens/cpu_s", samples=[8.0], error=1e-6,
+    right = Row(bench="rollout", case=case, provider="phimini", unit="tokens/cpu_s", samples=[8.0], error=1e-6,
                      info=rates)  # fmt: skip
     assert rollout.plain(right)["engine"] == "local"
-    wrong = measured(bench="rollout", case=case, provider="vllm", unit="tokens/cpu_s", samples=[], correct=False,
+    wrong = Row(bench="rollout", case=case, provider="vllm", unit="tokens/cpu_s", samples=[], correct=False,
                      error=0.5, info=rates)  # fmt: skip
     assert rollout.plain(wrong)["tokens_per_second"] is None, "no speed of a wrong answer"

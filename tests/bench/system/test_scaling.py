@@ -1,8 +1,4 @@
-"""`phimini bench scaling`: its points are what they say, its plan keeps its own rules."""
-
-import csv
-import math
-from pathlib import Path
+"""`phimini bench scaling`: its points, their yardsticks, and the check of the loss."""
 
 import pytest
 
@@ -13,9 +9,7 @@ from phimini.bench.system.scaling import (
     Point,
     measure_data,
     measure_steps,
-    write_csv,
 )
-from phimini.bench.system.scaling_gpus import COLUMNS, COUNTS, write_gpus
 from phimini.parallel.ranks.local_launch import run_ranks
 
 SMALL = [
@@ -34,7 +28,7 @@ def test_every_point_is_right_and_held_to_a_yardstick(rows: list[Row]) -> None:
     assert [(r.case["axis"], r.case["x"]) for r in rows] == [
         ("batch", 1), ("batch", 4), ("vocabulary", 1024), ("data_size", 50), ("data_size", 100),
     ]  # fmt: skip
-    assert all(r.correct and r.value and r.ratio and r.num_samples == ROUNDS for r in rows)
+    assert all(r.correct and r.value and r.ratio and len(r.samples) == ROUNDS for r in rows)
     assert len({r.key for r in rows}) == len(rows)
     one, four, wide, *_ = rows
     assert one.peak_bytes and four.peak_bytes and wide.peak_bytes
@@ -55,32 +49,3 @@ def test_a_wrong_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phimini.bench.system.scaling.LOSS_LIMIT", 1e-9)
     (row,) = run_ranks(measure_steps, 1, SMALL[:1])[0]
     assert not row.correct and row.value is None
-
-
-def test_the_csv_holds_every_row(rows: list[Row], tmp_path: Path) -> None:
-    write_csv(tmp_path / "scaling.csv", rows)
-    with (tmp_path / "scaling.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
-    assert [(r["axis"], int(r["x"])) for r in table] == [(r.case["axis"], r.case["x"]) for r in rows]  # fmt: skip
-    values = [row.value.p50 for row in rows if row.value is not None]
-    assert [float(r["p50"]) for r in table] == pytest.approx(values, rel=1e-5)
-
-
-def test_the_plan_from_8_to_1024_gpus(tmp_path: Path) -> None:
-    write_gpus(tmp_path)
-    with (tmp_path / "gpus.csv").open() as file:
-        table = list(csv.DictReader(file))
-    assert list(table[0]) == COLUMNS
-    for stage in ("midtrain", "sft", "rollout_dpo", "rlvr"):
-        own = [r for r in table if r["stage"] == stage and r["batch"] == "recipe"]
-        assert [int(r["gpus"]) for r in own] == list(COUNTS)
-        fitting = [r for r in own if r["fits"] == "True"]
-        speeds = [float(r["planned_tokens_per_second"]) / int(r["gpus"]) for r in fitting]
-        assert len(fitting) >= 6 and max(float(r["peak_gib"]) for r in fitting) <= 0.95 * 79.1 + 0.1
-        # No layout is faster than 45 % of the peak, and no table is better than its overhead says.
-        for row, speed in zip(fitting, speeds, strict=True):
-            seconds = int(row["tokens_per_step"]) / float(row["planned_tokens_per_second"])
-            assert math.isclose(seconds, float(row["planned_seconds_per_step"]), rel_tol=0.05)
-            assert float(row["overhead"]) >= 1 and speed <= 0.45 * 989e12 / 23e9
-    text = (tmp_path / "gpus.md").read_text()
-    assert "planned and not measured" in text and "45 % is a goal" in text

@@ -1,4 +1,0 @@
-"""Finished experiments behind tables of results.
-
-May import: model/*, parallel/*, stages/*.
-"""
