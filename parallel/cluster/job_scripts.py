@@ -14,11 +14,12 @@ Nothing is run here: `render_slurm` and `render_torchrun` return text.
 
 import re
 import shlex
-import sys
-from dataclasses import dataclass, fields
-from typing import get_type_hints
+from dataclasses import dataclass
+from typing import Annotated
 
-from phimini.model.suggest import nearest
+from phimini.model.checked_fields import Range, check
+
+Size = Annotated[int, Range(1, 100_000)]
 
 _ENTRY = "phimini.stages.cli"
 # Variable -> (value, why).
@@ -39,27 +40,33 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSettings:
-    """A job. `command` is what follows `phimini`: ("recipe", "phi4_mini_reasoning", "out=runs/a")."""
+    """A job on a cluster, and behind `--` the command that it runs."""
 
     command: tuple[str, ...] = ()
-    nodes: int = 1
-    gpus: int = 8
-    """per node; one rank each"""
-    cpus: int = 12
-    """per GPU"""
+    """the words after `phimini`, e.g. recipe,phi4_mini_reasoning,out=runs/a; simpler behind `--`"""
+    nodes: Size = 1
+    """number of machines"""
+    gpus: Size = 8
+    """GPUs per node; one rank each"""
+    cpus: Size = 12
+    """CPU cores per GPU"""
     name: str = "phimini"
-    """of the job and of its rendezvous"""
+    """name of the job and of its rendezvous"""
     time: str = "24:00:00"
     """Slurm's time limit"""
     partition: str | None = None
+    """Slurm's partition"""
     account: str | None = None
+    """Slurm's account"""
     venv: str | None = ".venv"
     """a virtual environment to activate, seen from the folder the job starts in; `none` for the surrounding one"""
     interface: str | None = None
     """the network interface of NCCL's and the rendezvous' sockets; None lets NCCL choose"""
-    port: int = 29500
-    max_restarts: int = 3
-    save_seconds: int = 300
+    port: Annotated[int, Range(1, 65535)] = 29500
+    """port of the rendezvous on the first node"""
+    max_restarts: Annotated[int, Range(0, 1000)] = 3
+    """restarts of all ranks after one failed"""
+    save_seconds: Size = 300
     """time between SIGTERM and SIGKILL: one step and one checkpoint"""
     numa: bool = True
     """binds each rank to the CPUs of its GPU's NUMA node"""
@@ -67,15 +74,9 @@ class LaunchSettings:
     """checks the ranks before the command"""
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "gpus", "cpus", "port", "save_seconds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"launch {name}={getattr(self, name)}: expected at least 1")
-        if self.max_restarts < 0:
-            raise ValueError(f"launch max_restarts={self.max_restarts}: expected at least 0")
+        check(self, "launch ")
         if not self.command:
             raise ValueError("launch: no command; put it behind --, e.g. `-- recipe tiny`")
-        if self.port > 65535:
-            raise ValueError(f"launch port={self.port}: expected at most 65535")
         # torchrun would take a name that begins with '-' for an option.
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(
@@ -85,8 +86,6 @@ class LaunchSettings:
             raise ValueError(
                 f"launch time={self.time!r}: expected Slurm's form, e.g. 24:00:00 or 2-0"
             )
-        if self.venv == "":
-            raise ValueError("launch venv=: expected a folder, or none")
         for name in ("partition", "account", "interface"):
             value = getattr(self, name)
             if value is not None and not re.fullmatch(r"[\w.,=^-]+", value):
@@ -178,34 +177,3 @@ def _torchrun(settings: LaunchSettings) -> list[str]:
     if settings.numa:
         words.append("--numa-binding node")
     return words
-
-
-def main(arguments: list[str]) -> int:
-    """`torchrun|slurm [key=value ...] -- COMMAND ...`: prints the script. ValueError for anything unknown."""
-    render = {"torchrun": render_torchrun, "slurm": render_slurm}
-    if not arguments or arguments[0] not in render:
-        got = arguments[0] if arguments else "nothing"
-        raise ValueError(f"launch: got {got}; {nearest(got, render)}")
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    values: dict[str, object] = {"command": tuple(arguments[split + 1 :])}
-    types = get_type_hints(LaunchSettings)
-    known = [f.name for f in fields(LaunchSettings) if f.name != "command"]
-    for word in arguments[1:split]:
-        key, separator, text = word.partition("=")
-        if not separator or key not in known:
-            raise ValueError(f"launch: unknown setting {word!r} (KEY=VALUE); {nearest(key, known)}")
-        values[key] = _value(key, text, types[key])
-    sys.stdout.write(render[arguments[0]](LaunchSettings(**values)))  # pyright: ignore[reportArgumentType]
-    return 0
-
-
-def _value(key: str, text: str, expected: object) -> object:
-    if expected is bool:
-        if text not in ("true", "false"):
-            raise ValueError(f"launch {key}={text}: expected true or false")
-        return text == "true"
-    if expected is int:
-        if not text.isdecimal():
-            raise ValueError(f"launch {key}={text}: expected a whole number")
-        return int(text)
-    return None if text == "none" and expected is not str else text

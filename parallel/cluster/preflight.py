@@ -31,7 +31,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.parallel_state import RankGenerator
 
-from phimini.model.suggest import nearest
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.machine import cpu_name
 
@@ -364,24 +363,13 @@ def _print(rank: int, lines: list[str]) -> None:
             print(f"doctor: {line}", flush=True)
 
 
-def main(arguments: list[str]) -> int:
-    """`--dist [tensor=N] [pipeline=N] [context=N]` on every rank; 0 if the ranks are well, 1 if not.
+def examine_ranks(layout: Layout | None) -> int:
+    """Run `check_ranks` on every rank; return 0 if the ranks are well, 1 if not.
 
     Ends the process when a rank does not answer: NCCL's threads may still wait for it.
     """
-    if "--dist" not in arguments:
-        raise ValueError("doctor: expected --dist")
-    axes = {}
-    for word in arguments:
-        key, separator, value = word.partition("=")
-        if separator and key in ("tensor", "pipeline", "context") and value.isdecimal():
-            axes[key] = int(value)
-        elif word != "--dist":
-            raise ValueError(
-                f"doctor: unknown argument {word!r} (KEY=N); {nearest(key, ('tensor', 'pipeline', 'context'))}"
-            )
     try:
-        return 1 if check_ranks(Layout(**axes) if axes else None) else 0
+        return 1 if check_ranks(layout) else 0
     except Sick as sick:
         print(f"doctor: BAD {sick}", file=sys.stderr, flush=True)
         os._exit(1)

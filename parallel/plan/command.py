@@ -1,7 +1,4 @@
-"""The command `phimini plan`: its arguments, a plan as text for a person, and as JSON for a program
-
-phimini plan RECIPE [stage=NAME] [gpu=h100] [gpus=8] [--json PATH]
-"""
+"""`phimini plan`: a plan as text for a person, and as JSON for a program."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +12,7 @@ from phimini.parallel.plan.memory import GIB, GPUS
 
 
 def describe(plan: Plan) -> str:
-    """For a person: GiB of each layout, and of each of its phases and parts."""
+    """Return a plan as text: GiB of each layout, and of each of its phases and parts."""
     per_step, before = plan.workload.samples_per_step, plan.workload.samples_before
     lines = [
         f"{plan.workload.stage}: {plan.tokens_per_step} tokens per step on {plan.world_size} x {plan.gpu.name}, "
@@ -48,52 +45,33 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str], config: ModelConfig, workloads: Mapping[str, Workload]) -> int:
-    """`[stage=NAME] [gpu=NAME] [gpus=N] [--json PATH]` for a recipe's model and stages; 0 if all fits, else 1.
+def print_plans(
+    config: ModelConfig,
+    workloads: Mapping[str, Workload],
+    gpu: str,
+    gpus: int,
+    json_path: str | None = None,
+) -> int:
+    """Print a plan of each workload on `gpus` GPUs; return 0 if all fit, else 1.
 
-    Without `stage` every stage is planned; the JSON is then that of the stage that needs the most memory,
-    fits if all do, and has each one's under "stages". Raises ValueError for unknown words and values.
+    The JSON is that of the stage that needs the most memory. Of several stages its "fits" is true if all fit, and
+    "stages" holds each one's. Raises ValueError for an unknown GPU and for a file that cannot be written.
     """
-    values, path = _parse(arguments)
-    gpu_name, stage = values.get("gpu", "h100"), values.get("stage")
-    if gpu_name not in GPUS:
-        raise ValueError(f"plan gpu={gpu_name}: {nearest(gpu_name, GPUS)}")
-    if stage is not None and stage not in workloads:
-        raise ValueError(f"plan stage={stage}: {nearest(stage, workloads)}")
-    if not values.get("gpus", "8").isdecimal():
-        raise ValueError(f"plan gpus={values['gpus']}: expected a number")
-    world_size = int(values.get("gpus", "8"))
-    chosen = [workloads[stage]] if stage is not None else list(workloads.values())
-    plans = [plan_stage(config, w, GPUS[gpu_name], world_size) for w in chosen]
+    if gpu not in GPUS:
+        raise ValueError(f"plan gpu={gpu}: {nearest(gpu, GPUS)}")
+    plans = [plan_stage(config, workload, GPUS[gpu], gpus) for workload in workloads.values()]
     for plan in plans:
         print(describe(plan))
     fits = all(plan.fits for plan in plans)
-    if path is not None:
+    if json_path is not None:
         largest = max(plans, key=lambda plan: plan.layouts[0].peak_bytes)
         document = largest.to_json() | {"fits": fits}
         if len(plans) > 1:
             document["stages"] = {plan.workload.stage: plan.to_json() for plan in plans}
         try:
-            path.write_text(json.dumps(document, indent=1) + "\n")
+            Path(json_path).write_text(json.dumps(document, indent=1) + "\n")
         except OSError as error:
-            raise ValueError(f"plan --json {path}: cannot be written: {error.strerror}") from error
-    return 0 if fits else 1
-
-
-def _parse(arguments: list[str]) -> tuple[dict[str, str], Path | None]:
-    values, path = {}, None
-    words = iter(arguments)
-    for word in words:
-        key, separator, value = word.partition("=")
-        if word == "--json":
-            following = next(words, None)
-            if following is None:
-                raise ValueError("plan --json: expected a path after it")
-            path = Path(following)
-        elif separator and key in ("stage", "gpu", "gpus"):
-            values[key] = value
-        else:
             raise ValueError(
-                f"plan: unknown argument {word!r}; {nearest(key, ('stage', 'gpu', 'gpus', '--json'))}"
-            )
-    return values, path
+                f"plan json={json_path}: cannot be written: {error.strerror}"
+            ) from error
+    return 0 if fits else 1

@@ -1,6 +1,11 @@
-"""Recipes: functions that return a whole run. `phimini recipe NAME key=value ...` runs one."""
+"""Recipes: functions that return the config of a whole run. `phimini recipe NAME key=value ...` runs one.
 
+NAME is one of `RECIPES`, or `path/to/mine.py:my_recipe` for a function in a file of the user's.
+"""
+
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 from phimini.model.suggest import nearest
 from phimini.stages.config.schema import (
@@ -18,7 +23,7 @@ from phimini.stages.config.schema import (
 
 
 def tiny() -> RunConfig:
-    """Four stages from a random model on two CPU cores in minutes; every value here is ours."""
+    """Four stages from a random model on two CPU cores in minutes; the sizes are ours."""
     return RunConfig(
         name="tiny",
         out="runs/tiny",
@@ -66,9 +71,9 @@ def tiny() -> RunConfig:
 
 
 def phi4_mini_reasoning() -> RunConfig:
-    """Phi-4-Mini-Reasoning (arXiv 2504.21233): the paper's values where it gives one, marked; all else is ours.
+    """Phi-4-Mini-Reasoning (arXiv 2504.21233): the paper's values where it gives one (`PAPER`); the others are ours.
 
-    One layout for 8, 64 and 128 H100, which replicas only add to: with tensor 2, context 2 and ZeRO-1 every stage
+    One layout serves 8, 64 and 128 H100; more GPUs only add replicas: with tensor 2, context 2 and ZeRO-1 every stage
     fits without recomputation, stage 4 with its engine in memory too (`phimini recipe phi4_mini_reasoning --dry-run
     gpus=64`). A stage run alone may take a cheaper one, e.g. `phimini midtrain ... context_parallel=1`.
     """
@@ -76,7 +81,7 @@ def phi4_mini_reasoning() -> RunConfig:
         name="phi4_mini_reasoning",
         out="runs/phi4_mini_reasoning",
         model="phi-4-mini",
-        base="Phi-4-mini-instruct",  # paper: from Phi-4-Mini; only the instruct model is public
+        base="Phi-4-mini-instruct",  # the paper starts from Phi-4-Mini; only the instruct model is public
         chat_template="reasoning",
         rope_factors="long",
         tensor_parallel=2,
@@ -84,59 +89,51 @@ def phi4_mini_reasoning() -> RunConfig:
         sequence_parallel=True,
         distributed_optimizer=True,
         distill=DistillConfig(source="data"),
-        # paper: "compact"; five levels
         curate=CurateConfig(sft_examples=200_000, level_weights=(1.0,) * 5),
         midtrain=MidtrainConfig(
-            optimizer=OptimizerSettings(
-                lr=1e-5,  # paper
-                warmup_ratio=0.1,  # paper
-            ),
-            sequence_length=16_384,  # paper: 16K, packed
-            rows_per_step=128,  # paper
-            epochs=5.0,  # paper
-            stop="budget",  # paper: "until performance saturates": set `saturation`
+            optimizer=OptimizerSettings(lr=1e-5, warmup_ratio=0.1),
+            sequence_length=16_384,
+            rows_per_step=128,
+            epochs=5.0,
+            stop="budget",  # the paper goes on until the validation saturates: stop=saturation
             validate_every=500,
         ),
         sft=SftConfig(
-            optimizer=OptimizerSettings(lr=1e-5),  # paper
-            sequence_length=20_480,  # paper: 20K, not packed
-            examples_per_step=128,  # paper
+            optimizer=OptimizerSettings(lr=1e-5),
+            sequence_length=20_480,
+            examples_per_step=128,
             micro_examples=1,
-            epochs=5.0,  # paper
+            epochs=5.0,
             validate_every=500,
         ),
         rollout_dpo=RolloutDpoConfig(
-            optimizer=OptimizerSettings(lr=5e-7, weight_decay=0.0),  # paper: the rate
-            pairs="teacher",  # paper: the teacher's rollouts that stages 1 and 2 rejected
-            sequence_length=16_384,  # paper: 16K
+            optimizer=OptimizerSettings(lr=5e-7, weight_decay=0.0),
+            pairs="teacher",
+            sequence_length=16_384,
             max_new_tokens=15_360,
-            epochs=1.0,  # paper
+            epochs=1.0,
             pairs_per_step=128,
             micro_pairs=1,
         ),
         rlvr=RlvrConfig(
-            optimizer=OptimizerSettings(
-                lr=5e-7,  # paper
-                decay="constant",
-                weight_decay=0.0,
-            ),
+            optimizer=OptimizerSettings(lr=5e-7, decay="constant", weight_decay=0.0),
             steps=500,
             prompts_per_step=128,
             rollouts_per_prompt=16,
-            sequence_length=25_600,  # paper: 25K
+            sequence_length=25_600,
             max_new_tokens=24_576,
             micro_rollouts=1,
             probe_prompts=20_000,
-            probe_rounds=2,  # paper: several
-            oversample_to=128,  # paper: what one positive may need on a hard prompt
-            max_accuracy=0.5,  # paper
-            start_temperature=1.0,  # paper: linear from 1.0 ...
-            end_temperature=0.6,  # ... to 0.6 over the first half of the steps
+            probe_rounds=2,
+            oversample_to=128,  # the paper saw hard prompts that needed as many for one correct answer
+            max_accuracy=0.5,
+            start_temperature=1.0,
+            end_temperature=0.6,
         ),
         evaluate=EvaluateConfig(
-            temperature=0.6,  # paper's group: with top-p 0.95, 32,768 tokens in all
+            temperature=0.6,
             top_p=0.95,
-            max_new_tokens=31_744,
+            max_new_tokens=31_744,  # 32,768 tokens with the question
         ),
         rollout=RolloutConfig(
             engine="vllm",
@@ -153,8 +150,65 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "phi4_mini_reasoning": phi4_mini_reasoning,
 }
 
+PAPER = {
+    "model": "Phi-4-Mini",
+    "midtrain.optimizer.lr": "1e-5",
+    "midtrain.optimizer.warmup_ratio": "10 % warm-up",
+    "midtrain.sequence_length": "16K, packed",
+    "midtrain.rows_per_step": "batch 128",
+    "midtrain.epochs": "5 epochs",
+    "sft.optimizer.lr": "1e-5",
+    "sft.sequence_length": "20K, not packed",
+    "sft.examples_per_step": "batch 128",
+    "sft.epochs": "5 epochs",
+    "rollout_dpo.optimizer.lr": "5e-7",
+    "rollout_dpo.pairs": "the teacher's rollouts, correct and rejected, of the same question",
+    "rollout_dpo.sequence_length": "16K",
+    "rollout_dpo.epochs": "1 epoch",
+    "rlvr.optimizer.lr": "5e-7",
+    "rlvr.sequence_length": "25K",
+    "rlvr.uniform_length": "remedy 1: keep prompts of uniform response length",
+    "rlvr.rebalance": "remedy 2: all positives and as many negatives",
+    "rlvr.max_accuracy": "remedy 2: drop prompts above 50 %",
+    "rlvr.anneal": "remedy 3: linear over the first half of the steps",
+    "rlvr.start_temperature": "remedy 3: from 1.0",
+    "rlvr.end_temperature": "remedy 3: to 0.6",
+    "evaluate.temperature": "0.6 (the group's later report, arXiv 2507.06607)",
+    "evaluate.top_p": "0.95 (the same report)",
+}
+"""Fields of `phi4_mini_reasoning` whose values the paper gives, with its words in short."""
+
 
 def recipe_config(name: str) -> RunConfig:
+    """Return the config of a recipe by name or by `FILE.py:FUNCTION`. Raises ValueError if there is no such recipe."""
+    file, colon, function = name.rpartition(":")
+    if colon:
+        return _from_file(name, Path(file), function)
     if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; {nearest(name, RECIPES)}")
+        raise ValueError(
+            f"unknown recipe {name!r}; {nearest(name, [*RECIPES, 'FILE.py:FUNCTION'])}"
+        )
     return RECIPES[name]()
+
+
+def _from_file(name: str, file: Path, function: str) -> RunConfig:
+    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"recipe {name}: expected a Python file (*.py), found none at {file}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"recipe {name}: {file} cannot be imported: {error}") from error
+    made = {key: value for key, value in vars(module).items() if callable(value)}
+    if function not in made:
+        raise ValueError(
+            f"recipe {name}: no function {function!r} in {file}; {nearest(function, made)}"
+        )
+    try:
+        run = made[function]()
+    except TypeError as error:  # a field that does not exist or is missing
+        raise ValueError(f"recipe {name}: {error}") from error
+    if not isinstance(run, RunConfig):
+        raise ValueError(f"recipe {name}: expected a RunConfig, got {type(run).__name__}")
+    return run

@@ -1,6 +1,7 @@
 """What the command line says of itself, and of words that it does not know."""
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,15 +9,44 @@ import pytest
 
 from phimini.bench.cli import BENCHES
 from phimini.parallel.ranks.local_launch import run_ranks
-from phimini.stages.cli import VERBS, main
+from phimini.stages.cli import VERBS, function_of, main
 
 
 def test_help_names_every_verb_on_one_screen(capsys: pytest.CaptureFixture) -> None:
     assert main(["--help"]) == 0
     page = capsys.readouterr().out
-    assert all(verb in page for verb in (*VERBS, "bench"))
+    assert all(verb in page for verb in VERBS)
     lines = page.splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 120
+
+
+def test_every_verb_has_a_function_and_help(capsys: pytest.CaptureFixture) -> None:
+    for name, verb in VERBS.items():
+        assert callable(function_of(verb.function)), name
+        assert main([*name.split(), "--help"]) == 0, name
+        assert f"phimini {name}" in capsys.readouterr().out
+    for name in ("launch", "doctor"):
+        assert main([name, "--help"]) == 0
+        assert capsys.readouterr().out.count(f" {name} ") >= 2
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [("--help", 0), ("recipe --help", 0), ("config tiny", 0), ("doctor --help", 0), ("recipee tiny", 2),
+     ("sft tiny sede=1", 2), ("sft tiny seed=one", 2), ("evaluate tinny", 2), ("launch slrum", 2)],
+)  # fmt: skip
+def test_help_and_bad_words_do_not_wait_for_torch(words: str, status: int) -> None:
+    """It takes a tenth of a CPU second; torch and megatron-core would make it five."""
+    code = (
+        "import resource, sys; from phimini.stages.cli import main\n"
+        f"status = main({words.split()})\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "assert not {'torch', 'megatron', 'numpy'} & sys.modules.keys(), 'imported'\n"
+        "assert used.ru_utime + used.ru_stime < 1, used\n"
+        "sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
 
 
 def test_every_bench_is_listed_and_its_module_exists(capsys: pytest.CaptureFixture) -> None:
@@ -37,15 +67,21 @@ def test_every_bench_is_listed_and_its_module_exists(capsys: pytest.CaptureFixtu
         (["recipe", "phi4_mini_resoning"], "did you mean phi4_mini_reasoning?"),
         (["recipe", "tiny", "midtran.steps=1"], "did you mean midtrain.steps"),
         (["recipe", "tiny", "--dryrun"], "did you mean --dry-run?"),
-        (["sft", "tiny", "--dry-run"], "sft: unknown option --dry-run; expected one of --redo"),
+        (["sft", "tiny", "--dry-run"], "sft: unknown '--dry-run'; --help names every field"),
+        (["sft", "tiny", "--red"], "did you mean --redo?"),
+        (["recipe", "tiny", "gpus=8"], "recipe: gpus=8 goes with --dry-run"),
+        (["recipe", "seed=1"], "recipe: name a recipe, e.g. `phimini recipe tiny`"),
+        (["recipe", "tiny", "sft"], "recipe: expected key=value, got 'sft'"),
         (["plan", "tiny", "gpu=h10"], "did you mean h100?"),
         (["plan", "tiny", "stage=stf"], "did you mean sft?"),
         (["doctor", "--mismach"], "did you mean --mismatch?"),
         (["doctor", "--dist", "tensr=2"], "did you mean tensor?"),
+        (["doctor"], "doctor: got nothing; expected one of --dist, --mismatch, --gpu-checklist"),
+        (["evaluate", "tiny"], "evaluate: expected stage=NAME, one of base, midtrain"),
         (["launch", "slrum"], "did you mean slurm?"),
         (["launch", "slurm", "node=2", "--", "recipe", "tiny"], "did you mean nodes?"),
         (["evaluate", "tiny", "stage=stf"], "did you mean sft?"),
-        (["report", "tiny", "--json", "x"], "unknown option --json"),
+        (["report", "tiny", "--json", "x"], "report: unknown '--json'"),
     ],
     ids=" ".join,
 )

@@ -16,7 +16,7 @@ from phimini.model.reference import Phi4Mini
 from phimini.parallel.plan.layouts import plan_stage
 from phimini.parallel.plan.memory import GIB, GPUS
 from phimini.parallel.ranks.layout import Layout
-from phimini.stages import cli
+from phimini.stages import commands
 from phimini.stages.cli import main
 from phimini.stages.config.recipes import RECIPES, phi4_mini_reasoning
 from phimini.stages.config.schema import RunConfig, override
@@ -164,7 +164,7 @@ def test_a_plain_recipe_is_refused_before_its_first_rank_starts(
     broken, more: list[str], status: int, message: str, small: RunConfig, capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(cli, "start", lambda *_: pytest.fail("a rank was started"))
+    monkeypatch.setattr(commands, "start", lambda *_: pytest.fail("a rank was started"))
     if broken is not None:
         broken(small)
     message = message.format(source=small.distill.source, base=small.base)
@@ -181,7 +181,7 @@ def test_a_plain_recipe_is_refused_before_its_first_rank_starts(
 
 def test_a_plain_recipe_that_is_ready_starts(small: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:  # fmt: skip
     started = []
-    monkeypatch.setattr(cli, "start", lambda run, verb, *_: started.append((run.model, verb)))
+    monkeypatch.setattr(commands, "start", lambda run, verb, *_: started.append((run.model, verb)))
     assert main(["recipe", *words_of(small), "processes=8"]) == 0
     assert started == [("tiny", "recipe")] and capsys.readouterr().err == ""
     monkeypatch.setenv("RANK", "0")

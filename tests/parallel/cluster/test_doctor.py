@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from phimini.parallel.cluster import preflight as doctor
-from phimini.parallel.cluster.preflight import Board, Sick, check_ranks, main
+from phimini.parallel.cluster.preflight import Board, Sick, check_ranks, examine_ranks
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.local_launch import run_ranks
 
@@ -35,7 +35,7 @@ def examine(
 
 
 def test_well_ranks_at_a_layout(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_ranks(main, 4, ["--dist", "tensor=2", "pipeline=2"]) == [0] * 4
+    assert run_ranks(examine_ranks, 4, Layout(tensor=2, pipeline=2)) == [0] * 4
     said = capfd.readouterr().out
     assert "doctor: 4 ranks on 1 nodes" in said and f"torch {torch.__version__}" in said
     assert "4 of 4 agree on a seeded GEMM" in said
@@ -46,7 +46,7 @@ def test_well_ranks_at_a_layout(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_one_rank_without_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--dist"]) == 0
+    assert examine_ranks(None) == 0
     assert "1 of 1 agree" in capsys.readouterr().out
 
 
@@ -157,9 +157,5 @@ def test_groups_of_nodes_and_axes() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="expected --dist"):
-        main([])
-    with pytest.raises(ValueError, match="unknown argument 'tensors=2'"):
-        main(["--dist", "tensors=2"])
     with pytest.raises(ValueError, match="1 ranks do not divide into the layout's 2"):
-        main(["--dist", "tensor=2"])
+        examine_ranks(Layout(tensor=2))

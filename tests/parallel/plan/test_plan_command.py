@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from plan_cases import MIDTRAIN, PHI, RLVR
 
-from phimini.parallel.plan.command import main
+from phimini.parallel.plan.command import print_plans
 from phimini.parallel.plan.layouts import Workload, plan_stage
 from phimini.parallel.plan.memory import GIB, GPUS
 from phimini.parallel.ranks.layout import Layout
+from phimini.stages.cli import main as command_line
 
 
 @pytest.mark.parametrize(
@@ -47,8 +48,7 @@ def test_json_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "rlvr": RLVR,
     }
     path = tmp_path / "plan.json"
-    arguments = ["stage=midtrain", "gpu=h100", "gpus=8", "--json", str(path)]
-    assert main(arguments, PHI, workloads) == 0
+    assert print_plans(PHI, {"midtrain": MIDTRAIN}, "h100", 8, str(path)) == 0
     document = json.loads(path.read_text())
     assert document["fits"] is True and document["because"] is None
     assert all(isinstance(a, str) for a in document["assumptions"])
@@ -59,7 +59,7 @@ def test_json_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         shape = layout["layout"]
         assert shape["tensor"] * shape["pipeline"] * shape["context"] * shape["data"] == 8
     assert "tokens/s per GPU" in capsys.readouterr().out
-    assert main(["gpus=64", "--json", str(path)], PHI, workloads) == 0
+    assert print_plans(PHI, workloads, "h100", 64, str(path)) == 0
     document = json.loads(path.read_text())
     stages = document["stages"]
     assert set(stages) == {"midtrain", "rlvr"}
@@ -115,17 +115,26 @@ def test_bad_requests_are_explained() -> None:
         plan_stage(PHI, MIDTRAIN, GPUS["h100"], 6, layouts=[Layout(tensor=4)])
     with pytest.raises(ValueError, match="trained_share"):
         Workload(stage="x", sequence_length=1, rows_per_step=1, trained_share=0)
-    for arguments, message in (
-        (["gpu=v100"], "expected one of a100, h100, h200, b200"),
-        (["stage=sft"], "expected one of midtrain"),
-        (["gpus=many"], "expected a number"),
-        (["gpus=²"], "expected a number"),
-        (
-            ["--json", "/nowhere/plan.json"],
-            "plan --json /nowhere/plan.json: cannot be written: No such",
-        ),
-        (["layout=best"], "unknown argument 'layout=best'"),
-        (["--json"], "expected a path"),
+    for gpu, path, message in (
+        ("v100", None, "expected one of a100, h100, h200, b200"),
+        ("h100", "/nowhere/plan.json", "plan json=/nowhere/plan.json: cannot be written: No such"),
     ):
         with pytest.raises(ValueError, match=message):
-            main(arguments, PHI, {"midtrain": MIDTRAIN})
+            print_plans(PHI, {"midtrain": MIDTRAIN}, gpu, 8, path)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("stage=stf", "stage: did you mean sft? expected one of midtrain, sft, rollout_dpo, rlvr, got 'stf'"),
+        ("gpus=many", "gpus: expected a whole number from 1 to 1000000000, got 'many'"),
+        ("gpus=²", "gpus: expected a whole number from 1 to 1000000000, got '²'"),
+        ("gpus=0", "gpus: expected a whole number from 1 to 1000000000, got 0"),
+        ("layout=best", "plan: unknown 'layout=best'"),
+        ("--json", "plan: --json: expected a value after it"),
+        ("gpu=v100", "plan gpu=v100: did you mean h100? expected one of a100, h100, h200, b200"),
+    ],
+)  # fmt: skip
+def test_bad_words_are_explained(word: str, message: str, capsys: pytest.CaptureFixture) -> None:
+    assert command_line(["plan", "tiny", word]) == 2
+    assert message in capsys.readouterr().err

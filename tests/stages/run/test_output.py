@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from phimini.bench.cli import main
 from phimini.parallel.ranks.local_launch import run_ranks
+from phimini.stages.cli import main
 from phimini.stages.run.output import LastingStream
 
 

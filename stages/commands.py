@@ -1,0 +1,151 @@
+"""The function of each verb: takes the verb's name and its settings, returns the exit status."""
+
+import contextlib
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from phimini.model.config import preset
+from phimini.parallel.cluster.job_scripts import LaunchSettings, render_slurm, render_torchrun
+from phimini.parallel.cluster.preflight import examine_ranks
+from phimini.parallel.plan.command import print_plans
+from phimini.parallel.ranks.layout import Layout
+from phimini.parallel.ranks.local_launch import run_ranks
+from phimini.parallel.ranks.lost_ranks import closing_or_naming_lost_ranks
+from phimini.parallel.ranks.world import World, initialize
+from phimini.stages.base import base_config
+from phimini.stages.config.dialect import build, read_words
+from phimini.stages.config.options import (
+    DistOptions,
+    EvaluateOptions,
+    NoOptions,
+    PlanOptions,
+    RecipeOptions,
+    RunOptions,
+    ServeOptions,
+    StageOptions,
+)
+from phimini.stages.config.schema import RunConfig
+from phimini.stages.controls import controls
+from phimini.stages.dry_run import dry_run, is_ready
+from phimini.stages.evaluate import evaluate
+from phimini.stages.recipe import DATA, TRAINING, recipe
+from phimini.stages.report.page import write_report
+from phimini.stages.rl.mismatch_diagnosis import doctor
+from phimini.stages.rollout.separate_vllm import serve
+from phimini.stages.run.gpu_checklist import checklist
+from phimini.stages.run.lock import RunLock, held_by_main
+from phimini.stages.run.trackers import missing_packages
+from phimini.stages.run.training import layout_of
+from phimini.stages.run.workloads import workloads
+
+
+def run_recipe(verb: str, settings: RecipeOptions) -> int:
+    """Run the whole recipe, after the checks of a dry run; with `--dry-run` only those."""
+    run = settings.run
+    if settings.dry_run:
+        return dry_run(run, settings.gpu or "h100", settings.gpus or 8)
+    if settings.gpus is not None:
+        raise ValueError(f"recipe: gpus={settings.gpus} goes with --dry-run")
+    ranks = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else run.processes
+    if not is_ready(run, settings.gpu, ranks):
+        return 1
+    return train(verb, settings)
+
+
+def prepare(verb: str, settings: StageOptions) -> int:
+    """Run a stage of the data, on one rank."""
+    with RunLock(settings.run.out, make=verb == "distill"):
+        DATA[verb](settings.run, redo=settings.redo)
+    return 0
+
+
+def train(verb: str, settings: StageOptions) -> int:
+    """Run a training stage, or the control arms, on every rank."""
+    start(settings.run, verb, None, settings.redo)
+    return 0
+
+
+def run_evaluate(verb: str, settings: EvaluateOptions) -> int:
+    if settings.stage is None:
+        raise ValueError(f"{verb}: expected stage=NAME, one of base, {', '.join(TRAINING)}")
+    start(settings.run, verb, settings.stage, settings.redo)
+    return 0
+
+
+def run_report(verb: str, settings: RunOptions) -> int:
+    with RunLock(settings.run.out):
+        write_report(Path(settings.run.out))
+    return 0
+
+
+def run_serve(verb: str, settings: ServeOptions) -> int:
+    if settings.address is None:
+        raise ValueError(f"{verb}: expected address=HOST:PORT, e.g. address=0.0.0.0:8765")
+    serve(settings.run, base_config(settings.run), settings.address)
+    return 0
+
+
+def run_plan(verb: str, settings: PlanOptions) -> int:
+    """Print the plan of one stage or of all; a base model that is not there is planned by its preset."""
+    run = settings.run
+    there = run.base == "random" or Path(run.base).exists()
+    config = base_config(run) if there else preset(run.model)
+    stages = workloads(run)
+    chosen = stages if settings.stage is None else {settings.stage: stages[settings.stage]}
+    return print_plans(config, chosen, settings.gpu, settings.gpus, settings.json)
+
+
+def launch(verb: str, words: list[str]) -> int:
+    """Print the script of a job whose command stands behind `--`."""
+    read = read_words(words, LaunchSettings, verb)
+    default = LaunchSettings(command=tuple(read.tail)) if read.tail else None
+    render = {"launch torchrun": render_torchrun, "launch slurm": render_slurm}[verb]
+    sys.stdout.write(render(build(LaunchSettings, read, default)))
+    return 0
+
+
+def examine_job(verb: str, settings: DistOptions) -> int:
+    axes = {axis: size for axis, size in asdict(settings).items() if size is not None}
+    return examine_ranks(Layout(**axes) if axes else None)
+
+
+def explain_mismatch(verb: str, settings: RunOptions) -> int:
+    start(settings.run, verb, None, redo=False)
+    return 0
+
+
+def print_checklist(verb: str, settings: NoOptions) -> int:
+    print(checklist())
+    return 0
+
+
+def start(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
+    """Run the verb in this rank of torchrun's, or in `run.processes` ranks of our own."""
+    for problem in missing_packages(run):
+        raise ImportError(problem)
+    if "RANK" in os.environ or run.processes == 1:
+        run_rank(run, verb, stage, redo)
+    else:
+        run_ranks(run_rank, run.processes, run, verb, stage, redo)
+
+
+def run_rank(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
+    """Run one rank's part of a verb."""
+    world: World = initialize(
+        layout_of(run), base_config(run), timeout_s=run.collective_deadline_s, seed=run.seed
+    )
+    reads_only = verb == "doctor --mismatch"
+    lock = contextlib.nullcontext() if reads_only else held_by_main(world, run.out, make=verb == "recipe")  # fmt: skip
+    with closing_or_naming_lost_ranks(world), lock:
+        if verb == "recipe":
+            recipe(run, world, redo=redo)
+        elif verb == "controls":
+            controls(run, world, redo=redo)
+        elif verb == "doctor --mismatch":
+            doctor(run, world)
+        elif stage is not None:
+            evaluate(run, world, stage, redo=redo)
+        else:
+            TRAINING[verb](run, world, redo=redo)

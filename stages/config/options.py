@@ -1,0 +1,102 @@
+"""The settings of each verb besides those of its run, and how a recipe's name and the words after it become both."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+from phimini.stages.config.dialect import Words, build
+from phimini.stages.config.recipes import recipe_config
+from phimini.stages.config.schema import Count, RunConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """RECIPE and any field of its config."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    """the config of the run"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageOptions(RunOptions):
+    """RECIPE, any field of its config, and `--redo`."""
+
+    redo: bool = False
+    """run again what is complete"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeOptions(StageOptions):
+    """RECIPE, any field of its config, `--redo`, or `--dry-run [gpu=NAME] [gpus=N]`."""
+
+    dry_run: bool = False
+    """check paths, tokenizer and memory, and print steps, tokens and GPU hours, instead of running"""
+    gpu: str | None = None
+    """plan the memory for this GPU (a100, h100, h200, b200); none: the one at hand, in a dry run h100"""
+    gpus: Count | None = None
+    """number of GPUs of a dry run; none: 8"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateOptions(StageOptions):
+    """RECIPE, stage=NAME, and any field of its config."""
+
+    stage: Literal["base", "midtrain", "sft", "rollout_dpo", "rlvr"] | None = None
+    """the stage whose model is evaluated; required"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions(RunOptions):
+    """RECIPE, address=HOST:PORT, and any field of its config."""
+
+    address: str | None = None
+    """HOST:PORT to listen at; required"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions(RunOptions):
+    """RECIPE, the GPUs, and any field of its config."""
+
+    stage: Literal["midtrain", "sft", "rollout_dpo", "rlvr"] | None = None
+    """plan one stage only"""
+    gpu: str = "h100"
+    """a100, h100, h200 or b200"""
+    gpus: Count = 8
+    """number of GPUs"""
+    json: str | None = None
+    """file to write the plan to as JSON"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistOptions:
+    """The layout whose groups are measured; without one, all ranks together."""
+
+    tensor: Count | None = None
+    """ranks that share each weight matrix"""
+    pipeline: Count | None = None
+    """pipeline stages"""
+    context: Count | None = None
+    """ranks that share each sequence"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoOptions:
+    """No settings."""
+
+
+R = TypeVar("R", bound=RunOptions)
+
+
+def recipe_of(words: Words) -> RunConfig:
+    """Return the config of the recipe that the words name; for a page of help `tiny` if they name none."""
+    if not words.names and not words.help:
+        raise ValueError(f"{words.command}: name a recipe, e.g. `phimini {words.command} tiny`")
+    return recipe_config(words.names[0] if words.names else "tiny")
+
+
+def of_recipe(kind: type[R], words: Words) -> R:
+    """Return the settings of a verb that starts from a recipe."""
+    default = kind(run=recipe_of(words))
+    return build(kind, dataclasses.replace(words, command=f"{words.command} RECIPE"), default)
