@@ -15,17 +15,8 @@ from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.lost_ranks import closing_or_naming_lost_ranks
 from phimini.parallel.ranks.world import World, initialize
 from phimini.stages.base import base_config
+from phimini.stages.config import options
 from phimini.stages.config.dialect import build, read_words
-from phimini.stages.config.options import (
-    DistOptions,
-    EvaluateOptions,
-    NoOptions,
-    PlanOptions,
-    RecipeOptions,
-    RunOptions,
-    ServeOptions,
-    StageOptions,
-)
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.controls import controls
 from phimini.stages.dry_run import dry_run, is_ready
@@ -41,7 +32,7 @@ from phimini.stages.run.training import layout_of
 from phimini.stages.run.workloads import workloads
 
 
-def run_recipe(verb: str, settings: RecipeOptions) -> int:
+def run_recipe(verb: str, settings: options.RecipeOptions) -> int:
     """Run the whole recipe, after the checks of a dry run; with `--dry-run` only those."""
     run = settings.run
     if settings.dry_run:
@@ -54,40 +45,40 @@ def run_recipe(verb: str, settings: RecipeOptions) -> int:
     return train(verb, settings)
 
 
-def prepare(verb: str, settings: StageOptions) -> int:
+def prepare(verb: str, settings: options.StageOptions) -> int:
     """Run a stage of the data, on one rank."""
     with RunLock(settings.run.out, make=verb == "distill"):
         DATA[verb](settings.run, redo=settings.redo)
     return 0
 
 
-def train(verb: str, settings: StageOptions) -> int:
+def train(verb: str, settings: options.StageOptions) -> int:
     """Run a training stage, or the control arms, on every rank."""
     start(settings.run, verb, None, settings.redo)
     return 0
 
 
-def run_evaluate(verb: str, settings: EvaluateOptions) -> int:
+def run_evaluate(verb: str, settings: options.EvaluateOptions) -> int:
     if settings.stage is None:
         raise ValueError(f"{verb}: expected stage=NAME, one of base, {', '.join(TRAINING)}")
     start(settings.run, verb, settings.stage, settings.redo)
     return 0
 
 
-def run_report(verb: str, settings: RunOptions) -> int:
+def run_report(verb: str, settings: options.RunOptions) -> int:
     with RunLock(settings.run.out):
         write_report(Path(settings.run.out))
     return 0
 
 
-def run_serve(verb: str, settings: ServeOptions) -> int:
+def run_serve(verb: str, settings: options.ServeOptions) -> int:
     if settings.address is None:
         raise ValueError(f"{verb}: expected address=HOST:PORT, e.g. address=0.0.0.0:8765")
     serve(settings.run, base_config(settings.run), settings.address)
     return 0
 
 
-def run_plan(verb: str, settings: PlanOptions) -> int:
+def run_plan(verb: str, settings: options.PlanOptions) -> int:
     """Print the plan of one stage or of all; a base model that is not there is planned by its preset."""
     run = settings.run
     there = run.base == "random" or Path(run.base).exists()
@@ -106,17 +97,17 @@ def launch(verb: str, words: list[str]) -> int:
     return 0
 
 
-def examine_job(verb: str, settings: DistOptions) -> int:
+def examine_job(verb: str, settings: options.DistOptions) -> int:
     axes = {axis: size for axis, size in asdict(settings).items() if size is not None}
     return examine_ranks(Layout(**axes) if axes else None)
 
 
-def explain_mismatch(verb: str, settings: RunOptions) -> int:
+def explain_mismatch(verb: str, settings: options.RunOptions) -> int:
     start(settings.run, verb, None, redo=False)
     return 0
 
 
-def print_checklist(verb: str, settings: NoOptions) -> int:
+def print_checklist(verb: str, settings: options.NoOptions) -> int:
     print(checklist())
     return 0
 

@@ -284,14 +284,17 @@ def test_plan_of_every_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureF
         (["plan", "tiny", "gpu=v100"], "plan gpu=v100: did you mean h100? expected one of a100"),
         (
             ["plan", "tiny", "stage=pretrain"],
-            "plan stage=pretrain: did you mean midtrain? expected one of midtrain",
+            "stage: did you mean midtrain? expected one of midtrain, sft, rollout_dpo, rlvr, got 'pretrain'",
         ),
-        (["plan", "tiny", "--json"], "plan --json: expected a path"),
+        (["plan", "tiny", "--json"], "plan: --json: expected a value after it"),
         (["plan"], "plan: name a recipe"),
         (["doctor"], "doctor: got nothing; expected one of --dist, --mismatch, --gpu-checklist"),
         (["doctor", "--mismatch"], "doctor --mismatch: name a recipe"),
         (["launch", "ssh"], "launch: got ssh; expected one of torchrun, slurm"),
-        (["recipe", "tiny", "--dry-run", "gpus=many"], "gpus: expected int, got 'many'"),
+        (
+            ["recipe", "tiny", "--dry-run", "gpus=many"],
+            "gpus: expected a whole number from 1 to 1000000000 or none, got 'many'",
+        ),
         (
             ["recipe", "tiny", "--dry-run", "gpu=v100"],
             "dry run: gpu=v100: did you mean h100? expected one of a100",
