@@ -144,9 +144,9 @@ def _value(text: str, kind: Any) -> Any:
         return None if text == "none" else _value(text, get_args(kind)[0])
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
-        return (
-            tuple(_value(part, item) for part in text.split(",")) if text or item is not str else ()
-        )
+        if not text and bare(item) not in (int, float):  # no word; an empty number is an error
+            return ()
+        return tuple(_value(part, item) for part in text.split(","))
     if kind is bool:
         return _BOOLEANS.get(text, text)
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from peers_cases import fakes
 
+from phimini.bench.cli import main
 from phimini.bench.gate.paired_ratio import Rounds
 from phimini.bench.gate.rows import Row, read
 from phimini.bench.offline import static_report
