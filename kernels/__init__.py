@@ -1,4 +1,4 @@
-"""Public GPU ops, one per file: the reference, the Triton kernels, and the function that trainers call.
+"""Public ops, one per file: the reference, the Triton kernels, and the function that trainers call.
 
 May import: kernels/backend, kernels/head.
 """

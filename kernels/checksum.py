@@ -1,17 +1,17 @@
 """A checksum of a tensor's bytes: exact, the same on any device, at the speed of reading them.
 
-    The bytes, filled up with zeros, are int64 words in blocks of 127 rows of 129. Each row and each column of a block is
+    The bytes, padded with zeros, are int64 words in blocks of 127 rows of 129. Each row and each column of a block is
     summed modulo 2^64. Each sum s counts as s + floor(s / 2^32), times an odd number drawn at random for its place in
     the block; the total of a block is multiplied by one for the block's place. The checksum is the sum of that modulo
     2^64, and the number of bytes.
 
-What changes a row's or a column's sum is seen, but for a coincidence: one in 2^60 for bytes that are lost, old, zeroed,
-shifted or exchanged; one in 2^32 where only top bits of words change, as with signs of every second fp32. A change that
-leaves every row's and every column's sum as it was is not seen: +d, -d, -d, +d in the corners of a rectangle within one
-block is the simplest, or, of top bits of words, an even number in each row and each column. Rows and
-columns are odd in length so that no matrix is regular in that way. Against faults, not an adversary.
+A change of a row's or a column's sum is detected with high probability: missed once in 2^60 for bytes that are lost, old,
+zeroed, shifted or exchanged, once in 2^32 where only top bits of words change, as with signs of every second fp32. A
+change that leaves every row's and every column's sum as it was is missed: the simplest is +d, -d, -d, +d in the corners
+of a rectangle within one block, or, for top bits of words, an even number in each row and each column. Rows and columns
+are odd in length so that matrices are not regular in that way. It protects against faults, not against an adversary.
 
-One program reads a block once and adds its total atomically: integers, so the order is of no account.
+One program reads a block once and adds its total atomically. The sum is of integers, so the order does not matter.
 
 Bound: memory. A tensor is read once; on a CPU twice, the second time from the cache.
 
@@ -36,14 +36,14 @@ _ROW_BYTES = 8 * _COLUMNS
 _BLOCK_BYTES = 8 * _ROWS * _COLUMNS
 _SUMS = _ROWS + _COLUMNS
 _CACHED = 4
-"""blocks (512 KiB) that a CPU still holds when it reads them for the second time"""
+"""Blocks (512 KiB) that a CPU's cache still holds for the second read."""
 _SEEDED = 4096
-"""weights that one seed draws"""
+"""Weights drawn from one seed."""
 
 
 # --- reference -----------------------------------------------------------------------------------
 def checksum_reference(tensor: Tensor) -> Tensor:
-    """The definition; 0-d int64, on the tensor's device."""
+    """The definition: 0-d int64, on the tensor's device."""
     data = _bytes(tensor)
     blocks = len(data) // _BLOCK_BYTES + 1
     padded = torch.nn.functional.pad(data, (0, blocks * _BLOCK_BYTES - len(data)))
@@ -56,7 +56,7 @@ def checksum_reference(tensor: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _weights(device: torch.device, count: int) -> Tensor:
-    """Odd numbers; of more the first ones are the same."""
+    """Return `count` odd numbers; a longer list begins with the same ones."""
     drawn = [_odd(_SEEDED, seed) for seed in range(-(-count // _SEEDED))]
     return torch.cat(drawn)[:count].to(device)
 
@@ -73,7 +73,7 @@ def _checksum_kernel(
     R: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK_C)  # the last of BLOCK_C + 1 columns goes beside them
+    cols = tl.arange(0, BLOCK_C)  # the last of BLOCK_C + 1 columns is read separately
     columns = tl.zeros([BLOCK_R, BLOCK_C], tl.int64)
     last_column = tl.zeros([BLOCK_R], tl.int64)
     totals = tl.zeros([BLOCK_R], tl.int64)
@@ -100,13 +100,13 @@ def _checksum_kernel(
 
 # --- launch --------------------------------------------------------------------------------------
 def launch_config() -> dict[str, int]:
-    """A thread holds 8 words, of 8 rows: a warp reads 32 of a row, which begins anywhere."""
+    """Return block sizes and warps: a thread holds 8 words, of 8 rows; a warp reads 32 words of a row."""
     return {"R": _ROWS, "C": _COLUMNS, "BLOCK_R": 8, "BLOCK_C": _COLUMNS - 1, "num_warps": 4}
 
 
 def _with_triton(data: Tensor) -> Tensor:
-    """0-d int64; the GPU is not waited for. Bytes that do not fill their last word, or words that begin between two of
-    memory's, cost a copy: no weight of a model has them."""
+    """Return 0-d int64 without waiting for the GPU. Bytes that do not fill their last word, or are not aligned, cost a
+    copy; weights of a model always fill and align them."""
     num_bytes = len(data)
     if num_bytes % 8 or data.data_ptr() % 8:
         data = torch.nn.functional.pad(data, (0, -num_bytes % 8 or 8))
@@ -119,7 +119,7 @@ def _with_triton(data: Tensor) -> Tensor:
 
 
 def _on_cpu(tensor: Tensor) -> int:
-    data = tensor.numpy()  # torch refuses words that begin between two of its own
+    data = tensor.numpy()  # torch refuses words that are not aligned
     whole, rest = divmod(len(data), _BLOCK_BYTES)
     sums_KS = np.zeros((whole + 1, _SUMS), dtype=np.int64)
     words_KRC = data[: len(data) - rest].view(np.int64).reshape(whole, _ROWS, _COLUMNS)
@@ -145,12 +145,12 @@ def _on_host(count: int) -> np.ndarray:
 
 # --- public op -----------------------------------------------------------------------------------
 def checksum(tensor: Tensor, *, _backend: Backend | None = None) -> int:
-    """Of a tensor's bytes and their order, as a signed 64-bit number, whatever the dtype; a GPU is waited for."""
+    """Return the checksum of a tensor's bytes and their order, signed 64-bit, for any dtype. Waits for a GPU."""
     return checksums([tensor], _backend=_backend)[0]
 
 
 def checksums(tensors: Sequence[Tensor], *, _backend: Backend | None = None) -> list[int]:
-    """`checksum` of each; a GPU is waited for once. ValueError if some are on a GPU and some are not."""
+    """Return the `checksum` of each. Waits for a GPU once. Raises ValueError for tensors on several devices."""
     if len({tensor.device for tensor in tensors}) > 1:
         raise ValueError("checksums: tensors: expected all on one device")
     flat = [_bytes(tensor) for tensor in tensors]

@@ -3,8 +3,8 @@
     ce = (1 - s) (lse - z[target]) + s (lse - mean z) + z_loss * lse^2        s = label_smoothing
     loss = sum over rows of row_weight * ce
 
-The coefficient of a row's gradient is known as soon as its chunk's logit GEMM is done, so dX and dW are made
-there and then out of the same logits; the backward only scales them. Rows that do not count are dropped first.
+The coefficient of a row's gradient is known as soon as its chunk's logit GEMM is done. So the forward computes dX and dW
+from the same logits, and the backward only scales them. Ignored rows are dropped before the first GEMM.
 
 Deterministic. Bound: compute, 6 * M * V * D FLOPs. Memory: chunk_bytes of logits, dW in fp32, dX.
 
@@ -26,12 +26,12 @@ from phimini.kernels.head.rows import check_head
 
 
 class CrossEntropyMetrics(NamedTuple):
-    """Sums over the rows that count, without their weights; scalars, detached."""
+    """Unweighted sums over the rows that count; scalars, detached."""
 
     nll_sum: Tensor
-    """-log p of the target: no smoothing, no z-loss"""
+    """-log p of the target, without smoothing and z-loss."""
     accuracy_sum: Tensor
-    """rows where no class has a larger logit than the target"""
+    """Rows whose target has the largest logit; a tie counts."""
     entropy_sum: Tensor
     num_rows: Tensor
 
@@ -80,7 +80,7 @@ def linear_cross_entropy_reference(
 # --- forward with gradients ----------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy(LossOptions):
-    """Options of the loss, and its computation."""
+    """Options of the loss, and its computation chunk by chunk."""
 
     op = "linear_cross_entropy"
     num_metrics = len(CrossEntropyMetrics._fields)

@@ -5,11 +5,12 @@
     loss = sum over pairs of weight * (-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)      e = label_smoothing
                                        + nll_weight * mean over chosen tokens of -logp)
 
-All rows of a pair share one unknown number, the derivative by h, known when the pair's last logit is. Rows are put in the
-order of their sequences and chunks hold whole pairs, so the logits are still there when it is. A pair too long for a
-chunk is computed in several with coefficient 1 into a dW of its own, which is scaled into the sum afterwards:
-three GEMMs again, at the price of one pass over V * D numbers (two with nll_weight) per such pair. Only where the host
-cannot know the pairs' rows (`sequence_M` on a GPU, or context parallel there) and they do not fit one chunk, it is four.
+All rows of a pair share one factor, the derivative by h. It is known when the pair's last logit is computed. So rows are
+sorted by sequence and chunks hold whole pairs: the logits are still in memory when the factor is known. A pair too long
+for a chunk is computed in several chunks with factor 1 into a separate dW, which is scaled and added afterwards. That is
+three GEMMs again, plus one pass over V * D numbers (two with nll_weight) for such a pair. Four GEMMs are needed only
+where the host cannot know the pairs' rows (`sequence_M` on a GPU, or context parallel there) and one chunk cannot hold
+them all.
 
 Deterministic. Bound: compute, 6 * M * V * D FLOPs. Memory: chunk_bytes of logits, dW in fp32 (two or three of them if a
 pair is longer than a chunk), dX.
@@ -36,20 +37,20 @@ from phimini.kernels.linear_logprob import linear_logprob_reference
 
 
 class DpoMetrics(NamedTuple):
-    """Sums over the pairs whose weight is not 0, without their weights; scalars, detached."""
+    """Unweighted sums over the pairs whose weight is not 0; scalars, detached."""
 
     preference_loss_sum: Tensor
-    """without the nll term"""
+    """Without the nll term."""
     chosen_reward_sum: Tensor
-    """beta * (logp - reference)"""
+    """beta * (logp - reference)."""
     rejected_reward_sum: Tensor
     margin_sum: Tensor
     accuracy_sum: Tensor
-    """pairs whose chosen reward is the larger"""
+    """Pairs whose chosen reward is the larger."""
     chosen_logp_sum: Tensor
     rejected_logp_sum: Tensor
     nll_sum: Tensor
-    """of the chosen answers' mean token nll"""
+    """Mean token nll of the chosen answers."""
     num_pairs: Tensor
 
 
@@ -108,7 +109,7 @@ def _loss_of_pairs(
 # --- forward with gradients ----------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class Dpo(LossOptions):
-    """Options of the loss."""
+    """Options of the loss. `_DpoRun` computes it."""
 
     op = "linear_dpo"
     num_metrics = len(DpoMetrics._fields)
@@ -169,11 +170,11 @@ class _DpoRun:
         return LossResult(loss, torch.stack(metrics), head.finish(), None)
 
     def _sequence_within(self, sequences: slice, rows: slice) -> Tensor:
-        """Rows that do not count have sequence 0 and log-prob 0: they may be anywhere."""
+        """Return each row's sequence within `sequences`; ignored rows have sequence 0 and log-prob 0, and may be anywhere."""
         return (self.sequence_M[rows] - sequences.start).clamp_min(0)
 
     def _add_logp(self, sequences: slice, rows: slice, logp_M: Tensor) -> None:
-        """Sums in fp64: an answer has thousands of tokens. Without atomics on a GPU."""
+        """Add the rows' log-probs to their sequences. In fp64, for thousands of tokens; without atomics on a GPU."""
         sequence_M = self._sequence_within(sequences, rows)
         num = sequences.stop - sequences.start
         if logp_M.device.type != "cpu":
@@ -188,7 +189,7 @@ class _DpoRun:
         self.logp_S[sequences] = sums_S.to(self.logp_S.dtype)
 
     def _coefficients(self, sequences: slice) -> Tensor:
-        """d loss / d logp of a token of each of these sequences."""
+        """Return d loss / d logp of a token of each of these sequences."""
         reward_P2 = self.beta * (self.logp_S - self.reference_S)[sequences].view(-1, 2)
         margin_P = reward_P2[:, 0] - reward_P2[:, 1]
         dh_P = self.beta * (
@@ -209,10 +210,10 @@ class _DpoRun:
             head.backward(rows, RowGrads(of_row_M))
 
     def _long_pair(self, head: ChunkedHead, group: PairGroup) -> None:
-        """Unit gradients into scratch dWs, scaled when the pair's coefficient is known."""
+        """Compute unit gradients into scratch dWs, and scale them when the pair's coefficient is known."""
         middle = group.rows.start + group.chosen_rows
         halves = (slice(group.rows.start, middle), slice(middle, group.rows.stop))
-        # Without an nll term the two halves' coefficients differ in sign only: one scratch does.
+        # Without an nll term the coefficients of the two halves differ in sign only: one scratch is enough.
         signs = (1.0, 1.0) if self.nll_weight else (1.0, -1.0)
         dw_VD, scratch_VD = head.dw_VD, self._scratch(head, 2 if self.nll_weight else 1)
         logps = [self.logp_S[:0]]
@@ -246,7 +247,7 @@ class _DpoRun:
         return [scratch.zero_() for scratch in self.scratch_VD]
 
     def _twice(self, head: ChunkedHead) -> None:
-        """Four GEMMs: log-probs first, by the kernel that keeps no logits, then everything with known coefficients."""
+        """Compute logits twice, four GEMMs: log-probs by the kernel that keeps no logits, then all with known coefficients."""
         first = self.call.open(self.rows, statistics_only=True)
         logps = [self.logp_S[:0], *(first.forward(chunk).logp_M for chunk in first.chunks)]
         sequences = slice(0, len(self.logp_S))
@@ -276,10 +277,10 @@ def linear_dpo(
 ) -> tuple[Tensor, DpoMetrics]:
     """Return (sum over pairs of weight * loss, metrics); fp32 scalars (fp64 for fp64 input).
 
-    sequence_M (M,) int64: row -> sequence, 2i the chosen and 2i+1 the rejected answer of pair i; rows may come in any
-    order. Best on the CPU, whatever the device of the others: the host plans chunks of whole pairs with it.
+    sequence_M (M,) int64: each row's sequence, 2i the chosen and 2i+1 the rejected answer of pair i; rows in any order.
+    Best on the CPU, whatever the device of the others, because the host plans chunks of whole pairs with it.
     reference_logp_S (2P,): the reference model's sums. pair_weight_P (P,): rows of a pair of weight 0 are not computed.
-    nll_weight: adds that times the mean token nll of the chosen answer.
+    nll_weight: factor of the mean token nll of the chosen answer, which is added to the loss.
     sequence_group: context parallel, each rank has some rows of each sequence: log-probs are summed over the group,
     every rank returns the whole loss, and the ranks' gradients add up to the loss's gradient.
     The other arguments, and the errors raised: as in `linear_cross_entropy`.

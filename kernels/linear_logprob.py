@@ -2,9 +2,9 @@
 
     z = hidden W^T / temperature    lse = log sum exp z    logp = z[target] - lse    entropy = lse - sum p z
 
-Forward: one GEMM, chunk by chunk (CPU) or tile by tile (CUDA: logits never leave the chip). Gradients with
-respect to logp, entropy and lse, whatever they are used for, cost three more GEMMs: the logits once again, dX and dW.
-A loss that is known here is cheaper in `linear_cross_entropy`, `linear_dpo`, `linear_policy_loss`: three in all.
+Forward: one GEMM, chunk by chunk (CPU) or tile by tile (CUDA: logits never leave the chip). The backward takes any
+gradients of logp, entropy and lse. It costs three more GEMMs: the logits again, dX and dW. The losses
+`linear_cross_entropy`, `linear_dpo` and `linear_policy_loss` are cheaper, with three GEMMs in all.
 
 Deterministic. Bound: compute, 2 * M * V * D FLOPs forward, 6 * M * V * D backward.
 
@@ -26,7 +26,7 @@ from phimini.kernels.head.rows import HeadRows, check_head
 
 
 class LinearLogprob(NamedTuple):
-    """fp32 (fp64 for fp64 input), (M,) each; ignored rows are 0."""
+    """Log-probs, entropies and log-sum-exps, (M,) each, fp32 (fp64 for fp64 input); 0 for ignored rows."""
 
     logp_M: Tensor
     entropy_M: Tensor
@@ -42,7 +42,7 @@ def linear_logprob_reference(
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
 ) -> LinearLogprob:
-    """The definition: full logits, plain torch."""
+    """The definition: full logits, plain torch, gradients by autograd."""
     dtype = compute_dtype(hidden_MD.dtype)
     z_MV = hidden_MD.to(dtype) @ weight_VD.to(dtype).T
     z_MV = z_MV / (

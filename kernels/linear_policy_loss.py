@@ -5,15 +5,15 @@
     loss = sum over rows of row_weight * (pg + kl_coef * KL - entropy_coef * H)
 
 KL to a reference, with d = logp - reference_logp, per sampled token (Schulman, "Approximating KL divergence"):
-    k1 = d               unbiased value; as a loss its gradient has mean zero on-policy: it only adds noise
+    k1 = d               unbiased value; as a loss its gradient has mean zero on-policy and only adds noise
     k2 = d^2 / 2         biased value; its gradient is, on-policy, the gradient of the reverse KL
     k3 = e^-d + d - 1    unbiased value, never negative; its gradient is biased (TRL, GRPO paper)
 kl_gradient "estimator" differentiates the formula as written; "reverse" keeps the value and takes the gradient
-d * dlogp of the reverse KL (verl's "k1+", "k3+"): the right one where the KL is meant as a penalty.
+d * dlogp of the reverse KL (verl's "k1+", "k3+"). Use it where the KL is meant as a penalty.
 
-A row's coefficient depends on that row's statistics only, which are known once its chunk's logit GEMM is done:
-dX and dW come out of the same logits. Normalisers go into row_weight: 1 / tokens of the global batch (DAPO), or
-1 / (sequences * tokens of its sequence) (GRPO). Exponents are clamped at 20 (e^20 = 4.9e8): no infinities.
+A row's coefficient depends on that row's statistics only. They are known once its chunk's logit GEMM is done, so dX and
+dW come from the same logits. Normalisers go into row_weight: 1 / tokens of the global batch (DAPO), or
+1 / (sequences * tokens of its sequence) (GRPO). Exponents are clamped at 20 (e^20 = 4.9e8) to avoid infinities.
 
 Deterministic. Bound: compute, 6 * M * V * D FLOPs. Letters: M rows, D model width, V vocabulary (or this rank's V/TP).
 """
@@ -37,23 +37,23 @@ MAX_EXPONENT = 20.0
 
 
 class PolicyMetrics(NamedTuple):
-    """Sums over the rows that count, without their weights; scalars but for the last, detached."""
+    """Unweighted sums over the rows that count, scalars, and the log-probs, (M,); detached."""
 
     policy_loss_sum: Tensor
-    """the clipped term alone, importance weight included"""
+    """The clipped term alone, importance weight included."""
     kl_sum: Tensor
-    """the chosen estimator; 0 without reference_logp_M"""
+    """The chosen estimator; 0 without reference_logp_M."""
     entropy_sum: Tensor
     ratio_sum: Tensor
     clipped_sum: Tensor
-    """rows whose clipped branch won, so that the policy term gives no gradient"""
+    """Rows whose clipped branch is the smaller, so that the policy term has no gradient."""
     logp_diff_sum: Tensor
-    """logp - old_logp; its negative is the k1 estimate of KL(old, new)"""
+    """logp - old_logp. Its negative is the k1 estimate of KL(old, new)."""
     logp_sum: Tensor
     accuracy_sum: Tensor
     num_rows: Tensor
     logp_M: Tensor
-    """of each row's target, 0 where it does not count: what a recomputation of old_logp_M would give"""
+    """Log-prob of each row's target, as a recomputation of old_logp_M would give it; 0 for ignored rows."""
 
 
 # --- reference -----------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ class _RowInputs(NamedTuple):
 
 
 def _clamped(d_M: Tensor) -> tuple[Tensor, Tensor]:
-    """(d within +-20, its derivative: 1 inside, 0 outside)."""
+    """Return d within +-20, and its derivative: 1 inside, 0 outside."""
     clamped_M = d_M.clamp(-MAX_EXPONENT, MAX_EXPONENT)
     return clamped_M, (clamped_M == d_M).to(d_M.dtype)
 
@@ -128,7 +128,7 @@ def _clamped(d_M: Tensor) -> tuple[Tensor, Tensor]:
 def _policy_rows(
     stats: RowStats, inputs: _RowInputs, options: "PolicyLoss"
 ) -> tuple[Tensor, RowGrads]:
-    """((10, M): weighted loss, then the metrics; gradients of the weighted loss)."""
+    """Return (10, M), the weighted loss and then the metrics, and the gradients of the weighted loss."""
     difference_M = stats.logp_M - inputs.old_logp_M
     log_ratio_M, inside_M = _clamped(difference_M)
     ratio_M = log_ratio_M.exp()
@@ -180,7 +180,7 @@ def _kl_derivative(d_M: Tensor, kl: str) -> Tensor:
 # --- forward with gradients ----------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss(LossOptions):
-    """Options of the loss, and its computation."""
+    """Options of the loss, and its computation chunk by chunk."""
 
     op = "linear_policy_loss"
     num_metrics = len(PolicyMetrics._fields) - 1
@@ -245,8 +245,8 @@ def linear_policy_loss(
 ) -> tuple[Tensor, PolicyMetrics]:
     """Return (sum over rows of row_weight * token loss, metrics); fp32 scalars (fp64 for fp64 input).
 
-    old_logp_M, advantage_M, reference_logp_M, importance_weight_M: one per row, constants of the loss; the last is
-    min(exp(trainer's old_logp - rollout engine's logp), cap), and multiplies the policy term only.
+    old_logp_M, advantage_M, reference_logp_M, importance_weight_M: (M,), one per row, constants of the loss.
+    importance_weight_M: min(exp(trainer's old_logp - rollout engine's logp), cap); multiplies the policy term only.
     The other arguments, and the errors raised: as in `linear_cross_entropy`.
     """
     options = PolicyLoss(

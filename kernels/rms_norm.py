@@ -48,7 +48,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 def rms_norm_add_reference(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """(y, h): the norm of h = x + residual, and h, the residual of what follows."""
+    """The definition of (y, h): h = x + residual, the next residual, and y, its norm."""
     h = x + residual
     return rms_norm_reference(h, weight, eps), h
 
@@ -113,7 +113,7 @@ def _rms_norm_bwd_kernel(
 
 # --- launch + autograd ---------------------------------------------------------------------------
 def launch_config(D: int) -> dict[str, int]:
-    """Block sizes and warps for rows of D elements.
+    """Return block sizes and warps for rows of D elements.
 
     16 elements per thread are two 128-bit accesses in bf16 and leave registers for x, w and dw in fp32. Rows
     shorter than 1,024 share a tile, so that even those are read 128 bits at a time.
@@ -125,7 +125,7 @@ def launch_config(D: int) -> dict[str, int]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(M, D) with unit stride in a row; a copy only where that is impossible."""
+    """Return x as (M, D) with unit stride in a row; a copy only where that is impossible."""
     x_MD = x.reshape(-1, x.shape[-1])
     return x_MD if x_MD.stride(-1) == 1 else x_MD.contiguous()
 
@@ -241,7 +241,7 @@ _rms_norm_add_fwd.register_autograd(_backward_add, setup_context=_save_add)
 
 
 class _TorchRmsNorm(torch.autograd.Function):
-    """The CPU's: a third of the time of autograd's own backward, because intermediates are reused."""
+    """RMSNorm on a CPU: a third of the time of autograd's backward, because intermediates are reused."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -268,7 +268,7 @@ class _TorchRmsNorm(torch.autograd.Function):
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float = 1e-5, _backend: Backend | None = None
 ) -> Tensor:
-    """x (..., D), weight (D,) -> (..., D) in x's dtype; statistics in fp32.
+    """Return x * rstd * weight, (..., D), (D,) -> (..., D) in x's dtype; statistics in fp32.
 
     Raises ValueError where the shapes do not fit or D is larger than 16,384.
     """
@@ -287,7 +287,7 @@ def rms_norm_add(
     eps: float = 1e-5,
     _backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x, residual (..., D), weight (D,) -> y, h (..., D): h = x + residual, y = rms_norm(h).
+    """Return (y, h), (..., D) each: h = x + residual, y = rms_norm(h); weight (D,).
 
     Raises ValueError where the shapes or the dtypes do not fit.
     """

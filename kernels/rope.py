@@ -12,7 +12,7 @@ rotated dimensions alone.
 One program rotates all heads of one token; nothing is reduced, so the result is deterministic.
 
 Bound: memory. Forward moves the rotated part twice, 2*L*heads*R elements, and R/2 of each table per token;
-backward, which may not write into a gradient that autograd still owns, moves all of x twice.
+backward moves all of x twice, because it may not write into a gradient that autograd still owns.
 
 Letters: L tokens, N heads in a group, K head size, R rotary size, P rows of the tables; G groups here.
 """
@@ -106,8 +106,10 @@ def _rope_kernel(
 
 # --- launch + autograd ---------------------------------------------------------------------------
 def launch_config(G: int, N: int, K: int, R: int, num_rotated_heads: int) -> dict[str, int]:
-    """Sizes and warps: a thread holds 8 elements of each half, one 128-bit access in bf16. With 16, backward
-    spills on sm_80."""
+    """Return block sizes and warps.
+
+    A thread holds 8 elements of each half, one 128-bit access in bf16. With 16, the backward spills on sm_80.
+    """
     block_heads = triton.next_power_of_2(G * num_rotated_heads)
     block_half = triton.next_power_of_2(R // 2)
     return {

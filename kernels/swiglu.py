@@ -74,14 +74,17 @@ def _swiglu_bwd_kernel(
 
 # --- launch + autograd ---------------------------------------------------------------------------
 def launch_config(F: int) -> dict[str, int]:
-    """8 elements per thread: one 128-bit access per tensor in bf16, and few enough registers that an SM holds
-    its 64 warps, which is what hides the latency of a kernel that only streams."""
+    """Return block size and warps for F columns.
+
+    8 elements per thread are one 128-bit access per tensor in bf16. They need few enough registers that an SM holds
+    its 64 warps, which hide the latency of a kernel that only streams.
+    """
     BLOCK_F = min(1024, max(32, triton.next_power_of_2(F)))
     return {"BLOCK_F": BLOCK_F, "num_warps": max(1, BLOCK_F // (32 * 8))}
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(M, last dim) with unit stride in a row; a copy only where that is impossible."""
+    """Return x as (M, last dim) with unit stride in a row; a copy only where that is impossible."""
     x_2d = x.reshape(-1, x.shape[-1])
     return x_2d if x_2d.stride(-1) == 1 else x_2d.contiguous()
 
@@ -134,7 +137,7 @@ _swiglu_fwd.register_autograd(_backward, setup_context=_save)
 
 
 class _TorchSwiglu(torch.autograd.Function):
-    """The CPU's: keeps gate_up alone and writes both halves of its gradient in place."""
+    """SwiGLU on a CPU: keeps only gate_up and writes both halves of its gradient in place."""
 
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:
@@ -158,7 +161,7 @@ class _TorchSwiglu(torch.autograd.Function):
 
 # --- public op -----------------------------------------------------------------------------------
 def swiglu(gate_up: Tensor, *, _backend: Backend | None = None) -> Tensor:
-    """gate_up (..., 2F) -> silu(gate_up[..., :F]) * gate_up[..., F:], (..., F); fp32 inside.
+    """Return silu(gate_up[..., :F]) * gate_up[..., F:], (..., 2F) -> (..., F); fp32 inside.
 
     Raises ValueError where the last dimension is not even and positive.
     """

@@ -1,4 +1,4 @@
-"""The choice of back-end for an op, and matrix products on a CPU.
+"""Choice of the back-end that computes an op, and the CPU's matrix products.
 
 May import: no other room.
 """

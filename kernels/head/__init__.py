@@ -1,4 +1,4 @@
-"""Machinery that the four head losses share, from a call's options to the Triton text.
+"""Machinery that the four head ops share, from a call's options to the Triton text.
 
 May import: kernels/backend.
 """

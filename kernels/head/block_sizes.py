@@ -1,6 +1,6 @@
 """Block sizes of the head's kernels per GPU generation, and why.
 
-Found by compiling offline (`phimini bench kernels --static`); not yet timed on a GPU. What decided:
+Found by compiling offline (`phimini bench kernels --static`); not yet timed on a GPU. The reasons:
 
 sm_90, sm_100: 128 x 256 x 64, 8 warps. 85 FLOP per byte fetched from L2; 128 x 128 has 64, which at 600 TFLOP/s asks
     for 9.4 TB/s. Four stages fill 192 KiB of the 227 KiB of shared memory; a second program would not fit with
@@ -39,11 +39,11 @@ MATMUL = {
 MERGE_SPLITS, MERGE_ROWS, MERGE_WARPS = 32, 32, 4
 GRADIENT_ROWS, GRADIENT_WARPS = 8, 4
 GRADIENT_TILES = 8
-"""Tiles a program goes through: the row's numbers (24 bytes) are then read once per 8 KB of logits."""
+"""Tiles of one program: the row's numbers (24 bytes) are then read once per 8 KB of logits."""
 
 
 def vocabulary_splits(num_row_blocks: int, num_tiles: int, num_sms: int) -> int:
-    """Into how many parts the forward-only kernel cuts the vocabulary: the fewest that keep 90 % of the SMs busy.
+    """Return the number of parts of the vocabulary for the forward-only kernel: the fewest that keep 90 % of SMs busy.
 
     One program per SM and row block; with P programs, ceil(P / SMs) rounds take as long as P / SMs would at best.
     """

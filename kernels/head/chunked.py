@@ -7,8 +7,8 @@ A loss of these has, per row, the gradient with respect to the logits
 
     dz = (dlse - dlogp) p + dlogp onehot - dH p (z - sum p z) + dzbar / V
 
-so a back-end needs a few numbers per row between its logit GEMM and its two gradient GEMMs, and every loss
-here knows them as soon as a chunk's statistics are known: three GEMMs for forward and backward together.
+so a back-end needs a few numbers per row between its logit GEMM and its two gradient GEMMs. Every loss here knows them
+as soon as a chunk's statistics are known: three GEMMs for forward and backward together.
 
 Vocab-parallel: each rank has V/TP rows of W. Ranks gather (max, sum, entropy sum, target logit) per row and
 merge them in rank order, so all ranks have bit-equal statistics; dX is summed over the ranks at the end.
@@ -26,30 +26,30 @@ from phimini.kernels.head.rows import HeadRows, chunk_slices
 
 
 class LocalStats(NamedTuple):
-    """This rank's part of the softmax of each row."""
+    """This rank's part of the softmax of each row, (M,) each."""
 
     max_M: Tensor
     sum_M: Tensor
-    """sum of exp(z - max)"""
+    """Sum of exp(z - max)."""
     target_logit_M: Tensor
-    """0 where another rank has the target"""
+    """0 where another rank has the target."""
     weighted_M: Tensor | None
-    """sum of exp(z - max) * (z - max), for the entropy"""
+    """Sum of exp(z - max) * (z - max), for the entropy."""
 
 
 class RowStats(NamedTuple):
-    """fp64, but for the mean logit."""
+    """Statistics of each row, (M,) each; fp64, the mean logit in the compute dtype."""
 
     logp_M: Tensor
     lse_M: Tensor
     entropy_M: Tensor | None
     mean_logit_M: Tensor | None
     is_top_M: Tensor
-    """bool: no class has a larger logit than the target"""
+    """Whether the target has the largest logit, bool; a tie counts."""
 
 
 class RowGrads(NamedTuple):
-    """d loss / d statistic, per row; None is 0."""
+    """d loss / d statistic, (M,) each; None is 0."""
 
     logp_M: Tensor
     lse_M: Tensor | None = None
@@ -58,7 +58,7 @@ class RowGrads(NamedTuple):
 
 
 class LogitGrads(NamedTuple):
-    """dz = scale * exp(z - max) * (softmax - entropy * (z - max + shift)) + target * onehot, max of this rank."""
+    """Factors of dz = scale * exp(z - max) * (softmax - entropy * (z - max + shift)) + target * onehot, max of this rank."""
 
     scale_M: Tensor
     softmax_M: Tensor
@@ -126,13 +126,15 @@ class ChunkedHead:
                 dist.all_reduce(self.mean_D, group=group)
 
     def logits(self, rows: slice) -> LocalStats:
+        """Compute and keep a chunk's logits; return their statistics."""
         raise NotImplementedError
 
     def gradients(self, rows: slice, grads: LogitGrads) -> None:
+        """Turn the chunk's logits into dz; write dX of the chunk and add to dW."""
         raise NotImplementedError
 
     def scaled_rows(self, rows: slice) -> Tensor:
-        """x / temperature of a chunk, in the compute dtype."""
+        """Return x / temperature of a chunk, in the compute dtype."""
         raise NotImplementedError
 
     def forward(self, rows: slice) -> RowStats:
@@ -170,13 +172,13 @@ class ChunkedHead:
         )
 
     def backward(self, rows: slice, grads: RowGrads) -> None:
-        """For the chunk of the latest `forward`, once: its logits are overwritten."""
+        """Compute dX and dW of the chunk of the latest `forward`, once: its logits are overwritten."""
         below_M = self.local_max_M - self.max_M
         shift_M = None
         if grads.entropy_M is not None:
             assert self.mean_shift_M is not None, "an entropy gradient needs entropy_gradient=True"
             shift_M = below_M - self.mean_shift_M
-        # A rank whose classes are all hopeless would underflow to 0 here; below e^-60 it does not matter.
+        # A rank whose classes all have tiny probabilities would underflow to 0 here; below e^-60 it does not matter.
         scale_M = (below_M - self.log_sum_M).clamp_min(-60).exp()
         softmax_M = -grads.logp_M if grads.lse_M is None else grads.lse_M - grads.logp_M
         dz = LogitGrads(
@@ -191,7 +193,7 @@ class ChunkedHead:
             self._mean_gradient(rows, grads.mean_logit_M.to(self.dtype))
 
     def _mean_gradient(self, rows: slice, grad_M: Tensor) -> None:
-        """zbar = x . (mean row of W) / temperature: a rank-one gradient, no pass over the logits."""
+        """Add the gradient of zbar = x . (mean row of W) / temperature: rank one, without a pass over the logits."""
         assert self.local_mean_D is not None, "a mean_logit gradient needs with_mean_logit=True"
         if self.dx_MD is not None:
             scaled_M = (
@@ -221,7 +223,7 @@ class ChunkedHead:
 
 
 def _merge_ranks(local: LocalStats, num_local_classes: int, group: dist.ProcessGroup) -> LocalStats:
-    """One all-gather; every rank then does the same sums in the same order."""
+    """Merge the ranks' statistics: one all-gather, then every rank does the same sums in the same order."""
     M = local.max_M.shape[0]
     weighted_M = local.weighted_M if local.weighted_M is not None else local.sum_M
     mine = torch.cat([local.max_M, local.sum_M, local.target_logit_M, weighted_M,
@@ -245,7 +247,7 @@ def _merge_ranks(local: LocalStats, num_local_classes: int, group: dist.ProcessG
 
 
 def _check_equal_shares(num_classes_R: Tensor) -> None:
-    """V not divisible by TP shows as ranks with unequal numbers of weight rows. On CUDA checked on the device."""
+    """Raise ValueError for unequal numbers of weight rows (V not divisible by TP); on CUDA checked on the device."""
     equal = (num_classes_R == num_classes_R[0]).all()
     if num_classes_R.device.type != "cpu":
         torch.ops.aten._assert_async.msg(

@@ -1,8 +1,8 @@
-"""Which rows of a preference batch are computed together.
+"""Plan of a preference batch: groups of whole pairs that are computed together.
 
 All rows of a pair share a coefficient that is known after the pair's last logit. So chunks hold whole pairs, and
-a pair longer than a chunk is a group of its own. Where the host does not know which rows belong to which pair
-(they are on a GPU, or on other ranks too) and one chunk does not hold everything, logits are computed twice.
+a pair longer than a chunk is a separate group. Where the host does not know which rows belong to which pair
+(they are on a GPU, or also on other ranks) and one chunk cannot hold everything, logits are computed twice.
 
 Letters: M rows, P pairs, S = 2P sequences: 2i is the chosen and 2i + 1 the rejected answer of pair i.
 """
@@ -26,23 +26,28 @@ class PairGroup:
     last: int
     rows: slice
     chosen_rows: int
-    """of the first pair: where its rejected rows begin"""
+    """Chosen rows of the first pair: its rejected rows begin behind them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairPlan:
+    """Rows in the order of computation, and the groups they form."""
+
     rows: HeadRows
     sequence_M: Tensor
-    """of each of the rows"""
+    """Sequence of each of the rows."""
     groups: list[PairGroup] | None
-    """None: the coefficients come from a first pass over all rows"""
+    """None where the coefficients come from a first pass over all rows."""
 
 
 def plan_pairs(
     call: HeadCall, sequence_M: Tensor, weight_P: Tensor | None, num_sequences: int,
     sequence_group: dist.ProcessGroup | None,
 ) -> PairPlan:  # fmt: skip
-    """ValueError for a counting row's sequence outside [0, num_sequences), where the host can see it."""
+    """Return the plan.
+
+    Raises ValueError for a sequence outside [0, num_sequences), for rows that count, where the host can see it.
+    """
     on_device_M = sequence_M.to(call.targets_M.device, non_blocking=True)
     counts_M = call.targets_M != call.options.ignore_index
     _check_sequences(call.options.op, on_device_M, counts_M, num_sequences)
@@ -93,7 +98,7 @@ def _check_sequences(op: str, sequence_M: Tensor, counts_M: Tensor, num_sequence
 def _sorted_plan(
     call: HeadCall, sequence_M: Tensor, counts_M: Tensor, num_sequences: int, sequence_group: dist.ProcessGroup | None
 ) -> PairPlan:  # fmt: skip
-    """On a CPU: the counting rows alone, in the order of their sequences."""
+    """Return the plan on a CPU: only the rows that count, in the order of their sequences."""
     kept_M = counts_M.nonzero()[:, 0]
     sequence_M = sequence_M[kept_M]
     if bool((sequence_M.diff() < 0).any()):
@@ -113,7 +118,7 @@ def _sorted_plan(
     length_S = torch.bincount(sequence_M, minlength=num_sequences)
     largest_S = length_S
     if sequence_group is not None:
-        # All its ranks form the same groups: they sum log-probs group by group.
+        # All ranks must form the same groups, because they sum log-probs group by group.
         largest_S = length_S.clone()
         dist.all_reduce(largest_S, op=dist.ReduceOp.MAX, group=sequence_group)
     groups = pair_groups(length_S.tolist(), largest_S.tolist(), call.chunk_rows)
@@ -121,7 +126,7 @@ def _sorted_plan(
 
 
 def pair_groups(lengths: list[int], largest: list[int], rows_at_most: int) -> list[PairGroup]:
-    """As many whole pairs as fit; `largest` bounds each sequence's length on any rank and decides."""
+    """Return groups of as many whole pairs as fit. `largest`: each sequence's greatest length on any rank, which decides."""
     pair_rows = [a + b for a, b in zip(largest[::2], largest[1::2], strict=True)]
     groups, first, start = [], 0, 0
     while first < len(pair_rows):
@@ -139,7 +144,7 @@ def pair_groups(lengths: list[int], largest: list[int], rows_at_most: int) -> li
 
 
 def _segments(groups: list[PairGroup], rows_at_most: int) -> Tensor:
-    """(S,): which stretch of rows a sequence is in; within one, rows that count come first."""
+    """Return (S,), the segment of rows of each sequence; within a segment, rows that count come first."""
     segments, segment = [], 0
     for group in groups:
         is_long = group.rows.stop - group.rows.start > rows_at_most

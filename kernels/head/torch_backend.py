@@ -1,13 +1,12 @@
 """The head in plain torch, one chunk of fp32 logits at a time: for CPUs, and for fp32 and fp64 on any device.
 
-The chunk holds E = exp(z - max) after the forward. dz = c E + g onehot with one c per row, so c never touches
-the logits: it scales the rows of dX after their GEMM and the rows of X before dW's, and g / c is added to the
-M target entries. A gradient of the entropy needs a pass: dz = c E (a - b (z - max + shift)).
+After the forward the chunk holds E = exp(z - max). dz = c E + g onehot has one c per row, so c is not multiplied into the
+logits: it scales the rows of dX after their GEMM and the rows of X before dW's, and g / c is added to the M target
+entries. A gradient of the entropy needs a pass: dz = c E (a - b (z - max + shift)).
 
-The passes over the logits (max, subtract, exp, sum) go block by block, small enough to stay in the L2 cache: measured
-0.4 to 0.5 of the CPU time of whole-chunk passes. What bounds it: the GEMMs, 6 * M * V * D FLOPs, in the library that
-kernels/linear.py picks. Never bf16 GEMMs: an AVX2 CPU runs them 40 times slower than fp32, so narrow inputs are widened
-once. oneDNN does not accumulate: dW's product then goes block by block of the vocabulary, added while still in cache.
+The passes over the logits (max, subtract, exp, sum) work on blocks that stay in the L2 cache: measured 0.4 to 0.5 of the
+CPU time of whole-chunk passes. Bound: the GEMMs, 6 * M * V * D FLOPs, in the library that backend/cpu_gemm.py chooses.
+Narrow inputs are widened once, because an AVX2 CPU runs bf16 GEMMs 40 times slower than fp32 ones.
 
 Deterministic for a fixed number of threads. Letters: M rows, D model width, V classes of this rank.
 """
@@ -22,7 +21,7 @@ from phimini.kernels.head.rows import HeadRows
 TINY = 1e-30
 SEVERAL_THREADS_ELEMENTS = 1 << 21
 ONE_THREAD_ELEMENTS = 1 << 17
-"""How much of a chunk is worked on at a time. One thread: 512 KiB of fp32, a quarter of a 2 MiB L2 cache, which also
+"""Elements of a chunk in one block. One thread: 512 KiB of fp32, a quarter of a 2 MiB L2 cache, which also
 holds the block of exponentials. Several: 8 MiB, because each operation is a parallel region whose end is waited for."""
 
 
@@ -49,7 +48,7 @@ class TorchHead(ChunkedHead):
     def logits(self, rows: slice) -> LocalStats:
         x_MD = self.x_MD[rows]
         M = x_MD.shape[0]
-        self.logits_MV = self.x_MD.new_empty(0)  # the chunk before goes first
+        self.logits_MV = self.x_MD.new_empty(0)  # free the previous chunk first
         self.logits_MV = z_MV = matmul(x_MD, self.wide_weight_VD.t())
         targets_M1, V = self.targets_M[rows, None], z_MV.shape[1]
         self.column_M1, self.is_here_M1 = targets_M1, None
@@ -84,7 +83,7 @@ class TorchHead(ChunkedHead):
         if self.entropy_gradient:
             scale_M = grads.scale_M
             self._entropy_pass(dz_MV, grads)
-        # dz = scale * (buffer + target / scale * onehot); a scale of 0 with a target is a rounding accident.
+        # dz = scale * (buffer + target / scale * onehot). Where rounding makes scale 0 (d logp = -d lse), TINY keeps the target.
         scale_M = torch.where((scale_M.abs() < TINY) & (target_M != 0), TINY, scale_M)
         at_target_M1 = (target_M / torch.where(scale_M == 0, 1, scale_M))[:, None]
         if self.is_here_M1 is not None:
@@ -102,7 +101,7 @@ class TorchHead(ChunkedHead):
             add_outer(self.dw_VD, dz_MV, x_MD * scale_M[:, None])
 
     def _entropy_pass(self, z_MV: Tensor, grads: LogitGrads) -> None:
-        """z - max -> exp(z - max) * (softmax - entropy * (z - max + shift)), in place."""
+        """Turn z - max into exp(z - max) * (softmax - entropy * (z - max + shift)), in place."""
         assert self.block_MV is not None, "entropy_gradient allocates the block"
         minus_M1 = torch.zeros_like(grads.softmax_M)[:, None]
         offset_M1 = grads.softmax_M[:, None]

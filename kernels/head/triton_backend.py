@@ -1,4 +1,4 @@
-"""The head's Triton back-end: how the kernels of `triton_kernels.py` are put together.
+"""The head's Triton back-end: the launches of the kernels of `triton_kernels.py`, and the GEMMs between them.
 
 Without gradients: one kernel over row blocks and vocabulary splits; logits stay on the chip. 2 M V D FLOPs; reads x and
 W once from HBM.
@@ -10,11 +10,11 @@ With gradients, per chunk:
     4. cuBLAS              dX = dz W, dW += dz^T X with fp32 results           4 M V D FLOPs
 The statistics come out of the GEMM's own epilogue, in fp32, so that the row pass reads the logits once (a row of
 200,064 fits no SM: any kernel on finished logits reads them twice, as Liger's does). The gradient GEMMs are plain
-matrix products without an epilogue worth having: cuBLAS, with its clusters and multicast, is the faster plan there, and
-its beta=1 adds to dW in fp32 without another pass.
+matrix products without an epilogue. cuBLAS, with its clusters and multicast, is the faster plan there, and its beta=1
+adds to dW in fp32 without another pass.
 
-Row counts stay on the GPU: kernels return early beyond `num_rows`, where the gradient kernel writes zeros for
-cuBLAS to multiply. `max_rows` on the ops spares cuBLAS that.
+Row counts stay on the GPU. Kernels return early beyond `num_rows`, and the gradient kernel writes zeros there, which
+cuBLAS multiplies. `max_rows` of the ops shortens these products.
 
 On a CPU (tests) the kernels run in Triton's interpreter, and the GEMMs in fp32.
 """

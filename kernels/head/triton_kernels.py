@@ -1,4 +1,4 @@
-"""The head's Triton kernels. Launched by `triton_backend.py`; block sizes and their reasons in `block_sizes.py`.
+"""The head's Triton kernels, launched by `triton_backend.py` with the block sizes of `block_sizes.py`.
 
     _head_fwd_kernel       logits tile by tile, statistics only: nothing of size M * V is ever written
     _head_logits_kernel    one tile of logits -> E = exp(z - tile max) and the tile's statistics
@@ -6,7 +6,7 @@
     _head_gradient_kernel  E -> dz in place: one read, one write
 
 All deterministic: each number has one writer, and sums run in a fixed order. exp(z - max) is computed as
-exp2((z - max) * log2 e), the difference first: it is exact where it matters, at logits of 1e4 too.
+exp2((z - max) * log2 e), with the difference first: exact also at logits of 1e4.
 
 E is stored in the inputs' dtype relative to its tile's own maximum, so its rounding is a relative 2^-9 of each
 probability in bf16; a logit z stored in bf16 would be off by |z| * 2^-9, the probability by that factor.
@@ -23,10 +23,10 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
-# A logit that is not there: finite, so that exp(z - max) * (z - max) is 0 and not NaN.
+# Logit of a missing class: finite, so that exp(z - max) * (z - max) is 0 and not NaN.
 MASKED = tl.constexpr(-1e30)
 
-# A chunk's rows start anywhere: whether these are aligned then must not compile a kernel anew.
+# A chunk's rows start anywhere; their alignment must not cause a recompilation.
 PER_ROW = ["targets_ptr", "inverse_temperature_ptr"]
 
 
@@ -36,10 +36,9 @@ def _logit_tile(
     USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) fp32: x[row:] @ w[col:]^T; x and w are descriptors with USE_TMA, else pointers.
+    """Return (BLOCK_M, BLOCK_N) fp32: x[row:] @ w[col:]^T; x and w are descriptors with USE_TMA, else pointers.
 
-    Off the end TMA reads zeros. Pointers read the last row instead, which costs no mask: what comes of it is
-    masked later.
+    Off the end TMA reads zeros. Pointers read the last row instead, without a mask; the caller masks those logits.
     """
     z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if USE_TMA:
@@ -71,7 +70,7 @@ def _head_fwd_kernel(
     USE_TMA: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Programs next to each other share a split, so the tiles of W they read at the same time are the same.
+    # Neighbouring programs share a split, so that they read the same tiles of W at the same time.
     num_row_blocks = tl.cdiv(M, BLOCK_M)
     row = (tl.program_id(0) % num_row_blocks) * BLOCK_M
     split = tl.program_id(0) // num_row_blocks
@@ -205,7 +204,7 @@ def _head_gradient_kernel(
     M, V, stride_e_m, stride_s, tiles_per_program,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dz = scale exp(z - max) (softmax - entropy (z - max + shift)); at the target, at_target; 0 in other rows."""
+    """Write dz = scale exp(z - max) (softmax - entropy (z - max + shift)); at the target, at_target; 0 in other rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < M
     counts = rows < tl.load(num_rows_ptr)
