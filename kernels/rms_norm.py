@@ -258,7 +258,7 @@ class _TorchRmsNorm(torch.autograd.Function):
         w = weight.to(rstd.dtype)
         dy = dy.to(rstd.dtype)
         x_hat = x * rstd
-        dy_x_hat_MD = (dy * x_hat).view(-1, x.shape[-1])
+        dy_x_hat_MD = (dy * x_hat).reshape(-1, x.shape[-1])
         mean = torch.mv(dy_x_hat_MD, w).view(rstd.shape).div_(x.shape[-1])
         dx = (dy * w).addcmul_(x_hat, mean, value=-1).mul_(rstd)
         return dx.to(x.dtype), dy_x_hat_MD.sum(0).to(weight.dtype), None

@@ -174,5 +174,9 @@ def swiglu(gate_up: Tensor, *, _backend: Backend | None = None) -> Tensor:
             f"swiglu: gate_up: expected an even last dim (gate, then up), got {gate_up.shape[-1]}"
         )
     if not runs_triton(gate_up, _backend):
+        if (
+            torch.compiler.is_compiling()
+        ):  # which fuses the definition, and cannot trace writes into a half
+            return swiglu_reference(gate_up)
         return _TorchSwiglu.apply(gate_up)
     return _swiglu_fwd(gate_up)
