@@ -91,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     with lasting_output() as output, sigterm_as_ctrl_c():
         status, writes = exit_status(arguments)
+    if status == 2 and "RANK" in os.environ:  # imported late: it loads torch
+        function_of("phimini.parallel.ranks.process:end_job_without_restart")()
     return status or int(output.lost is not None and not writes)
 
 

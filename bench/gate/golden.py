@@ -92,7 +92,7 @@ def measure(layouts: list[str]) -> Losses:
 def _run(stage: str, folder: Path, layout: str) -> None:
     ranks, settings = LAYOUTS[layout]
     words = [stage, "tiny", f"out={folder}", *SETTINGS, *settings]
-    statuses = run_ranks(_rank, ranks, words, timeout_s=600)
+    statuses = run_ranks(_rank, ranks, words)
     if any(statuses):
         raise RuntimeError(f"bench golden: {stage} at layout {layout} ended with status {statuses}")
 

@@ -1,40 +1,39 @@
-"""Starts the ranks of a small job on this machine by forking: the imports are paid once, not once per rank.
+"""Start the ranks of a job on this machine, with torch's elastic launcher.
 
-Tests use it, and `phimini recipe` to train data-parallel on the cores of one machine. Several machines, or GPUs, are
-started by torchrun, which sets the same environment.
+`processes=N` of a run comes here. Several machines are started by torchrun, which sets the same environment.
 """
 
-import ctypes
+import contextlib
 import gc
-import multiprocessing
+import logging
 import os
-import pickle
 import signal
-import socket
 import sys
-import time
-import traceback
-from collections.abc import Callable
-from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ProcessFailure,
+    get_error_handler,
+)
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-_GRACE_S = 1.0
-"""how long the others may still report their own failure before they are killed"""
-_INTERRUPT_GRACE_S = 60.0
-"""how long ranks may take to save after Ctrl-C"""
-_PR_SET_PDEATHSIG = 1
-process_group_joined = False
-"""set by `world.initialize`: gloo's threads do not survive a fork, and the children would wait for them for ever"""
+from phimini.parallel.ranks import process
+
+_SAVE_S = 60
+"""Seconds that ranks may take to save after Ctrl-C or SIGTERM before they are killed."""
 
 
 class RankFailure(RuntimeError):
-    """A rank raised, died or was late. `rank` is the first one; its traceback is in the message.
+    """A rank that raised or died.
 
-    `error` is (type name, message) of what it raised; None if it died or was late.
+    `rank` is the first that failed; its traceback is in the message. `error` is (type name, message) of the exception
+    that it raised, or None if it died.
     """
 
     def __init__(self, rank: int, message: str, error: tuple[str, str] | None = None) -> None:
@@ -43,170 +42,105 @@ class RankFailure(RuntimeError):
         self.error = error
 
 
-def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float | None = None
-) -> list[Any]:
-    """Runs `fn(*args)` in `world_size` forked processes and returns what each returned, by rank.
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Run `fn(*args)` in `world_size` processes and return their results by rank.
 
-    Each child gets torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, ...) and one compute thread; its stdout and
-    stderr are the parent's. What it returns must pickle. `fn` may be a closure. If a rank fails, the others are
-    killed within seconds and `RankFailure` carries the rank and its traceback. Ctrl-C reaches every rank once (as
-    KeyboardInterrupt) and is raised here again after they ended. If the parent dies, the kernel ends the ranks.
+    Each process gets torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, ...), one compute thread and this
+    process's stdout and stderr. The processes are forked, so the imports are paid once and `fn` may be a closure.
+    Once CUDA or a process group is in use here they are spawned instead, and `fn` and `args` must pickle, as results
+    always must.
 
-    `timeout_s`: wall seconds for the whole job; None waits for ever.
+    Ctrl-C and SIGTERM reach every rank once; KeyboardInterrupt is raised here after they ended. Each has to raise: one
+    that returns is kept waiting, and killed after 60 s. If this process dies, the kernel kills the ranks.
+
+    Raises RankFailure if a rank fails, after the others were stopped with SIGTERM and, 30 s later, SIGKILL.
     """
     if world_size < 1:
         raise ValueError(f"run_ranks: world_size must be at least 1, got {world_size}")
-    if torch.cuda.is_initialized():
-        raise RuntimeError(
-            "run_ranks: CUDA is in use and does not survive a fork; start ranks with torchrun"
-        )
-    if process_group_joined:
-        raise RuntimeError(
-            "run_ranks: this process has joined a process group before, whose threads do not survive a fork"
-        )
     sys.stdout.flush()
     sys.stderr.flush()
-    context = multiprocessing.get_context("fork")
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    processes, connections = [], []
-    for rank in range(world_size):
-        receive, send = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_child, args=(rank, world_size, port, listener, send, connections, fn, args)
+    with tempfile.TemporaryDirectory(prefix="phimini-ranks-") as folder, _quiet(), _own_handlers():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=world_size,
+            run_id="local",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            monitor_interval=0.05,
+            start_method="fork" if process.can_fork() else "spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle="SIGINT,SIGTERM",
+            shutdown_timeout=_SAVE_S,
         )
-        process.start()
-        send.close()
-        processes.append(process)
-        connections.append(receive)
-    # The parent serves the rendezvous, as torchrun's agent does: no port is chosen and then lost to another process.
-    # Ranks that connect earlier wait in the socket's backlog.
-    store = TCPStore(
-        "127.0.0.1", port, world_size, is_master=True, wait_for_workers=False,
-        timeout=timedelta(seconds=300), master_listen_fd=listener.detach(),
-    )  # fmt: skip
-    try:
-        return _collect(processes, connections, timeout_s)
-    except KeyboardInterrupt:
-        for process in processes:
-            if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, signal.SIGINT)
-        _join(processes, _INTERRUPT_GRACE_S)
-        raise
-    finally:
-        for process in processes:
-            process.kill()
-        _join(processes, 10.0)
-        for connection in connections:
-            connection.close()
-        del store
+        try:
+            # In one tuple: the launcher would substitute $ in words of its own argument list.
+            results = elastic_launch(config, _rank)((fn, args))
+        except SignalException as stop:
+            raise KeyboardInterrupt from stop
+        except ChildFailedError as error:
+            raise _described(world_size, *error.get_first_failure()) from None
+    return [results[rank] for rank in range(world_size)]
 
 
-def _collect(
-    processes: list[Any], connections: list[Connection], timeout_s: float | None
-) -> list[Any]:
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    results: dict[int, Any] = {}
-    failures: dict[int, tuple[str, tuple[str, str] | None]] = {}  # in order of arrival
-    silent: list[int] = []  # ended without a word: they are the cause, whoever complained first
-    rank_of = {connection: rank for rank, connection in enumerate(connections)}
-    waiting = set(connections)
-    while waiting:
-        remaining = None if deadline is None else deadline - time.monotonic()
-        ready = wait(list(waiting), remaining) if remaining is None or remaining > 0 else []
-        if not ready:
-            break
-        for connection in ready:
-            assert isinstance(connection, Connection)
-            rank = rank_of[connection]
-            waiting.discard(connection)
-            try:
-                kind, payload = pickle.loads(connection.recv_bytes())
-            except EOFError:
-                processes[rank].join(10.0)
-                silent.append(rank)
-                text = f"ended without a result, {_exit_text(processes[rank].exitcode)}"
-                kind, payload = "failed", (text, None)
-            if kind == "returned":
-                results[rank] = payload
-            else:
-                if not failures:
-                    deadline = time.monotonic() + _GRACE_S
-                failures[rank] = payload
-    if failures:
-        rank = silent[0] if silent else next(iter(failures))
-        text, error = failures[rank]
-        also = sorted(set(failures) - {rank})
-        others = f"\n(then also rank {', '.join(map(str, also))})" if also else ""
-        raise RankFailure(rank, f"rank {rank} of {len(processes)} failed: {text}{others}", error)
-    if waiting:
-        late = sorted(rank_of[connection] for connection in waiting)
-        raise RankFailure(
-            late[0],
-            f"rank {', '.join(map(str, late))} of {len(processes)} did not end within {timeout_s} s",
-        )
-    return [results[rank] for rank in range(len(processes))]
-
-
-def _exit_text(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {code}"
-
-
-def _join(processes: list[Any], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-
-
-def end_with_parent() -> None:
-    """In a forked process: the kernel ends it when the thread that forked it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _child(
-    rank: int,
-    world_size: int,
-    port: int,
-    listener: socket.socket,
-    send: Connection,
-    inherited: list[Connection],
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
-    # A process group of its own: the terminal's Ctrl-C reaches the parent only, which forwards it once.
+def _rank(call: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
+    """Run one rank's call in its process."""
+    # A process group of its own: a terminal's Ctrl-C reaches the parent only, which forwards it once.
     os.setpgid(0, 0)
-    end_with_parent()
-    listener.close()
-    for connection in inherited:
-        connection.close()
-    # The parent's garbage is not this process's to collect: a store among it would wait for a thread that was not forked.
+    process.end_with_parent()
+    # Freeze the inherited objects: finalising the parent's store here would wait for a thread that was not forked.
     gc.freeze()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_COUNT="0",
-        OMP_NUM_THREADS="1",
-        GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-    )
+    logging.disable(logging.NOTSET)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    fn, args = call
     try:
-        message = ("returned", fn(*args))
-    # Whatever it is, the parent must hear of it; KeyboardInterrupt and SystemExit too.
+        return fn(*args)
+    # The parent must hear of KeyboardInterrupt and SystemExit too; torch takes the first for success.
     except BaseException as error:
-        message = ("failed", (traceback.format_exc(), (type(error).__name__, str(error))))
-    send.send_bytes(pickle.dumps(message))
-    send.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # No interpreter shutdown: gloo's threads may still wait for a rank that is gone.
-    os._exit(0 if message[0] == "returned" else 1)
+        get_error_handler().record_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Skip the interpreter's shutdown: threads of gloo may still wait for a rank that is gone.
+        os._exit(1)
+
+
+def _described(world_size: int, rank: int, failure: ProcessFailure) -> RankFailure:
+    """Return the failure of a rank with its signal, its exit code or the traceback that it recorded."""
+    recorded: Any = failure.message
+    if isinstance(recorded, dict):
+        name, _, message = recorded["message"].partition(": ")
+        text, error = recorded["extraInfo"]["py_callstack"], (name, message)
+    else:
+        how = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"  # fmt: skip
+        text, error = f"ended without a result, {how}", None
+    return RankFailure(rank, f"rank {rank} of {world_size} failed: {text}", error)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the launcher's own log: a failure is reported once, as RankFailure."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Put back the handlers of SIGINT and SIGTERM, which the launcher replaces in the main thread."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)

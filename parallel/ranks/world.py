@@ -11,7 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from phimini.model.config import ModelConfig
-from phimini.parallel.ranks import local_launch as launch
+from phimini.parallel.ranks import process
 from phimini.parallel.ranks.layout import Layout
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ def initialize(
                 "GPUs are visible (from 0): one each is needed, so start fewer ranks (processes=1, or torchrun's)"
             )
         torch.cuda.set_device(device)
-    launch.process_group_joined = True
+    process.process_group_joined = True
     if not dist.is_initialized():
         backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
         if world_size == 1:

@@ -9,7 +9,6 @@ before anything of it is loaded, and after `finish` every parameter is read back
 """
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -37,6 +36,7 @@ from vllm.platforms import current_platform
 from phimini.kernels import checksums
 from phimini.model.config import ModelConfig
 from phimini.parallel.megatron.weight_names import hf_names
+from phimini.parallel.ranks.process import end_with_parent
 from phimini.parallel.weight_sync import gpu_transports as weight_sync_cuda
 from phimini.parallel.weight_sync.cpu_transports import (
     IN_THIS_PROCESS,
@@ -49,8 +49,6 @@ from phimini.parallel.weight_sync.deadline import WeightSyncError
 from phimini.parallel.weight_sync.fp8_blocks import SCALE_SUFFIX, quantised_names
 from phimini.parallel.weight_sync.readback import ReadBack
 from phimini.parallel.weight_sync.sync import Entry, entry_of
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -351,7 +349,7 @@ class WorkerExtension:
         """Answers, and makes sure that the engine does not outlive the server that forked it."""
         parent = os.getppid()
         if sys.platform == "linux" and parent == server:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            end_with_parent()
         elif sys.platform == "linux" and not _watched:
             # One of several workers: the server forked their core, which would go on without it.
             _watched.append(threading.Thread(target=_end_core, args=(server, parent), daemon=True))

@@ -8,7 +8,6 @@ that it was in the middle of leaves the engine refusing to sample until a whole 
 """
 
 import asyncio
-import ctypes
 import dataclasses
 import multiprocessing
 import os
@@ -22,6 +21,7 @@ import torch
 
 from phimini.model.config import ModelConfig
 from phimini.model.sampler import SamplingParams
+from phimini.parallel.ranks.process import end_with_parent
 from phimini.stages.rollout.engine_folder import engine_folder
 from phimini.stages.rollout.vllm_settings import (
     EngineSettings,
@@ -42,7 +42,6 @@ JOB_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-_PR_SET_PDEATHSIG = 1
 
 
 def run_server(
@@ -66,8 +65,7 @@ def run_server(
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     if owned:
         os.setsid()  # a terminal's Ctrl-C reaches every process of its session, vLLM's core too
-    if owned and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()
     trainer = multiprocessing.parent_process()
     if owned and trainer is not None and not trainer.is_alive():
         return  # it was killed while this process imported: nobody would ever end it

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_ranks import run_ranks
 
 from phimini.bench.cli import BENCHES
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages.cli import VERBS, function_of, main
 
 

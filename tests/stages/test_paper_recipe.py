@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from forked_ranks import run_ranks
 from rollout_cases import reference
 
 from phimini.model.config import preset
@@ -10,7 +11,6 @@ from phimini.model.io.chat import TEMPLATES
 from phimini.model.io.huggingface import save_reference
 from phimini.model.io.json_files import read_json, read_rows, write_rows
 from phimini.model.io.tokenizer import train_tiny_tokenizer
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages.cli import main
 from phimini.stages.config.recipes import RECIPES
 from phimini.stages.config.schema import to_dict

@@ -15,10 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
+from forked_ranks import run_ranks
 from recipe_cases import MICRO, command
 
 from phimini.model.io.json_files import read_json
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import World
 from phimini.stages.cli import main
 from phimini.stages.run import training

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from forked_ranks import RankFailure, run_ranks
 from rl_run import make_run, reinforce, run_config
 
 from phimini.model.io.json_files import read_json
-from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 from phimini.stages import rlvr
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.rl import groups as rollout_groups

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from rollout_cases import reference
 
 from phimini.model.config import preset
@@ -16,7 +17,6 @@ from phimini.model.io.chat import TEMPLATES
 from phimini.model.io.huggingface import save_reference
 from phimini.model.io.json_files import read_json, read_rows, write_json, write_rows
 from phimini.model.io.tokenizer import train_tiny_tokenizer
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.step import StepMetrics
 from phimini.stages.config.recipes import tiny

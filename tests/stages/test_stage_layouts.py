@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from parity_cases import (  # noqa: F401
     LIMIT,
     config,
@@ -19,7 +20,6 @@ from torch import Tensor
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.megatron.hf_weights import gradients_to_hf
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import World, initialize
 from phimini.parallel.training.batch import PackedBatch, pack
 from phimini.parallel.training.step import forward_backward

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from forked_ranks import run_ranks
 
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages.cli import main
 
 MICRO = [

@@ -1,6 +1,7 @@
 """`phimini bench scaling`: its points, their yardsticks, and the check of the loss."""
 
 import pytest
+from forked_ranks import run_ranks
 
 from phimini.bench.gate.rows import Row
 from phimini.bench.system.scaling import (
@@ -10,7 +11,6 @@ from phimini.bench.system.scaling import (
     measure_data,
     measure_steps,
 )
-from phimini.parallel.ranks.local_launch import run_ranks
 
 SMALL = [
     Point("batch", 1, (64,)),

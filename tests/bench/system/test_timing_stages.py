@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forked_ranks import run_ranks
 
 from phimini.bench.gate.rows import Row
 from phimini.bench.system.train import _coin_rewards, _for_steps, prepare, timed_collectives
@@ -19,7 +20,6 @@ from phimini.bench.system.train_rows import (
     too_much_outside,
 )
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.timing import PHASES, Recorder, Step
 from phimini.parallel.ranks.world import World, initialize
 from phimini.parallel.training import optimizer

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import attend_reference, copies, qkv
+from forked_ranks import run_ranks
 from parity_cases import (  # noqa: F401
     GROUPS,
     LIMIT,
@@ -32,7 +33,6 @@ from phimini.parallel.attention.core import packed_documents, rotate_and_attend
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.megatron.hf_weights import gradients_to_hf
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.step import forward_backward
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from checkpoint_cases import CONFIG, build, fake_steps
+from forked_ranks import run_ranks
 from torch import Tensor
 
 from phimini.parallel.checkpoint.save_load import (
@@ -22,7 +23,6 @@ from phimini.parallel.checkpoint.sharded_state import _pieces
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.megatron.hf_weights import export_hf, load_hf, to_hf
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.training.batch import Document, PackedBatch, next_token_targets, pack
 from phimini.parallel.training.optimizer import Optimizer
 from phimini.parallel.training.step import forward_backward

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_cases import ADAM, CONFIG, build, fake_steps
+from forked_ranks import RankFailure, run_ranks
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from phimini.parallel.checkpoint import files as checkpoint_files
@@ -27,7 +28,6 @@ from phimini.parallel.checkpoint.save_load import (
 )
 from phimini.parallel.megatron.hf_weights import to_hf
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 
 
 def flip_a_bit(path: Path, at: float = 0.5) -> None:

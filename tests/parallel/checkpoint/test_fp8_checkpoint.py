@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from forked_ranks import run_ranks
 from fp8_cases import CONFIG
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from phimini.parallel.checkpoint.save_load import load_checkpoint, save_checkpoi
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.megatron.fp8 import Fp8
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.batch import Document, pack
 from phimini.parallel.training.optimizer import OptimizerConfig, build_optimizer
@@ -98,7 +98,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
     """What te_checkpoint.py found: of each save and load the ranks' states."""
     run = subprocess.run(
         [sys.executable, "-W", "ignore", str(TE / "te_checkpoint.py"), FOLDER, str(tmp_path_factory.mktemp("te"))],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / '.path'}:{os.environ.get('PYTHONPATH', '')}",
+        env={**os.environ, "PYTHONPATH": f"{ROOT / '.path'}:{ROOT / 'tests/support'}:{os.environ.get('PYTHONPATH', '')}",
              "PYTHONHASHSEED": "0"},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip

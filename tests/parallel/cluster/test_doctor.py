@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 
 from phimini.parallel.cluster import preflight as doctor
 from phimini.parallel.cluster.preflight import Board, Sick, check_ranks, examine_ranks
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 
 
 def examine(

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from parity_cases import config
 from torch import Tensor
 
@@ -12,7 +13,6 @@ from phimini.model.reference import Phi4Mini
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.megatron.hf_weights import to_hf
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from forked_ranks import run_ranks
 from fp8_cases import CONFIG
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -26,7 +27,6 @@ from phimini.parallel.megatron.fp8_emulated import (
     round_weight,
 )
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.batch import Document, pack
 from phimini.parallel.training.optimizer import OptimizerConfig, build_optimizer

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from parity_cases import GROUPS, config, cross_entropy_head, share_of
 from plan_cases import CONFIG, TOKENS, kept_bytes
 from torch import Tensor
@@ -17,7 +18,6 @@ from phimini.parallel.megatron import builder, recompute
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.megatron.fp8 import Fp8
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.step import forward_backward
 

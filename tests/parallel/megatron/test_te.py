@@ -127,7 +127,7 @@ def built() -> dict[str, Any]:
     """What te_build.py found, in a process in which Transformer Engine is imported before Megatron."""
     run = subprocess.run(
         [sys.executable, "-W", "ignore", str(TE / "te_build.py"), FOLDER],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / '.path'}:{os.environ.get('PYTHONPATH', '')}"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT / '.path'}:{ROOT / 'tests/support'}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from parity_cases import (  # noqa: F401
@@ -21,7 +22,6 @@ from phimini.parallel.megatron.builder import Model, build_model
 from phimini.parallel.megatron.hf_weights import gradients_to_hf
 from phimini.parallel.megatron.refused_settings import refuse_silent_traps, refuse_unmarked_norms
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.optimizer import OptimizerConfig, build_optimizer
 from phimini.parallel.training.step import forward_backward

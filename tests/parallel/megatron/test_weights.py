@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import RankFailure, run_ranks
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
@@ -30,7 +31,6 @@ from phimini.parallel.megatron.weight_names import (
     take_shard,
 )
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 from phimini.parallel.ranks.world import initialize
 
 CONFIG = ModelConfig(

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from forked_ranks import run_ranks
 from plan_cases import CONFIG, MIDTRAIN, PHI, RLVR, TOKENS, kept_bytes
 
 from phimini.parallel.megatron.builder import build_model
@@ -19,7 +20,6 @@ from phimini.parallel.plan.memory import (
     stage_parameters,
 )
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.optimizer import OptimizerConfig, build_optimizer
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from forked_ranks import RankFailure, run_ranks
 from parity_cases import (  # noqa: F401
     GROUPS,
     config,
@@ -18,7 +19,6 @@ from parity_cases import (  # noqa: F401
 
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 from phimini.parallel.ranks.lost_ranks import LostRanks, closing_or_naming_lost_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.step import forward_backward

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from parity_cases import (  # noqa: F401
     GROUPS,
     config,
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from phimini.parallel.megatron.builder import Model, build_model
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.batch import PackedBatch
 from phimini.parallel.training.nonfinite import NonFiniteError

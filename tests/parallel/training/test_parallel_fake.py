@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from forked_ranks import run_ranks
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,7 +24,6 @@ from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.megatron.hf_weights import slots
 from phimini.parallel.megatron.weight_names import hf_names, take_shard
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training import schedule
 from phimini.parallel.training.batch import PackedBatch

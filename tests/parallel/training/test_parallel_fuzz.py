@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 import pytest
+from forked_ranks import run_ranks
 from loss_cases import HEADS, batch_of, reference_losses
 from parity_cases import (  # noqa: F401
     LIMIT,
@@ -21,7 +22,6 @@ from phimini.model.config import ModelConfig
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.megatron.hf_weights import gradients_to_hf
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.step import forward_backward
 

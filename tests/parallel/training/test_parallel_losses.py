@@ -3,6 +3,7 @@ three steps of the optimizer equal torch's AdamW."""
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from loss_cases import HEADS, batch_of, cross_entropy, reference_losses
 from parity_cases import (  # noqa: F401
     LAYOUTS,
@@ -20,7 +21,6 @@ from phimini.model.reference import Phi4Mini
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.megatron.hf_weights import gradients_to_hf, to_hf
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.optimizer import OptimizerConfig, build_optimizer
 from phimini.parallel.training.step import forward_backward

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from forked_ranks import run_ranks
 from torch import Tensor
 
 from phimini.kernels.backend.cpu_gemm import library
@@ -19,7 +20,6 @@ from phimini.model.config import preset
 from phimini.model.reference import Phi4Mini
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.batch import Document, PackedBatch, next_token_targets, pack
 from phimini.parallel.training.optimizer import OptimizerConfig, build_optimizer

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from parity_cases import (
     GROUPS,
     LAYOUTS,
@@ -28,7 +29,6 @@ from phimini.parallel.attention import core as attention
 from phimini.parallel.megatron.builder import Model, build_model
 from phimini.parallel.megatron.hf_weights import gradients_to_hf
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training import schedule
 from phimini.parallel.training.batch import PackedBatch, pack

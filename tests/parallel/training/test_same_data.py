@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_ranks import run_ranks
 from parity_cases import GROUPS, config, poison_uninitialised_memory, share_of  # noqa: F401
 from recipe_cases import MICRO, finished  # noqa: F401
 from rl_run import make_run, reinforce, run_config
 
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
+from phimini.parallel.ranks.local_launch import RankFailure
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.same_data import DivergedError, check_same_data, digest
 from phimini.stages import evaluate, midtrain, rlvr, rollout_dpo, sft

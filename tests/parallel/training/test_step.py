@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from forked_ranks import run_ranks
 from parity_cases import (  # noqa: F401
     GROUPS,
     check,
@@ -23,7 +24,6 @@ from phimini.model.reference import Phi4Mini
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.megatron.hf_weights import gradients_to_hf
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.batch import Document, PackedBatch, pack
 from phimini.parallel.training.nonfinite import NonFiniteError

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from fake_engine import FakeEngine
+from forked_ranks import RankFailure, run_ranks
 from torch import Tensor
 
 from phimini.bench.gate.peak_memory import AllocationMeter
@@ -16,7 +17,6 @@ from phimini.parallel.megatron.builder import Model, build_model
 from phimini.parallel.megatron.hf_weights import from_hf, to_hf
 from phimini.parallel.megatron.weight_names import hf_names
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.weight_sync import sync as weight_sync
 from phimini.parallel.weight_sync.cpu_transports import GlooTransport, InprocTransport, ShmTransport

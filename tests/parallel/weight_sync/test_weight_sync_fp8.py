@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from rollout_cases import (
     LONG,
     SAMPLING,
@@ -28,7 +29,6 @@ from phimini.model.reference import Phi4Mini
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.megatron.weight_names import hf_names
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.weight_sync.deadline import WeightSyncError
 from phimini.parallel.weight_sync.fp8_blocks import (

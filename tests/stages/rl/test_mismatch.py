@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from rollout_cases import LONG, SAMPLING, cases, prompts, trainer
 from torch import Tensor
 
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
 from phimini.stages.rl import mismatch_diagnosis as mismatch_doctor

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from forked_ranks import run_ranks
 from rollout_cases import LONG
 
 from phimini.model.io.tokenizer import train_tiny_tokenizer
 from phimini.model.sampler import SamplingParams
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forked_ranks import RankFailure, run_ranks
 from rl_run import make_run, run_config
 from rollout_cases import LONG, trainer
 
@@ -14,7 +15,6 @@ from phimini.model.io.json_files import read_rows, write_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.sampler import SamplingParams
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.stages import evaluate, rollout_dpo
 from phimini.stages.config.recipes import tiny

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_ranks import RankFailure, run_ranks
 from rl_run import make_run, reinforce, run_config
 
-from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 from phimini.stages import rlvr
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.rl import loss as policy_head

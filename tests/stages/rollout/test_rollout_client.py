@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 from fake_engine import FakeEngine
+from forked_ranks import RankFailure, run_ranks
 from rollout_cases import LONG, SAMPLING, SETTINGS, weights
 from rollout_processes import BUCKET, requests, until
 
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.weight_sync.cpu_transports import ShmTransport
 from phimini.parallel.weight_sync.sync import WeightSync

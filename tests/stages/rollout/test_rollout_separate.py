@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked_ranks import RankFailure, run_ranks
 from rollout_cases import (
     GREEDY,
     LIMIT,
@@ -38,7 +39,6 @@ from rollout_processes import (
 from vllm_process import context
 
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 from phimini.parallel.weight_sync.cpu_transports import ShmTransport
 from phimini.parallel.weight_sync.deadline import WeightSyncError
 from phimini.parallel.weight_sync.sync import WeightSync

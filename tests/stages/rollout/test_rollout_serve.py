@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked_ranks import run_ranks
 from rollout_cases import LONG, assert_parity
 from rollout_processes import Engine, from_trainer, until
 from vllm_process import context
 
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages import cli
 from phimini.stages.base import base_config
 from phimini.stages.config.recipes import tiny

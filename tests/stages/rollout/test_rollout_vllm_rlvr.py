@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
+from forked_ranks import RankFailure, run_ranks
 from rl_run import make_run, reinforce, run_config
 from vllm_process import in_vllm
 
 from phimini.model.io.json_files import read_rows
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 from phimini.stages.rollout.local import LocalEngine, Sampled, Span
 
 VLLM = "rollout.engine=vllm"

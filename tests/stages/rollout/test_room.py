@@ -4,10 +4,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forked_ranks import RankFailure, run_ranks
 from rl_run import make_run, reinforce, run_config
 
 from phimini.model.io.tokenizer import Tokenizer
-from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 from phimini.stages.rollout_dpo import sample_pairs
 
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_ranks import run_ranks
 
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages.cli import main
 from phimini.stages.run.output import LastingStream
 

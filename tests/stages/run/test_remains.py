@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_ranks import RankFailure, run_ranks
 
 from phimini.model.io import json_files as jsonl
 from phimini.model.io import safetensors_folder as tensor_files
 from phimini.model.io import tokenizer
-from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 from phimini.stages.cli import main
 from phimini.stages.rollout.engine_folder import engine_folder
 from phimini.stages.run import stage_folder as stage

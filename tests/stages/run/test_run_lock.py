@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_ranks import run_ranks
 
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages.cli import main
 from phimini.stages.run.lock import LOCK_FILE, RunLock
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_ranks import run_ranks
 
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages.cli import main
 from phimini.stages.run import training
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_ranks import RankFailure, run_ranks
 from parity_cases import config
 from rl_run import even_length, make_run, reinforce, run_config
 
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.stages.config.schema import OptimizerSettings
 from phimini.stages.rl.remedies import temperature_at

@@ -13,7 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from phimini.parallel.ranks.local_launch import run_ranks
+from forked_ranks import run_ranks
+
 from phimini.stages.rollout.vllm_settings import require_vllm
 
 PRELOADED = ["vllm_preload"]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 te = te_stub.load(sys.argv[1])
 
 # ruff: noqa: E402
+from forked_ranks import run_ranks
 from megatron.core import tensor_parallel
 from torch import Tensor
 from transformer_engine.common import recipe  # pyright: ignore[reportMissingImports]
@@ -32,7 +33,6 @@ from phimini.parallel.megatron.fp8 import Fp8
 from phimini.parallel.megatron.fp8_emulated import Fp8Recipe
 from phimini.parallel.megatron.hf_weights import from_hf, slots, to_hf
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.batch import Document, pack
 from phimini.parallel.training.step import forward_backward

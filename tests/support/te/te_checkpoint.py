@@ -78,6 +78,7 @@ DOUBLES = [
 te = te_stub.load(sys.argv[1], {function.__name__: function for function in DOUBLES})
 
 # ruff: noqa: E402
+from forked_ranks import run_ranks
 from megatron.core.distributed import param_and_grad_buffer
 from transformer_engine.pytorch.constants import TE_DType_To_Torch  # pyright: ignore[reportMissingImports]
 from transformer_engine.pytorch.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
@@ -91,7 +92,6 @@ from phimini.parallel.megatron.builder import Model, build_model
 from phimini.parallel.megatron.fp8 import Fp8
 from phimini.parallel.megatron.hf_weights import slots
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.optimizer import Optimizer, OptimizerConfig, build_optimizer
 

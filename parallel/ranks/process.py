@@ -1,0 +1,32 @@
+"""This process among its relatives: whether it may fork, and what ends with what."""
+
+import ctypes
+import os
+import signal
+import sys
+
+import torch
+
+_PR_SET_PDEATHSIG = 1
+process_group_joined = False
+"""Set by `world.initialize`: gloo's threads do not survive a fork, and a child would wait for them for ever."""
+
+
+def can_fork() -> bool:
+    """Return False once CUDA or a process group is in use: neither survives a fork."""
+    return not process_group_joined and not torch.cuda.is_initialized()
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this child process when the thread that started it ends. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_job_without_restart() -> None:
+    """Ask torchrun, if it started this rank, to end the job: a restart would meet the same bad input again.
+
+    torchrun restarts after every exit status but 0. It ends all ranks, and starts none, on SIGTERM.
+    """
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        os.kill(os.getppid(), signal.SIGTERM)
