@@ -39,6 +39,7 @@ def test_the_wheel_holds_every_file_of_every_package_and_nothing_else(unpacked: 
     found = [p for f in LAYERS for p in [*(ROOT / f).rglob("*.py"), ROOT / f / "py.typed"]]
     found += (ROOT / "bench" / "baselines").rglob("*.json*")
     found += [p for f in LAYERS for p in (ROOT / f).rglob("templates/*")]
+    found += (ROOT / "parallel" / "cluster").glob("*.sh.j2")
     assert ROOT / "stages/report/templates/report.html.j2" in found
     assert {p for p in shipped if not p.endswith(".pyc")} == {
         str(p.relative_to(ROOT)) for p in found

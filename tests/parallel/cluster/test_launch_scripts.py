@@ -2,20 +2,24 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from phimini.parallel.cluster.job_scripts import LaunchSettings, render_slurm, render_torchrun
 from phimini.stages.cli import main
 
+COMMAND = ("recipe", "tiny", "out=runs/it's a $HOME; `run`")
 ENVIRONMENT = """\
 export CUDA_DEVICE_MAX_CONNECTIONS=1  # Megatron's overlap of tensor-parallel communication needs it
 export PYTORCH_ALLOC_CONF=expandable_segments:True  # packed batches differ in size: less fragmentation
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1  # a rank whose peer died ends instead of hanging
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1  # the flight recorder says which collective hung
 export TORCH_FR_BUFFER_SIZE=2000  # collectives the flight recorder remembers
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # ranks that start again meet in a new store, not in the one of the failed attempt
 export NCCL_DEBUG=WARN  # NCCL says why it gave up
 export NCCL_IB_TIMEOUT=22  # InfiniBand retries for about a minute before an error
 export NCCL_IB_QPS_PER_CONNECTION=4  # several paths through the fabric per connection
@@ -99,6 +103,71 @@ def test_torchrun_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert rendered(["torchrun", *words], capsys) == expected
 
 
+SETTINGS = {
+    "plain": {},
+    "one node": dict(nodes=1, numa=False, doctor=False),
+    "everything": dict(
+        nodes=16, interface="ib0", partition="gpu,spare", account="a.b", time="2-0", name="x_1.b-c",
+        venv="my env's $HOME", save_seconds=5, max_restarts=0,
+    ),
+}  # fmt: skip
+SBATCH = {
+    "job-name": r"\w[\w.-]*", "nodes": r"[1-9]\d*", "ntasks-per-node": "1", "gpus-per-node": r"[1-9]\d*",
+    "cpus-per-task": r"[1-9]\d*", "time": r"(\d+-)?\d+(:\d+){0,2}", "partition": r"[\w.,-]+", "account": r"[\w.-]+",
+    "signal": r"TERM@\d+", "output": r"\S+", "open-mode": "append", "exclusive": None, "requeue": None,
+}  # fmt: skip
+"""Options of sbatch(1) with their forms; None for a flag."""
+
+
+def check_sbatch_header(script: str) -> dict[str, str | None]:
+    """Return the options that sbatch would read, checked as `sbatch --test-only` does: it reads to the first command."""
+    lines = script.splitlines()
+    assert lines[0] == "#!/bin/bash", "sbatch refuses a file that names no interpreter"
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    options: dict[str, str | None] = {}
+    for number, line in enumerate(lines):
+        if line.startswith("#SBATCH"):
+            assert number < first_command, f"sbatch would ignore {line!r}"
+            match = re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(.*))?", line)
+            assert match, line
+            name, value = match.groups()
+            assert name in SBATCH and name not in options, line
+            form = SBATCH[name]
+            assert value is None if form is None else value and re.fullmatch(form, value), line
+            options[name] = value
+    return options
+
+
+@pytest.mark.parametrize("render", [render_slurm, render_torchrun])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_bash_accepts_the_script(render: Any, name: str, tmp_path: Path) -> None:
+    text = render(LaunchSettings(command=COMMAND, **SETTINGS[name]))
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "{" not in re.sub(r"\$\{[^}]*\}", "", text), "no template syntax is left"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sbatch_accepts_the_header(name: str) -> None:
+    options = check_sbatch_header(render_slurm(LaunchSettings(command=COMMAND, **SETTINGS[name])))
+    optional = {"partition", "account"} - SETTINGS[name].keys()
+    assert options.keys() == SBATCH.keys() - optional
+    assert int(options["cpus-per-task"] or 0) == 12 * int(options["gpus-per-node"] or 0)
+
+
+def test_the_header_check_finds_faults() -> None:
+    good = render_slurm(LaunchSettings(command=COMMAND))
+    for old, new in [
+        ("#SBATCH --nodes=1", "#SBATCH --nodes=one"),
+        ("#SBATCH --nodes=1", "#SBATCH --node=1"),
+        ("#SBATCH --nodes=1", "set -e\n#SBATCH --nodes=1"),
+        ("#!/bin/bash", "# no shell"),
+    ]:
+        assert old in good
+        with pytest.raises(AssertionError):
+            check_sbatch_header(good.replace(old, new))
+
+
 def stand_in(folder: Path, name: str, body: str) -> None:
     path = folder / name
     path.write_text(f"#!/bin/bash\n{body}\n")
@@ -130,9 +199,6 @@ def run_script(
     )
     started = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return done.returncode, started, done.stderr
-
-
-COMMAND = ("recipe", "tiny", "out=runs/it's a $HOME; `run`")
 
 
 def test_slurm_runs_the_doctor_and_then_the_command(tmp_path: Path) -> None:
