@@ -14,8 +14,7 @@ from phimini.model.io.huggingface import (
     save_reference,
     write_tensors,
 )
-from phimini.model.io.json_files import read_rows
-from phimini.model.io.safetensors_folder import read_json
+from phimini.model.io.json_files import read_object, read_rows
 from phimini.model.io.tokenizer import Tokenizer, train_tiny_tokenizer
 from phimini.model.reference import Phi4Mini
 from phimini.stages.config.schema import RunConfig
@@ -35,7 +34,7 @@ def base_config(run: RunConfig) -> ModelConfig:
     if run.base == "random":
         return dataclasses.replace(preset(run.model), rope_factors=run.rope_factors)
     config, path = load_config(run.base, run.rope_factors), Path(run.base) / "config.json"
-    trained = read_json(path).get(ROPE_FACTORS_KEY, run.rope_factors)
+    trained = read_object(path).get(ROPE_FACTORS_KEY, run.rope_factors)
     if config.long_factor is not None and trained != run.rope_factors:
         raise ValueError(
             f"{path}: the model was trained with its {trained} rope table, got rope_factors={run.rope_factors}; "

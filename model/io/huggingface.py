@@ -24,11 +24,10 @@ from pathlib import Path
 import torch
 
 from phimini.model.config import ModelConfig, RopeFactors
+from phimini.model.io.json_files import read_object, write_json
 from phimini.model.io.safetensors_folder import (
     TensorFiles,
-    read_json,
     read_tensors,
-    write_json,
     write_tensors,
 )
 from phimini.model.reference import Phi4Mini
@@ -81,7 +80,7 @@ def load_config(
     field that asks for something this model does not do (biases, dropout, an attention window).
     """
     path = Path(directory) / "config.json"
-    raw = read_json(path)
+    raw = read_object(path)
     if raw.get("model_type") != "phi3":
         raise ValueError(f"{path}: model_type: expected 'phi3', got {raw.get('model_type')!r}")
     missing = [key for key in _REQUIRED if type(raw.get(key)) is not int]

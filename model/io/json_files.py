@@ -1,19 +1,24 @@
-"""Files between stages: JSON lines, JSON and text, read with errors that name the line, written whole or not at all.
+"""The one writer of files, and the readers of JSON and JSON Lines, whose errors name the line.
 
 A file is written under a temporary name in its own directory, flushed to the disk and renamed over
 the old one, so a reader sees the old file or the new one and never a half of either.
 """
 
+import errno
 import json
 import os
+import re
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 Row = dict[str, Any]
 
+TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
+"""The names of files that are not whole yet; a killed writer leaves one."""
 _JSON_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false",
                list: "a list", dict: "an object", type(None): "null"}  # fmt: skip
 
@@ -53,6 +58,23 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file. ValueError names the file and the place of a syntax error."""
     return _parsed(Path(path).read_bytes(), f"{path}")
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Return the object in a JSON file of another program, which may hold NaN and Infinity.
+
+    Raises ValueError that names the file if it is missing, malformed or holds anything but an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's and UTF-8's
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -127,19 +149,31 @@ def _described(value: Any) -> str:
 
 
 def _replace_file(path: Path, pieces: Iterable[str]) -> None:
-    # A link keeps pointing to where its owner put the file: what it points to is replaced.
-    target = path.resolve()
+    try:
+        with atomic_file(path) as file:
+            file.writelines(piece.encode() for piece in pieces)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path}: not writable as UTF-8: {error.reason}") from error
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a binary file that takes the place of `path` when the block ends without an error, flushed to the disk.
+
+    Makes the folder if it is missing. Raises OSError that names `path` if it cannot be written (disk full, no
+    permission); the old file stays.
+    """
+    # A link keeps pointing to where its owner put the file: the file behind it is replaced.
+    path, target = Path(path), Path(path).resolve()
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            file.writelines(pieces)
+        with temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        _flush_directory(target.parent)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{path}: not writable as UTF-8: {error.reason}") from error
+        flush_directory(target.parent)
     except OSError as error:
         # os.path: a folder that may not be entered counts as no file.
         kept = (
@@ -151,10 +185,13 @@ def _replace_file(path: Path, pieces: Iterable[str]) -> None:
             temporary.unlink()
 
 
-def _flush_directory(directory: Path) -> None:
-    """Makes a rename survive a power cut."""
+def flush_directory(directory: Path) -> None:
+    """Make renames and new names in a directory survive a power cut."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot flush a directory
+            raise
     finally:
         os.close(handle)

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from phimini.model.io.json_files import atomic_file, flush_directory, read_object, write_json
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -35,7 +37,7 @@ class TensorFiles(Mapping[str, Tensor]):
         if single.is_file():
             self.file_of = dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
             return
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
             isinstance(f, str) for f in weight_map.values()
         ):
@@ -121,6 +123,7 @@ def write_tensors(
                 old.unlink(missing_ok=True)
         for temporary, file in zip(shards, files, strict=True):
             temporary.replace(directory / file)
+        flush_directory(directory)
         if not single:
             weight_map = {n: file for file, group in zip(files, names, strict=True) for n in group}
             write_json(
@@ -172,33 +175,7 @@ def _write_shard(path: Path, shard: dict[str, Tensor]) -> None:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    try:
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, tensor in ordered:
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(f"{path}: cannot write weights: {error}") from error
-
-
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def write_json(path: Path, value: dict) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

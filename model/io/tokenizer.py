@@ -13,6 +13,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from phimini.model.io.json_files import read_object, write_text
+
 END = "<|end|>"
 EOS = "<|endoftext|>"
 
@@ -77,8 +79,8 @@ class Tokenizer:
         )
         if not path.is_file():
             raise ValueError(f"{path}: no such file; expected a directory with tokenizer.json")
-        config = _read_object(config_path) if config_path.is_file() else {}
-        _read_object(path)
+        config = read_object(config_path) if config_path.is_file() else {}
+        read_object(path)
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # all that tokenizers ever raises; its words are kept
@@ -91,7 +93,6 @@ class Tokenizer:
     def save(self, directory: str | os.PathLike, *, chat_template: str | None = None) -> None:
         """Writes tokenizer.json and tokenizer_config.json; a chat template replaces the one loaded."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         config = dict(self.config)
         if chat_template is not None:
             config["chat_template"] = chat_template
@@ -99,9 +100,7 @@ class Tokenizer:
             ("tokenizer.json", self.inner.to_str(pretty=True)),
             ("tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n"),
         ):
-            temporary = directory / f".{name}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(directory / name)
+            write_text(directory / name, text)
 
     @property
     def vocab_size(self) -> int:
@@ -138,17 +137,6 @@ class Tokenizer:
                 f"tokenizer: cannot encode {c!r} (U+{ord(c):04X}) at character {start} of "
                 f"{text[max(0, start - 20) : start + 20]!r}; the vocabulary has no token for it"
             )
-
-
-def _read_object(path: Path) -> dict:
-    """A JSON object, without the import of torch that `tensor_files.read_json` brings."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON's and UTF-8's
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _check_settings(
@@ -188,9 +176,9 @@ def _check_named_tokens(directory: Path, inner: tokenizers.Tokenizer, config: di
     files = {"tokenizer_config.json": config}
     if "added_tokens_decoder" not in config:  # else transformers does not read the others
         if (path := directory / "special_tokens_map.json").is_file():
-            files[path.name] = _read_object(path)
+            files[path.name] = read_object(path)
         if (path := directory / "added_tokens.json").is_file():
-            files[path.name] = {"additional_special_tokens": list(_read_object(path))}
+            files[path.name] = {"additional_special_tokens": list(read_object(path))}
     there = {token.content for token in inner.get_added_tokens_decoder().values()}
     for name, content in files.items():
         for field, tokens in _named_tokens(directory / name, content).items():

@@ -1,4 +1,4 @@
 """Training state saved and loaded at any layout.
 
-May import: parallel/megatron, parallel/ranks, parallel/training.
+May import: model/io, parallel/megatron, parallel/ranks, parallel/training.
 """

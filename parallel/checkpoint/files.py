@@ -11,7 +11,6 @@ A step that is saved again gets a name of its own (step-00000040-2), so that wha
 never touched.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -21,6 +20,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from phimini.model.io import json_files
+from phimini.model.io.json_files import read_json, write_json
 
 POINTER = "latest.json"
 MANIFEST = "manifest.json"
@@ -79,7 +81,7 @@ def read_pointer(directory: Path) -> Path | None:
     pointer = directory / POINTER
     if not pointer.exists():
         return None
-    content = _read_json(pointer)
+    content = read_json(pointer)
     name = content.get("directory") if isinstance(content, dict) else None
     match = _DIRECTORY.fullmatch(name) if isinstance(name, str) else None
     if name is None or match is None or content.get("step") != int(match[1]):
@@ -105,10 +107,7 @@ def find_step(directory: Path, step: int) -> Path:
 
 def move_pointer(directory: Path, checkpoint: Path) -> None:
     """Atomic: a reader sees the old or the new pointer, never half of one."""
-    temporary = directory / (POINTER + TEMPORARY)
-    write_json(temporary, {"step": step_of(checkpoint), "directory": checkpoint.name})
-    os.replace(temporary, directory / POINTER)
-    sync_directory(directory)
+    write_json(directory / POINTER, {"step": step_of(checkpoint), "directory": checkpoint.name})
 
 
 def remove_old(directory: Path, latest: Path, keep: int) -> None:
@@ -123,26 +122,24 @@ def remove_old(directory: Path, latest: Path, keep: int) -> None:
 def remove_cut_off(directory: Path) -> None:
     """Deletes what saves that never finished have left."""
     for path in directory.iterdir():
-        name = path.name.removesuffix(TEMPORARY)
-        unfinished = path.name.endswith(TEMPORARY) and (
-            _DIRECTORY.fullmatch(name) or name == POINTER
+        is_save = path.name.endswith(TEMPORARY) and _DIRECTORY.fullmatch(
+            path.name.removesuffix(TEMPORARY)
         )
-        removed_half = _DIRECTORY.fullmatch(path.name) and not (path / MANIFEST).is_file()
-        if path.is_dir() and (unfinished or removed_half):
+        is_half_removed = _DIRECTORY.fullmatch(path.name) and not (path / MANIFEST).is_file()
+        if path.is_dir() and (is_save or is_half_removed):
             shutil.rmtree(path)
-        elif unfinished:
+        elif path.name.startswith(f".{POINTER}.") and json_files.TEMPORARY.fullmatch(path.name):
             path.unlink()
 
 
 def write_manifest(checkpoint: Path, manifest: dict[str, Any]) -> None:
     write_json(checkpoint / MANIFEST, manifest | {"sha256": _digest(manifest)})
-    sync_directory(checkpoint)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Raises ValueError naming the file if it is not what `write_manifest` wrote."""
     path = checkpoint / MANIFEST
-    manifest = _read_json(path)
+    manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a manifest of format {FORMAT}")
     recorded = manifest.pop("sha256", None)
@@ -223,25 +220,6 @@ def _is_dtype(name: str) -> bool:
     return isinstance(getattr(torch, name, None), torch.dtype)
 
 
-def write_json(path: Path, value: Any) -> None:
-    with path.open("w") as f:
-        json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes renames and new names in `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as e:
-        if e.errno != errno.EINVAL:  # file systems that have no such notion
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def free_bytes(directory: Path) -> int:
     stat = os.statvfs(directory)
     return stat.f_bavail * stat.f_frsize
@@ -249,13 +227,6 @@ def free_bytes(directory: Path) -> int:
 
 def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not JSON: {e}") from e
 
 
 def _inventory(directory: Path) -> str:

@@ -41,6 +41,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistSaveShardedStrategy,
 )
 
+from phimini.model.io.json_files import atomic_file
 from phimini.parallel.checkpoint import files
 from phimini.parallel.checkpoint import sharded_state as state
 from phimini.parallel.checkpoint.manifest import check_fits, new_manifest
@@ -345,9 +346,8 @@ def _prepare(directory: Path, step: int, keep: int, manifest: dict[str, Any]) ->
     temporary = directory / (files.new_directory(directory, step).name + files.TEMPORARY)
     with _naming(temporary):
         temporary.mkdir()
-        with (temporary / _BALLAST).open("wb") as f:
+        with atomic_file(temporary / _BALLAST) as f:
             f.write(bytes(_BALLAST_BYTES))
-            os.fsync(f.fileno())
     return temporary
 
 

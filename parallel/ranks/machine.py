@@ -1,4 +1,4 @@
-"""Facts of the machine that a process runs on."""
+"""Facts about the machine that a process runs on."""
 
 import platform
 import re
@@ -6,21 +6,24 @@ from pathlib import Path
 
 
 def cpu_name() -> str:
-    """Return the processor's model name, or its architecture where the system does not name it."""
-    return _cpuinfo("model name") or platform.machine()
+    """Return the processor's model name, or the machine's architecture where the system hides it."""
+    return _cpuinfo().get("model name") or platform.machine()
 
 
 def cpu_generation() -> str:
-    """Return the processor's name with its family and model numbers.
+    """Return the processor's name, family and model number.
 
-    A virtual machine may shorten the name ("AMD EPYC"); the numbers still tell generations apart.
+    A virtual machine may cut the name ("AMD EPYC"); family and model still tell the generation.
     """
-    name, family, model = (_cpuinfo(field) for field in ("model name", "cpu family", "model"))
-    return f"{name} family {family} model {model}" if name and family and model else cpu_name()
+    facts = _cpuinfo()
+    if not {"model name", "cpu family", "model"} <= facts.keys():
+        return platform.processor() or platform.machine()
+    return f"{facts['model name']} family {facts['cpu family']} model {facts['model']}"
 
 
-def _cpuinfo(field: str) -> str | None:
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.search(rf"^{field}\s*: (.*)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else None
+def _cpuinfo() -> dict[str, str]:
+    """Return the fields of the first processor; empty on systems without /proc/cpuinfo."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    first = text.split("\n\n")[0]
+    return dict(re.findall(r"^(.+?)\s*: (.*)$", first, re.M))

@@ -5,11 +5,13 @@ import re
 import shutil
 from pathlib import Path
 
+from phimini.model.io import json_files
+
 REMOVED = ".removed"
 """ends the name of a stage's folder that `--redo` is removing"""
-# As `jsonl`, `tensor_files` and `tokenizer` name a file until it is whole.
+# The names that `json_files` and `safetensors_folder` give a file until it is whole.
 _TEMPORARY = re.compile(
-    r"\..+\.\d+\.[0-9a-f]{8}\.tmp|\.tmp-\d+-\d+\.safetensors|\..+\.json\.tmp|\..+" + re.escape(REMOVED)
+    json_files.TEMPORARY.pattern + r"|\.tmp-\d+-\d+\.safetensors|\..+" + re.escape(REMOVED)
 )  # fmt: skip
 
 
@@ -17,7 +19,7 @@ def remove_remains(out: Path) -> None:
     """Delete temporary files, and what a complete stage needed to get there. For who has the run's lock: no other writes.
 
     Links are not followed: they lead to another run's folder. Cut-off checkpoints go with the next save
-    (`checkpoint_files.remove_cut_off`).
+    (`checkpoint.files.remove_cut_off`).
     """
     for folder, folders, files in os.walk(out):
         if "summary.json" in files:

@@ -1,5 +1,6 @@
 """Files between stages: every bad line is named, and a failed write leaves the old file."""
 
+import errno
 import json
 import os
 import resource
@@ -12,7 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phimini.model.io.json_files import read_json, read_rows, write_json, write_rows, write_text
+from phimini.model.io.json_files import (
+    TEMPORARY,
+    atomic_file,
+    read_json,
+    read_rows,
+    write_json,
+    write_rows,
+    write_text,
+)
 
 QUESTIONS = {"question": str, "answer": str}
 
@@ -154,6 +163,63 @@ def test_no_permission_leaves_the_old_file() -> None:
         in_child(check)
         assert json.loads((folder / "rows.jsonl").read_text()) == {"a": 1}
         folder.chmod(0o755)
+
+
+def test_a_binary_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    chunk = bytes(range(256)) * 4096  # 1 MiB
+    with atomic_file(path) as file:
+        for _ in range(8):
+            file.write(chunk)
+        assert not path.exists(), "not before it is whole"
+        (temporary,) = tmp_path.iterdir()
+        assert TEMPORARY.fullmatch(temporary.name), "what a killed writer leaves is recognised"
+    assert path.read_bytes() == chunk * 8 and list(tmp_path.iterdir()) == [path]
+
+    def full_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        with pytest.raises(OSError, match="cannot write: .*file that was there is unchanged.*bin"):
+            with atomic_file(path) as file:
+                file.writelines([chunk] * 8)
+
+    in_child(full_disk)
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == chunk * 8 and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_bytes_and_the_name_reach_the_disk_in_that_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave the new name with no bytes behind it."""
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(handle: int) -> None:
+        target = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        done.append("folder flushed" if target == tmp_path else "file flushed")
+        if target != tmp_path:
+            assert target.read_bytes() == b"bytes", "what Python buffers is written before"
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("renamed"), replace(a, b)))
+    with atomic_file(tmp_path / "file") as file:
+        file.write(b"bytes")
+    assert done == ["file flushed", "renamed", "folder flushed"]
+
+
+def test_a_file_system_that_cannot_flush_a_folder_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(handle: int) -> None:
+        if os.readlink(f"/proc/self/fd/{handle}") == str(tmp_path):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_text(tmp_path / "a", "text")
+    assert (tmp_path / "a").read_text() == "text"
 
 
 def test_a_file_where_a_folder_should_be_is_a_clear_error(tmp_path: Path) -> None:

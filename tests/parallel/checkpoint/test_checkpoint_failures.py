@@ -19,6 +19,7 @@ from checkpoint_cases import ADAM, CONFIG, build, fake_steps
 from forked_ranks import RankFailure, run_ranks
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from phimini.model.io.json_files import write_json
 from phimini.parallel.checkpoint import files as checkpoint_files
 from phimini.parallel.checkpoint.save_load import (
     begin_checkpoint,
@@ -48,7 +49,9 @@ def previous_loads(directory: Path, step: int) -> None:
     run_ranks(run, 2)
 
 
-@pytest.mark.parametrize("when", ["first write", "second write", "publish", "rename", "pointer"])
+@pytest.mark.parametrize(
+    "when", ["first write", "second write", "publish", "rename", "pointer", "pointer's rename"]
+)
 def test_kill_in_the_middle_of_a_save(when: str, tmp_path: Path) -> None:
     def die(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -72,6 +75,9 @@ def test_kill_in_the_middle_of_a_save(when: str, tmp_path: Path) -> None:
             Path.rename = die  # pyright: ignore[reportAttributeAccessIssue]
         elif when == "pointer":
             checkpoint_files.move_pointer = die
+        elif when == "pointer's rename":
+            replace = os.replace
+            os.replace = lambda a, b: die() if str(b).endswith("latest.json") else replace(a, b)
         save_checkpoint(tmp_path, 2, model, optimizer)
 
     with pytest.raises(RankFailure, match="SIGKILL"):
@@ -274,7 +280,7 @@ def test_damaged_files_are_named_and_the_previous_checkpoint_loads(
         ".metadata: its content has changed": lambda: flip_a_bit(latest / ".metadata", 0.9),
         "manifest.json: ": lambda: flip_a_bit(latest / "manifest.json"),
         "latest.json: names 'step-00000002'": (latest / "manifest.json").unlink,
-        "latest.json: not JSON": lambda: (directory / "latest.json").write_text("{"),
+        "latest.json: malformed JSON": lambda: (directory / "latest.json").write_text("{"),
     }
 
     def run() -> list[str]:
@@ -326,7 +332,7 @@ def test_a_pointer_whose_step_is_another_than_its_directorys(saved: Path, tmp_pa
     directory = shutil.copytree(saved / "run", tmp_path / "run")
     for step in (1, "2", None):
         pointer = {"step": step, "directory": "step-00000002"}
-        checkpoint_files.write_json(directory / "latest.json", pointer)
+        write_json(directory / "latest.json", pointer)
         with pytest.raises(ValueError, match="latest.json: expected"):
             latest_step(directory)
 

@@ -14,7 +14,6 @@ from forked_ranks import RankFailure, run_ranks
 
 from phimini.model.io import json_files as jsonl
 from phimini.model.io import safetensors_folder as tensor_files
-from phimini.model.io import tokenizer
 from phimini.stages.cli import main
 from phimini.stages.rollout.engine_folder import engine_folder
 from phimini.stages.run import stage_folder as stage
@@ -65,7 +64,7 @@ MOMENTS = {
         tensor_files, "_write_shard", lambda path, _: "/midtrain/" in str(path)
     ),  # fmt: skip
     "in the tokenizer": lambda: killed_after(
-        tokenizer.Path, "replace", lambda path, _: path.name == ".tokenizer.json.tmp", before=True
+        jsonl.os, "replace", lambda _, b: b.name == "tokenizer.json", before=True
     ),  # fmt: skip
 }
 
