@@ -1,14 +1,13 @@
-"""`phimini doctor --dist`: are these ranks fit to train together? Run on the real ranks, before the command.
+"""Checks that the ranks of a job can train together: `phimini doctor --dist`, on the real ranks, before the command.
 
-Four checks, each on every rank, all within the deadline:
+Three checks, each on every rank, all within one deadline:
 
     facts        every rank is there, with the same versions and the same NCCL, CUDA and torch environment
-    device       a seeded GEMM, three times: same bits each time, and as on every other device of its kind
-    all-reduce   per group: the whole job, each node, the same place on every node, and the layout's axes;
-                 the right sum, and a bandwidth not below half of the other groups of its kind
+    device       a seeded GEMM, three times: the same bits each time and on every device of its kind
+    all-reduce   the right sum in each group: the whole job, each node, the same place on every node, the layout's axes
 
-Ranks report through the rendezvous store, not through collectives: a rank that hangs or is gone is
-named, by all others, when the deadline passes.
+Ranks report through the rendezvous store and not through collectives, so a rank that hangs or is gone is named when
+the deadline passes. Bandwidth is not measured: nccl-tests does that.
 """
 
 # torch.distributed has its stores and rendezvous, documented, but no __all__ that says so
@@ -19,7 +18,6 @@ import json
 import os
 import platform
 import socket
-import statistics
 import sys
 import time
 from collections import Counter
@@ -35,108 +33,90 @@ from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.machine import cpu_name
 
 DEADLINE_S = 60.0
-SLOW = 0.5
-"""a group below this share of its kind's median bandwidth is reported"""
-_PACKAGES = (
-    "phimini",
-    "torch",
-    "triton",
-    "megatron-core",
-    "transformer-engine",
-    "flash-attn",
-    "vllm",
-)
+_PACKAGES = ("phimini", "torch", "triton", "megatron-core", "transformer-engine", "flash-attn", "vllm")  # fmt: skip
 _VARIABLES = ("NCCL_", "TORCH_NCCL_", "CUDA_DEVICE_MAX_CONNECTIONS", "NVTE_", "PYTORCH_")
 _GEMM_SIZE = {"cpu": 256, "cuda": 2048}
-_REDUCED_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
+_REDUCED_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 _GRACE_S = 5.0
-"""how much longer the others wait for rank 0's verdict than rank 0 for what they say"""
+"""Seconds that the other ranks wait for rank 0's result beyond its own deadline for their reports."""
 
 
-class Sick(RuntimeError):
-    """A rank that does not answer; the message names it."""
+class CheckFailed(RuntimeError):
+    """A check that could not be completed; the message names the ranks that failed or did not answer."""
 
 
-class Board:
-    """What each rank says in each check, and rank 0's verdict, in the store."""
+class Reports:
+    """The reports of all ranks in each check, exchanged through the rendezvous store."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, deadline_s: float) -> None:
         self.rank, self.world_size = rank, world_size
+        self.names = {r: f"rank {r}" for r in range(world_size)}
         self._store = store
         self._ends_at = time.monotonic() + deadline_s
-        # A rank in a collective that hangs gives up earlier and says so: silent is then only who caused it.
+        # A rank in a collective that hangs gives up earlier and reports it; only the rank that causes it is silent.
         self._margin_s = min(5.0, 0.2 * deadline_s)
-        self._names = {r: f"rank {r}" for r in range(world_size)}
 
     def left_s(self) -> float:
+        """Return the seconds until the deadline."""
         return max(0.05, self._ends_at - time.monotonic())
 
     def collective_s(self) -> float:
+        """Return the seconds that a collective may still take."""
         return max(0.05, self.left_s() - self._margin_s)
 
-    def name(self, rank: int) -> str:
-        return self._names[rank]
+    def listed(self, ranks: list[int], limit: int = 8) -> str:
+        """Return the names of `ranks`, cut after `limit`."""
+        more = f" and {len(ranks) - limit} more" if len(ranks) > limit else ""
+        return ", ".join(self.names[r] for r in ranks[:limit]) + more
 
-    def rename(self, rank: int, name: str) -> None:
-        self._names[rank] = name
+    def run(self, check: str, action: Callable[[], Any], judge: Callable[[list[Any]], Any]) -> Any:
+        """Run `action` on every rank, pass the results by rank to `judge` on rank 0, and return its result everywhere.
 
-    def say(self, check: str, value: Any) -> None:
-        self._store.set(f"{check}/{self.rank}", json.dumps(value))
-
-    def hear_all(self, check: str) -> list[Any]:
-        """Rank 0: what every rank said, by rank. Raises Sick naming those who said nothing until the deadline."""
-        values = []
-        for rank in range(self.world_size):
-            try:
-                self._store.wait([f"{check}/{rank}"], timedelta(seconds=self.left_s()))
-            except dist.DistError:
-                silent = [
-                    r for r in range(self.world_size) if not self._store.check([f"{check}/{r}"])
-                ]
-                raise Sick(self._silent(check, silent)) from None
-            values.append(json.loads(self._store.get(f"{check}/{rank}")))
-        return values
-
-    def agree(
-        self, check: str, action: Callable[[], Any], judge: Callable[[list[Any]], Any]
-    ) -> Any:
-        """Every rank says what `action` returned; rank 0 judges all of them; every rank gets its judgement."""
+        Raises CheckFailed on every rank if an action fails, or if a rank does not report before the deadline.
+        """
         try:
-            self.say(check, {"value": action()})
+            report = {"value": action()}
         except RuntimeError as error:  # torch's, of a collective that failed or took too long
-            self.say(check, {"failed": f"{type(error).__name__}: {error}"[:300]})
+            report = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        self._store.set(f"{check}/{self.rank}", json.dumps(report))
         if self.rank == 0:
             try:
-                said = self.hear_all(check)
-                if failed := [r for r, words in enumerate(said) if "failed" in words]:
-                    names = ", ".join(self.name(r) for r in failed[:8])
-                    raise Sick(f"{check}: {names}: {said[failed[0]]['failed']}")
-                verdict = {"ok": judge([words["value"] for words in said])}
-            except Sick as sick:
-                verdict = {"sick": str(sick)}
-            self._store.set(f"{check}/verdict", json.dumps(verdict))
+                result = {"ok": judge(self._collect(check))}
+            except CheckFailed as failure:
+                result = {"failed": str(failure)}
+            self._store.set(f"{check}/result", json.dumps(result))
         else:
             try:
                 wait_s = timedelta(seconds=self.left_s() + _GRACE_S)
-                self._store.wait([f"{check}/verdict"], wait_s)
+                self._store.wait([f"{check}/result"], wait_s)
             except dist.DistError:
-                raise Sick(f"{check}: rank 0 gave no verdict within the deadline") from None
-            verdict = json.loads(self._store.get(f"{check}/verdict"))
-        if "sick" in verdict:
-            raise Sick(verdict["sick"])
-        return verdict["ok"]
+                raise CheckFailed(f"{check}: no result from rank 0 within the deadline") from None
+            result = json.loads(self._store.get(f"{check}/result"))
+        if "failed" in result:
+            raise CheckFailed(result["failed"])
+        return result["ok"]
 
-    def _silent(self, check: str, ranks: list[int]) -> str:
-        shown = ", ".join(self.name(r) for r in ranks[:8])
-        more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-        return f"{check}: no answer from {shown}{more} within the deadline"
+    def _collect(self, check: str) -> list[Any]:
+        """Return what every rank's action returned, by rank."""
+        keys = [f"{check}/{rank}" for rank in range(self.world_size)]
+        try:
+            self._store.wait(keys, timedelta(seconds=self.left_s()))
+        except dist.DistError:
+            silent = [r for r, key in enumerate(keys) if not self._store.check([key])]
+            raise CheckFailed(
+                f"{check}: no answer from {self.listed(silent)} within the deadline"
+            ) from None
+        reports = [json.loads(self._store.get(key)) for key in keys]
+        if failed := [r for r, report in enumerate(reports) if "failed" in report]:
+            raise CheckFailed(f"{check}: {self.listed(failed)}: {reports[failed[0]]['failed']}")
+        return [report["value"] for report in reports]
 
 
 def check_ranks(layout: Layout | None = None, *, deadline_s: float = DEADLINE_S) -> list[str]:
-    """Every finding, on every rank; empty if all is well. Rank 0 prints what it saw.
+    """Run the checks and return every finding, on every rank; empty if all is well. Rank 0 prints its results.
 
-    Reads torchrun's environment; without one it is a job of one rank. Joins a process group of its own and
-    leaves it. Raises Sick if a rank does not answer, ValueError if `layout` does not divide the ranks.
+    Reads torchrun's environment; without one it is a job of one rank. Joins a process group of its own and leaves it.
+    Raises CheckFailed if a rank does not answer, ValueError if `layout` does not divide the ranks.
     """
     started = time.monotonic()
     store, rank, world_size = _join()
@@ -144,22 +124,21 @@ def check_ranks(layout: Layout | None = None, *, deadline_s: float = DEADLINE_S)
         raise ValueError(
             f"doctor: {world_size} ranks do not divide into the layout's {layout.model_size}"
         )
-    board = Board(store, rank, world_size, deadline_s)
+    reports = Reports(store, rank, world_size, deadline_s)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    judged = board.agree(
-        "facts", lambda: _facts(device), lambda all_facts: _judge_facts(board, all_facts)
-    )
-    findings: list[str] = judged["findings"]
-    _print(rank, [f"{world_size} ranks on {judged['nodes']} nodes", *judged["same"]])
-    judged = board.agree("device", lambda: _gemm(device), lambda sums: _judge_gemm(board, sums))
-    findings += judged["findings"]
-    _print(rank, judged["lines"])
-    findings += _check_groups(board, store, device, _groups(judged["hosts"], layout))
+    facts = reports.run("facts", lambda: _facts(device), lambda facts: _compare_facts(reports, facts))  # fmt: skip
+    findings: list[str] = facts["findings"]
+    nodes = len(set(facts["hosts"]))
+    _print(rank, [f"{world_size} ranks on {nodes} nodes", *facts["common"]])
+    gemm = reports.run("device", lambda: _gemm(device), lambda gemms: _compare_gemms(reports, gemms))  # fmt: skip
+    findings += gemm["findings"]
+    _print(rank, gemm["lines"])
+    findings += _check_groups(reports, store, device, _groups(facts["hosts"], layout))
     took = time.monotonic() - started
-    _print(rank, [*(f"BAD {f}" for f in findings), f"{'sick' if findings else 'ok'}, {took:.1f} s"])
+    _print(rank, [*(f"BAD {f}" for f in findings), f"{'failed' if findings else 'ok'}, {took:.1f} s"])  # fmt: skip
     return findings
 
 
@@ -167,7 +146,7 @@ def _join() -> tuple[dist.Store, int, int]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return dist.HashStore(), 0, 1
     store, rank, world_size = next(dist.rendezvous("env://"))
-    # A restarted job finds what the one before has said.
+    # A restarted job still finds the reports of the attempt before.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"phimini-doctor-{attempt}", store), rank, world_size
 
@@ -179,46 +158,47 @@ def _facts(device: torch.device) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    name = cpu_name()  # two kinds of CPU may round a product differently
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]
     return {
         "host": socket.gethostname(),
         "device": str(device),
-        "device name": name,
+        "kind": _kind(device),
         "versions": versions,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
     }
 
 
-def _judge_facts(board: Board, facts: list[dict[str, Any]]) -> dict[str, Any]:
+def _kind(device: torch.device) -> str:
+    """Return the device's model: two models may round a product differently, CPUs too."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def _compare_facts(reports: Reports, facts: list[dict[str, Any]]) -> dict[str, Any]:
     for rank, fact in enumerate(facts):
-        board.rename(rank, f"rank {rank} ({fact['host']}, {fact['device']})")
-    findings, same = [], []
-    for kind in ("versions", "environment"):
-        keys = sorted({key for f in facts for key in f[kind]})
-        for key in keys:
-            findings += _odd_ones_out(board, key, [f[kind].get(key) for f in facts])
-        common = Counter(json.dumps(f[kind]) for f in facts).most_common(1)[0][0]
-        pairs = (f"{k} {v}" for k, v in json.loads(common).items() if v is not None)
-        same.append(f"{kind}: {', '.join(pairs) or 'none set'}")
-    findings += _odd_ones_out(board, "device", [f["device name"] for f in facts])
-    return {"findings": findings, "same": same, "nodes": len({f["host"] for f in facts})}
+        reports.names[rank] = f"rank {rank} ({fact['host']}, {fact['device']})"
+    findings, common = [], []
+    for section in ("versions", "environment"):
+        for key in sorted({key for fact in facts for key in fact[section]}):
+            findings += _differing(reports, key, [fact[section].get(key) for fact in facts])
+        usual = Counter(json.dumps(fact[section]) for fact in facts).most_common(1)[0][0]
+        pairs = (f"{k} {v}" for k, v in json.loads(usual).items() if v is not None)
+        common.append(f"{section}: {', '.join(pairs) or 'none set'}")
+    findings += _differing(reports, "device", [fact["kind"] for fact in facts])
+    return {"findings": findings, "common": common, "hosts": [fact["host"] for fact in facts]}
 
 
-def _odd_ones_out(board: Board, what: str, values: list[Any]) -> list[str]:
+def _differing(reports: Reports, name: str, values: list[Any]) -> list[str]:
+    """Return a finding for each value other than the most common one."""
     (usual, _), *others = Counter(values).most_common()
-    found = []
-    for value, _ in others:
-        ranks = [r for r, v in enumerate(values) if v == value]
-        names = ", ".join(board.name(r) for r in ranks[:4]) + (", ..." if len(ranks) > 4 else "")
-        found.append(f"{names}: {what} is {value}, the others have {usual}")
-    return found
+    return [
+        f"{reports.listed([r for r, v in enumerate(values) if v == value], 4)}: {name} is {value}, the others have {usual}"
+        for value, _ in others
+    ]
 
 
 def _gemm(device: torch.device) -> dict[str, Any]:
-    """Checksums of one seeded product, computed three times; the inputs are made on the CPU."""
+    """Return checksums of one seeded product, computed three times from inputs made on the CPU."""
     size = _GEMM_SIZE[device.type]
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator) for _ in range(2))
@@ -228,29 +208,28 @@ def _gemm(device: torch.device) -> dict[str, Any]:
     for _ in range(3):
         product = (a @ b).cpu()
         sums.append(hashlib.sha256(product.view(torch.uint8).numpy().tobytes()).hexdigest()[:16])
-    return {"sums": sums, "host": socket.gethostname(), "kind": _facts(device)["device name"]}
+    return {"sums": sums, "kind": _kind(device)}
 
 
-def _judge_gemm(board: Board, gemms: list[dict[str, Any]]) -> dict[str, Any]:
+def _compare_gemms(reports: Reports, gemms: list[dict[str, Any]]) -> dict[str, Any]:
     findings, lines = [], []
     for rank, gemm in enumerate(gemms):
         if len(set(gemm["sums"])) > 1:
-            findings.append(f"{board.name(rank)}: the same GEMM gave {', '.join(gemm['sums'])}")
+            findings.append(f"{reports.names[rank]}: the same GEMM gave {', '.join(gemm['sums'])}")
     for kind in sorted({gemm["kind"] for gemm in gemms}):
-        ranks = [r for r, gemm in enumerate(gemms) if gemm["kind"] == kind]
-        sums = [gemms[r]["sums"][0] for r in ranks]
-        usual = Counter(sums).most_common(1)[0][0]
-        for rank, checksum in zip(ranks, sums, strict=True):
-            if checksum != usual:
-                findings.append(
-                    f"{board.name(rank)}: GEMM checksum {checksum}, the other devices of its kind have {usual}"
-                )
-        lines.append(f"device: {kind}, {sums.count(usual)} of {len(ranks)} agree on a seeded GEMM")
-    return {"findings": findings, "lines": lines, "hosts": [gemm["host"] for gemm in gemms]}
+        sums = {r: gemm["sums"][0] for r, gemm in enumerate(gemms) if gemm["kind"] == kind}
+        usual, agreeing = Counter(sums.values()).most_common(1)[0]
+        findings += [
+            f"{reports.names[rank]}: GEMM checksum {checksum}, the other devices of its kind have {usual}"
+            for rank, checksum in sums.items()
+            if checksum != usual
+        ]
+        lines.append(f"device: {kind}, {agreeing} of {len(sums)} agree on a seeded GEMM")
+    return {"findings": findings, "lines": lines}
 
 
 def _groups(hosts: list[str], layout: Layout | None) -> dict[str, list[list[int]]]:
-    """Kind -> groups of ranks, those of one rank left out."""
+    """Return the groups of more than one rank, by kind."""
     world_size = len(hosts)
     nodes = [[r for r, h in enumerate(hosts) if h == host] for host in dict.fromkeys(hosts)]
     kinds = {"job": [list(range(world_size))]}
@@ -264,97 +243,57 @@ def _groups(hosts: list[str], layout: Layout | None) -> dict[str, list[list[int]
             tp=layout.tensor, ep=1, dp=data, pp=layout.pipeline, cp=layout.context,
             order="tp-cp-ep-dp-pp",
         )  # fmt: skip
-        for axis, token in (
-            ("tensor", "tp"),
-            ("context", "cp"),
-            ("data", "dp"),
-            ("pipeline", "pp"),
-        ):
-            kinds[axis] = generator.get_ranks(token)
+        axes = {"tensor": "tp", "context": "cp", "data": "dp", "pipeline": "pp"}
+        kinds |= {axis: generator.get_ranks(token) for axis, token in axes.items()}
     return {
         kind: kept for kind, groups in kinds.items() if (kept := [g for g in groups if len(g) > 1])
     }
 
 
 def _check_groups(
-    board: Board, store: dist.Store, device: torch.device, kinds: dict[str, list[list[int]]]
+    reports: Reports, store: dist.Store, device: torch.device, kinds: dict[str, list[list[int]]]
 ) -> list[str]:
     findings: list[str] = []
-    if board.world_size == 1:
+    if reports.world_size == 1:
         return findings
     backend = "nccl" if device.type == "cuda" else "gloo"
 
     def join() -> None:
         dist.init_process_group(
-            backend, store=store, rank=board.rank, world_size=board.world_size,
-            timeout=timedelta(seconds=board.collective_s()),
+            backend, store=store, rank=reports.rank, world_size=reports.world_size,
+            timeout=timedelta(seconds=reports.collective_s()),
         )  # fmt: skip
 
-    board.agree("process group", join, lambda _: None)
+    reports.run("process group", join, lambda _: None)
     for kind, groups in kinds.items():
-        mine = next((ranks for ranks in groups if board.rank in ranks), None)
-
-        def measure(ranks: list[int] | None = mine) -> dict[str, Any] | None:
-            return None if ranks is None else _all_reduce(board, ranks, device)
-
-        judged = board.agree(
-            f"all-reduce {kind}", measure, lambda said, k=kind: _judge_groups(board, k, said)
+        mine = next((ranks for ranks in groups if reports.rank in ranks), None)
+        findings += reports.run(
+            f"all-reduce {kind}",
+            lambda ranks=mine: ranks is None or _all_reduce(reports, ranks, device),
+            lambda right, k=kind: [
+                f"{reports.names[rank]}: wrong sum in the {k} all-reduce"
+                for rank, ok in enumerate(right)
+                if not ok
+            ],
         )
-        findings += judged["findings"]
-        _print(board.rank, [judged["line"]])
+        _print(reports.rank, [f"all-reduce {kind}: {len(groups)} groups of {len(groups[0])}"])
     dist.destroy_process_group()
     return findings
 
 
-def _all_reduce(board: Board, ranks: list[int], device: torch.device) -> dict[str, Any]:
-    """Whether the sums are right, and the bus bandwidth. RuntimeError if it fails or takes too long."""
-    timeout = timedelta(seconds=board.collective_s())
+def _all_reduce(reports: Reports, ranks: list[int], device: torch.device) -> bool:
+    """Return True if the sum over `ranks` is right. Raises RuntimeError if it fails or takes too long."""
+    timeout = timedelta(seconds=reports.collective_s())
     group = dist.new_group(ranks, timeout, use_local_synchronization=True)
-    values = torch.empty(_REDUCED_BYTES[device.type] // 4, device=device)
-    seconds, right = [], True
-    for _ in range(4):
-        values.fill_(board.rank + 1)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        work = dist.all_reduce(values, group=group, async_op=True)
-        assert work is not None, "asynchronous collectives return their handle"
-        while not work.is_completed():
-            if board.collective_s() <= 0.05:
-                raise RuntimeError(f"the all-reduce of ranks {ranks} does not end")
-            time.sleep(0.0005)
-        work.wait()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-        right = right and bool((values == sum(r + 1 for r in ranks)).all())
-    bytes_on_the_bus = 2 * (len(ranks) - 1) / len(ranks) * values.nbytes
-    speed = bytes_on_the_bus / statistics.median(seconds[1:]) / 1e9
-    return {"ranks": ranks, "right": right, "gb_per_s": speed}
-
-
-def _judge_groups(board: Board, kind: str, of_ranks: list[Any]) -> dict[str, Any]:
-    findings = []
-    slowest: dict[tuple[int, ...], float] = {}
-    for rank, said in enumerate(of_ranks):
-        if said is None:
-            continue
-        if not said["right"]:
-            findings.append(
-                f"{board.name(rank)}: wrong sum in the {kind} all-reduce of {said['ranks']}"
-            )
-        ranks = tuple(said["ranks"])
-        slowest[ranks] = min(said["gb_per_s"], slowest.get(ranks, float("inf")))
-    median = statistics.median(slowest.values())
-    for ranks, speed in slowest.items():
-        if speed < SLOW * median:
-            names = ", ".join(board.name(r) for r in ranks)
-            findings.append(
-                f"{names}: {kind} all-reduce at {speed:.2f} GB/s, the median of its kind is {median:.2f}"
-            )
-    low, high = min(slowest.values()), max(slowest.values())
-    line = f"all-reduce {kind}: {len(slowest)} groups of {len(next(iter(slowest)))}, {low:.2f} to {high:.2f} GB/s"
-    return {"findings": findings, "line": line}
+    values = torch.full((_REDUCED_BYTES[device.type] // 4,), reports.rank + 1.0, device=device)
+    work = dist.all_reduce(values, group=group, async_op=True)
+    assert work is not None, "asynchronous collectives return their handle"
+    while not work.is_completed():
+        if reports.collective_s() <= 0.05:
+            raise RuntimeError(f"the all-reduce of ranks {ranks} does not end")
+        time.sleep(0.0005)
+    work.wait()
+    return bool((values == sum(r + 1 for r in ranks)).all())
 
 
 def _print(rank: int, lines: list[str]) -> None:
@@ -370,6 +309,6 @@ def examine_ranks(layout: Layout | None) -> int:
     """
     try:
         return 1 if check_ranks(layout) else 0
-    except Sick as sick:
-        print(f"doctor: BAD {sick}", file=sys.stderr, flush=True)
+    except CheckFailed as failure:
+        print(f"doctor: BAD {failure}", file=sys.stderr, flush=True)
         os._exit(1)

@@ -1,4 +1,4 @@
-"""The doctor says that well ranks are well, and which rank is not, each time within its deadline."""
+"""The preflight checks pass on healthy ranks, and name the rank that is not, within their deadline."""
 
 import os
 import time
@@ -11,7 +11,7 @@ import torch
 from forked_ranks import run_ranks
 
 from phimini.parallel.cluster import preflight as doctor
-from phimini.parallel.cluster.preflight import Board, Sick, check_ranks, examine_ranks
+from phimini.parallel.cluster.preflight import CheckFailed, check_ranks, examine_ranks
 from phimini.parallel.ranks.layout import Layout
 
 
@@ -21,15 +21,15 @@ def examine(
     bad: int = 1,
     deadline_s: float = 30.0,
 ) -> list[Any]:
-    """What each rank of a job finds, or the Sick it raises, when `sabotage` was done to rank `bad`."""
+    """Return each rank's findings, or the CheckFailed it raises, after `sabotage` of rank `bad`."""
 
     def run() -> Any:
         if sabotage is not None and os.environ["RANK"] == str(bad):
             sabotage()
         try:
             return check_ranks(deadline_s=deadline_s)
-        except Sick as sick:
-            return f"sick: {sick}"
+        except CheckFailed as failure:
+            return f"failed: {failure}"
 
     return run_ranks(run, world_size)
 
@@ -102,7 +102,8 @@ def test_the_rank_that_differs_is_named(sabotage: Callable[[], None], message: s
 def test_a_wrong_sum_names_the_group() -> None:
     of_ranks = examine(2, wrong_sum)
     assert of_ranks[0] == of_ranks[1]
-    assert any("wrong sum in the job all-reduce of [0, 1]" in f for f in of_ranks[0])
+    assert [f.startswith(f"rank {r} (") for r, f in enumerate(of_ranks[0])] == [True, True]
+    assert all(f.endswith(": wrong sum in the job all-reduce") for f in of_ranks[0])
 
 
 @pytest.mark.parametrize("where", ["_facts", "_gemm", "_all_reduce"])
@@ -117,7 +118,7 @@ def test_a_rank_that_does_not_answer_is_named_in_time(where: str, tmp_path: Path
         if os.environ["RANK"] == "2":
             setattr(doctor, where, stall)
         started = time.monotonic()
-        with pytest.raises(Sick) as e:
+        with pytest.raises(CheckFailed) as e:
             check_ranks(deadline_s=deadline_s)
         (tmp_path / os.environ["RANK"]).touch()
         return str(e.value), time.monotonic() - started
@@ -126,21 +127,6 @@ def test_a_rank_that_does_not_answer_is_named_in_time(where: str, tmp_path: Path
     (first, took_s), (second, _), _ = run_ranks(run, 3, timeout_s=60)
     assert first == second and took_s < 2 * deadline_s
     assert first.startswith(f"{check}: no answer from rank 2") and first.endswith("the deadline")
-
-
-def test_a_slow_group_is_named() -> None:
-    board = Board(torch.distributed.HashStore(), 0, 8, 5.0)  # pyright: ignore[reportPrivateImportUsage]
-    speeds = {(0, 1): 200.0, (2, 3): 210.0, (4, 5): 90.0, (6, 7): 190.0}
-    said = [
-        {"ranks": list(ranks), "right": True, "gb_per_s": speed}
-        for ranks, speed in speeds.items()
-        for _ in ranks
-    ]
-    judged = doctor._judge_groups(board, "tensor", said)
-    assert judged["findings"] == [
-        "rank 4, rank 5: tensor all-reduce at 90.00 GB/s, the median of its kind is 195.00"
-    ]
-    assert judged["line"] == "all-reduce tensor: 4 groups of 2, 90.00 to 210.00 GB/s"
 
 
 def test_groups_of_nodes_and_axes() -> None:
