@@ -10,7 +10,7 @@ import torch
 
 from phimini.parallel.ranks import cpu_shim
 
-# Asked by way of CUDA's runtime, `is_available` makes CUDA unusable in forks, and `launch.run_ranks` forks.
+# Asked by way of CUDA's runtime, `is_available` makes CUDA unusable in forks, and `run_ranks` forks.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 if not torch.cuda.is_available():
     # Nobody expects them on a CPU; where there is a GPU Megatron's warnings stay.

@@ -7,8 +7,8 @@
         .metadata, metadata.json    where each tensor lies, in which format
     DIR/step-00000050.tmp/          a save under way, or one that was cut off; never read
 
-A step that is saved again gets a name of its own (step-00000040-2), so that what the pointer names is
-never touched.
+A step that is saved again gets a new name (step-00000040-2), so that the checkpoint that the pointer names is never
+touched.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ POINTER = "latest.json"
 MANIFEST = "manifest.json"
 FORMAT = 1
 TEMPORARY = ".tmp"
-# of a manifest, and what `load_checkpoint` takes them for
+# Fields of a manifest and their types.
 _FIELDS = {
     "step": int, "model_config": dict, "params_dtype": str, "optimizer": dict | None, "extra": dict, "files": dict
 }  # fmt: skip
 _DIRECTORY = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 _TORCH_METADATA = ".metadata"
-# What torch's metadata file consists of. It is a pickle, and torch would call whatever it names.
+# The contents of torch's metadata file. It is a pickle, and torch would call any function that it names.
 _METADATA_MODULES = (
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.planner",
@@ -53,7 +53,7 @@ _METADATA_NAMES = {
 
 
 def step_directories(directory: Path) -> list[Path]:
-    """Complete checkpoints, oldest write first."""
+    """Return the complete checkpoints, oldest write first."""
     found = [
         d for d in directory.iterdir() if _DIRECTORY.fullmatch(d.name) and (d / MANIFEST).is_file()
     ]
@@ -61,13 +61,14 @@ def step_directories(directory: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
     match = _DIRECTORY.fullmatch(checkpoint.name)
     assert match, f"{checkpoint} is not a checkpoint's name"
     return int(match[1])
 
 
 def new_directory(directory: Path, step: int) -> Path:
-    """A name for `step` that nothing has yet."""
+    """Return an unused path for a checkpoint of `step`."""
     name = f"step-{step:08d}"
     path, n = directory / name, 1
     while path.exists():
@@ -77,7 +78,7 @@ def new_directory(directory: Path, step: int) -> Path:
 
 
 def read_pointer(directory: Path) -> Path | None:
-    """The latest complete checkpoint; None if there is none. ValueError if the pointer cannot be followed."""
+    """Return the latest complete checkpoint, or None without a pointer. Raises ValueError if the pointer is broken."""
     pointer = directory / POINTER
     if not pointer.exists():
         return None
@@ -94,7 +95,7 @@ def read_pointer(directory: Path) -> Path | None:
 
 
 def find_step(directory: Path, step: int) -> Path:
-    """The newest complete checkpoint of `step`."""
+    """Return the newest complete checkpoint of `step`. Raises ValueError if there is none."""
     found = (
         [d for d in step_directories(directory) if step_of(d) == step] if directory.is_dir() else []
     )
@@ -106,21 +107,21 @@ def find_step(directory: Path, step: int) -> Path:
 
 
 def move_pointer(directory: Path, checkpoint: Path) -> None:
-    """Atomic: a reader sees the old or the new pointer, never half of one."""
+    """Let the pointer name `checkpoint`, atomically: a reader sees the old or the new pointer."""
     write_json(directory / POINTER, {"step": step_of(checkpoint), "directory": checkpoint.name})
 
 
 def remove_old(directory: Path, latest: Path, keep: int) -> None:
-    """Keeps `latest` and the `keep` - 1 checkpoints written before it."""
+    """Delete all checkpoints but `latest` and the `keep` - 1 written before it."""
     others = [d for d in step_directories(directory) if d != latest]
     for old in others[: max(0, len(others) - (keep - 1))]:
-        # Without its manifest it is no checkpoint any more, even if the removal is cut off.
+        # Without its manifest a folder is no longer a checkpoint, even if the removal is cut off.
         (old / MANIFEST).unlink()
         shutil.rmtree(old)
 
 
 def remove_cut_off(directory: Path) -> None:
-    """Deletes what saves that never finished have left."""
+    """Delete the remains of saves and removals that were cut off."""
     for path in directory.iterdir():
         is_save = path.name.endswith(TEMPORARY) and _DIRECTORY.fullmatch(
             path.name.removesuffix(TEMPORARY)
@@ -133,11 +134,12 @@ def remove_cut_off(directory: Path) -> None:
 
 
 def write_manifest(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Write a checkpoint's manifest, with a checksum of its own content."""
     write_json(checkpoint / MANIFEST, manifest | {"sha256": _digest(manifest)})
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Raises ValueError naming the file if it is not what `write_manifest` wrote."""
+    """Return a checkpoint's manifest. Raises ValueError that names the file if it was changed since it was written."""
     path = checkpoint / MANIFEST
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -147,14 +149,17 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: its content does not match its checksum")
     _check_fields(path, manifest)
     if manifest["step"] != step_of(checkpoint):
-        raise ValueError(f"{path}: step is {manifest['step']}, in a directory of another")
+        raise ValueError(
+            f"{path}: step is {manifest['step']}, but the directory is that of step {step_of(checkpoint)}"
+        )
     return manifest
 
 
 def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
     for field, kind in _FIELDS.items():
         if field not in manifest or not isinstance(manifest[field], kind):
-            raise ValueError(f"{path}: {field} is missing, or no such thing")
+            expected = getattr(kind, "__name__", str(kind))
+            raise ValueError(f"{path}: {field} is missing or of another type; expected {expected}")
     optimizer, described = manifest["optimizer"], manifest["files"]
     if optimizer is not None:
         scheduler = optimizer.get("scheduler")
@@ -170,6 +175,7 @@ def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
+    """Return a file's size in bytes and its sha256."""
     with path.open("rb") as f:
         return {
             "bytes": path.stat().st_size,
@@ -178,7 +184,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def check_files(checkpoint: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> None:
-    """Raises ValueError naming the first of `names` that is missing, of another length, or altered."""
+    """Compare files with their descriptions. Raises ValueError that names the first missing or altered one."""
     for name in names:
         path, recorded = checkpoint / name, files[name]
         if not path.is_file():
@@ -191,7 +197,7 @@ def check_files(checkpoint: Path, files: dict[str, dict[str, Any]], names: Itera
 
 
 def check_metadata_is_plain(checkpoint: Path) -> None:
-    """Raises ValueError if torch's metadata pickle names anything but torch's own metadata classes."""
+    """Raise ValueError if torch's metadata pickle names anything but torch's own metadata classes."""
     path = checkpoint / _TORCH_METADATA
     try:
         with path.open("rb") as f:
@@ -208,7 +214,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         found = None
         if (allowed or is_dtype) and "." not in global_name:
             found = super().find_class(module_name, global_name)
-        # Not what these modules import: `dataclass` compiles text that the pickle gives it.
+        # Refuse names that these modules import: `dataclass` compiles text that the pickle gives it.
         if found is None or of_module and getattr(found, "__module__", None) != module_name:
             raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
         return found
@@ -221,6 +227,7 @@ def _is_dtype(name: str) -> bool:
 
 
 def free_bytes(directory: Path) -> int:
+    """Return the free bytes on a directory's file system."""
     stat = os.statvfs(directory)
     return stat.f_bavail * stat.f_frsize
 

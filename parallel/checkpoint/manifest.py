@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and whether a run may go on from it."""
+"""The manifest of a checkpoint: model, layout and versions, and the check that a run can continue from it."""
 
 import dataclasses
 import importlib.metadata
@@ -15,7 +15,7 @@ from phimini.parallel.training.optimizer import Optimizer
 def new_manifest(
     step: int, model: Model, optimizer: Optimizer | None, extra: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything but the list of files. JSON, if `extra` is."""
+    """Return the manifest of a save, without its list of files. It is JSON if `extra` is."""
     saved_optimizer = None
     if optimizer is not None:
         saved_optimizer = {
@@ -37,9 +37,9 @@ def new_manifest(
 def check_fits(
     checkpoint: Path, manifest: dict[str, Any], model: Model, optimizer: Optimizer | None
 ) -> None:
-    """Raises ValueError naming manifest and field if `model` and `optimizer` are not what was saved.
+    """Raise ValueError that names manifest and field if `model` or `optimizer` differs from the saved one.
 
-    The layout may differ; so may the dtype where only weights are read.
+    The layout may differ, and so may the dtype if only weights are read.
     """
     path = checkpoint / files.MANIFEST
     _compare(path, "model_config", manifest["model_config"], _model_config(model))
@@ -69,7 +69,7 @@ def _compare(
 
 
 def _model_config(model: Model) -> dict[str, Any]:
-    """As JSON gives it back: tuples are lists."""
+    """Return the model's config as JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(dataclasses.asdict(model.config)))
 
 

@@ -1,4 +1,4 @@
-"""Saves and loads a run, on any layout: Megatron's dist_checkpointing, made atomic, checked and explained.
+"""Save and load a run at any layout: Megatron's dist_checkpointing, with atomic writes, checks and clear errors.
 
     pending = begin_checkpoint(...)   every rank; copies what is on a GPU, then writes in the background
     pending.finish()                  every rank; waits, then publishes: manifest, rename, pointer, retention
@@ -7,13 +7,13 @@
 
 A save that is cut off anywhere, by a kill or a full disk, leaves the previous checkpoint as it was:
 everything is written under a temporary name, and `latest.json` moves last. An error on one rank is
-raised on all. `files.py` has the files, `sharded_state.py` what is in
-them, `manifest.py` what they say of themselves.
+raised on all. `files.py` handles names, checksums and the pointer, `sharded_state.py` the tensors,
+`manifest.py` the description.
 
-Two parts of megatron-core are bypassed: the pool of writer processes (whose result queue costs 11 s of
-imports at the first save, and which hangs if a writer dies) and `common.pt` and object shards (pickles).
-What is loaded is JSON, tensors read by torch with weights_only, and torch's `.metadata` pickle, which is
-read first by an unpickler that knows only torch's metadata classes.
+Two parts of megatron-core are bypassed: the pool of writer processes (its result queue costs 11 s of
+imports at the first save, and it hangs if a writer dies), and `common.pt` and object shards (pickles).
+A load reads JSON, tensors (by torch with weights_only) and torch's `.metadata` pickle, after an
+unpickler that knows only torch's metadata classes has accepted it.
 """
 
 import base64
@@ -54,7 +54,7 @@ from phimini.parallel.training.optimizer import Optimizer
 
 _BALLAST = "ballast"
 _BALLAST_BYTES = 1 << 20
-"""held free while tensors are written, so that a full disk fails there and not in the metadata"""
+"""Reserved while tensors are written, so that a full disk fails there and not at the metadata."""
 
 
 def save_checkpoint(
@@ -66,7 +66,7 @@ def save_checkpoint(
     *,
     keep: int = 2,
 ) -> None:
-    """`begin_checkpoint` and `finish`, writing in this process. Collective over the whole job."""
+    """Save a checkpoint and wait for it, writing in this process. Arguments and errors as in `begin_checkpoint`. Collective."""
     _begin(directory, step, model, optimizer, extra, keep, background=False).finish()
 
 
@@ -79,21 +79,21 @@ def begin_checkpoint(
     *,
     keep: int = 2,
 ) -> "PendingCheckpoint":
-    """Takes the state as it is now and writes it in a forked process; training may go on. Collective.
+    """Copy the current state and write it in a forked process while training continues. Collective.
 
     directory: holds the checkpoints of one run; seen by every rank.
     optimizer: None saves weights only.
-    extra: the run's own position (data, RNG, metrics), JSON; rank 0's is kept.
-    keep: how many checkpoints stay, this one included.
+    extra: the run's position (data, RNG, metrics) as JSON; rank 0's is kept.
+    keep: the number of checkpoints that stay, this one included.
 
-    Nothing is published before `finish()`, which every rank must call, once, before the next save.
+    The checkpoint is published by `finish()`, which every rank must call once before the next save.
     Raises ValueError or OSError, the same on every rank, naming the file or field.
     """
     return _begin(directory, step, model, optimizer, extra, keep, background=True)
 
 
 class PendingCheckpoint:
-    """A save whose tensors are being written. It counts only once `finish` has returned."""
+    """A save whose tensors are being written. It is complete once `finish` has returned."""
 
     def __init__(
         self,
@@ -118,11 +118,11 @@ class PendingCheckpoint:
         self._process = process
 
     def is_written(self) -> bool:
-        """Whether `finish` would not wait for this rank's writer. No communication."""
+        """Return True if this rank's writer is done. Does not communicate."""
         return not isinstance(self._written, Connection) or self._written.poll()
 
     def finish(self) -> None:
-        """Waits for all writers and publishes the checkpoint. Collective. Errors as in `begin_checkpoint`."""
+        """Wait for all writers and publish the checkpoint. Collective. Raises as `begin_checkpoint`."""
         results, described, error = self._collect()
         everyone = self._world.all_gather_objects((described, error))
         if errors := [e for _, e in everyone if e]:
@@ -152,7 +152,7 @@ class PendingCheckpoint:
     def _publish(self) -> None:
         directory = self._temporary.parent
         with _naming(self._temporary):
-            # Megatron's own loader wants these two; ours does not read them.
+            # Megatron's own loader needs these two files; ours does not read them.
             save_config(CheckpointingConfig("torch_dist", 1), str(self._temporary))
             torch.save({"iteration": self.step}, self._temporary / "common.pt")
             for name in (".metadata", "metadata.json", "common.pt"):
@@ -170,10 +170,10 @@ def load_checkpoint(
     optimizer: Optimizer | None = None,
     step: int | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """Fills model, optimizer and schedule from the latest checkpoint, or that of `step`. Collective.
+    """Fill model, optimizer and schedule from the latest checkpoint, or that of `step`. Collective.
 
-    The layout may differ from the one that saved. Without an optimizer only weights are read.
-    Returns the step and what was saved as `extra`.
+    The layout may differ from that of the save. Without an optimizer only weights are read.
+    Returns the step and the saved `extra`.
 
     Raises ValueError, the same on every rank and before anything is changed: no checkpoint, a file
     that is missing or altered, a model of another shape, another dtype, schedule, or no optimizer state.
@@ -210,16 +210,16 @@ def load_checkpoint(
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
-    """Of the newest complete checkpoint in `directory`; None if there is none yet. No communication.
+    """Return the step of the newest complete checkpoint in `directory`, or None. Does not communicate.
 
-    Raises ValueError if the pointer is damaged or names what is not there.
+    Raises ValueError if the pointer is damaged or names a missing checkpoint.
     """
     checkpoint = files.read_pointer(Path(directory))
     return None if checkpoint is None else files.step_of(checkpoint)
 
 
 def rng_state() -> dict[str, str]:
-    """This rank's torch generators, as JSON for `extra`."""
+    """Return the states of this rank's torch generators, as JSON for `extra`."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -227,7 +227,7 @@ def rng_state() -> dict[str, str]:
 
 
 def set_rng_state(saved: dict[str, str]) -> None:
-    """The inverse of `rng_state`; a CUDA state is skipped where there is no CUDA."""
+    """Set the torch generators from `rng_state`. A CUDA state is skipped on a machine without CUDA."""
     for device, text in saved.items():
         value = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
         if device == "cpu":
@@ -271,7 +271,7 @@ def _begin(
         context = multiprocessing.get_context("fork")
         written, send = context.Pipe(duplex=False)
         process = context.Process(target=_write_and_report, args=(buckets, transforms, send))
-        # The trainer's garbage is not the writer's to collect: a GPU's tensor among it may call CUDA, dead in a fork.
+        # Without the collector: finalising an inherited GPU tensor in the writer may call CUDA, which does not work in a fork.
         collects = gc.isenabled()
         gc.disable()
         try:
@@ -287,7 +287,7 @@ def _begin(
     )
 
 
-# 0.19 must be told to use its own writer and not nvidia-resiliency-ext's; 0.16 knows no other.
+# 0.19 needs an argument to use its own writer instead of nvidia-resiliency-ext's; 0.16 has no other.
 _ASYNC_STRATEGY = (
     ("mcore",)
     if "async_strategy" in inspect.signature(TorchDistSaveShardedStrategy.async_save).parameters
@@ -298,7 +298,7 @@ _ASYNC_STRATEGY = (
 def _write(
     buckets: list[Any], transforms: list[Any]
 ) -> tuple[dict[int, Any], dict[str, Any], str | None]:
-    """(what Megatron wants to know of each file, our description of each, an error or None)."""
+    """Write the buckets. Return Megatron's result of each file, our description of each, and an error or None."""
     results, described = {}, {}
     for i, bucket in enumerate(buckets):
         path = Path(bucket[0])
@@ -326,13 +326,13 @@ def _write(
 
 
 def _write_and_report(buckets: list[Any], transforms: list[Any], send: Connection) -> None:
-    # Nobody publishes what a writer without its trainer writes, and it would hold the GPU that the next trainer needs.
+    # A writer without its trainer is useless, and would hold the GPU that the next trainer needs.
     end_with_parent()
     send.send_bytes(pickle.dumps(_write(buckets, transforms)))
 
 
 def _prepare(directory: Path, step: int, keep: int, manifest: dict[str, Any]) -> Path:
-    """The temporary directory of this save, with the ballast in it. Raises ValueError or OSError."""
+    """Make the temporary directory of this save, with the ballast in it. Raises ValueError or OSError."""
     if keep < 1:
         raise ValueError(f"save_checkpoint: keep must be at least 1, got {keep}")
     if step < 0:
@@ -353,7 +353,7 @@ def _prepare(directory: Path, step: int, keep: int, manifest: dict[str, Any]) ->
 
 @contextlib.contextmanager
 def _naming(temporary: Path) -> Iterator[None]:
-    """A failing write says only 'No space left on device': says where, and leaves nothing there."""
+    """Add path and free space to the error of a failing write, and remove the directory."""
     try:
         yield
     except OSError as e:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of the model and the optimizer, as Megatron sharded tensors that any layout can read.
+"""State of model and optimizer in a checkpoint, as Megatron sharded tensors that any layout can read.
 
     model.<key>                          weights, in the parameters' dtype
     optimizer.exp_avg.<key>              AdamW's moments, fp32
@@ -9,11 +9,11 @@ Every optimizer (fp32, bf16 with masters, ZeRO-1) writes these same keys, each t
 tensor-parallel split. Megatron's own optimizer state dicts are not used: ZeRO-1's does not load into
 torch's AdamW (KeyError 'step', and then one shared step tensor that grows once per parameter), does
 not load into a plain optimizer, and gathers all of it on one data rank. Here a parameter's state is
-put together on the data rank that owns most of it, so that little moves and every rank writes its part.
+assembled on the data rank that owns most of it, so that little data moves and every rank writes a part.
 
-Keys and stacked layers are Megatron's; they come from our table of weight names and not from the
-modules' `sharded_state_dict`, so any layer spec writes and reads the same file. No Python object is
-stored, so none is unpickled: `_extra_state` (None, or FP8 scales that are computed anew) is left out.
+Keys and stacked layers are Megatron's. They come from our table of weight names and not from the
+modules' `sharded_state_dict`, so any layer spec writes and reads the same file. Python objects are not
+stored, so a load unpickles none. `_extra_state` (None, or FP8 scales that are recomputed) is left out.
 """
 
 from collections.abc import Iterator
@@ -48,10 +48,10 @@ _LAYER_KEYS = {hf: megatron for megatron, (hf, _) in reversed(LAYER_NAMES.items(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """The optimizer's part of one parameter on this rank: elements [start, stop) of the flat parameter."""
+    """This rank's part of one parameter's optimizer state: elements [start, stop) of the flat parameter."""
 
     main: Tensor
-    """fp32; what AdamW updates"""
+    """the fp32 tensor that AdamW updates"""
     start: int
     stop: int
     state: dict[str, Any]
@@ -60,11 +60,12 @@ class Piece:
     """TE's FusedAdam counts steps per group, torch's AdamW per parameter"""
 
     def tensor(self, kind: str) -> Tensor:
+        """Return the flat tensor of a kind: exp_avg, exp_avg_sq or main."""
         return (self.main.detach() if kind == "main" else self.state[kind]).view(-1)
 
 
 def model_state(model: MegatronModel) -> dict[str, ShardedTensor]:
-    """This rank's weights, for saving or as what a load fills; fp8 weights as bf16 copies."""
+    """Return this rank's weights, to be saved or filled by a load; fp8 weights as bf16 copies."""
     num_replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     state = {}
     for i, slot in enumerate(slots(model)):
@@ -75,7 +76,7 @@ def model_state(model: MegatronModel) -> dict[str, ShardedTensor]:
 
 
 def optimizer_state(model: MegatronModel, optimizer: MegatronOptimizer) -> dict[str, ShardedTensor]:
-    """The optimizer's state, for saving. Collective over the data ranks: shards are put together."""
+    """Return the optimizer's state, to be saved. Collective over the data ranks, which assemble shards."""
     pieces = _pieces(optimizer)
     group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = {}
@@ -101,9 +102,9 @@ def optimizer_state(model: MegatronModel, optimizer: MegatronOptimizer) -> dict[
 def optimizer_targets(
     model: MegatronModel, optimizer: MegatronOptimizer
 ) -> tuple[dict[str, ShardedTensor], dict[str, Tensor]]:
-    """What a load fills: whole fp32 tensors on the host for all that this rank has a piece of.
+    """Return the tensors that a load fills: whole, fp32, on the host, for each parameter with a piece on this rank.
 
-    Returns the sharded tensors and, for `apply_optimizer`, the tensors under them.
+    The first result holds the sharded tensors; the second, for `apply_optimizer`, the tensors under them.
     """
     pieces = _pieces(optimizer)
     state, wholes = {}, {}
@@ -119,7 +120,7 @@ def optimizer_targets(
 
 @torch.no_grad()
 def apply_model(model: MegatronModel, targets: dict[str, ShardedTensor]) -> None:
-    """Ends a load: all weights were read in place but fp8 ones, which are quantised again."""
+    """Finish a load of weights: quantise the fp8 ones again. All others were read in place."""
     for i, slot in enumerate(slots(model)):
         if is_float8tensor(slot.parameter):
             parts = [t.data for name, t in targets.items() if name.split("/")[0] == f"{i}"]
@@ -130,7 +131,7 @@ def apply_model(model: MegatronModel, targets: dict[str, ShardedTensor]) -> None
 def apply_optimizer(
     model: MegatronModel, optimizer: MegatronOptimizer, wholes: dict[str, Tensor], step: int
 ) -> None:
-    """Copies what was loaded into the optimizer's pieces and sets its step count."""
+    """Copy loaded tensors into the optimizer's pieces and set its step count."""
     pieces = _pieces(optimizer)
     for i, slot in enumerate(slots(model)):
         piece = pieces.get(slot.parameter)
@@ -142,10 +143,10 @@ def apply_optimizer(
         if piece.step_in_group:
             piece.group["step"] = step
         else:
-            piece.state["step"] = torch.tensor(float(step))  # its own: AdamW adds to it in place
+            piece.state["step"] = torch.tensor(float(step))  # not shared: AdamW adds to it in place
     if any("main" in _kinds(slot.parameter) for slot in slots(model)):
-        # Rounded from the masters, as in training: what was stored may be rounded to fp8, and these not, or the other
-        # way round.
+        # Round the weights from the masters, as in training: the stored ones may be rounded to fp8 and these not, or the
+        # other way round.
         for inner in _inner(optimizer):
             inner._copy_main_params_to_model_params()
         for chunk in model.chunks:
@@ -154,7 +155,7 @@ def apply_optimizer(
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> int:
-    """How many updates the optimizer has made; 0 before the first."""
+    """Return the number of updates that the optimizer has made."""
     steps = {
         int(p.group.get("step", 0) if p.step_in_group else p.state["step"])
         for p in _pieces(optimizer).values()
@@ -164,7 +165,7 @@ def optimizer_step(optimizer: MegatronOptimizer) -> int:
 
 
 def _pieces(optimizer: MegatronOptimizer) -> dict[nn.Parameter, Piece]:
-    """Model parameter -> this rank's piece. Creates AdamW's state where no step has been made yet."""
+    """Return this rank's piece of each model parameter. Creates AdamW's state before the first step."""
     pieces = {}
     for inner in _inner(optimizer):
         adam = inner.optimizer
@@ -189,7 +190,7 @@ def _pieces(optimizer: MegatronOptimizer) -> dict[nn.Parameter, Piece]:
 
 
 def _mains(inner: Any) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
-    """(model parameter, what AdamW updates for it, start, stop) of one Megatron optimizer."""
+    """Yield (model parameter, fp32 tensor that AdamW updates, start, stop) of one Megatron optimizer."""
     if isinstance(inner, DistributedOptimizer):
         for parameter in inner.model_param_group_index_map:
             main = inner._get_main_param_and_optimizer_states(parameter)["param"]
@@ -223,7 +224,7 @@ def _kinds(parameter: nn.Parameter) -> tuple[str, ...]:
 def _sharded(
     name: str, slot: Slot, prefix: str, tensor: Tensor, data_replica: int, model: MegatronModel
 ) -> dict[str, ShardedTensor]:
-    """{name, or name/0 and name/1: where `tensor` lies in the whole}; views of `tensor`.
+    """Return {name, or name/0 and name/1: place of `tensor` in the whole}, as views of `tensor`.
 
     Layers are stacked along a first axis, as Megatron does, so that any pipeline split can read them.
     """
@@ -265,7 +266,7 @@ def _data_rank() -> int:
 
 
 def _ranges(pieces: list[Piece | None], group: Any) -> Tensor:
-    """(data ranks, parameters, 2): which elements of each flat parameter each rank holds."""
+    """Return the first and last element of each flat parameter on each rank, (data ranks, parameters, 2)."""
     spans = [(0, 0) if p is None else (p.start, p.stop) for p in pieces]
     mine = torch.tensor(spans, dtype=torch.int64).view(-1, 2)
     if group.size() == 1:
@@ -278,7 +279,7 @@ def _ranges(pieces: list[Piece | None], group: Any) -> Tensor:
 def _put_together(
     local: Tensor | None, ranges: list[list[int]], owner: int, group: Any
 ) -> Tensor | None:
-    """The whole flat tensor, on the host of group rank `owner`; None elsewhere. Collective in `group`."""
+    """Return the whole flat tensor on the host of group rank `owner`, and None elsewhere. Collective in `group`."""
     if group.rank() != owner:
         if local is not None and local.numel():
             dist.send(local.contiguous(), group=group, group_dst=owner)

@@ -56,7 +56,7 @@ class LaunchSettings:
     account: str | None = None
     """Slurm's account"""
     venv: str | None = ".venv"
-    """a virtual environment to activate, seen from the folder the job starts in; `none` for the surrounding one"""
+    """virtual environment to activate, relative to the folder the job starts in; `none` keeps the current one"""
     interface: str | None = None
     """the network interface of NCCL's and the rendezvous' sockets; None lets NCCL choose"""
     port: Annotated[int, Range(1, 65535)] = 29500
@@ -66,9 +66,9 @@ class LaunchSettings:
     save_seconds: Size = 300
     """time between SIGTERM and SIGKILL: one step and one checkpoint"""
     numa: bool = True
-    """binds each rank to the CPUs of its GPU's NUMA node"""
+    """bind each rank to the CPUs of its GPU's NUMA node"""
     doctor: bool = True
-    """checks the ranks before the command"""
+    """check the ranks before the command"""
 
     def __post_init__(self) -> None:
         check(self, "launch ")

@@ -1,10 +1,10 @@
-"""Will it fit, and how long will it take: memory, FLOPs and the best few layouts of a stage, before the first GPU second.
+"""Plan a stage before it uses a GPU: memory, FLOPs and the best few layouts.
 
     plan = plan_stage(preset("phi-4-mini"), Workload(stage="midtrain", ...), GPUS["h100"], world_size=8)
     plan.to_json()      {"fits": ..., "layouts": [...], "assumptions": [...]}
 
-Memory is arithmetic over what the code keeps (`memory.py`), held by tests to bytes measured on a CPU.
-Time is stated as what a given MFU would mean, never predicted.
+Memory is arithmetic over the tensors that the code keeps (`memory.py`); tests compare it with bytes measured on a CPU.
+Time is stated for a given MFU and never predicted.
 """
 
 import math
@@ -32,11 +32,11 @@ from phimini.parallel.plan.memory import (
 from phimini.parallel.ranks.layout import Layout
 
 RESERVE = 0.05
-"""share of a GPU's memory left to fragmentation and to what this plan does not know"""
+"""share of a GPU's memory reserved for fragmentation and for allocations that this plan does not model"""
 MFUS = (0.40, 0.45, 0.50)
 GPUS_PER_NODE = 8
-# Only for the order in which layouts that fit are listed: estimates of what each choice costs, from
-# the usual advice (data parallel first; tensor, context and pipeline only when memory asks for it).
+# Estimated costs of each choice, used only to order the layouts that fit. They follow the usual advice: data parallel
+# first, tensor, context and pipeline parallel only if memory requires it.
 _RECOMPUTE_COST = {"none": 0.0, "selective": 0.02, "full": 1 / 3}
 _TENSOR_COST_PER_DOUBLING = 0.06
 _CONTEXT_COST_PER_DOUBLING = 0.03
@@ -54,19 +54,19 @@ class Workload:
     micro_rows: int = 1
     """rows that one rank computes at once"""
     document_length: int | None = None
-    """tokens of a document inside a packed row, for attention's FLOPs; None: it fills the row"""
+    """tokens of a document inside a packed row, for attention's FLOPs; None: one document fills the row"""
     trained_share: float = 1.0
-    """share of the tokens with a loss; the head computes no other"""
+    """share of the tokens with a loss; the head computes only these"""
     extra_forwards: float = 0.0
-    """forward passes beside forward and backward (a DPO reference: 1), counted as model FLOPs"""
+    """additional forward passes (a DPO reference: 1), counted as model FLOPs"""
     reference_model: bool = False
-    """a frozen model in memory"""
+    """a frozen copy of the model in memory"""
     samples_per_step: int = 0
-    """answers that a step samples, at most; no memory or FLOPs are counted for them"""
+    """upper bound of the answers that a step samples; their memory and FLOPs are not counted"""
     samples_before: int = 0
     """answers sampled before the first step"""
     rollout_sequences: int = 0
-    """sequences in flight of a rollout engine that shares the GPU; 0: it runs elsewhere"""
+    """sequences in flight of a rollout engine on the same GPU; 0: the engine runs elsewhere"""
     rollout_tensor_parallel: int = 1
     """GPUs that share that engine"""
     fp8: Fp8 = "none"
@@ -86,53 +86,62 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedLayout:
+    """One layout with its memory and estimated cost."""
+
     layout: Layout
     recompute: Recompute
     num_microbatches: int
     phases: dict[str, dict[str, int]]
-    """`training`, and `rollout` where an engine shares the GPU: part -> bytes"""
+    """bytes by phase (`training`, and `rollout` if an engine shares the GPU) and part"""
     fits: bool
     relative_cost: float
-    """of a step, beside a layout without communication or recomputation; for the order only"""
+    """cost of a step relative to a layout without communication or recomputation; for the order only"""
 
     @property
     def memory_bytes(self) -> dict[str, int]:
-        """Of the phase that needs the most."""
+        """Bytes by part, in the phase that needs the most."""
         return max(self.phases.values(), key=lambda parts: sum(parts.values()))
 
     @property
     def peak_bytes(self) -> int:
+        """Bytes of the phase that needs the most."""
         return sum(self.memory_bytes.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
+    """The layouts of one stage on a number of GPUs, or the reason why it does not fit."""
+
     workload: Workload
     gpu: Gpu
     world_size: int
     flops_per_token: float
     layouts: list[PlannedLayout]
-    """best first; those that do not fit only if none does"""
+    """best first; layouts that do not fit are listed only if no layout fits"""
     because: str | None
-    """why nothing fits, and what would"""
+    """the reason why no layout fits, and a change that would; None if one fits"""
     assumptions: list[str]
 
     @property
     def fits(self) -> bool:
+        """True if at least one layout fits."""
         return self.because is None
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of the global batch."""
         return self.workload.rows_per_step * self.workload.sequence_length
 
     def tokens_per_second_per_gpu(self, mfu: float) -> float:
+        """Return the speed that a given MFU means."""
         return mfu * self.gpu.peak_flops / self.flops_per_token
 
     def seconds_per_step(self, mfu: float) -> float:
+        """Return the duration of a step that a given MFU means."""
         return self.tokens_per_step / (self.tokens_per_second_per_gpu(mfu) * self.world_size)
 
     def to_json(self) -> dict[str, Any]:
-        """The shape that `phimini plan --json` writes."""
+        """Return the plan as `phimini plan --json` writes it."""
         speed = {f"{mfu:.2f}": round(self.tokens_per_second_per_gpu(mfu)) for mfu in MFUS}
         seconds = {f"{mfu:.2f}": round(self.seconds_per_step(mfu), 3) for mfu in MFUS}
         return {
@@ -164,7 +173,7 @@ class Plan:
 
 
 def flops_per_token(config: ModelConfig, workload: Workload) -> float:
-    """Model FLOPs of a step per token of a row: forward, backward (twice forward) and extra forwards."""
+    """Return the model FLOPs of a step per token of a row: forward, backward (twice forward) and extra forwards."""
     length = min(workload.document_length or workload.sequence_length, workload.sequence_length)
     forward = (
         layer_flops_per_token(config)
@@ -184,13 +193,13 @@ def plan_stage(
     recomputes: tuple[Recompute, ...] = get_args(Recompute),
     best: int = 5,
 ) -> Plan:
-    """The best few layouts of `world_size` GPUs for `workload`, or, if nothing fits, the nearest misses and why.
+    """Return the `best` layouts of `world_size` GPUs for a workload, or, if all are too large, the smallest and the reason.
 
-    recomputes: consider only these modes; `selective` is left out with FP8, where a run refuses it.
+    recomputes: consider only these modes; `selective` is left out with FP8, because a run refuses it.
     layouts: consider only these (as given, or with `data` None).
 
-    Raises ValueError for what a run refuses: a layout that does not divide the world, the model or its FP8 products, a
-    recipe that the GPU has not.
+    Raises ValueError for settings that a run refuses: a layout that does not divide the world, the model or its FP8
+    products, or an FP8 recipe that the GPU does not support.
     """
     if world_size < 1:
         raise ValueError(f"plan: expected at least 1 GPU, got {world_size}")
@@ -237,7 +246,7 @@ def _planned(
         assert layout.data is not None, "resolve fills it in"
         if recompute == "selective" and workload.fp8 != "none":
             continue
-        # Replicas with fewer rows run idle micro-batches; interleaved stages fill up to multiples of `pipeline`.
+        # Replicas with fewer rows run idle micro-batches; interleaved stages are padded to multiples of `pipeline`.
         num_microbatches = -(-workload.rows_per_step // (layout.data * workload.micro_rows))
         if layout.virtual_pipeline > 1:
             num_microbatches += -num_microbatches % layout.pipeline
@@ -270,7 +279,7 @@ def _planned(
 
 
 def _possible_layouts(config: ModelConfig, world_size: int) -> list[Layout]:
-    """Tensor parallelism inside a node, and what divides; one chunk per pipeline stage."""
+    """Return the layouts that divide world and model, with tensor parallelism inside a node and one chunk per stage."""
     found = []
     for tensor, pipeline, context in product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16)):
         layout = Layout(
@@ -295,7 +304,7 @@ def _fp8(workload: Workload, gpu: Gpu) -> fp8.Fp8:
 def _aligned(
     config: ModelConfig, how: fp8.Fp8, layouts: list[Layout], *, ask: bool
 ) -> list[Layout]:
-    """Those whose shards an FP8 product can take; all must, unless we `ask` which do."""
+    """Return the layouts whose shards fit FP8 products. Raises ValueError for any other unless `ask`."""
     found = []
     for layout in layouts:
         try:

@@ -1,8 +1,8 @@
-"""Bytes that one GPU holds during a training step, part by part, for a layout. Arithmetic only; no process groups.
+"""Bytes that one GPU holds during a training step at a layout, part by part, by arithmetic alone.
 
 Letters: D model width, H query heads, G key/value heads, K head size, F MLP hidden size, V vocabulary.
-A part's bytes are those of the pipeline stage that holds the most in all. A rollout engine on the same GPU sleeps while
-the trainer trains, and takes its memory when activations and the head have let go of theirs: two phases, two sums.
+The bytes are those of the pipeline stage with the largest sum. A rollout engine on the same GPU sleeps while the trainer
+trains, and allocates its memory once activations and the head have freed theirs, so there are two phases with a sum each.
 """
 
 import math
@@ -17,7 +17,7 @@ from phimini.parallel.ranks.layout import Layout
 Recompute = Literal["none", "selective", "full"]
 Fp8 = Literal["none", "auto", "tensorwise", "blockwise", "mxfp8"]
 GIB = 2**30
-# Estimates, not measured here; `plan` lists them among its assumptions.
+# Estimates that were not measured; `plan` lists them among its assumptions.
 NCCL_BYTES_PER_GROUP = int(0.35 * GIB)
 CUDA_BYTES = int(1.2 * GIB)
 SLEEPING_ENGINE_BYTES = int(1.0 * GIB)
@@ -27,13 +27,15 @@ _SPLIT_OF = {hf: split for hf, split in LAYER_NAMES.values()}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
+    """A GPU model."""
+
     name: str
     memory_bytes: int
-    """what torch may allocate in all"""
+    """bytes that torch may allocate in all"""
     peak_flops: float
-    """dense bf16 FLOP/s; the base of MFU in fp8 runs, too"""
+    """dense bf16 FLOP/s; also the base of MFU in fp8 runs"""
     capability: tuple[int, int]
-    """CUDA's compute capability: which FP8 recipes it has"""
+    """CUDA's compute capability, which decides the FP8 recipes"""
 
 
 GPUS = {
@@ -49,32 +51,32 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryOptions:
-    """What beside model, layout and tokens decides how much memory a step takes."""
+    """Settings besides model, layout and tokens that change the memory of a step."""
 
     recompute: Recompute = "none"
-    """`selective`: norm outputs and the SwiGLU product are made again in backward; `full`: whole layers"""
+    """recomputed in backward: `selective`: norm outputs and the SwiGLU product; `full`: whole layers"""
     zero1: bool = True
     """optimizer state divided over the data and context ranks"""
     fp8: Fp8 = "none"
-    """of the linears in the layers"""
+    """FP8 recipe of the linears in the layers"""
     element_bytes: int = 2
-    """of weights and activations: 2 for bf16 (with fp32 masters), 4 for fp32 (without)"""
+    """bytes of a weight or activation: 2 for bf16 (with fp32 masters), 4 for fp32 (without)"""
     reference_model: bool = False
-    """a frozen copy of the weights beside the trained ones (DPO)"""
+    """a second, frozen copy of the weights (DPO)"""
     rollout_sequences: int = 0
-    """sequences in flight of a rollout engine on the same GPU, at full length; 0: no engine here"""
+    """sequences in flight, at full length, of a rollout engine on the same GPU; 0: no engine here"""
     rollout_tensor_parallel: int = 1
     """GPUs that share that engine's weights, keys and values"""
 
 
 def stage_layers(config: ModelConfig, layout: Layout) -> list[int]:
-    """How many layers each pipeline stage has, over its virtual chunks."""
+    """Return the number of layers of each pipeline stage, over its virtual chunks."""
     chunks = layout.layers_of_chunks(config)
     return [sum(chunks[stage :: layout.pipeline]) for stage in range(layout.pipeline)]
 
 
 def stage_parameters(config: ModelConfig, layout: Layout) -> list[int]:
-    """Parameters on one rank of each pipeline stage, a tied head's copy on the last stage included."""
+    """Return the parameters on one rank of each pipeline stage, with a tied head's copy on the last stage."""
     layer = 0
     for name, shape in hf_names(config).items():
         if name.startswith("model.layers.0."):
@@ -90,12 +92,12 @@ def stage_parameters(config: ModelConfig, layout: Layout) -> list[int]:
 
 
 def activation_elements(config: ModelConfig, layout: Layout) -> dict[str, float]:
-    """Elements that one layer keeps for backward, per token of a rank's share (tokens / context)."""
+    """Return the elements that one layer keeps for backward, per token of a rank's share (tokens / context)."""
     D, H, G = config.model_dim, config.num_heads, config.num_kv_heads
     K, F = config.head_dim, config.mlp_dim
     tp = layout.tensor
     residual_split = tp if layout.sequence_parallel else 1
-    # A linear's input is gathered for its product, and kept as this rank's part.
+    # A linear's input is gathered for its product, but only this rank's part is kept.
     elements = {
         "norm inputs": 2 * D / residual_split,
         "norm outputs": 2 * D / residual_split,
@@ -124,10 +126,10 @@ def memory_bytes(
     sequence_length: int,
     num_microbatches: int,
 ) -> dict[str, dict[str, int]]:
-    """Phase (`training`, and `rollout` if an engine shares the GPU) -> part -> bytes, on the fullest rank of each phase.
+    """Return bytes by phase (`training`, and `rollout` if an engine shares the GPU) and part, on each phase's fullest rank.
 
     `layout.data` must be filled in.
-    tokens: of one micro-batch, before context parallelism divides them.
+    tokens: tokens of one micro-batch, before context parallelism divides them.
     sequence_length: tokens of the longest sequence, for a rollout engine's keys and values.
     """
     stages = [
@@ -150,7 +152,7 @@ def _fullest(stages: list[dict[str, int]]) -> dict[str, int]:
 def _engine_bytes(
     config: ModelConfig, options: MemoryOptions, sequence_length: int
 ) -> dict[str, int]:
-    """bf16 weights, and keys and values, of one of the engine's GPUs; norms are whole on each, heads are divided."""
+    """Return bf16 weights, keys and values on one of the engine's GPUs, which divide heads but not norms."""
     size = options.rollout_tensor_parallel
     kv_heads = -(-config.num_kv_heads // size)  # copied if there are more GPUs than heads
     kv_bytes_per_token = 2 * 2 * config.num_layers * kv_heads * config.head_dim
@@ -202,7 +204,7 @@ def _stage_bytes(
 def layer_bytes_per_token(
     config: ModelConfig, layout: Layout, options: MemoryOptions
 ) -> tuple[float, float]:
-    """(kept by every layer until its backward, held beside it during the backward of one), per token of this rank."""
+    """Return (bytes that each layer keeps until its backward, working bytes of one layer's backward), per token of a rank."""
     elements = activation_elements(config, layout)
     lse_bytes = 4 * config.num_heads / layout.tensor
     whole_layer = options.element_bytes * sum(elements.values()) + lse_bytes
@@ -210,7 +212,7 @@ def layer_bytes_per_token(
     if options.recompute == "selective":
         made_again = elements["norm outputs"] + elements["swiglu out"]
         kept = whole_layer - options.element_bytes * made_again
-        # One at a time: its linear asks for it, and lets it go.
+        # One tensor at a time: its linear recomputes it, uses it and frees it.
         working = options.element_bytes * max(elements["norm outputs"] / 2, elements["swiglu out"])
     elif options.recompute == "full":
         kept = options.element_bytes * elements["norm inputs"] / 2
@@ -235,13 +237,13 @@ def _activation_bytes(
 
 
 def _ring_bytes(config: ModelConfig, element_bytes: int) -> float:
-    """Of one layer's backward, per token: two ranks' keys and values, two sums of their gradients, and dq in fp32."""
+    """Return the bytes of one layer's backward per token: two ranks' keys and values, two gradient sums, dq in fp32."""
     kv = 2 * config.num_kv_heads * config.head_dim
     return 2 * kv * element_bytes + 2 * kv * 4 + config.num_heads * config.head_dim * 4
 
 
 def _micro_batches_in_flight(layout: Layout, stage: int, num_microbatches: int) -> float:
-    """Whose activations a stage holds at once: 1F1B's warm-up, and its interleaved form's (arXiv 2104.04473)."""
+    """Return the number of micro-batches whose activations a stage holds at once, in 1F1B or interleaved (arXiv 2104.04473)."""
     if layout.pipeline == 1:
         return 1
     if layout.virtual_pipeline == 1:
@@ -252,7 +254,7 @@ def _micro_batches_in_flight(layout: Layout, stage: int, num_microbatches: int) 
 
 
 def _head_bytes(config: ModelConfig, layout: Layout, element_bytes: int, tokens: int) -> int:
-    """Final norm's input, the hidden states and their gradient, and one chunk of logits."""
+    """Return the bytes of the final norm's input, the hidden states, their gradient and one chunk of logits."""
     rows = tokens // layout.context
     hidden = 3 * rows * config.model_dim * element_bytes
     logits = rows * (config.vocab_size // layout.tensor) * element_bytes

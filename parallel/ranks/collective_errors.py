@@ -1,4 +1,4 @@
-"""Errors that one rank meets and all must raise: a full disk on rank 0 may not leave the others waiting."""
+"""Raise on every rank an error that happens on one, such as a full disk on rank 0, so that no rank waits for another."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,7 +11,7 @@ _RAISED_ON_ALL = (ValueError, OSError, ImportError)
 
 
 def on_every(world: World, action: Callable[[], T]) -> T:
-    """`action()` on every rank; an OSError, ValueError or ImportError on any of them is raised on all. Collective.
+    """Run `action` on every rank and return its result; raise an OSError, ValueError or ImportError of any rank on all. Collective.
 
     `action` must not communicate: a rank that fails in it leaves early.
     """
@@ -32,6 +32,6 @@ def on_every(world: World, action: Callable[[], T]) -> T:
 
 
 def on_main(world: World, action: Callable[[], T]) -> T:
-    """`action()` on rank 0 alone, and what it returned on every rank; errors as in `on_every`."""
+    """Run `action` on rank 0 and return its result on every rank. Raises as `on_every`. Collective."""
     result = on_every(world, action) if world.is_main else on_every(world, lambda: None)
     return world.broadcast_object(result)  # pyright: ignore[reportReturnType]

@@ -1,12 +1,12 @@
-"""Lets megatron-core 0.16 to 0.19 run on a machine without CUDA (gloo), at no cost per operation.
+"""Run megatron-core 0.16 to 0.19 on a machine without CUDA (gloo), at no cost per operation.
 
 Megatron writes the device into its code: `device="cuda"`, `param.type() == "torch.cuda.FloatTensor"`,
-`torch.cuda.current_device()`. Here the string constants are rewritten in the compiled code of `megatron.core`
-modules, as they are imported or, if they already were, in place; and the few `torch.cuda` functions that it calls
-are replaced by their CPU counterparts. A `TorchFunctionMode` would reach the same places, but it taxes every
-operation of the whole process and makes `Tensor.type()` lie.
+`torch.cuda.current_device()`. This module rewrites the string constants in the compiled code of `megatron.core`
+modules, at their import or, if they are already imported, in place. It also replaces the few `torch.cuda` functions
+that Megatron calls with their CPU counterparts. A `TorchFunctionMode` would reach the same places, but it slows down
+every operation of the process and makes `Tensor.type()` return the wrong type.
 
-Where CUDA is available nothing is touched.
+Does nothing where CUDA is available.
 """
 
 import gc
@@ -30,7 +30,7 @@ _installed = False
 
 
 def _to_cpu(value: Any) -> Any:
-    """`value` with every CUDA literal in it replaced: strings, tuples of them, code and its nested code."""
+    """Return `value` with every CUDA literal in it replaced: strings, tuples of them, code and its nested code."""
     if isinstance(value, str):
         return _CPU_LITERAL.get(value, value)
     if isinstance(value, tuple):
@@ -49,13 +49,13 @@ def _rewrite_function(function: FunctionType) -> None:
 
 
 def _use_cpu_generator(random: ModuleType) -> None:
-    """Megatron's per-rank random states become named states of the CPU generator."""
+    """Turn Megatron's per-rank random states into named states of the CPU generator."""
     random.__dict__["_get_cuda_rng_state"] = lambda *_, **__: torch.get_rng_state()
     random.__dict__["_set_cuda_rng_state"] = lambda state, *_, **__: torch.set_rng_state(state)
 
 
 class _CpuLoader(importlib.machinery.SourceFileLoader):
-    """Python's own loader; only the code object it read (from source or .pyc) is rewritten, in memory."""
+    """Python's own loader, which rewrites in memory the code object that it read from source or .pyc."""
 
     def get_code(self, fullname: str) -> CodeType | None:
         return _to_cpu(super().get_code(fullname))
@@ -80,18 +80,19 @@ class _CpuFinder:
 
 
 class _NoStream:
-    """Stands where a CUDA stream is asked to wait; the CPU runs in order."""
+    """A stand-in for a CUDA stream, whose methods do nothing: the CPU runs in order."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
 
 
 def is_installed() -> bool:
+    """Return True if `install` has changed this process."""
     return _installed
 
 
 def install() -> None:
-    """Makes this process' megatron-core a CPU one; does nothing where CUDA is available, or the second time."""
+    """Make this process's megatron-core run on the CPU. Does nothing where CUDA is available, or the second time."""
     global _installed
     if _installed or torch.cuda.is_available():
         return

@@ -1,4 +1,4 @@
-"""How a job's ranks are divided: tensor, pipeline, context and data parallel sizes, checked once, with reasons."""
+"""The parallel layout of a job: tensor, pipeline, context and data parallel sizes, checked once, with reasons."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -11,7 +11,7 @@ ContextKeys = Literal["auto", "gathered", "ring"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Sizes of the parallel axes; their product is the world size."""
+    """Sizes of the parallel axes. The product of tensor, pipeline, context and data is the world size."""
 
     tensor: int = 1
     """ranks that share each weight matrix (heads, MLP columns, vocabulary rows)"""
@@ -28,8 +28,8 @@ class Layout:
     token_alignment: int = 1
     """a rank's tokens are padded to a multiple of this: 16 and more for FP8 products"""
     context_keys: ContextKeys = "auto"
-    """how context ranks meet each other's keys: all at once, or one rank's after the other's; auto: gathered on a CPU,
-    in a ring on GPUs, where the transfers hide behind the attention"""
+    """how context ranks exchange keys and values: all gathered at once, or passed around a ring; auto: gathered on a
+    CPU, a ring on GPUs, where the transfers overlap with the attention"""
 
     def __post_init__(self) -> None:
         for name in (
@@ -51,23 +51,23 @@ class Layout:
 
     @property
     def model_size(self) -> int:
-        """Ranks that hold one replica of the model."""
+        """The number of ranks that hold one replica of the model."""
         return self.tensor * self.pipeline * self.context
 
     def uses_ring(self, device_type: str) -> bool:
-        """Whether keys go round the context ranks of a `device_type` ("cpu" or "cuda")."""
+        """Return True if context ranks on a `device_type` ("cpu" or "cuda") pass keys around a ring."""
         automatic = "gathered" if device_type == "cpu" else "ring"
         return self.context > 1 and self.context_keys.replace("auto", automatic) == "ring"
 
     @property
     def token_multiple(self) -> int:
-        """A micro-batch's token count is padded to a multiple of this (context zigzag, sequence parallel shards)."""
+        """The number whose multiples a micro-batch's tokens are padded to (context zigzag, sequence parallel shards)."""
         zigzag = 2 * self.context if self.context > 1 else 1
         # Transformer Engine refuses a rank's own shard, before it gathers the shards of a sequence.
         return zigzag * (self.tensor if self.sequence_parallel else 1) * self.token_alignment
 
     def resolve(self, world_size: int, model: ModelConfig) -> "Layout":
-        """This layout with `data` filled in. Raises ValueError, saying what would fit, if it does not fit."""
+        """Return this layout with `data` filled in. Raises ValueError that names a size that would fit."""
         parts = f"tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"
         size = self.model_size
         if world_size % size:
@@ -101,11 +101,11 @@ class Layout:
         return replace(self, data=data)
 
     def layers_of_chunks(self, model: ModelConfig) -> tuple[int, ...]:
-        """How many layers each chunk gets, in the order of the layers: chunk i is on stage i % pipeline.
+        """Return the number of layers of each chunk, in the order of the layers: chunk i is on stage i % pipeline.
 
-        The head costs as much as head_cost layers (matmul FLOPs of a token, forward and backward alike), so the last
-        chunk gets fewer: the split whose most expensive chunk is cheapest. What the others cannot share equally goes
-        to the later ones, which keep fewer micro-batches' activations than the earlier.
+        The head costs as much as `head_cost` layers (matmul FLOPs of a token, the same ratio forward and backward), so
+        the last chunk gets fewer layers. Of all splits, the one whose most expensive chunk is cheapest is taken. Layers
+        left over by an even split go to later chunks, which keep fewer micro-batches' activations than earlier ones.
         """
         chunks = self.pipeline * self.virtual_pipeline
         if chunks == 1:

@@ -1,8 +1,9 @@
-"""Who is missing: when a collective fails, the ranks that still can answer in the job's store, and the others are named
+"""When a collective fails, find out which ranks stopped responding and name them in the error.
 
 A rank that was killed closes its connections, and one that hangs lets a collective's deadline pass
-(`world.initialize(timeout_s=)`); either way what the others see is an error of gloo's or NCCL's that names no rank.
-The store is served by torchrun's agent or by `launch.run_ranks`, which outlive every rank.
+(`world.initialize(timeout_s=)`). Either way the other ranks get an error of gloo or NCCL that names no rank. Each of
+them then reports to the job's store, and reads which ranks have not. The store is served by torchrun's agent, or by
+the process that called `run_ranks`; both outlive every rank.
 """
 
 import contextlib
@@ -16,11 +17,11 @@ from torch.distributed.distributed_c10d import _get_default_store
 from phimini.parallel.ranks.world import World
 
 WAIT_S = 5.0
-"""how long the others have to answer: they meet the failure within moments of each other; torchrun kills after 30 s"""
+"""Seconds to wait for the other ranks: they notice the failure within moments; torchrun kills after 30 s."""
 
 
 class LostRanks(RuntimeError):
-    """A collective failed. `missing`: the ranks that did not answer; none if it was the network between them."""
+    """A collective that failed. `missing` lists the ranks that do not respond; it is empty if the network failed."""
 
     def __init__(self, message: str, missing: list[int]) -> None:
         super().__init__(message)
@@ -29,15 +30,18 @@ class LostRanks(RuntimeError):
 
 @contextlib.contextmanager
 def closing_or_naming_lost_ranks(world: World, wait_s: float = WAIT_S) -> Iterator[None]:
-    """Closes `world` at the end, also after an error; but a failed collective within leaves as LostRanks, and `world`
-    open: NCCL would wait for the missing."""
+    """Close `world` at the end of the block, also after an error.
+
+    Raises LostRanks in place of the error of a failed collective. `world` then stays open, because closing NCCL would
+    wait for the missing ranks.
+    """
     try:
         yield
     except RuntimeError as error:
         if world.world_size > 1 and _is_of_a_collective(error):
-            # torchrun ends the others as soon as one is gone: not before they have said which.
+            # torchrun sends SIGTERM to the others as soon as one rank is gone: finish the report first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            missing = absent(world, wait_s)
+            missing = find_missing(world, wait_s)
             raise LostRanks(_message(world, missing, wait_s, error), missing) from error
         world.close()
         raise
@@ -47,11 +51,11 @@ def closing_or_naming_lost_ranks(world: World, wait_s: float = WAIT_S) -> Iterat
     world.close()
 
 
-def absent(world: World, wait_s: float) -> list[int]:
-    """The ranks that do not answer within `wait_s`; to be called by every rank that can."""
+def find_missing(world: World, wait_s: float) -> list[int]:
+    """Return the ranks that do not report within `wait_s` seconds. Every rank that still runs must call it."""
     store = _get_default_store()
-    key = "phimini/roll_call/{}".format
-    store.set(key(world.rank), "here")
+    key = "phimini/alive/{}".format
+    store.set(key(world.rank), "yes")
     missing = [rank for rank in range(world.world_size) if rank != world.rank]
     deadline = time.monotonic() + wait_s
     while True:
@@ -62,7 +66,7 @@ def absent(world: World, wait_s: float) -> list[int]:
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:
-    """gloo raises a plain RuntimeError, with its source file in the text."""
+    """Return True for errors of gloo, which are plain RuntimeErrors with a source file in the text, and of NCCL."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""This process among its relatives: whether it may fork, and what ends with what."""
+"""Relations between processes: the condition for a fork, and signals to and from the parent."""
 
 import ctypes
 import os

@@ -1,11 +1,11 @@
-"""Where a step's time goes: marks in the code that stages run, which cost next to nothing until a recorder listens.
+"""Time and work of each phase of a step, from marks in the code that cost almost nothing without a recorder.
 
     with Recorder(device) as recorder:
         midtrain(run, world)
     recorder.steps[5].wall_s["backward"]
 
-A phase is exclusive: time inside a nested one is the nested one's alone, so a step's phases add up to the step.
-What no mark claims is `other`. Threads beside the training (rollouts that run ahead) are not recorded.
+Phases are exclusive: time inside a nested phase counts for the nested phase alone, so the phases of a step add up to
+the step. Time outside every mark is `other`. Other threads than the recorder's (rollout prefetch) are not recorded.
 """
 
 import time
@@ -22,27 +22,27 @@ PHASES = ("data", "forward", "head", "backward", "communication", "optimizer", "
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One rank's step, from the end of the step before."""
+    """Seconds and counts of one rank's step, from the end of the previous step."""
 
     wall_s: Counter[str] = field(default_factory=Counter)
-    """by phase"""
+    """seconds by phase"""
     cpu_s: Counter[str] = field(default_factory=Counter)
-    """by phase, of this process"""
+    """CPU seconds of this process by phase"""
     counts: Counter[str] = field(default_factory=Counter)
-    """what `count` was told: tokens, flops, ..."""
+    """sums of `count`: tokens, flops, ..."""
 
 
 class Recorder:
-    """Listens, as a context manager, to this thread's marks. `steps` has those finished so far."""
+    """A context manager that records this thread's marks. `steps` holds the finished steps."""
 
     def __init__(
         self, device: torch.device, between_steps: Callable[[int], None] | None = None
     ) -> None:
-        """between_steps(n): called after n steps are done, outside of anybody's time."""
+        """between_steps(n): called after n steps are done; its time is not recorded."""
         self.steps: list[Step] = []
         self.exact = True
-        """on a GPU: wait for it at every mark. Phases are then right, but nothing overlaps and steps take longer;
-        without, only the sum of a step's phases means anything"""
+        """On a GPU: synchronise at every mark. Phases are then exact, but nothing overlaps and steps take longer. If
+        False, only the sum of a step's phases is meaningful."""
         self._cuda = device.type == "cuda"
         self._between_steps = between_steps
         self._names = ["other"]
@@ -60,18 +60,22 @@ class Recorder:
         _recorder.reset(self._token)
 
     def enter(self, name: str) -> None:
+        """Begin a phase, one of PHASES."""
         assert name in PHASES, name
         self._credit()
         self._names.append(name)
 
     def leave(self) -> None:
+        """End the current phase."""
         self._credit()
         self._names.pop()
 
     def count(self, name: str, amount: float) -> None:
+        """Add to a count of the current step."""
         self._step.counts[name] += amount  # pyright: ignore[reportArgumentType]
 
     def step_done(self) -> None:
+        """End the current step and append it to `steps`."""
         self._credit(wait=True)
         self.steps.append(self._step)
         self._step = Step()
@@ -80,7 +84,7 @@ class Recorder:
             self._since = self._now(wait=True)
 
     def _now(self, wait: bool) -> tuple[float, float]:
-        # Kernels run behind the code that starts them; without this their time would be the next phase's.
+        # Kernels run asynchronously; without this their time would count for the next phase.
         if self._cuda and wait:
             torch.cuda.synchronize()
         return time.perf_counter(), time.process_time()
@@ -98,7 +102,7 @@ _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Also a decorator: `@phase("data")`."""
+    """Mark a block, or a function as `@phase("data")`, as one phase of the step."""
     recorder = _recorder.get()
     if recorder is None:
         yield
@@ -111,18 +115,19 @@ def phase(name: str) -> Iterator[None]:
 
 
 def recording() -> bool:
+    """Return True if a recorder is active in this thread."""
     return _recorder.get() is not None
 
 
 def count(name: str, amount: float) -> None:
-    """Adds to the step's work."""
+    """Add `amount` to the active recorder's count `name` of this step."""
     recorder = _recorder.get()
     if recorder is not None:
         recorder.count(name, amount)
 
 
 def step_done() -> None:
-    """Called by the log of a stage, once per step, on every rank."""
+    """End the recorder's step. The log of a stage calls this once per step, on every rank."""
     recorder = _recorder.get()
     if recorder is not None:
         recorder.step_done()

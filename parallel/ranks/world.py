@@ -1,4 +1,4 @@
-"""The ranks of this job: process groups, this rank's place in them, and the few things ranks tell each other."""
+"""The ranks of this job: process groups, this rank's place in them, and the exchange of small objects."""
 
 import os
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """This rank's view of the job. `initialize` makes it; `close` ends it."""
+    """This rank's view of the job, made by `initialize` and ended by `close`."""
 
     rank: int
     world_size: int
     layout: Layout
-    """resolved: `data` is filled in"""
+    """resolved, so `data` is filled in"""
     device: torch.device
     tensor_rank: int
     pipeline_rank: int
     context_rank: int
     data_rank: int
-    """which replica: ranks with the same data_rank train on the same micro-batches"""
+    """index of the replica: ranks with the same data_rank train on the same micro-batches"""
     data_size: int
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
@@ -41,15 +41,16 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """The one rank that logs and writes."""
+        """True on the rank that logs and writes."""
         return self.rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """True on the ranks of the last pipeline stage, which has the head."""
         return self.pipeline_rank == self.layout.pipeline - 1
 
     def all_gather_objects(self, value: T) -> list[T]:
-        """Every rank's `value`, by rank, on every rank."""
+        """Return the `value` of every rank, by rank. Collective."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -57,7 +58,7 @@ class World:
         return values
 
     def broadcast_object(self, value: T, src: int = 0) -> T:
-        """Rank `src`'s `value` on every rank."""
+        """Return rank `src`'s `value` on every rank. Collective."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -65,11 +66,12 @@ class World:
         return box[0]
 
     def barrier(self) -> None:
+        """Wait until every rank is here. Collective."""
         if self.world_size > 1:
             dist.barrier()
 
     def close(self) -> None:
-        """Ends Megatron's groups and torch's; another `initialize` may follow."""
+        """Destroy Megatron's process groups and torch's; another `initialize` may follow."""
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
@@ -82,10 +84,11 @@ def _group(value: Any) -> dist.ProcessGroup:
 def initialize(
     layout: Layout, model_config: ModelConfig, *, timeout_s: float = 600, seed: int = 0
 ) -> World:
-    """Joins the job that torchrun (or `launch.run_ranks`) described in the environment; without one, a job of one.
+    """Join the job that torchrun or `run_ranks` described in the environment; without one, a job of one rank.
 
-    NCCL on CUDA, gloo on CPU. `timeout_s` is how long a collective may take before the job ends. `seed` seeds
-    dropout and Megatron's per-rank random states. Raises ValueError if `layout` does not fit the world or the model.
+    Uses NCCL on CUDA and gloo on a CPU. A collective that takes longer than `timeout_s` ends the job. `seed` seeds
+    dropout and Megatron's per-rank random states. Raises ValueError if `layout` does not fit the world or the model,
+    or if this rank has no GPU of its own.
     """
     if parallel_state.model_parallel_is_initialized():
         raise RuntimeError("initialize: this process already has a World; close it first")

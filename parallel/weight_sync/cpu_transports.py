@@ -1,10 +1,10 @@
-"""How a bucket gets from the trainer to the engines' workers: the trainer's side, and what both sides share.
+"""Transports of a bucket on CPUs: the trainer's side, and functions that both sides use.
 
-| transport | engine                     | what travels                                    | its twin on a GPU |
+| transport | engine                     | data that travels                               | on a GPU          |
 |-----------|----------------------------|-------------------------------------------------|-------------------|
 | inproc    | in the trainer's process   | a reference to the tensor                       | inproc            |
 | shm       | a process of this machine  | bytes in shared memory, one segment of a bucket | ipc               |
-| gloo      | anywhere                   | a broadcast in a group of its own               | nccl              |
+| gloo      | on any machine             | a broadcast in a separate process group         | nccl              |
 """
 
 import itertools
@@ -24,12 +24,12 @@ from phimini.parallel.weight_sync.deadline import Receiver, Wait
 T = TypeVar("T")
 Fields = dict[str, Any]
 IN_THIS_PROCESS: dict[int, list[Tensor]] = {}
-"""inproc: what the update that is under way hands over, by the transport's number"""
+"""inproc: the tensors of the current update, by the transport's number"""
 _numbers = itertools.count()
 
 
 class InprocTransport:
-    """Trainer and engine share a process: tensors are handed over as they are."""
+    """Hands tensors by reference to an engine in the trainer's process."""
 
     name = "inproc"
 
@@ -57,7 +57,7 @@ class InprocTransport:
 
 
 class ShmTransport:
-    """One segment of shared memory that every worker of this machine maps."""
+    """Shared memory: one segment that every worker of this machine maps."""
 
     name = "shm"
 
@@ -67,7 +67,7 @@ class ShmTransport:
 
     def open(self, receivers: Sequence[Receiver], info: Fields, wait: Wait) -> None:
         wait.at("init")
-        # A file without a name: nothing is left when a process dies.
+        # A file without a name disappears with its processes.
         handle = os.memfd_create("phimini-weights")
         try:
             os.ftruncate(handle, self._bucket_bytes)
@@ -91,11 +91,12 @@ class ShmTransport:
 
 
 def map_segment(path: str, num_bytes: int) -> Tensor:
+    """Map a segment of shared memory as bytes."""
     return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
 
 
 class GlooTransport:
-    """A broadcast from the trainer to every worker of every engine, in a process group of its own."""
+    """A broadcast from the trainer to every worker of every engine, in a separate process group."""
 
     name = "gloo"
 
@@ -142,7 +143,7 @@ def meet(
     wait: Wait,
     join: Callable[[], T],
 ) -> T:
-    """Tells every engine its workers' first rank in the trainer's group, and joins as rank 0. Raises WeightSyncError."""
+    """Send every engine its workers' first rank in the transport's group, and join as rank 0. Raises WeightSyncError."""
     futures = []
     for i, receiver in enumerate(receivers):
         first = {"first_rank": 1 + i * workers}
@@ -150,7 +151,7 @@ def meet(
     try:
         joined = join()
     except RuntimeError as error:
-        wait.answers(receivers, futures)  # an engine's own error says more
+        wait.answers(receivers, futures)  # an engine's own error is more precise
         raise wait.error(f"the group: {first_line(error)}") from error
     wait.answers(receivers, futures)
     return joined
@@ -159,12 +160,12 @@ def meet(
 def send_to_all(
     receivers: Sequence[Receiver], update: Fields, wait: Wait, send: Callable[[], None]
 ) -> None:
-    """Announces a bucket, sends it, and waits until it is loaded. Raises WeightSyncError."""
+    """Announce a bucket, send it, and wait until it is loaded. Raises WeightSyncError."""
     futures = wait.start(receivers, "update", update)
     try:
         send()
     except RuntimeError as error:
-        for future in futures:  # a worker's own error says more, if it has one
+        for future in futures:  # a worker's own error, if there is one, is more precise
             end = time.monotonic() + min(1.0, wait.remaining_s)
             while not future.done() and time.monotonic() < end:
                 time.sleep(0.01)
@@ -175,19 +176,20 @@ def send_to_all(
 
 
 def join_gloo(link: Fields, worker: int, timeout_s: float) -> ProcessGroupGloo:
-    """A worker's end of the transport."""
+    """Join the trainer's group as a worker."""
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(link["host"], link["port"], None, is_master=False, timeout=timeout)
     return gloo_group(store, link["first_rank"] + worker, link["size"], timeout_s)
 
 
 def gloo_group(store: TCPStore, rank: int, size: int, timeout_s: float) -> ProcessGroupGloo:
+    """Return a gloo group over `store`."""
     prefixed = PrefixStore("phimini-weights", store)
     return ProcessGroupGloo(prefixed, rank, size, timedelta(seconds=timeout_s))
 
 
 def broadcast(group: ProcessGroupGloo, data: Tensor, timeout_s: float) -> None:
-    """From rank 0. RuntimeError if the other side is gone, or later than `timeout_s`."""
+    """Broadcast from rank 0. Raises RuntimeError if the other side is gone, or later than `timeout_s`."""
     options = BroadcastOptions()
     options.rootRank = 0
     options.timeout = timedelta(seconds=timeout_s)
@@ -195,4 +197,5 @@ def broadcast(group: ProcessGroupGloo, data: Tensor, timeout_s: float) -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

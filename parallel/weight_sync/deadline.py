@@ -1,4 +1,4 @@
-"""Waiting for engines within a deadline, and the error that says where a weight sync was when it failed."""
+"""Waits for engines with a deadline, and the error that names phase, place and tensor of a failed weight sync."""
 
 import os
 import sys
@@ -12,10 +12,10 @@ Phase = Literal["init", "pause", "start", "gather", "pack", "transfer", "load", 
 
 
 class WeightSyncError(RuntimeError):
-    """A weight sync failed. `where` is a trainer rank or an engine (and its worker), `tensor` the one it was at.
+    """A weight sync that failed. `where` is a trainer rank or an engine and its worker; `tensor` is the current one.
 
-    `whole` says what the engines are left with: True the old version, False nothing that may be sampled from, None
-    unknown (an engine is gone).
+    `whole` is True if the engines keep their old weights, False if they must not sample, and None if an engine is gone
+    and its state unknown.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class WeightSyncError(RuntimeError):
         return type(self), (self.phase, self.where, self.tensor, self.detail, self.whole)
 
     def fields(self) -> dict[str, Any]:
-        """What `WeightSyncError(**fields)` needs, in JSON's types."""
+        """Return the arguments of `WeightSyncError(**fields)`, in JSON's types."""
         return {key: getattr(self, key) for key in ("phase", "where", "tensor", "detail", "whole")}
 
 
@@ -45,24 +45,24 @@ _AFTER = {
 
 
 class Receiver(Protocol):
-    """One engine, as the trainer sees it."""
+    """The trainer's connection to one engine."""
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """The engine's name in errors."""
         ...
 
     def call(self, phase: str, info: dict[str, Any]) -> "Future[list[dict[str, Any]]]":
-        """Starts init, pause, start, update, finish, abort or resume; each worker's answer, in JSON's types.
+        """Start init, pause, start, update, finish, abort or resume. The future holds each worker's answer, in JSON's types.
 
-        An answer with the key "error" holds the fields of a WeightSyncError. After `finish` an answer has
-        checksums by tensor, load_s, verify_s and (part of it) checksum_s; `finish` resets the prefix cache.
+        An answer with the key "error" holds the fields of a WeightSyncError. The answer to `finish` has checksums by
+        tensor, load_s, verify_s and its part checksum_s. `finish` also resets the prefix cache.
         """
         ...
 
 
 class Wait:
-    """Waits for receivers within the sync's deadline, and knows what the sync is at."""
+    """Waits for receivers until the sync's deadline, and tracks the current phase and tensor for errors."""
 
     def __init__(self, deadline_s: float, where: str) -> None:
         self.where, self.deadline_s = where, deadline_s
@@ -71,24 +71,28 @@ class Wait:
         self.tensor: str | None = None
 
     def at(self, phase: Phase, tensor: str | None = None) -> None:
+        """Set the current phase and tensor."""
         self.phase, self.tensor = phase, tensor
 
     @property
     def remaining_s(self) -> float:
-        """At least a moment, so that what has arrived is still taken."""
+        """Seconds until the deadline, at least 0.01, so that an answer that has arrived is still read."""
         return max(0.01, self.end - time.monotonic())
 
     def error(self, detail: str, where: str | None = None) -> WeightSyncError:
+        """Return an error at the current phase and tensor."""
         return WeightSyncError(self.phase, where or self.where, self.tensor, detail)
 
     def call(
         self, receivers: Sequence[Receiver], phase: str, info: dict[str, Any] | None = None
     ) -> list[list[dict[str, Any]]]:
+        """Start a phase at every receiver and return the answers. Raises as `answers`."""
         return self.answers(receivers, self.start(receivers, phase, info or {}))
 
     def start(
         self, receivers: Sequence[Receiver], phase: str, info: dict[str, Any]
     ) -> list[Future]:
+        """Start a phase at every receiver. Raises WeightSyncError if an engine is gone."""
         futures = []
         for receiver in receivers:
             try:
@@ -100,7 +104,7 @@ class Wait:
     def answers(
         self, receivers: Sequence[Receiver], futures: Sequence[Future]
     ) -> list[list[dict[str, Any]]]:
-        """Each receiver's workers' answers. Raises WeightSyncError for an error, a dead engine or the deadline."""
+        """Return the answers of each receiver's workers. Raises WeightSyncError for an error, a dead engine or the deadline."""
         results = []
         for receiver, future in zip(receivers, futures, strict=True):
             try:
@@ -121,10 +125,10 @@ class Wait:
 
 
 class Watchdog:
-    """Ends this process when a collective of the gather hangs past the deadline, saying where; nothing else can.
+    """Ends this process, and prints the place, when a collective of the gather hangs past the deadline.
 
-    Waits for engines raise at the deadline by themselves; a rank that is stuck in a collective because another one
-    is gone cannot be interrupted from Python.
+    Waits for engines raise at the deadline. A rank that is stuck in a collective because another rank is gone cannot be
+    interrupted from Python, so its process has to end.
     """
 
     grace_s = 5.0
@@ -147,7 +151,7 @@ class Watchdog:
 
 
 def completed(action: Callable[[], Any]) -> Future:
-    """The outcome of `action`, run now, as a future: what a receiver in this process answers with."""
+    """Run `action` now and return its outcome as a future, as the answer of a receiver in this process."""
     future: Future = Future()
     try:
         future.set_result(action())

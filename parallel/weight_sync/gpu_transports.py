@@ -1,15 +1,15 @@
-"""Buckets on GPUs: CUDA IPC to engines on the trainer's own GPU or machine, NCCL to any other. Both sides' parts.
+"""Transports of a bucket on GPUs: CUDA IPC to engines on the same machine, NCCL to any other. Both sides.
 
-| transport | what travels                                                                  | its twin on a CPU |
+| transport | data that travels                                                             | on a CPU          |
 |-----------|-------------------------------------------------------------------------------|-------------------|
-| ipc       | a handle of the bucket's memory, once; workers read it where it is            | shm               |
+| ipc       | a handle of the bucket's memory, once; workers read it in place               | shm               |
 | nccl      | a broadcast by vLLM's NCCL communicator, the group that its own `nccl` makes  | gloo              |
 
-vLLM's own engines of these names have no checksum, no deadline, and no version; here they are the same bucket and
-the same checks as on a CPU. NCCL takes no two ranks on one GPU, and IPC needs a GPU that both processes see.
+vLLM's own engines of these names have no checksum, deadline or version; ours use the same bucket and the same checks as
+on a CPU. NCCL refuses two ranks on one GPU, and IPC needs a GPU that both processes see.
 
-Not run on a GPU yet. Tests run both against the real vLLM with what is CUDA's replaced (`bucket_handle`,
-`open_bucket`, `communicator`, `on_device`), and bind the calls below to the installed torch's and vLLM's signatures.
+Not run on a GPU yet. Tests run both against the real vLLM with CUDA's part replaced (`bucket_handle`, `open_bucket`,
+`communicator`, `on_device`), and bind the calls below to the installed signatures of torch and vLLM.
 """
 
 import base64
@@ -35,7 +35,7 @@ _EXPANDABLE = re.compile(r"expandable_segments\s*:\s*(True|1)\b", re.IGNORECASE)
 
 
 class Late(RuntimeError):
-    """Something on a GPU did not end in time."""
+    """Work on a GPU that did not end in time."""
 
 
 # --- the trainer's side ----------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class IpcTransport:
 
 
 class NcclTransport:
-    """A broadcast from the trainer to every worker of every engine, in a communicator of its own."""
+    """A broadcast from the trainer to every worker of every engine, in a separate NCCL communicator."""
 
     name = "nccl"
 
@@ -106,26 +106,27 @@ class NcclTransport:
 
     def close(self) -> None:
         if self._communicator is not None:
-            self._communicator.destroy()  # aborts what is under way, in a thread of its own
+            self._communicator.destroy()  # aborts running work, in a separate thread
             self._communicator = None
 
 
 # --- both sides ------------------------------------------------------------------------------------
 def on_device() -> torch.device:
+    """Return this thread's current GPU."""
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def expandable_segments() -> str:
-    """torch's settings of its allocator if they ask for expandable segments, else "". CUDA has no IPC handle of those."""
+    """Return torch's allocator settings if they turn on expandable segments, which have no CUDA IPC handle, else ""."""
     settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     return settings if _EXPANDABLE.search(settings) else ""
 
 
 def shareable(num_bytes: int) -> Tensor:
-    """On this thread's GPU, in memory that the machine's other processes can map.
+    """Return bytes on this thread's GPU, in memory that other processes of the machine can map.
 
-    For an expandable segment torch hands on file descriptors, which the reader takes by pidfd_getfd: Yama and most
-    containers forbid that (pytorch issue 165685). What is allocated while the setting is off is of no such segment.
+    For an expandable segment torch passes file descriptors, which the reader takes by pidfd_getfd; Yama and most
+    containers forbid that (pytorch issue 165685). Memory allocated while the setting is off is in an ordinary segment.
     """
     settings = expandable_segments()
     if settings:
@@ -138,34 +139,34 @@ def shareable(num_bytes: int) -> Tensor:
 
 
 def set_allocator(settings: str) -> None:
-    """All of its settings: those left out go back to their defaults."""
+    """Set all settings of torch's allocator; settings that are left out go back to their defaults."""
     torch._C._accelerator_setAllocatorSettings(settings)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def communicator_within(link: Fields, rank: int, timeout_s: float) -> Any:
-    """`communicator` on this thread's GPU. Raises Late."""
-    device = on_device()  # asked here: in a new thread CUDA's current GPU is number 0
+    """Return `communicator` on this thread's GPU. Raises Late."""
+    device = on_device()  # in this thread: in a new one CUDA's current GPU is number 0
     return within(lambda: communicator(link, rank, device), timeout_s)
 
 
 def communicator(link: Fields, rank: int, device: torch.device) -> Any:
-    """Joins the group of the trainer (rank 0) and all workers. RuntimeError if NCCL is not there."""
+    """Join the group of the trainer (rank 0) and all workers. Raises RuntimeError if NCCL is missing."""
     from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
     joined = stateless_init_process_group(link["host"], link["port"], rank, link["size"], device)
-    if joined.disabled:  # without NCCL vLLM's communicator does nothing, and says nothing
+    if joined.disabled:  # without NCCL vLLM's communicator silently does nothing
         raise RuntimeError("NCCL could not be loaded")
     return joined
 
 
 def broadcast(joined: Any, data: Tensor, timeout_s: float) -> None:
-    """From rank 0. Raises Late if it has not ended in time: the other side is gone, or slow."""
+    """Broadcast from rank 0. Raises Late if it does not end in time: the other side is gone, or slow."""
     joined.broadcast(data, src=0)
     finish(data.device, timeout_s)
 
 
 def finish(device: torch.device, timeout_s: float) -> None:
-    """Waits for the device's current stream. Raises Late."""
+    """Wait for the device's current stream. Raises Late."""
     if device.type != "cuda":
         return
     event = torch.cuda.Event()
@@ -178,7 +179,7 @@ def finish(device: torch.device, timeout_s: float) -> None:
 
 
 def within(action: Callable[[], T], timeout_s: float) -> T:
-    """`action()` in a thread that is left behind when it is late. Raises Late, or what it raised."""
+    """Run `action` in a thread, which is abandoned when it is late. Raises Late, or the error of `action`."""
     results: list[T] = []
     errors: list[Exception] = []
 
@@ -199,12 +200,13 @@ def within(action: Callable[[], T], timeout_s: float) -> T:
 
 
 def free_port(host: str) -> int:
+    """Return a port of `host` that is free now."""
     with socket.create_server((host, 0)) as listening:
         return listening.getsockname()[1]
 
 
 def bucket_handle(buffer: Tensor) -> dict[str, Any]:
-    """CUDA's handle of a buffer in JSON's types, with the GPU it is on; for one reader."""
+    """Return CUDA's handle of a buffer in JSON's types, with its GPU, for one reader."""
     from torch.multiprocessing.reductions import reduce_tensor
 
     parts: Any = reduce_tensor(buffer)[1]
@@ -219,7 +221,7 @@ def bucket_handle(buffer: Tensor) -> dict[str, Any]:
 
 
 def open_bucket(handle: dict[str, Any]) -> Tensor:
-    """The buffer, in another process. RuntimeError if this process does not see its GPU."""
+    """Map a buffer of another process. Raises RuntimeError if this process does not see its GPU."""
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     gpus = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
@@ -241,7 +243,7 @@ def open_bucket(handle: dict[str, Any]) -> Tensor:
 
 
 def _parameters() -> list[str]:
-    """What torch's handles consist of, in order."""
+    """Return the names of the fields of torch's handles, in order."""
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     return list(inspect.signature(rebuild_cuda_tensor).parameters)

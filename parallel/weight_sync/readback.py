@@ -1,8 +1,8 @@
-"""What stands in a vLLM model after a sync, against what was sent: by checksum, or through the layer's own kernel.
+"""Compare the weights of a vLLM model after a sync with the sent ones, by checksum or through the layer's kernel.
 
-A parameter whose numbers are still there is compared by checksum. A weight that is packed for its kernel (on a CPU
-the parameter is left with shape (0,), or not used) or stored in FP8 is read through that kernel: a one-hot input
-returns a column of the weight, bit for bit where nothing was rounded. Some columns are read, others with every sync.
+A parameter that still holds its numbers is compared by checksum. A weight that is packed for its kernel (on a CPU the
+parameter is left with shape (0,), or unused) or stored in FP8 is read through that kernel: a one-hot input returns a
+column of the weight, bit for bit if no rounding took place. Each sync reads a few columns, and other ones than before.
 """
 
 from collections.abc import Sequence
@@ -18,29 +18,29 @@ from phimini.parallel.weight_sync.fp8_blocks import BLOCK, SCALE_SUFFIX
 from phimini.parallel.weight_sync.sync import Entry
 
 COLUMNS = 4
-"""of a packed weight that are read back, side by side; an optimizer step changes all of them"""
+"""adjacent columns of a packed weight that are read back; an optimizer step changes all columns"""
 EMBEDDING = "model.embed_tokens"
-"""looked up, never multiplied: the packed copy that vLLM makes of it on a CPU is not used"""
+"""only looked up: vLLM does not use the packed copy that it makes on a CPU"""
 FP8_TOLERANCE = 0.125
-"""of a column's largest element, for a weight in FP8: some kernels round its scales again"""
+"""share of a column's largest element, for FP8 weights: some kernels round the scales again"""
 
 
 @dataclass
 class _Expected:
-    """What a module must hold once the update is finished."""
+    """The weights that a module must hold after the update."""
 
     checksum: int
     columns_CN: Tensor
     """columns of this worker's part, for a weight that cannot be read back"""
     first_column: int
     kernel: Any = None
-    """the packed weight that gave these columns, if it was asked already"""
+    """the packed weight that was already read and returned these columns"""
     scales_CN: Tensor | None = None
-    """of an FP8 weight: what each element of columns_CN is multiplied by"""
+    """scale of each element of columns_CN, for an FP8 weight"""
 
 
 class ReadBack:
-    """One update's expectations of one worker's model."""
+    """The expected weights of one worker's model after one update."""
 
     def __init__(self, model: nn.Module, config: ModelConfig) -> None:
         self._model, self._config = model, config
@@ -48,7 +48,7 @@ class ReadBack:
         self._sums: dict[tuple[int, tuple[int, ...]], int] = {}
 
     def expect(self, entries: Sequence[Entry], tensors: Sequence[Tensor]) -> None:
-        """Notes what this worker's modules must hold, from tensors whose checksums were right."""
+        """Record the weights that this worker's modules must hold, from tensors whose checksums were right."""
         for entry, tensor in zip(entries, tensors, strict=True):
             for name in self._modules_of(entry.name):
                 module = self._model.get_submodule(name)
@@ -71,9 +71,9 @@ class ReadBack:
                 self._expected[name] = _Expected(value, columns_CN, first)
 
     def check_packed(self, tensor_name: str) -> None:
-        """Reads a tensor's layer back if it has just been packed, while the cache still has it.
+        """Read a tensor's layer back if it has just been packed and is still in the cache.
 
-        What is wrong with it `check` says; what is packed again after this it reads again.
+        `check` reports a difference, and reads a layer again that was packed after this call.
         """
         for name in self._modules_of(tensor_name):
             expected, module = self._expected[name], self._model.get_submodule(name)
@@ -82,7 +82,7 @@ class ReadBack:
                 expected.kernel = None if wrong else module.cpu_linear
 
     def check(self) -> tuple[str, str] | None:
-        """(tensor, what is wrong with it) of the first module that does not hold what it was sent, or None."""
+        """Return (tensor, difference) of the first module that differs from the sent weights, or None."""
         for name, expected in self._expected.items():
             if wrong := self._wrong(name, expected):
                 return f"{name}.weight", wrong
@@ -106,14 +106,14 @@ class ReadBack:
         return self._through_kernel(module, expected, expected.columns_CN, 0.0)
 
     def _modules_of(self, tensor_name: str) -> list[str]:
-        """The vLLM modules that a tensor ends in: a tied head has a kernel of its own."""
+        """Return the vLLM modules that hold a tensor: a tied head has a kernel of its own."""
         module = tensor_name.removesuffix(SCALE_SUFFIX).removesuffix(".weight")
         if self._config.tie_embeddings and module == "model.embed_tokens":
             return [module, "lm_head"]
         return [module]
 
     def _part(self, tensor_name: str, module: nn.Module, whole: Tensor, block: int = 1) -> Tensor:
-        """This worker's rows or columns of a tensor, as vLLM splits it; of one number per `block` if above 1."""
+        """Return this worker's rows or columns of a tensor, as vLLM splits it, or of scales with one per `block`."""
         indices: Any = getattr(module, "shard_indices", None)
         if indices is not None:  # embedding and head: padded rows
             return whole[indices.org_vocab_start_index : indices.org_vocab_end_index]
@@ -145,7 +145,7 @@ class ReadBack:
     def _through_kernel(
         self, module: nn.Module, expected: _Expected, columns_CN: Tensor, tolerance: float
     ) -> str:
-        """What is wrong with the layer's output for one-hot inputs; "" if nothing is."""
+        """Return the difference in the layer's output for one-hot inputs, or "" if it is right."""
         width: Any = getattr(module, "input_size_per_partition", None) or self._config.model_dim
         dtype = columns_CN.dtype if tolerance == 0 else module.orig_dtype
         count, first = len(columns_CN), expected.first_column

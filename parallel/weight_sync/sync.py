@@ -1,16 +1,17 @@
-"""Weights from the trainer to the rollout engines, with proof: vLLM's four phases init, start, update, finish.
+"""Send weights from the trainer to the rollout engines and verify them, in vLLM's phases init, start, update, finish.
 
     pause -> start -> (gather -> pack -> update: transfer, load) per bucket -> finish: verify -> resume
 
 The trainer streams whole tensors by their Hugging Face names and packs them into one bucket of fixed size (inproc
-hands over as many by reference); how a bucket travels is the transport's business (`cpu_transports.py`: inproc, shm, gloo; `gpu_transports.py`:
-ipc and nccl). Peak extra memory of a trainer rank is two buckets: the bucket, and one tensor being gathered.
+hands over as many tensors by reference). A transport carries the bucket (`cpu_transports.py`: inproc, shm, gloo;
+`gpu_transports.py`: ipc, nccl). Peak extra memory of a trainer rank is two buckets: the bucket, and one tensor being
+gathered.
 
-Every tensor carries a checksum that the engine's workers compare twice: with the bytes that arrived, before anything
-of that bucket is loaded, and with what stands in the model after `finish` (`vllm_receiver.py`). A sync that
-fails before its first bucket is loaded leaves the engine on its old version, whole; a later failure leaves it
-refusing to sample until a whole sync has succeeded. Nothing is ever sampled from mixed weights.
-Every wait has the sync's deadline; an error names rank or engine, tensor and phase.
+Each tensor has a checksum that the engine's workers compare twice: with the bytes that arrived, before that bucket is
+loaded, and with the model's weights after `finish` (`vllm_receiver.py`). A sync that fails before its first bucket is
+loaded leaves the engine with its old weights, complete. After a later failure the engine refuses to sample until a
+sync has succeeded, so it never samples from mixed weights. Every wait ends at the sync's deadline. An error names rank
+or engine, tensor and phase.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from phimini.parallel.weight_sync.fp8_blocks import is_quantised, quantised_name
 __all__ = ["Entry", "Receiver", "SyncReport", "Transport", "Wait", "WeightSync", "WeightSyncError"]
 
 STILL_CACHED = 1 << 20
-"""bytes that a CPU has just written and still holds when it sums them"""
+"""bytes that are still in the CPU's cache when their checksum is computed"""
 ALIGNMENT = 16
 """bytes; tensors of a bucket start at multiples of it, so that any dtype can be viewed in place"""
 
@@ -51,26 +52,27 @@ class Entry:
     checksum: int
 
     def view(self, bucket: Tensor) -> Tensor:
-        """The tensor within a bucket's bytes, without a copy."""
+        """Return the tensor as a view of a bucket's bytes."""
         data = bucket[self.offset : self.offset + self.num_bytes]
         return data.view(getattr(torch, self.dtype)).view(self.shape)
 
 
 def entry_of(fields: dict[str, Any]) -> Entry:
+    """Return the Entry of fields that went through JSON."""
     return Entry(**{**fields, "shape": tuple(fields["shape"])})
 
 
 class Transport(Protocol):
-    """How a bucket gets to the receivers."""
+    """Carries a bucket to the receivers."""
 
     name: str
 
     def open(self, receivers: Sequence[Receiver], info: dict[str, Any], wait: "Wait") -> None:
-        """The init phase; `info` is what every receiver needs whatever the transport."""
+        """Run the init phase. `info` holds the fields that every receiver needs, with any transport."""
         ...
 
     def buffer(self) -> Tensor | None:
-        """The bucket's bytes, to be filled before `send`; None if tensors travel by reference."""
+        """Return the bucket's bytes, to be filled before `send`, or None if tensors travel by reference."""
         ...
 
     def send(
@@ -79,14 +81,18 @@ class Transport(Protocol):
         update: dict[str, Any],
         tensors: list[Tensor],
         wait: "Wait",
-    ) -> None: ...
+    ) -> None:
+        """Run the update phase of one bucket; return once every receiver has loaded it. Raises WeightSyncError."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release what `open` made."""
+        ...
 
 
 @dataclass
 class SyncReport:
-    """Seconds and bytes of one sync; equal to a row of `bench weight-sync` but for layout."""
+    """Seconds and bytes of one sync."""
 
     version: int
     transport: str
@@ -94,16 +100,16 @@ class SyncReport:
     parameters: int
     bytes: int
     fingerprint: str
-    """of the trainer's tensors, and so of the engines'"""
+    """hash of all checksums, the same on the trainer and the engines"""
     gather_s: float = 0.0
     pack_s: float = 0.0
-    """copies into the bucket, or nothing where tensors travel by reference"""
+    """copies into the bucket; 0 if tensors travel by reference"""
     transfer_s: float = 0.0
     load_s: float = 0.0
     verify_s: float = 0.0
-    """checksums on both sides, the engines' slowest worker, and what it then reads back"""
+    """checksums on both sides, and the read-back, of the slowest worker"""
     checksum_s: float = 0.0
-    """of verify_s, what checksums of sent and of arrived bytes take"""
+    """the part of verify_s for checksums of sent and of arrived bytes"""
     total_s: float = 0.0
     checksums: dict[str, int] = field(default_factory=dict, repr=False)
 
@@ -111,10 +117,10 @@ class SyncReport:
 def smallest_bucket(
     config: ModelConfig, dtype: torch.dtype, *, merging: bool, fp8: bool = False
 ) -> dict[str, int]:
-    """Bytes that the bucket must have for each tensor: itself, and what `to_hf` needs while it puts it together.
+    """Return the bytes that a bucket needs for each tensor: the tensor, and the working memory of `to_hf` for it.
 
-    Rows come out as they are; interleaved q, k and v are copied twice; tensor-parallel shards once more (merging).
-    fp8: linear weights are quantised on the way.
+    Rows are passed on as they are. Interleaved q, k and v are copied twice, and tensor-parallel shards once more
+    (merging). fp8: linear weights are quantised as well.
     """
     needed = {}
     for name, shape in hf_names(config).items():
@@ -130,9 +136,10 @@ def smallest_bucket(
 
 
 class WeightSync:
-    """Brings tensors of one model to engines; one per sending rank.
+    """Sends the tensors of one model to engines; one object per sending rank.
 
-    merging: the trainer is tensor parallel. fp8: what it sends is a `quantise_stream`. Raises ValueError if the bucket is smaller than `smallest_bucket`.
+    merging: the trainer is tensor parallel. fp8: the tensors come from `quantise_stream`. Raises ValueError if the
+    bucket is smaller than `smallest_bucket`.
     """
 
     def __init__(
@@ -163,16 +170,16 @@ class WeightSync:
         self._open = False
 
     def sync(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
-        """Sends every tensor of the model; `tensors` may be collective and is exhausted even if the sync fails.
+        """Send every tensor of the model. `tensors` may be collective and is exhausted even if the sync fails.
 
-        Raises WeightSyncError; the engines then keep the old version or refuse to sample (`.whole`).
+        Raises WeightSyncError. Its `whole` tells if the engines keep the old version or refuse to sample.
         """
         wait = Wait(self.deadline_s, self.where)
         try:
             with Watchdog(wait):
                 return self._sync(tensors, version, wait)
         except WeightSyncError as error:
-            # Anew: that an engine let the deadline pass is not this rank's fault.
+            # A second watchdog: the first has run out if an engine let the deadline pass.
             with Watchdog(wait):
                 whole = self._abort()
                 for _ in tensors:  # the other ranks are still gathering
@@ -180,11 +187,12 @@ class WeightSync:
             raise WeightSyncError(**{**error.fields(), "whole": whole}) from error
 
     def set_receivers(self, receivers: Sequence[Receiver]) -> None:
-        """The engines that are left; the next sync makes their acquaintance."""
+        """Replace the receivers; the next sync reconnects to them."""
         if list(receivers) != self.receivers:
             self.receivers, self._open = list(receivers), False
 
     def close(self) -> None:
+        """Close the transport."""
         self.transport.close()
 
     def _sync(self, tensors: Iterator[tuple[str, Tensor]], version: int, wait: Wait) -> SyncReport:
@@ -225,7 +233,7 @@ class WeightSync:
         return report
 
     def _verify(self, finished: list[list[dict[str, Any]]], report: SyncReport, wait: Wait) -> None:
-        """Both sides' checksums, tensor by tensor; and the seconds that the slowest worker spent."""
+        """Compare both sides' checksums, tensor by tensor, and report the seconds of the slowest worker."""
         for receiver, workers in zip(self.receivers, finished, strict=True):
             for worker in workers:
                 where = f"{receiver.name}, {worker['where']}"
@@ -243,7 +251,7 @@ class WeightSync:
         report.checksum_s += slowest["checksum_s"]
 
     def _abort(self) -> bool | None:
-        """Ends the update at every engine that still answers; whether all of them kept their old weights."""
+        """End the update at each engine that still answers. Return True if all kept their old weights, None if unknown."""
         self._open = False
         self.transport.close()
         wait = Wait(min(5.0, self.deadline_s), self.where)
@@ -260,13 +268,13 @@ class WeightSync:
 
 
 def fingerprint(checksums: dict[str, int]) -> str:
-    """16 hex digits for a whole set of weights."""
+    """Return 16 hex digits that identify a whole set of weights."""
     lines = "\n".join(f"{name} {value}" for name, value in sorted(checksums.items()))
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 class _Packer:
-    """Fills the transport's buffer with tensors and sends it when the next one would not fit."""
+    """Fills the transport's buffer with tensors and sends it before a tensor that would not fit."""
 
     def __init__(self, sync: WeightSync, wait: Wait, report: SyncReport) -> None:
         self.sync, self.wait, self.report = sync, wait, report
@@ -274,10 +282,11 @@ class _Packer:
         self.entries: list[tuple[str, Tensor, int]] = []
         """name, tensor or its copy, offset"""
         self.sums: list[int] = []
-        """of the first entries"""
+        """checksums of the first entries"""
         self.used, self.summed, self.number = 0, 0, 0
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Copy a tensor into the bucket, after sending the bucket if it is full."""
         sync, report = self.sync, self.report
         if tuple(tensor.shape) != sync.shapes.get(name):
             raise self.wait.error(
@@ -298,7 +307,7 @@ class _Packer:
             self.sum()
 
     def sum(self) -> None:
-        """The checksums that are missing, together: one by one each would find its code out of the cache."""
+        """Compute the missing checksums in one call: in single calls the code would have left the cache each time."""
         clock = time.perf_counter()
         self.sums += checksums([tensor for _, tensor, _ in self.entries[len(self.sums) :]])
         self.summed = self.used
@@ -307,6 +316,7 @@ class _Packer:
         self.report.verify_s += spent
 
     def flush(self) -> None:
+        """Send the bucket, if it holds tensors, and empty it."""
         if not self.entries:
             return
         sync, report, wait = self.sync, self.report, self.wait

@@ -1,11 +1,11 @@
-"""The engines' side of a weight sync: weight-transfer engines for vLLM, and what its workers answer the trainer.
+"""The engines' side of a weight sync: weight-transfer engines for vLLM, and its workers' answers to the trainer.
 
-Imported only in a process that runs a vLLM engine (`worker_extension_cls` names `WorkerExtension`, and vLLM imports
-it before it loads a model); importing it registers the transports with vLLM's factory.
+Imported only in a process that runs a vLLM engine: `worker_extension_cls` names `WorkerExtension`, and vLLM imports it
+before it loads a model. The import registers the transports with vLLM's factory.
 
-vLLM loads layer by layer: a layer is put on the meta device, filled, processed (on a CPU its weight is packed for
-oneDNN and the parameter is left with shape (0,)) and copied to where its old weights were. So a bucket is checked
-before anything of it is loaded, and after `finish` every parameter is read back (`readback.py`).
+vLLM loads layer by layer. It moves a layer to the meta device, fills it, processes it (on a CPU it packs the weight for
+oneDNN and leaves the parameter with shape (0,)) and copies it over the old weights. A bucket is therefore checked before
+it is loaded, and after `finish` every parameter is read back (`readback.py`).
 """
 
 import contextlib
@@ -53,6 +53,8 @@ from phimini.parallel.weight_sync.sync import Entry, entry_of
 
 @dataclass
 class SyncInit(WeightTransferInitInfo):
+    """Fields of the init phase; `link` is the transport's."""
+
     config: dict[str, Any]
     fp8: bool
     deadline_s: float
@@ -61,6 +63,8 @@ class SyncInit(WeightTransferInitInfo):
 
 @dataclass
 class SyncUpdate(WeightTransferUpdateInfo):
+    """Fields of the update phase: one bucket and its entries."""
+
     bucket: int
     num_bytes: int
     entries: list[dict[str, Any]]
@@ -68,10 +72,10 @@ class SyncUpdate(WeightTransferUpdateInfo):
 
 @dataclass
 class _Update:
-    """One update, from start to finish."""
+    """The state of one update, from start to finish."""
 
     loading: bool = False
-    """something was loaded: the old weights are not whole any more"""
+    """True once a bucket is loaded, so that the old weights are incomplete"""
     checksums: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("load_s", "verify_s", "checksum_s"), 0.0)
@@ -79,7 +83,7 @@ class _Update:
 
 
 class SyncEngine(WeightTransferEngine[SyncInit, SyncUpdate]):
-    """What the transports share; they differ in `_link` and `_receive`."""
+    """Base of the transports' engines, which differ in `_link` and `_receive`."""
 
     init_info_cls = SyncInit
     update_info_cls = SyncUpdate
@@ -93,27 +97,33 @@ class SyncEngine(WeightTransferEngine[SyncInit, SyncUpdate]):
 
     @property
     def where(self) -> str:
+        """This worker's name in errors."""
         return f"worker {self.parallel_config.rank}"
 
     def error(self, phase: str, tensor: str | None, detail: str) -> WeightSyncError:
+        """Return an error of this worker."""
         return WeightSyncError(phase, self.where, tensor, detail)
 
     # --- the four phases, called by vLLM's worker -------------------------------------------------
     def init_transfer_engine(self, init_info: SyncInit) -> None:
+        """Run the init phase: learn the model's shapes and join the transport."""
         self.config = ModelConfig(**_tuples(init_info.config))
         self._shapes = quantised_names(self.config) if init_info.fp8 else hf_names(self.config)
         self._deadline_s = init_info.deadline_s
         self._link(init_info.link)
 
     def start_weight_update(self) -> None:
+        """Run the start phase: forget the previous update."""
         self.update = _Update()
         self._read_back = ReadBack(self.model, self.config)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run the update phase of one bucket."""
         # The base class synchronises an accelerator, which a CPU does not have.
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: SyncUpdate) -> None:
+        """Receive one bucket, check it, and only then load it."""
         entries = [entry_of(e) for e in update_info.entries]
         for entry in entries:
             if entry.offset + entry.num_bytes > update_info.num_bytes:
@@ -134,11 +144,11 @@ class SyncEngine(WeightTransferEngine[SyncInit, SyncUpdate]):
             initialize_layerwise_reload(self.model)
         self.model.load_weights(self._loading(entries, tensors))  # pyright: ignore[reportCallIssue]
         if current_platform.is_cuda():
-            torch.cuda.synchronize()  # the trainer may fill its bucket again
+            torch.cuda.synchronize()  # after this the trainer fills its bucket again
         self._spent("load_s", clock)
 
     def _loading(self, entries: list[Entry], tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """What vLLM loads; a layer is read back as soon as it is packed. That is verification, not loading."""
+        """Yield the tensors for vLLM to load; read each layer back once it is packed, which counts as verification."""
         for entry, tensor in zip(entries, tensors, strict=True):
             yield entry.name, self._kept(entry.name, tensor)
             clock = time.perf_counter()
@@ -146,6 +156,7 @@ class SyncEngine(WeightTransferEngine[SyncInit, SyncUpdate]):
             self.update.seconds["load_s"] -= self._spent("verify_s", clock) - clock
 
     def finish_weight_update(self) -> None:
+        """Run the finish phase: complete the layers and read all weights back."""
         missing = [name for name in self._shapes if name not in self.update.checksums]
         if missing:
             detail = f"{len(missing)} of the model's tensors did not come"
@@ -162,10 +173,10 @@ class SyncEngine(WeightTransferEngine[SyncInit, SyncUpdate]):
         self.whole = True
 
     def shutdown(self) -> None:
-        pass
+        """Leave the transport."""
 
     def abort(self) -> None:
-        """Ends an update that failed; vLLM's bookkeeping is put right even if the weights are mixed."""
+        """End an update that failed, and complete vLLM's bookkeeping even if the weights are mixed."""
         if self.update.loading and not self.whole:
             finalize_layerwise_reload(self.model, self.model_config)
         self.update = _Update()
@@ -200,7 +211,7 @@ class SyncEngine(WeightTransferEngine[SyncInit, SyncUpdate]):
         return checksums(tensors)
 
     def _kept(self, name: str, tensor: Tensor) -> Tensor:
-        """vLLM keeps a tensor until its layer is complete: one of a pair must not change with the next bucket."""
+        """Clone FP8 weights and scales: vLLM holds them until their layer is complete, and the bucket is reused."""
         paired = name.endswith(SCALE_SUFFIX) or tensor.dtype == torch.float8_e4m3fn
         return tensor.clone() if paired else tensor
 
@@ -213,7 +224,9 @@ class InprocEngine(SyncEngine):
         return IN_THIS_PROCESS[self._key]
 
     def _arrived(self, entries: list[Entry], tensors: list[Tensor]) -> list[int]:
-        return [entry.checksum for entry in entries]  # nothing travelled
+        return [
+            entry.checksum for entry in entries
+        ]  # the trainer's own tensors: no transfer to check
 
 
 class ShmEngine(SyncEngine):
@@ -255,7 +268,7 @@ class IpcEngine(SyncEngine):
             raise self.error("init", None, f"ipc: {first_line(error)}") from error
 
     def _receive(self, update: SyncUpdate, entries: list[Entry]) -> list[Tensor]:
-        # A copy only where the trainer's GPU is another: Triton's kernels run on this worker's, whatever they are given.
+        # Copies only if the trainer uses another GPU: Triton's kernels run on this worker's GPU.
         data = self._bucket[: update.num_bytes].to(self.device)
         return [entry.view(data) for entry in entries]
 
@@ -300,19 +313,19 @@ ENGINES: dict[str, type[SyncEngine]] = {
 
 
 def backend(transport: str) -> str:
-    """What vLLM's factory calls a transport of ours; it has an `ipc` and a `nccl` of its own."""
+    """Return our transport's name in vLLM's factory, which has an `ipc` and a `nccl` of its own."""
     return f"phimini-{transport}"
 
 
 def register() -> None:
-    """Tells vLLM's factory of the transports; a second call changes nothing."""
+    """Register the transports with vLLM's factory; a second call has no effect."""
     for name, engine in ENGINES.items():
         if backend(name) not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(backend(name), engine)
 
 
 def repack_tied_head(model: nn.Module) -> None:
-    """On a CPU, vLLM 0.32 leaves a tied head's packed copy of the embedding on the old weights; packs it anew."""
+    """Pack a tied head's copy of the embedding again: on a CPU, vLLM 0.32 leaves it with the old weights."""
     head = getattr(model, "lm_head", None)
     if head is None or not current_platform.is_cpu() or not hasattr(head, "cpu_linear"):
         return
@@ -322,18 +335,18 @@ def repack_tied_head(model: nn.Module) -> None:
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples."""
+    """Turn lists back into tuples, which JSON does not have."""
     return {
         key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
     }
 
 
 _watched: list[threading.Thread] = []
-"""the thread of this worker that waits for its server's end"""
+"""this worker's thread that waits for the end of its server"""
 
 
 def _end_core(server: int, core: int) -> None:
-    """Once the server is gone, ends the core; workers of a core that is gone end by themselves."""
+    """Wait for the server to end and kill the core, whose workers then end by themselves."""
     with contextlib.suppress(ProcessLookupError):
         ended = select.poll()
         ended.register(os.pidfd_open(server), select.POLLIN)
@@ -346,18 +359,18 @@ class WorkerExtension:
     """Methods that vLLM adds to its worker (`worker_extension_cls`); called with `collective_rpc`."""
 
     def phimini_guard(self, server: int) -> int:
-        """Answers, and makes sure that the engine does not outlive the server that forked it."""
+        """Return this process's id, after arranging that the engine does not outlive the server that forked it."""
         parent = os.getppid()
         if sys.platform == "linux" and parent == server:
             end_with_parent()
         elif sys.platform == "linux" and not _watched:
-            # One of several workers: the server forked their core, which would go on without it.
+            # One of several workers: the server forked their core, which would keep running without it.
             _watched.append(threading.Thread(target=_end_core, args=(server, parent), daemon=True))
             _watched[0].start()
         return os.getpid()
 
     def phimini_sync(self, phase: str, info: dict[str, Any]) -> dict[str, Any]:
-        """One phase of a sync; what went wrong comes back as fields, so that the trainer can say where it was."""
+        """Run one phase of a sync. An error is returned as fields, so that the trainer can name worker, tensor and phase."""
         worker: Any = self
         engine = worker.weight_transfer_engine
         try:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from forked_ranks import run_ranks
 from forked_ranks import run_ranks as run_forked
 from parity_cases import (  # noqa: F401
     GROUPS,
@@ -27,7 +26,7 @@ from parity_cases import (  # noqa: F401
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.ranks import process
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.local_launch import RankFailure
+from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 from phimini.parallel.ranks.lost_ranks import closing_or_naming_lost_ranks
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.step import forward_backward
@@ -131,7 +130,7 @@ def test_ranks_are_spawned_where_a_fork_would_not_survive(monkeypatch: pytest.Mo
 
 ORPHANS = """
 import os, sys, time
-from forked_ranks import run_ranks
+from phimini.parallel.ranks.local_launch import run_ranks
 
 def rank():
     os.write(1, f"{os.getpid()}\\n".encode())
