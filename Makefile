@@ -33,6 +33,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
+	$(VENV)/bin/python tests/repo/prose.py
 
 # torch goes first: where only the CUDA build is offered, that works on a CPU too.
 $(VENV)/.demo: pyproject.toml

@@ -1,4 +1,4 @@
-"""What a Phi-4-Mini is, in numbers: one frozen dataclass and the presets.
+"""Shape of a Phi-4-Mini model: one frozen dataclass and the presets.
 
 Letters used through `model/`: B batch, T tokens, D model width, H query heads, G key/value heads,
 K head size, F MLP hidden size, V vocabulary, R rotary size (the rotated part of K).
@@ -44,13 +44,13 @@ class ModelConfig:
     original_max_positions: int
     """the length at which Hugging Face and vLLM change from the short to the long table, in tokens"""
     partial_rotary_factor: float = 0.75
-    """share of each head that is rotated; the rest is position-agnostic"""
+    """share of each head that is rotated; the other dimensions carry no position"""
     rope_theta: float = 10000.0
     short_factor: tuple[float, ...] | None = None
     """LongRoPE divisors of the R/2 frequencies; None for both factors means plain RoPE"""
     long_factor: tuple[float, ...] | None = None
     rope_factors: RopeFactors = "long"
-    """which table this run uses for every token of every batch; stored in checkpoints"""
+    """the table that this run uses for every token of every batch; stored in checkpoints"""
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     initializer_range: float = 0.02
@@ -104,15 +104,15 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """R: how many of a head's K dimensions are rotated."""
+        """R, the number of rotated dimensions of a head."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def attention_factor(self) -> float:
-        """What LongRoPE multiplies cos and sin by, for both tables: sqrt(1 + ln(s) / ln(original_max)).
+        """LongRoPE's factor on cos and sin, the same for both tables: sqrt(1 + ln(s) / ln(original_max)).
 
-        s = max_positions / original_max_positions; 1.0 for plain RoPE (LongRoPE, arXiv 2402.13753,
-        as in transformers' `_compute_longrope_parameters`).
+        s = max_positions / original_max_positions. 1.0 for plain RoPE. Source: LongRoPE, arXiv 2402.13753, as in
+        transformers' `_compute_longrope_parameters`.
         """
         if self.long_factor is None or self.max_positions <= self.original_max_positions:
             return 1.0
@@ -121,13 +121,13 @@ class ModelConfig:
 
     @property
     def rope_divisors(self) -> tuple[float, ...]:
-        """The R/2 divisors of the run's table (all ones for plain RoPE)."""
+        """The R/2 frequency divisors of the run's table; all ones for plain RoPE."""
         factor = self.long_factor if self.rope_factors == "long" else self.short_factor
         return factor if factor is not None else (1.0,) * (self.rotary_dim // 2)
 
     @property
     def num_parameters(self) -> int:
-        """Exact; a tied head is counted once."""
+        """The exact number of parameters; a tied head is counted once."""
         attention = self.model_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         layer = attention + 3 * self.model_dim * self.mlp_dim + 2 * self.model_dim
         embeddings = self.vocab_size * self.model_dim * (1 if self.tie_embeddings else 2)
@@ -135,7 +135,7 @@ class ModelConfig:
 
 
 def _long_factor(num_frequencies: int, largest: float) -> tuple[float, ...]:
-    """A long table of Phi-4-Mini's kind for another head size: geometric from 1 to `largest`."""
+    """Return a long table for another head size: a geometric series from 1 to `largest`, like Phi-4-Mini's."""
     return tuple(round(largest ** (i / (num_frequencies - 1)), 9) for i in range(num_frequencies))
 
 
@@ -167,8 +167,8 @@ PRESETS: dict[str, ModelConfig] = {
         short_factor=(1.0,) * 48,
         long_factor=PHI4_MINI_LONG_FACTOR,
     ),
-    # Trains in minutes on a CPU. Every shape rule of the big one holds: grouped heads, partial rotary,
-    # a long table that differs from the short one, tied embeddings.
+    # Trains in minutes on a CPU, with the features of the full model: grouped heads, partial rotary, a long table
+    # that differs from the short one, tied embeddings.
     "tiny": ModelConfig(
         num_layers=4,
         model_dim=128,
@@ -187,6 +187,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
+    """Return a preset by name. Raises ValueError with the nearest name for an unknown one."""
     if name not in PRESETS:
         raise ValueError(f"unknown model preset {name!r}; {nearest(name, sorted(PRESETS))}")
     return PRESETS[name]

@@ -1,14 +1,14 @@
-"""The reference model's one-token step, rearranged for speed: what the sampler spends its time in.
+"""One-token decode step of the reference model, rearranged for speed.
 
-The function is Phi4Mini's (a test holds both together); only the order of the arithmetic differs:
-- the norms' weights and the 1/sqrt(K) of the scores are folded into the projections after them;
-- rotation is q * cos + turned(q) * sin, and `turned` (halves swapped, first one negated) is a permutation of the
-  projection's rows, so the same product yields it and two elementwise passes are left;
-- keys are stored as (K, S), so that both attention products run along S;
-- nothing is concatenated, repeated or masked per layer.
-On one CPU thread the tiny model's step is 1.2 times (batch 256) to 1.7 times (batch 64) as fast as the
-reference's; from there on reading the cached keys and values is what takes the time. The price is a second copy
-of the layers' weights.
+It computes the same function as Phi4Mini (a test compares the two). Only the order of the arithmetic differs:
+- The norms' weights and the 1/sqrt(K) of the scores are folded into the projections after them.
+- Rotation is q * cos + turned(q) * sin. `turned` (halves swapped, the first negated) is a permutation of the
+  projection's rows, so the projection computes it too, and only two elementwise passes remain.
+- Keys are stored as (K, S), so that both attention products run along S.
+- A layer does no concatenation, no repetition of keys and no masking of its own.
+On one CPU thread the tiny model's step is 1.2 times (batch 256) to 1.7 times (batch 64) as fast as the reference's.
+Most of the remaining time goes into reading the cached keys and values. The cost is a second copy of the layers'
+weights.
 
 B rows, D model width, H query heads, G key/value heads, K head size, F MLP width, R rotary size, S cached tokens.
 """
@@ -28,7 +28,7 @@ from phimini.model.rope import rope_table
 
 @dataclass(frozen=True, slots=True)
 class _LayerState:
-    """One layer's folded weights, each ready for `x @ w`, and its part of the cache."""
+    """Folded weights of one layer, each ready for `x @ w`, and its part of the cache."""
 
     w_qkv: Tensor  # (D, (2H + 3G) * K): query and key heads, the same turned, value heads
     w_o: Tensor  # (H * K, D)
@@ -39,7 +39,10 @@ class _LayerState:
 
 
 class Decoder:
-    """Cache slots and the step over any contiguous range of them; slots are filled from a prefilled KVCache."""
+    """Cache slots, and the decode step over any contiguous range of them.
+
+    Slots are filled from a prefilled KVCache.
+    """
 
     def __init__(self, model: Phi4Mini, num_slots: int, capacity: int) -> None:
         config, weight = model.config, model.head_weight_VD
@@ -49,29 +52,29 @@ class Decoder:
         self.slots_N = torch.arange(num_slots, device=weight.device)
         cos, sin = rope_table(config, capacity, weight.device, weight.dtype)
         rest = config.head_dim - config.rotary_dim
-        # (S, 1, K): the part that is not rotated is multiplied by 1 and gets 0 of its turned copy.
+        # (S, 1, K). Dimensions that are not rotated have cos 1 and sin 0.
         self.cos_S1K = F.pad(torch.cat((cos, cos), -1), (0, rest), value=1.0)[:, None]
         self.sin_S1K = F.pad(torch.cat((sin, sin), -1), (0, rest), value=0.0)[:, None]
         layers = [cast(Layer, layer) for layer in model.model.layers]
         self.layers = [_fold(layer, config, num_slots, capacity) for layer in layers]
 
     def admit(self, first_slot: int, cache: KVCache, rows: Tensor) -> None:
-        """Copies what rows of a prefilled cache hold into consecutive slots."""
+        """Copy rows of a prefilled cache into consecutive slots."""
         slots, S = slice(first_slot, first_slot + len(rows)), cache.longest
         for i, layer in enumerate(self.layers):
             layer.k_NGKS[slots, :, :, :S] = cache.k_LBGSK[i, rows, :, :S].transpose(-1, -2)
             layer.v_NGSK[slots, :, :S] = cache.v_LBGSK[i, rows, :, :S]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` tokens of one slot over another's."""
+        """Copy the first `length` tokens of one slot over those of another."""
         for layer in self.layers:
             layer.k_NGKS[target, :, :, :length] = layer.k_NGKS[source, :, :, :length]
             layer.v_NGSK[target, :, :length] = layer.v_NGSK[source, :, :length]
 
     def step(self, tokens_B: Tensor, positions_B: Tensor, first_slot: int, longest: int) -> Tensor:
-        """Appends token b at position b of slot first_slot + b -> hidden_BD after the last norm.
+        """Append token b at position b of slot first_slot + b and return hidden_BD after the last norm.
 
-        `longest` is max(positions_B) + 1; attention reads no further.
+        `longest` is max(positions_B) + 1, the length that attention reads.
         """
         x_BD = self.embedding_VD[tokens_B]
         cos, sin = self.cos_S1K[positions_B], self.sin_S1K[positions_B]
@@ -111,7 +114,7 @@ class Decoder:
         return torch.matmul(scores.softmax(-1), v_BGSK[:, :, :S]).view(B, -1)
 
     def _normed(self, x_BD: Tensor) -> Tensor:
-        """RMS norm without its weight, which is folded into what follows."""
+        """RMS norm without its weight, which is folded into the next projection."""
         norm_B1 = torch.linalg.vector_norm(x_BD, dim=-1, keepdim=True, dtype=torch.float32)
         rstd_B1 = norm_B1.square_().div_(x_BD.shape[-1]).add_(self.config.norm_eps).rsqrt_()
         return (x_BD * rstd_B1).to(x_BD.dtype)
@@ -131,7 +134,7 @@ def _fold(layer: Layer, config: ModelConfig, num_slots: int, capacity: int) -> _
         w_o=attention.o_proj.weight.T.contiguous(),
         w_gate_up=(mlp.gate_up_proj.weight * layer.post_attention_layernorm.weight).T.contiguous(),
         w_down=mlp.down_proj.weight.T.contiguous(),
-        # Zeros: a hidden slot still meets its weight of 0 in a product, and 0 * NaN is NaN.
+        # Zeros: a masked slot is multiplied by a weight of 0, and 0 * NaN would be NaN.
         k_NGKS=weight.new_zeros(num_slots, G, K, capacity),
         v_NGSK=weight.new_zeros(num_slots, G, capacity, K),
     )

@@ -1,4 +1,4 @@
-"""Phi-4-Mini, readable and single-device: the definition that every other implementation is held to.
+"""Phi-4-Mini, readable and single-device: the definition against which other implementations are tested.
 
 B batch, T tokens, D model width, H query heads, G key/value heads, K head size, F MLP width, V vocabulary,
 S cached tokens, L layers, R rotary size. Parameter names are Hugging Face's (`Phi3ForCausalLM`), so state dicts
@@ -6,9 +6,9 @@ interchange. Norms and rope angles are computed in fp32 (fp64 for an fp64 model)
 
 Three ways to call `forward`:
 - plain: rows of one length, or right-padded rows of mixed lengths. Attention is causal, so a real token never
-  sees the padding after it and needs no mask; what comes out at the padding is to be ignored.
-- packed: one row of several documents with their boundaries in `cu_seqlens`; positions restart at each.
-- cached: the tokens continue each row of a `KVCache` from that row's own length.
+  sees the padding after it and needs no mask. Ignore the outputs at the padding.
+- packed: one row of several documents with their boundaries in `cu_seqlens`. Positions restart at each.
+- cached: the tokens continue each row of a `KVCache` from that row's length.
 """
 
 import math
@@ -25,10 +25,10 @@ from phimini.model.rope import apply_rope, rope_at
 
 
 class KVCache:
-    """Keys and values of every layer for B rows, each row with its own length.
+    """Keys and values of every layer for B rows of different lengths.
 
-    Token t of a row is stored at index t, so a key is visible exactly when its index is at most the query's
-    position; slots beyond a row's length hold leftovers that the mask hides and the next tokens overwrite.
+    Token t of a row is stored at index t, so a key is visible exactly if its index is at most the query's position.
+    Slots beyond a row's length hold stale values, which the mask hides and the next tokens overwrite.
     """
 
     def __init__(
@@ -41,22 +41,22 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
-        # Zeros: a hidden slot still meets its weight of 0 in a product, and 0 * NaN is NaN.
+        # Zeros: a masked slot is multiplied by a weight of 0, and 0 * NaN would be NaN.
         self.k_LBGSK = torch.zeros(shape, device=device, dtype=dtype)
         self.v_LBGSK = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths_B = torch.zeros(batch, dtype=torch.long, device=device)
         self.longest = 0
-        """max(lengths_B), known without asking the device"""
+        """max(lengths_B), kept on the host to avoid a device synchronisation"""
 
     def set_lengths(self, lengths: list[int]) -> None:
-        """Forgets what each row holds beyond its length: used after a right-padded prefill."""
+        """Set the length of each row; tokens beyond it are dropped. Used after a right-padded prefill."""
         self.lengths_B = torch.tensor(lengths, device=self.lengths_B.device)
         self.longest = max(lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class CachedKeys:
-    """Where in a cache this call's tokens go, and which of its keys each of them may see."""
+    """Slots of a cache that this call writes, and the mask of the keys that each token may see."""
 
     cache: KVCache
     positions_BT: Tensor
@@ -66,7 +66,7 @@ class CachedKeys:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What one forward call tells every layer."""
+    """Inputs of one forward call that all layers share."""
 
     cos: Tensor  # (T, 1, R/2) or (B, T, 1, R/2): one table for all heads
     sin: Tensor
@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Without a bias, by the faster library."""
+    """Linear layer without a bias, computed by the faster CPU library."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__(num_in, num_out, bias=False)
@@ -146,7 +146,7 @@ def _attend_causal(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """SwiGLU; the rows of gate_up_proj are gate 0:F, then up F:2F."""
+    """SwiGLU MLP; the rows of gate_up_proj are gate 0:F, then up F:2F."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
 
 
 class Phi4Mini(nn.Module):
-    """Weights are torch's defaults until `init_weights` or `load_state_dict`."""
+    """Phi-4-Mini with torch's default weights until `init_weights` or `load_state_dict`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -198,13 +198,13 @@ class Phi4Mini(nn.Module):
         tokens_BT: Tensor,
         *,
         positions: Tensor
-        | None = None,  # (T,) or (B, T), for rope only; default: as the three ways say
+        | None = None,  # (T,) or (B, T), for rope only; the default depends on the way of calling
         cu_seqlens: Tensor
         | list[int]
         | None = None,  # document starts, then T: [0, ..., T]; B is 1
         cache: KVCache | None = None,  # extended in place
     ) -> Tensor:
-        """-> hidden_BTD after the last norm; `logits` turns it into scores."""
+        """Return hidden_BTD after the last norm; `logits` turns it into scores."""
         context = self._context(tokens_BT, positions, cu_seqlens, cache)
         x_BTD = self.model.embed_tokens(tokens_BT)
         for layer in self.model.layers:
@@ -215,7 +215,7 @@ class Phi4Mini(nn.Module):
         return self.model.norm(x_BTD)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)"""
+        """Return the logits (..., V) of hidden states (..., D)."""
         return linear(hidden, self.head_weight_VD)
 
     @torch.no_grad()
@@ -256,7 +256,7 @@ class Phi4Mini(nn.Module):
         return Context(cos[..., None, :], sin[..., None, :], documents, cached)
 
     def _cache_mask(self, cache: KVCache, positions_BT: Tensor, longest: int) -> Tensor:
-        """(B, T, S) with S = longest: a key is visible up to the query's own position."""
+        """Return the mask (B, T, S) with S = longest: keys up to the query's position are visible."""
         capacity = cache.k_LBGSK.shape[3]
         if longest > capacity:
             raise ValueError(
@@ -268,9 +268,10 @@ class Phi4Mini(nn.Module):
 
 
 def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor), one at a time: normal(0, initializer_range), drawn on the CPU, so the same for every device.
+    """Yield (name, tensor) one at a time: normal(0, initializer_range).
 
-    Projections into the residual stream are scaled by 1/sqrt(2L) (GPT-2's rule), norms are ones.
+    Drawn on the CPU, so the same for every device. Projections into the residual stream are scaled by 1/sqrt(2L)
+    (GPT-2's rule). Norms are ones.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):

@@ -1,11 +1,11 @@
 """Batched sampling from the reference model with a key/value cache.
 
-Every row draws its uniforms from its own seed and counts its own steps, so a sample does not depend on the
-batch it was drawn in: the same prompt and seed give the same tokens alone, in another order and at
-another batch size. (Exactly so in real arithmetic; a matrix product of another shape rounds its last bit
-differently, which can move a draw that lies within about 1e-7 of a boundary.)
+Every row draws its random numbers from its seed and its step, so a sample does not depend on its batch: the same
+prompt and seed give the same tokens alone, in another order and at another batch size. This is exact in real
+arithmetic. A matrix product of another shape may round its last bit differently, which can move a draw within about
+1e-7 of a boundary.
 
-B rows alive, V vocabulary, S cached tokens.
+B rows still sampling, V vocabulary, S cached tokens.
 """
 
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ from phimini.model.decode_step import Decoder
 from phimini.model.reference import KVCache, Phi4Mini
 
 PREFILL_TOKENS = 4096
-"""prompts are prefilled in groups of about this many tokens: small enough for the caches of a CPU"""
+"""tokens per prefill group, about; small enough for the caches of a CPU"""
 MAX_ATTEMPTS = 16
-"""draws per token until one lies within top_p"""
+"""limit of the draws per token until one lies within top_p"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to draw from the model."""
+    """Settings of the sampling distribution and its end."""
 
     temperature: float
-    """logits are divided by it; 0 takes the likeliest token"""
+    """divisor of the logits; 0 takes the most probable token"""
     top_p: float = 1.0
-    """smallest set of likeliest tokens whose mass reaches this is kept; 1 keeps all"""
+    """probability mass of the smallest set of most probable tokens to keep; 1 keeps all"""
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     """a row ends after any of these"""
@@ -48,13 +48,13 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What the model wrote after one prompt."""
+    """Tokens that the model sampled after one prompt, with their log-probs."""
 
     tokens: list[int]
-    """with the stop token, if one came"""
+    """with the stop token, if one was sampled"""
     logprobs: list[float]
-    """of each token under the distribution it was drawn from, so after temperature and top_p;
-    at temperature 0 the model's own, at temperature 1"""
+    """of each token under the distribution it was drawn from, after temperature and top_p;
+    for greedy decoding (temperature 0) under the model's distribution at temperature 1"""
     finish_reason: Literal["stop", "length"]
 
 
@@ -67,22 +67,22 @@ def sample(
     *,
     max_batch: int = 256,
 ) -> list[Completion]:
-    """One completion per prompt, in the order of the prompts; at most `max_batch` rows are in the cache.
+    """Return one completion per prompt, in the order of the prompts, with at most `max_batch` rows in the cache.
 
-    ValueError: an empty prompt, a token outside the vocabulary, a number of seeds that differs, or a prompt
-    that with max_new_tokens exceeds the model's max_positions.
+    Raises ValueError for an empty prompt, a token outside the vocabulary, another number of seeds than prompts, or a
+    prompt that with max_new_tokens exceeds the model's max_positions.
     """
     _check(model, prompts, params, seeds, max_batch)
     if not prompts:
         return []
-    # Like lengths together: less padding in a prefill, and no row pays for another's longer past.
-    # Equal prompts together: each is prefilled once.
+    # Sorting puts similar lengths together, which needs less padding and reads less of the cache per step, and equal
+    # prompts together, so that each is prefilled once.
     waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     slots = _Slots(model, params, min(max_batch, len(prompts)), max(map(len, prompts)))
     parked = 0
     while waiting or parked:
-        # The last few rows of a wave would leave the machine idle: they are parked in the first slots
-        # until there are enough of them for a wave of their own, or nothing else to do.
+        # A batch of a few rows wastes the machine. The last few rows of a wave wait in the first slots until they
+        # make a full wave, or until no prompt is left.
         few = slots.num_slots // 8 if waiting else 0
         if waiting and parked <= slots.num_slots // 4:
             wave = waiting[: slots.num_slots - parked]
@@ -95,7 +95,7 @@ def sample(
 
 
 class _Slots:
-    """The rows being sampled. Living rows of a wave are contiguous: a finished one is overwritten by the last."""
+    """Rows being sampled. The active rows of a wave are contiguous: the last one replaces one that has ended."""
 
     def __init__(
         self, model: Phi4Mini, params: SamplingParams, num_slots: int, longest_prompt: int
@@ -117,7 +117,7 @@ class _Slots:
     def admit(
         self, start: int, numbers: list[int], prompts: list[list[int]], seeds: list[int]
     ) -> int:
-        """Prefills prompts into the slots from `start` on and draws their first tokens -> end of the living rows."""
+        """Prefill prompts into the slots from `start`, draw their first tokens and return the end of active rows."""
         device, end = self.prompt_N.device, start + len(prompts)
         hidden_BD = self._prefill(start, prompts)
         self.prompt_N[start:end] = torch.tensor(numbers, device=device)
@@ -127,7 +127,7 @@ class _Slots:
         return self._emit(start, end, hidden_BD)
 
     def _prefill(self, start: int, prompts: list[list[int]]) -> Tensor:
-        """Computes each different prompt once, a few thousand tokens at a time -> hidden_BD of the last tokens."""
+        """Compute each distinct prompt once, a few thousand tokens at a time; return hidden_BD of the last tokens."""
         device, dtype = self.prompt_N.device, self.model.head_weight_VD.dtype
         hidden = []
         i = 0
@@ -156,7 +156,7 @@ class _Slots:
         return torch.cat(hidden)
 
     def decode(self, start: int, end: int, few: int) -> int:
-        """Samples until at most `few` rows of the wave live -> end of the living rows."""
+        """Sample until at most `few` rows of the wave are active; return the end of active rows."""
         while end - start > few:
             positions_B = self.position_N[start:end]
             token_B = self.tokens_NM[self.decoder.slots_N[start:end], self.count_N[start:end] - 1]
@@ -166,7 +166,7 @@ class _Slots:
         return end
 
     def _emit(self, start: int, end: int, hidden_BD: Tensor) -> int:
-        """Draws one token per row and lets finished rows leave -> end of the living rows."""
+        """Draw one token per row and remove rows that have ended; return the end of active rows."""
         slots_B, count_B = self.decoder.slots_N[start:end], self.count_N[start:end]
         logits_BV = self.model.logits(hidden_BD)
         token_B, logprob_B = draw(logits_BV, self.params, self.stream_N[start:end], count_B)
@@ -175,7 +175,7 @@ class _Slots:
         count_B += 1
         stop_B = torch.isin(token_B, self.stop_ids)
         finished_B = stop_B | (count_B == self.params.max_new_tokens)
-        # From the back, so that the last living row is never one that is about to leave.
+        # From the back, so that the last active row, which moves, is never one that has ended.
         for b in reversed(finished_B.nonzero().squeeze(1).tolist()):
             self._complete(start + b, bool(stop_B[b]))
             end -= 1
@@ -202,11 +202,11 @@ class _Slots:
 def draw(
     logits_BV: Tensor, params: SamplingParams, stream_B: Tensor, step_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token per row -> (token_B, logprob_B), from number step_B[b] of stream b.
+    """Draw one token per row from random number step_B[b] of stream b; return (token_B, logprob_B).
 
-    The inverse of the cumulative distribution in vocabulary order; what top_p leaves out is drawn again. (Cutting
-    the distribution before drawing would move every boundary when rounding lets one token in or out;
-    this way only a draw of that very token changes.) A token of probability 0 is never drawn.
+    Inverts the cumulative distribution in vocabulary order. A token outside top_p is rejected and drawn again. Cutting
+    the distribution before the draw would move every boundary when rounding adds or removes one token; with rejection
+    only draws of that token change. A token of probability 0 is never drawn.
     """
     logits_BV = logits_BV.float()
     if params.temperature == 0:
@@ -221,7 +221,7 @@ def draw(
             out = (p_BV.gather(1, token_B[:, None]) < least_B1).squeeze(1).nonzero().squeeze(1)
             if not len(out):
                 break
-            # The last attempt cannot fail: a small top_p on a flat distribution gets there.
+            # The last attempt must succeed; a small top_p on a flat distribution reaches it.
             source_BV = p_BV if attempt + 1 < MAX_ATTEMPTS else kept_BV
             token_B[out] = _invert(source_BV[out], uniforms(stream_B[out], step_B[out], attempt))
         p_BV = kept_BV / kept_BV.sum(-1, keepdim=True)
@@ -234,9 +234,11 @@ def _invert(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def _least_kept(p_BV: Tensor, top_p: float) -> Tensor:
-    """(B, 1) probability of the last token needed to reach top_p; its equals are kept too."""
+    """Return the (B, 1) probability of the last token that top_p needs; ties are kept too."""
     least_B1 = p_BV.amax(-1, keepdim=True)
-    spread = (least_B1 < top_p).squeeze(1).nonzero().squeeze(1)  # elsewhere one token is enough
+    spread = (
+        (least_B1 < top_p).squeeze(1).nonzero().squeeze(1)
+    )  # in other rows one token reaches top_p
     if len(spread):
         sorted_BV = p_BV[spread].sort(-1, descending=True).values
         before_BV = sorted_BV.cumsum(-1, dtype=torch.float64) - sorted_BV
@@ -249,24 +251,24 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 
 
 def _signed(x: int) -> int:
-    """The int64 with the low 64 bits of x."""
+    """Return the int64 with the low 64 bits of x."""
     return (x + 2**63) % 2**64 - 2**63
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser (Steele, Lea, Flood 2014) on int64; shifts are made logical by a mask."""
+    """Apply the finaliser of splitmix64 (Steele, Lea, Flood 2014) to int64; masks make the shifts logical."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
 def stream(seeds: list[int]) -> Tensor:
-    """Any integers -> int64 starting points; neighbouring seeds get unrelated ones."""
+    """Turn integer seeds into int64 stream states; neighbouring seeds get unrelated states."""
     return _mix(torch.tensor([_signed(s) for s in seeds]) * _GOLDEN + _GOLDEN)
 
 
 def uniforms(stream_B: Tensor, step_B: Tensor, attempt: int) -> Tensor:
-    """fp64 in [0, 1), a function of seed, step and attempt: the same on any device and in any batch."""
+    """Return fp64 numbers in [0, 1) from seed, step and attempt, the same on any device and in any batch."""
     bits = _mix(stream_B + (step_B * MAX_ATTEMPTS + attempt + 1) * _GOLDEN)
     return ((bits >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
 

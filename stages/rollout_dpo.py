@@ -327,8 +327,8 @@ def dpo_head(config: RolloutDpoConfig):
             "chosen_nll": metrics.nll_sum,
         }
         # Pairs are whole on each context rank, which holds some of their tokens.
-        whole = {name: batch.once(total) for name, total in sums.items()}
-        return batch.once(loss), batch.once(metrics.num_pairs), whole
+        whole = {name: batch.share_of_rank(total) for name, total in sums.items()}
+        return batch.share_of_rank(loss), batch.share_of_rank(metrics.num_pairs), whole
 
     return head
 

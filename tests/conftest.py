@@ -1,4 +1,4 @@
-"""Every test runs on the GPU when there is one; without one, kernels run in Triton's interpreter."""
+"""Fixtures of all tests. Tests run on the GPU if there is one; otherwise kernels run in Triton's interpreter."""
 
 import os
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty* returns NaN, so an element that a kernel forgot to write fails the comparison."""
+    """Fill torch.empty* with NaN, so that an element that a kernel does not write fails the comparison."""
     for name in ("empty", "empty_like"):
         allocate = getattr(torch, name)
 
@@ -37,7 +37,7 @@ def poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["mkl", "onednn"])
 def each_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The test runs once with each library for a CPU's fp32 products."""
+    """Run the test with each library for fp32 products on a CPU."""
     from phimini.kernels.backend.cpu_gemm import library
 
     if request.param == "onednn" and not torch.backends.mkldnn.is_available():

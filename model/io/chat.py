@@ -1,9 +1,8 @@
-"""Phi-4-mini's two chat templates, and how a question and its answer become token ids with a loss mask.
+"""Phi-4-mini's two chat templates, and the encoding of a question and its answer into token ids with a loss mask.
 
 A training example is `<|user|>Q<|end|><|assistant|>A<|end|><|endoftext|>`: no newlines, no bos, two end tokens.
-Loss lies on everything after `<|assistant|>`, both end tokens included, and is marked by position: pad
-and eos are one id, so a mask made from ids would drop the loss on the token that ends the document
-and the model would never learn to stop.
+The loss covers everything after `<|assistant|>`, with both end tokens. It is marked by position: pad and eos are one
+id, so a mask made from ids would drop the loss on the last token, and the model would never learn to stop.
 """
 
 from collections.abc import Sequence
@@ -44,7 +43,7 @@ def render(
     template: TemplateName = "instruct",
     add_generation_prompt: bool = False,
 ) -> str:
-    """The text of a conversation; each message has `role`, `content` and, in a system message, maybe `tools`."""
+    """Return the text of a conversation. A message has `role`, `content` and, if from the system, maybe `tools`."""
     if template not in TEMPLATES:
         raise ValueError(f"chat template: expected one of {sorted(TEMPLATES)}, got {template!r}")
     for i, message in enumerate(messages):
@@ -58,7 +57,7 @@ def render(
 
 
 def render_example(question: str, response: str, template: TemplateName = "instruct") -> str:
-    """The text whose ids `encode_example` gives."""
+    """Return the text that `encode_example` turns into ids."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
     return render(messages, template)
 
@@ -66,7 +65,7 @@ def render_example(question: str, response: str, template: TemplateName = "instr
 def encode_prompt(
     tokenizer: Tokenizer, question: str, template: TemplateName = "instruct"
 ) -> list[int]:
-    """Ids up to and with `<|assistant|>`: what the model is given before it answers."""
+    """Return the ids of the prompt, up to and with `<|assistant|>`."""
     _check_plain(tokenizer, "question", question)
     messages = [{"role": "user", "content": question}]
     return tokenizer.encode(render(messages, template, add_generation_prompt=True))
@@ -80,12 +79,12 @@ def encode_example(
     *,
     ended: bool = True,
 ) -> tuple[list[int], int]:
-    """(ids, loss_from): prompt, response, `<|end|>`, `<|endoftext|>`; loss on ids[loss_from:], to the last one.
+    """Return (ids, loss_from) of prompt, response, `<|end|>`, `<|endoftext|>`; the loss covers ids[loss_from:].
 
-    ended: a response that was cut off gets no end tokens, since its writer would have gone on.
+    `ended=False` is for a response that was cut off: it gets no end tokens.
 
-    The response is encoded by itself, as a model would write it: in one text with the prompt,
-    `<|assistant|>` would swallow its leading white space. ValueError for text with a control token in it.
+    The response is encoded separately, as a model would write it. In one text with the prompt, `<|assistant|>` would
+    swallow its leading white space. Raises ValueError for text that contains a control token.
     """
     prompt = encode_prompt(tokenizer, question, template)
     _check_plain(tokenizer, "response", response)

@@ -1,19 +1,23 @@
-"""Hugging Face folders in and out: config.json, generation_config.json and safetensors with Phi3's names.
+"""Reader and writer of Hugging Face folders: config.json, generation_config.json and safetensors with Phi3's names.
 
-Two generations of config.json are read: `rope_scaling` beside top-level rope fields (transformers 4, as Phi-4-mini
-ships it) and `rope_parameters` (transformers 5). The first is written.
+It reads two generations of config.json: `rope_scaling` with top-level rope fields (transformers 4, as Phi-4-mini
+ships it) and `rope_parameters` (transformers 5). It writes the first.
 
-A model is trained with one rope table at every length. transformers takes the short one up to
-`original_max_position_embeddings`, and vLLM does so unless it is given a `max_model_len` above it, which is also where
-it stops by default. So config.json has the trained table under both names and that boundary at the model's
-last position. The attention factor no longer follows from the two lengths then and is written: as `attention_factor`
-for transformers, as the two mscales for vLLM. transformers 4 refuses these keys; had they no place in
-`rope_scaling`, it would compute another function in silence.
+A model is trained with one rope table at every length. By default transformers takes the short table up to
+`original_max_position_embeddings`, and so does vLLM unless its `max_model_len` is larger; its default
+`max_model_len` is that boundary. An export therefore has:
+- the trained table under both names, and the boundary at the model's last position;
+- the attention factor, which no longer follows from the two lengths: as `attention_factor` for transformers 5, as
+  the two mscales for vLLM. transformers 4 refuses these keys in `rope_scaling`; without them it would silently
+  compute another function;
+- `phimini_rope_factors`, the name of the trained table, which other readers ignore;
+- `phimini_rope_scaling`, both original tables and the boundary between them for further training.
 
-Two keys are ours, and others ignore them. `phimini_rope_factors` says which table the model was trained with;
-`phimini_rope_scaling` keeps both tables and the boundary between them for training on.
+vLLM's default `max_model_len` of an export is the model's 131,072 tokens; set a shorter one on a small GPU. In bf16,
+transformers and vLLM round cosines and sines to bf16, and the trainer does not. A reader that derives the attention
+factor from the two lengths instead of reading it computes another function.
 
-Weights are safetensors only: nothing is ever unpickled.
+Weights are safetensors only; pickles are never read.
 """
 
 import dataclasses
@@ -50,7 +54,7 @@ _KEPT = ("short_factor", "long_factor", "original_max_position_embeddings")
 _ATTENTION_FACTORS = ("attention_factor", "short_mscale", "long_mscale")
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 ORIGINAL_MAX_POSITIONS = 4096
-"""what transformers' Phi3Config takes where a LongRoPE file does not say"""
+"""transformers' default for a LongRoPE file without the field"""
 
 _REQUIRED = {
     "num_hidden_layers": "num_layers",
@@ -64,7 +68,7 @@ _ROPE_KEYS = frozenset(
     {"type", "rope_type", "short_factor", "long_factor", "rope_theta", "partial_rotary_factor",
      "original_max_position_embeddings", "factor", *_ATTENTION_FACTORS}
 )  # fmt: skip
-# Fields that would change what the model computes, and the only values that mean "not used".
+# Fields that would change the model's function, with the values that mean "not used".
 _MUST_BE_OFF = (
     "attention_bias", "mlp_bias", "lm_head_bias", "resid_pdrop", "embd_pdrop", "attention_dropout"
 )  # fmt: skip
@@ -73,11 +77,11 @@ _MUST_BE_OFF = (
 def load_config(
     directory: str | os.PathLike, rope_factors: RopeFactors | None = None
 ) -> ModelConfig:
-    """Reads config.json of either generation.
+    """Read config.json of either generation.
 
-    `rope_factors` overrides what the file says about the run's table; a file that says nothing means "long".
-    ValueError names the file and the key: not a phi3 model, a missing key, an unknown rope type, or a
-    field that asks for something this model does not do (biases, dropout, an attention window).
+    `rope_factors` overrides the table that the file names; the default is "long". Raises ValueError that names the
+    file and the key if it is not a phi3 model, a key is missing, the rope type is unknown, or a field asks for
+    a feature that this model lacks (biases, dropout, an attention window).
     """
     path = Path(directory) / "config.json"
     raw = read_object(path)
@@ -129,7 +133,7 @@ def _rope_fields(path: Path, raw: dict) -> dict:
     if not isinstance(rope, dict):
         raise ValueError(f"{path}: rope parameters: expected an object, got {rope!r}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "longrope", "su"):  # su: what longrope was first called
+    if rope_type not in ("default", "longrope", "su"):  # su: the first name of longrope
         raise ValueError(f"{path}: rope type: expected 'default' or 'longrope', got {rope_type!r}")
     unknown = sorted(rope.keys() - _ROPE_KEYS)
     if unknown:
@@ -159,7 +163,7 @@ def _rope_fields(path: Path, raw: dict) -> dict:
 
 
 def _before_export(path: Path, raw: dict) -> dict:
-    """config.json with the two tables and the boundary that `_exported_rope` replaced."""
+    """Return config.json with the two tables and the boundary that `_exported_rope` replaced."""
     if _ROPE_SCALING_KEY not in raw:
         return raw
     kept = raw[_ROPE_SCALING_KEY]
@@ -172,7 +176,7 @@ def _before_export(path: Path, raw: dict) -> dict:
 
 
 def _check_export(path: Path, raw: dict, config: ModelConfig) -> None:
-    """ValueError where an export's public rope fields are no longer those of the trained table."""
+    """Raise ValueError if an export's public rope fields are no longer those of the trained table."""
     given = raw | _rope_dict(raw)
     for key, value in _exported_rope(config).items():
         if key != "type" and given.get(key) != value:
@@ -183,7 +187,7 @@ def _check_export(path: Path, raw: dict, config: ModelConfig) -> None:
 
 
 def _exported_rope(config: ModelConfig) -> dict:
-    """The rope fields by which every reader computes the trained function, whatever the length (LongRoPE only)."""
+    """Return rope fields with which every reader computes the trained function at any length (LongRoPE only)."""
     table = list(config.rope_divisors)
     return {
         "type": "longrope",
@@ -195,7 +199,7 @@ def _exported_rope(config: ModelConfig) -> dict:
 
 
 def _check_attention_factor(path: Path, raw: dict, config: ModelConfig) -> None:
-    """ValueError where a file overrules the attention factor; ours follows from the two lengths."""
+    """Raise ValueError if a file overrides the attention factor, which must follow from the two lengths."""
     rope = _rope_dict(raw)
     implied_by: dict[str, float] = dict.fromkeys(_ATTENTION_FACTORS, config.attention_factor)
     implied_by["factor"] = config.max_positions / config.original_max_positions
@@ -218,10 +222,10 @@ def save_config(
     stop_ids: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes config.json and generation_config.json.
+    """Write config.json and generation_config.json.
 
     config.json gives every reader the trained rope table at every length, and `load_config` both tables.
-    `stop_ids` is `Tokenizer.stop_ids`: generation ends at any of them, and the last one is bos, eos and pad.
+    `stop_ids` is `Tokenizer.stop_ids`. Generation ends at any of them, and the last one is bos, eos and pad.
     """
     document_end = stop_ids[-1] if stop_ids else None
     special = {
@@ -272,7 +276,7 @@ def save_config(
 
 
 def check_tensors(config: ModelConfig, files: TensorFiles) -> None:
-    """ValueError names file and tensor: a missing one, one too many, one of another shape, or quantised."""
+    """Raise ValueError that names file and tensor if one is missing, unexpected, of another shape, or quantised."""
     expected = parameter_shapes(config)
     for name, shape in expected.items():
         if name not in files:
@@ -286,7 +290,7 @@ def check_tensors(config: ModelConfig, files: TensorFiles) -> None:
                 f"{files.directory / files.file_of[name]}: {name}: expected {', '.join(_WEIGHT_DTYPES)}, "
                 f"got {files.dtype(name)}"
             )
-    # Some exporters store a tied head beside the embedding; it may not say anything else.
+    # Some exporters store a tied head besides the embedding; the two must be equal.
     if config.tie_embeddings and "lm_head.weight" in files:
         if not torch.equal(files["lm_head.weight"], files["model.embed_tokens.weight"]):
             raise ValueError(
@@ -303,7 +307,7 @@ def check_tensors(config: ModelConfig, files: TensorFiles) -> None:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of `Phi3ForCausalLM` by Hugging Face's name, in the order of the layers."""
+    """Return the shape of every parameter of `Phi3ForCausalLM` by Hugging Face's name, in the order of the layers."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in Phi4Mini(config).named_parameters()}
 
@@ -334,7 +338,7 @@ def save_reference(
     stop_ids: Sequence[int] = (),
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Config and weights; a tied head is not written twice. The tokenizer saves itself."""
+    """Save config and weights, a tied head once. `Tokenizer.save` writes the tokenizer."""
     save_config(model.config, directory, stop_ids=stop_ids, dtype=model.head_weight_VD.dtype)
     named = ((name, p.detach()) for name, p in model.named_parameters())
     write_tensors(named, directory, max_shard_bytes=max_shard_bytes)

@@ -29,11 +29,11 @@ def read_rows(
     non_blank: Collection[str] = ("question", "answer"),
     limit: int | None = None,
 ) -> list[Row]:
-    """The rows of a JSON-lines file (the first `limit`), each an object that has the `required` fields.
+    """Return the rows of a JSON-lines file (the first `limit`), each an object that has the `required` fields.
 
-    Fields named in `non_blank` that are required must hold more than white space. A float field takes
-    integers too; an integer field does not take true or false. Empty lines are skipped.
-    Raises ValueError naming file, line, field, what was expected and what came; OSError if unreadable.
+    Required fields named in `non_blank` must hold more than white space. A float field takes integers too; an integer
+    field does not take true or false. Empty lines are skipped. Raises ValueError that names file, line, field, the
+    expected type and the value; OSError if the file is unreadable.
     """
     lines = islice(parsed_lines(Path(path)), limit)
     rows = [_checked(row, required, non_blank, at) for at, row in lines]
@@ -43,9 +43,10 @@ def read_rows(
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object per line, atomically. ValueError names a row that JSON cannot hold (NaN, a tensor).
+    """Write one JSON object per line, atomically.
 
-    OSError says that the file could not be written (disk full, no permission); the old file stays.
+    Raises ValueError that names a row that JSON cannot hold (NaN, a tensor), and OSError if the file cannot be written
+    (disk full, no permission); the old file then stays.
     """
 
     def lines() -> Iterator[str]:
@@ -56,7 +57,7 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value in a JSON file. ValueError names the file and the place of a syntax error."""
+    """Return the value in a JSON file. Raises ValueError with the file and the place of a syntax error."""
     return _parsed(Path(path).read_bytes(), f"{path}")
 
 
@@ -78,17 +79,17 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Indented JSON, atomically; errors as in `write_rows`."""
+    """Write indented JSON, atomically; errors as in `write_rows`."""
     _replace_file(Path(path), [dump(value, f"{path}", indent=2) + "\n"])
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """UTF-8 text, atomically; errors as in `write_rows`."""
+    """Write UTF-8 text, atomically; errors as in `write_rows`."""
     _replace_file(Path(path), [text])
 
 
 def dump(value: Any, where: str, indent: int | None = None) -> str:
-    """JSON text of `value`; ValueError starts with `where` if JSON has no way to write it."""
+    """Return the JSON text of `value`. Raises ValueError that starts with `where` if JSON cannot hold it."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
     except (TypeError, ValueError) as error:
@@ -96,8 +97,8 @@ def dump(value: Any, where: str, indent: int | None = None) -> str:
 
 
 def parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Pairs of `file, line N` and the parsed line."""
-    # Lines end at \n alone: text mode would also break at the U+2028 that JSON strings may hold.
+    """Yield pairs of `file, line N` and the parsed line."""
+    # Split at \n only: text mode would also break at U+2028, which JSON strings may contain.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():

@@ -1,6 +1,6 @@
-"""Safetensors folders: one file, or shards with an index, read lazily and written so that no reader sees half.
+"""Safetensors folders: one file, or shards with an index, read lazily and replaced atomically.
 
-Nothing is ever unpickled: a folder that has only pytorch_model.bin is refused.
+Pickles are never read: a folder that has only pytorch_model.bin is refused.
 """
 
 import json
@@ -20,7 +20,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of a folder by name, read from disk when asked for and not kept."""
+    """Tensors of a folder by name, read from disk on access and not kept."""
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self.directory = Path(directory)
@@ -73,16 +73,19 @@ class TensorFiles(Mapping[str, Tensor]):
         return len(self.file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Read from the file's header alone."""
+        """Return the shape of a tensor from the file's header."""
         return tuple(self._open(self.file_of[name]).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """As safetensors writes it, F32 or BF16; from the header too."""
+        """Return the data type of a tensor from the file's header, in safetensors' notation (F32, BF16)."""
         return self._open(self.file_of[name]).get_slice(name).get_dtype()
 
 
 def read_tensors(directory: str | os.PathLike) -> TensorFiles:
-    """ValueError names the file: none there, one that the index names and is not there, a cut-off one."""
+    """Open the weights of a folder.
+
+    Raises ValueError that names the file if the folder has no weights, or a file is missing or truncated.
+    """
     return TensorFiles(directory)
 
 
@@ -92,11 +95,11 @@ def write_tensors(
     *,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Streams tensors into one file, or into shards with an index; at most one shard is in memory.
+    """Stream tensors into one file, or into shards with an index, with at most one shard in memory.
 
-    Everything is first written under temporary names, so a failure or a kill while writing leaves weights that were
-    there before untouched; then the old ones are dropped and the new ones renamed, the index last, so
-    no reader ever sees a mixture. OSError names the file (a full disk, no permission).
+    All files are first written under temporary names, so that a failure or a kill leaves existing weights unchanged.
+    Then the old files are deleted and the new ones renamed, the index last, so that no reader sees a mixture. Raises
+    OSError that names the file (disk full, no permission).
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -109,7 +112,7 @@ def write_tensors(
             names.append(list(shard))
             total_bytes += sum(t.nbytes for t in shard.values())
             _write_shard(shards[-1], shard)
-            del shard  # or it would stay while the next one is gathered
+            del shard  # frees it before the next one is gathered
         if not shards:
             raise ValueError(f"{directory}: no tensors to write")
         single = len(shards) == 1
@@ -118,7 +121,7 @@ def write_tensors(
             for i in range(len(shards))
         ]
         for old in [directory / INDEX_FILE, *directory.glob("model*.safetensors")]:
-            # os.replace swaps a single file in one step.
+            # os.replace replaces a single file atomically.
             if not (single and old.name == SINGLE_FILE):
                 old.unlink(missing_ok=True)
         for temporary, file in zip(shards, files, strict=True):
@@ -160,11 +163,13 @@ _DTYPES = {
 
 
 def _write_shard(path: Path, shard: dict[str, Tensor]) -> None:
-    """A safetensors file: 8 bytes of length, a JSON header, the tensors' bytes. The library's own writer first copies
-    all tensors to Python bytes, which doubles what an export needs."""
+    """Write a safetensors file: 8 bytes of length, a JSON header, the tensors' bytes.
+
+    The library's writer copies all tensors to Python bytes first, which doubles the memory of an export.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    # Wide types first, so that each tensor lies at a multiple of its element's size.
+    # Wide types first, so that each tensor starts at a multiple of its element size.
     ordered = sorted(shard.items(), key=lambda item: -item[1].element_size())
     for name, tensor in ordered:
         begin, end = end, end + tensor.nbytes

@@ -1,7 +1,7 @@
-"""Text to token ids and back, over a Hugging Face `tokenizer.json`; and the tiny preset's own tokenizer.
+"""Tokenizer over a Hugging Face `tokenizer.json`, and the training of the tiny preset's tokenizer.
 
 Phi-4-mini ends a turn with `<|end|>` and a document with `<|endoftext|>`, which is also bos, pad and unk.
-Because pad and eos are one id, no loss mask may ever be made from token ids (see chat.py).
+Because pad and eos are one id, a loss mask must never be made from token ids (see chat.py).
 """
 
 import json
@@ -18,7 +18,7 @@ from phimini.model.io.json_files import read_object, write_text
 END = "<|end|>"
 EOS = "<|endoftext|>"
 
-# Phi-4-mini's control tokens: (text, special, whether it swallows white space to its right).
+# Phi-4-mini's control tokens: (text, special, strips white space to its right).
 PHI4_TOKENS = (
     (EOS, True, False),
     ("<|endofprompt|>", True, False),
@@ -33,9 +33,9 @@ PHI4_TOKENS = (
     ("<|tool_response|>", False, False),
     ("<|tag|>", True, False),
 )
-# Ordinary text to Phi-4-mini. The tiny model gets them whole, but as text: decoding never drops them.
+# Ordinary text to Phi-4-mini. In the tiny tokenizer each is one token, but not a special one, so decoding keeps it.
 THINK_TOKENS = ("<think>", "</think>")
-# What the demo's problems and solutions are written with; characters of the training texts join it.
+# The characters of the demo's problems and solutions; those of the training texts are added.
 TINY_ALPHABET = (
     "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+-*/%=(),.:;?!'\\{} \n"
 )
@@ -45,34 +45,34 @@ SAVE_AGAIN = "save the folder's tokenizer again with transformers, which then wr
 
 
 class Tokenizer:
-    """A loaded tokenizer, with the ids of transformers' `AutoTokenizer` of the folder under `add_special_tokens=False`.
+    """A loaded tokenizer, with the ids that transformers' `AutoTokenizer` gives with `add_special_tokens=False`.
 
-    Special tokens in a text become their ids; nothing is added, as in transformers' `apply_chat_template`.
+    Special tokens in a text become their ids, and no token is added, as in transformers' `apply_chat_template`.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, config: dict) -> None:
-        # Settings of whoever trained the tokenizer: transformers obeys them only where a call asks for it.
+        # Left from the tokenizer's training. transformers applies them only if a call asks for it.
         inner.no_truncation()
         inner.no_padding()
         self.inner = inner
         self.config = config
-        """tokenizer_config.json, kept as it was read"""
+        """tokenizer_config.json as read"""
         self.end_id = self._required_id(END)
         self.eos_id = self._required_id(EOS)
         self.stop_ids = (self.end_id, self.eos_id)
-        """what ends a generation, in the order of Phi-4-mini's generation_config.json"""
+        """ids that end a generation, in the order of Phi-4-mini's generation_config.json"""
         added = inner.get_added_tokens_decoder().values()
         self.special_tokens = frozenset(t.content for t in added if t.special)
-        """control tokens: no question and no answer may contain them"""
+        """control tokens, which questions and answers must not contain"""
         self._added = re.compile("|".join(re.escape(t.content) for t in added))
         self._alphabet = _alphabet(inner)
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "Tokenizer":
-        """Read tokenizer.json and, where there is one, tokenizer_config.json.
+        """Read tokenizer.json and, if present, tokenizer_config.json.
 
-        ValueError names the file and the field: not a tokenizer, tokens that only another file of the folder knows, or
-        a setting by which ids would be random or control tokens plain text.
+        Raises ValueError that names the file and the field if it is not a tokenizer, if a token is defined only in
+        another file of the folder, or if a setting makes ids random or control tokens plain text.
         """
         path, config_path = (
             Path(directory) / n for n in ("tokenizer.json", "tokenizer_config.json")
@@ -83,7 +83,7 @@ class Tokenizer:
         read_object(path)
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # all that tokenizers ever raises; its words are kept
+        except Exception as error:  # tokenizers raises no narrower class; its message is kept
             raise ValueError(f"{path}: not a tokenizer: {error}") from error
         _check_settings(path, config_path, inner, config)
         _add_tokens_of(config_path, inner, config)
@@ -91,7 +91,7 @@ class Tokenizer:
         return cls(inner, config)
 
     def save(self, directory: str | os.PathLike, *, chat_template: str | None = None) -> None:
-        """Writes tokenizer.json and tokenizer_config.json; a chat template replaces the one loaded."""
+        """Write tokenizer.json and tokenizer_config.json. A chat template replaces the loaded one."""
         directory = Path(directory)
         config = dict(self.config)
         if chat_template is not None:
@@ -104,16 +104,19 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id; a model's embedding may have more rows."""
+        """The largest id plus one; a model's embedding may have more rows."""
         return max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """ValueError for a character that the vocabulary cannot write (byte-level ones can write all)."""
+        """Return the ids of a text.
+
+        Raises ValueError for a character that the vocabulary cannot encode; a byte-level one encodes all.
+        """
         self._check(text)
         return self.inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """`skip_special` drops control tokens; `<think>` and `</think>` are text and stay."""
+        """Return the text of ids. `skip_special` drops control tokens; `<think>` and `</think>` are text and stay."""
         return self.inner.decode(list(ids), skip_special_tokens=skip_special)
 
     def _required_id(self, token: str) -> int:
@@ -154,7 +157,7 @@ def _check_settings(
 
 
 def _add_tokens_of(path: Path, inner: tokenizers.Tokenizer, config: dict) -> None:
-    """Give tokenizer_config.json the last word on added tokens, as transformers does."""
+    """Let tokenizer_config.json override the added tokens, as transformers does."""
     listed = config.get("added_tokens_decoder") or {}
     try:
         by_id = sorted(listed.items(), key=lambda item: int(item[0]))
@@ -168,13 +171,12 @@ def _add_tokens_of(path: Path, inner: tokenizers.Tokenizer, config: dict) -> Non
 
 
 def _check_named_tokens(directory: Path, inner: tokenizers.Tokenizer, config: dict) -> None:
-    """Refuse a token that is named elsewhere and not among the added tokens of tokenizer.json.
+    """Refuse a token that another file names and that is not among the added tokens of tokenizer.json.
 
-    transformers would add it, by rules that differ from version to version, and every text that contains it would
-    get other ids.
+    transformers would add it by rules that depend on its version, and every text that contains it would get other ids.
     """
     files = {"tokenizer_config.json": config}
-    if "added_tokens_decoder" not in config:  # else transformers does not read the others
+    if "added_tokens_decoder" not in config:  # otherwise transformers ignores the other files
         if (path := directory / "special_tokens_map.json").is_file():
             files[path.name] = read_object(path)
         if (path := directory / "added_tokens.json").is_file():
@@ -191,7 +193,7 @@ def _check_named_tokens(directory: Path, inner: tokenizers.Tokenizer, config: di
 
 
 def _named_tokens(path: Path, config: dict) -> dict[str, list[str]]:
-    """The texts of all special tokens that a JSON object names, by field."""
+    """Return the texts of all special tokens that a JSON object names, by field."""
     fields = {
         key: [value]
         for key, value in config.items()
@@ -210,8 +212,10 @@ def _named_tokens(path: Path, config: dict) -> dict[str, list[str]]:
 
 
 def _alphabet(inner: tokenizers.Tokenizer) -> frozenset[str] | None:
-    """The characters that a character-level BPE can write (it drops all others without a word);
-    None for a vocabulary that can write every byte."""
+    """Return the characters that a character-level BPE can encode; it silently drops all others.
+
+    None for a vocabulary that can encode every byte.
+    """
     description = json.loads(inner.to_str())
     pre_tokenizer = json.dumps(description.get("pre_tokenizer"))
     if '"ByteLevel"' in pre_tokenizer or description["model"].get("byte_fallback"):
@@ -220,10 +224,10 @@ def _alphabet(inner: tokenizers.Tokenizer) -> frozenset[str] | None:
 
 
 def train_tiny_tokenizer(texts: Iterable[str], vocab_size: int = 256) -> Tokenizer:
-    """A character-level BPE with Phi-4-mini's control tokens, for a model of a few hundred token ids.
+    """Train a character-level BPE with Phi-4-mini's control tokens, for a model of a few hundred token ids.
 
-    Each digit is its own token, so numbers are spelled; words merge with the space before them. `\\boxed{`
-    is never one token: the answer's box must be written, not recalled.
+    Each digit is one token, so numbers are spelled out. Words merge with the space before them. `\\boxed{` is never
+    one token, so that the model must write the box of its answer.
     """
     markers = [t for t, _, _ in PHI4_TOKENS] + list(THINK_TOKENS)
     split = re.compile("|".join(map(re.escape, markers)))

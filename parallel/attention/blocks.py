@@ -1,12 +1,13 @@
-"""One block of attention, forward and backward, for the ring: the same contract on CUDA (flash-attn, or torch's build) and CPU
+"""One block of ring attention, forward and backward, with one contract on CUDA (flash-attn or torch's build) and CPU.
 
-n queries and m keys of a `context.Block`, H query heads, G key/value heads, K head size.
+n queries and m keys of a `context_parallel.Block`, H query heads, G key/value heads, K head size.
 
     forward(q, k, v, block, scale) -> out (n, H, K), lse (H, n) fp32          lse = log sum exp(scale q k^T)
     backward(dout, q, k, v, out, lse, block, scale) -> dq, dk, dv             of q's, k's and v's shapes
 
-`backward` is told the out and lse of *all* keys that the queries see, this block's and others': the probabilities
-exp(scale q k^T - lse) and the term sum(dout * out) are then the whole attention's, and dq, dk, dv this block's part.
+`backward` takes the out and lse over *all* keys that the queries see, in this block and in others. The probabilities
+exp(scale q k^T - lse) and the term sum(dout * out) are then those of the whole attention, and dq, dk, dv are this
+block's part.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ class BlockKernel(NamedTuple):
 def _flash_forward(
     q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """flash-attn 2.8's `_flash_attn_varlen_forward`."""
+    """Call flash-attn 2.8's `_flash_attn_varlen_forward`."""
     assert _flash_attn_varlen_forward is not None
     out, lse, _, _ = _flash_attn_varlen_forward(
         q, k, v, block.query_cuts, block.key_cuts, block.longest_query, block.longest_key,
@@ -46,11 +47,11 @@ def _flash_forward(
 def _flash_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """flash-attn 2.8's `_flash_attn_varlen_backward`, which writes into dq, dk and dv."""
+    """Call flash-attn 2.8's `_flash_attn_varlen_backward`, which writes into dq, dk and dv."""
     assert _flash_attn_varlen_backward is not None
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    # The kernel looks at no stride of lse: rows of a longer one must be copied.
+    # The kernel ignores the strides of lse, so a slice of a longer lse must be copied.
     _flash_attn_varlen_backward(
         dout, q, k, v, out, lse.contiguous(), dq, dk, dv,
         block.query_cuts, block.key_cuts, block.longest_query, block.longest_key,
@@ -63,7 +64,7 @@ def _flash_backward(
 def _torch_forward(
     q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The flash kernel that torch itself is built with."""
+    """Call the flash kernel in torch's build."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, block.query_cuts, block.key_cuts, block.longest_query, block.longest_key,
         0.0, block.causal, False, scale=scale,
@@ -86,7 +87,7 @@ cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backwa
 
 
 def _parts(block: Block, *tensors: Tensor) -> list[list[Tensor]]:
-    """(n, H, K) each -> for every part, (1, H, length, K) each."""
+    """Split tensors (n, H, K) into parts: for each part, views (1, H, length, K)."""
     split = block.part_lengths if block.causal else None
     heads_first = (x.transpose(0, 1)[None] for x in tensors)
     return list(
@@ -95,14 +96,14 @@ def _parts(block: Block, *tensors: Tensor) -> list[list[Tensor]]:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """(1, H, length, K) each -> (sum of lengths, H, K)"""
+    """Concatenate parts (1, H, length, K) into (sum of lengths, H, K)."""
     return torch.cat([x.transpose(1, 2) for x in parts], 1)[0]
 
 
 def _forward_on_cpu(
     q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """torch's flash kernel for CPUs, once per part: it knows no cu_seqlens."""
+    """Call torch's flash kernel for CPUs for each part, because it does not support cu_seqlens."""
     outs, lses = zip(
         *(
             cpu_forward(*parts, 0.0, block.causal, attn_mask=None, scale=scale)
@@ -131,7 +132,7 @@ CPU = BlockKernel(_forward_on_cpu, _backward_on_cpu)
 
 
 def kernel_for(device: torch.device) -> BlockKernel:
-    """flash-attn's where it is installed, torch's own build of it on other GPUs."""
+    """Return the kernel of a device: on GPUs flash-attn if it is installed, otherwise torch's build of it."""
     if device.type == "cpu":
         return CPU
     return TORCH_FLASH if _flash_attn_varlen_forward is None else FLASH_ATTN

@@ -1,11 +1,11 @@
-"""Context parallelism over packed documents: which tokens each rank holds, which keys they see, and gathering all keys.
+"""Context parallelism over packed documents: the tokens of each rank, the keys they see, and the gather of all keys.
 
 T tokens of the whole micro-batch, C context ranks, G key/value heads, K head size.
 
-The pack is cut into 2C equal chunks and rank r holds chunks r and 2C - 1 - r: late tokens see many keys and early ones
-few, so each rank gets one of both. Documents are cut wherever a chunk ends; none is padded. Keys and values are
-either gathered over the ranks (Llama 3, arXiv 2407.21783, section 3.3.2) and their gradients reduce-scattered, here,
-or they go round the ranks (`ring.py`), block by block.
+The pack is cut into 2C equal chunks, and rank r holds chunks r and 2C - 1 - r. Late tokens see many keys and early
+tokens few, so this balances the work. Documents are cut at the ends of chunks, without padding. Keys and values are
+either gathered over the ranks and their gradients reduce-scattered (this module; Llama 3, arXiv 2407.21783, section
+3.3.2), or passed around a ring of ranks block by block (`ring.py`).
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive queries of one document and the keys that the last of them sees.
+    """Consecutive queries of one document, and the keys that the last of them sees.
 
     Query i of the piece sees its first (num_keys - num_queries + i + 1) keys.
     """
@@ -33,12 +33,12 @@ class Piece:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the queries begin where the document does."""
+        """True if the queries begin at the start of the document."""
         return self.query_end - self.query_begin == self.key_end - self.key_begin
 
 
 def spans_of_rank(num_tokens: int, rank: int, size: int) -> list[tuple[int, int]]:
-    """The ranges of the micro-batch's tokens that context rank `rank` of `size` holds, in its order."""
+    """Return the token ranges of the micro-batch that context rank `rank` of `size` holds, in its order."""
     if size == 1:
         return [(0, num_tokens)]
     assert num_tokens % (2 * size) == 0, f"{num_tokens} tokens do not divide into 2 x {size} chunks"
@@ -47,12 +47,15 @@ def spans_of_rank(num_tokens: int, rank: int, size: int) -> list[tuple[int, int]
 
 
 def rows_of_rank(num_tokens: int, rank: int, size: int) -> Tensor:
-    """(T / C,) int64: `spans_of_rank`, token by token."""
+    """Return the tokens of `spans_of_rank` as indices (T / C,) int64."""
     return torch.cat([torch.arange(a, b) for a, b in spans_of_rank(num_tokens, rank, size)])
 
 
 def pieces_of_rank(cuts: list[int], rank: int, size: int) -> tuple[Piece, ...]:
-    """The parts of documents (boundaries `cuts`, from 0 to T) that a rank's two chunks hold; whole ones if C is 1."""
+    """Return the parts of documents in a rank's two chunks; whole documents if C is 1.
+
+    `cuts` are the documents' boundaries, from 0 to T.
+    """
     pieces, row = [], 0
     for begin, end in spans_of_rank(cuts[-1], rank, size):
         for a, b in zip(cuts[:-1], cuts[1:], strict=True):
@@ -66,10 +69,10 @@ def pieces_of_rank(cuts: list[int], rank: int, size: int) -> tuple[Piece, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Queries of this rank and keys of one rank: what one call of an attention kernel computes.
+    """Queries of this rank and keys of one rank, for one call of an attention kernel.
 
-    Rows are among the rank's own tokens; cuts count from the block's first row. A causal block is the rank's tokens
-    with themselves, part by part of a document; any other is one rectangle in which every query sees every key.
+    Rows index the rank's tokens; cuts count from the block's first row. A causal block is the rank's tokens with
+    themselves, one part of a document after the other. Any other block is one rectangle: every query sees every key.
     """
 
     query_begin: int
@@ -89,11 +92,12 @@ class Block:
 def blocks_of_hop(
     cuts: list[int], rank: int, source: int, size: int, device: torch.device
 ) -> tuple[Block, ...]:
-    """What `rank` computes while it holds the keys of rank `source`; documents' boundaries `cuts`, from 0 to T.
+    """Return the blocks that `rank` computes while it holds the keys of rank `source`.
 
-    Chunks of `source` that lie wholly after a query's chunk are left out, and so are keys of other documents. Two
-    different chunks share one document at most, the one that runs from the earlier into the later, and a document in
-    three of the chunks fills the one between: so at most one rectangle is left, beside a rank's own causal block.
+    `cuts` are the documents' boundaries, from 0 to T. Chunks of `source` that lie after a query's chunk are left out,
+    and so are keys of other documents. Two different chunks share at most one document, which runs from the earlier
+    into the later, and a document in three of the chunks fills the middle one. At most one rectangle remains, besides
+    the causal block of a rank with itself.
     """
     chunk = cuts[-1] // (2 * size)
     blocks = []
@@ -151,7 +155,7 @@ class _GatherKeys(torch.autograd.Function):
 
 
 def gather_keys(k_TGK: Tensor, v_TGK: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """This rank's keys and values, T/C tokens -> those of the whole micro-batch, in the order of its tokens."""
+    """Gather keys and values of T/C tokens per rank into those of the whole micro-batch, in token order."""
     kv: Tensor = _GatherKeys.apply(torch.cat((k_TGK, v_TGK), -1), group)  # pyright: ignore[reportAssignmentType]
     k_TGK, v_TGK = kv.chunk(2, dim=-1)
     return k_TGK, v_TGK

@@ -1,12 +1,12 @@
-"""Attention over packed documents: each token sees the earlier tokens of its own document and nothing else.
+"""Attention over packed documents: each token sees itself and the earlier tokens of its document.
 
 T tokens that this rank holds, S tokens of the whole micro-batch (T without context parallelism), H query heads,
 G key/value heads, K head size; query head h reads head h // (H / G).
 
-With context parallelism the keys of the other ranks are gathered, or come round the ring (`ring.py`).
-On CUDA one variable-length flash kernel reads all documents in place. On a CPU the flash kernel is called once per
-document, on views: it runs a batch of documents no faster than one after the other, so padding them into a batch,
-or masking a (T, T) product, would only add work.
+With context parallelism the keys of the other ranks are gathered, or arrive over the ring (`ring.py`).
+On CUDA one variable-length flash kernel reads all documents in place. On a CPU the flash kernel is called for each
+document, on views. It runs a batch of documents no faster than one after the other, so padding documents into a batch
+or masking a (T, T) product would only add work.
 """
 
 import math
@@ -40,7 +40,7 @@ except ImportError:
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """Megatron hands its PackedSeqParams down to the attention core; ours also carries what all layers share."""
+    """Megatron's PackedSeqParams, which reach the attention core, with the tensors that all layers share."""
 
     scale_T1K: Tensor | None = None
     """rope tables of this rank's tokens, see `rotary_tables`"""
@@ -48,11 +48,11 @@ class PackedDocuments(PackedSeqParams):
     pieces: tuple[Piece, ...] = ()
     """the (parts of) documents among this rank's tokens"""
     key_rows: Tensor | None = None
-    """keys gathered, CUDA: the keys of all pieces, one piece after the other; cu_seqlens_kv counts in it"""
+    """if keys are gathered, on CUDA: indices of the keys of all pieces, which cu_seqlens_kv counts"""
     hops: Hops = ()
-    """keys in a ring: what this rank computes in each hop; () if they are gathered"""
+    """if keys go around the ring: the blocks that this rank computes in each hop; () if they are gathered"""
     context_group: dist.ProcessGroup | None = None
-    """not `cp_group`, which Megatron would act on; None if this rank holds all tokens"""
+    """context ranks, or None if this rank holds all tokens; not named `cp_group`, which Megatron would act on"""
 
 
 def packed_documents(
@@ -62,9 +62,10 @@ def packed_documents(
     context_group: dist.ProcessGroup | None = None,
     ring: bool = False,
 ) -> PackedDocuments:
-    """What attention needs of one micro-batch; cu_seqlens (N + 1,) int32 on the CPU, of all context ranks' tokens.
+    """Prepare the attention of one micro-batch.
 
-    ring: keys and values go round the ranks of `context_group`, instead of being gathered.
+    cu_seqlens: (N + 1,) int32 on the CPU, over the tokens of all context ranks.
+    ring: pass keys and values around the ranks of `context_group` instead of gathering them.
 
     Raises ValueError for a document longer than the model's `max_positions`.
     """
@@ -113,7 +114,7 @@ def _cumulated(lengths: list[int]) -> Tensor:
 
 
 def _later_keys(piece: Piece, like: Tensor) -> Tensor | None:
-    """What to add to a piece's scores: -inf where a key comes after the query; None if `is_causal` says it."""
+    """Return the mask to add to a piece's scores: -inf for keys after the query; None if `is_causal` suffices."""
     if piece.is_whole:
         return None
     shape = (piece.query_end - piece.query_begin, piece.key_end - piece.key_begin)
@@ -121,13 +122,16 @@ def _later_keys(piece: Piece, like: Tensor) -> Tensor | None:
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    """(T, H, K) each -> views (1, H, T, K), as the flash kernel wants them."""
+    """Return views (1, H, T, K) of tensors (T, H, K), the layout of the flash kernel."""
     return [x.transpose(0, 1)[None] for x in tensors]
 
 
 class _CpuAttention(torch.autograd.Function):
-    """F.scaled_dot_product_attention per document, but one autograd node: slicing under autograd would allocate a
-    gradient of the whole pack for every slice. `tables`: rotates q and k first; nodes are what small steps pay for."""
+    """F.scaled_dot_product_attention per document, in one autograd node.
+
+    Slicing under autograd would allocate a gradient of the whole pack for every slice. With `tables` the node also
+    rotates q and k, because the number of nodes dominates the time of small steps.
+    """
 
     @staticmethod
     def forward(
@@ -168,7 +172,7 @@ class _CpuAttention(torch.autograd.Function):
             dvs.append(dv)
         dq_THK = joined(dqs)
         if len(k_SGK) == len(q_THK):
-            # This rank holds all tokens: pieces are the documents, one after the other.
+            # This rank holds all tokens, so the pieces are the documents in order.
             dk_SGK, dv_SGK = joined(dks), joined(dvs)
         else:
             dk_SGK, dv_SGK = torch.zeros_like(k_SGK), torch.zeros_like(v_SGK)
@@ -190,9 +194,10 @@ def _attend_cpu(
 def _attend_cuda(
     q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, documents: PackedDocuments, scale: float
 ) -> Tensor:
-    """flash-attn's kernel, or torch's own build of it. Both align a piece's last query with its last key."""
+    """Call flash-attn's kernel, or torch's build of it. Both align a piece's last query with its last key."""
     if documents.key_rows is not None:
-        # The kernel wants each piece's keys in a row; two pieces of one document both begin at its start.
+        # The kernel needs the keys of each piece to be contiguous. The keys of two pieces of one document overlap,
+        # because both begin at the document's start.
         k_SGK, v_SGK = (x.index_select(0, documents.key_rows) for x in (k_SGK, v_SGK))
     lengths = (
         documents.cu_seqlens_q, documents.cu_seqlens_kv, documents.max_seqlen_q, documents.max_seqlen_kv,
@@ -211,7 +216,7 @@ def _attend_cuda(
 def rotate_and_attend(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: PackedDocuments, scale: float
 ) -> Tensor:
-    """Rotates queries and keys, then causal attention inside each document -> (T, H, K)."""
+    """Rotate queries and keys, then return causal attention inside each document, (T, H, K)."""
     assert documents.scale_T1K is not None and documents.sin_T1R2 is not None, "no rope tables"
     tables = documents.scale_T1K, documents.sin_T1R2
     on_cpu = q_THK.device.type == "cpu"
@@ -231,10 +236,10 @@ def rotate_and_attend(
 
 
 class CoreAttention(MegatronModule):
-    """What stands in Megatron's core_attention slot: rotates, then attends within documents.
+    """Module for Megatron's core_attention slot: rotation, then attention within documents.
 
-    The rotation happens here and not in Megatron's SelfAttention, which would rebuild cos and sin in every layer,
-    loop over the documents, and knows no LongRoPE.
+    The rotation is done here because Megatron's SelfAttention would rebuild cos and sin in every layer, loop over the
+    documents, and does not support LongRoPE.
     """
 
     def __init__(

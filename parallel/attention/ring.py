@@ -1,14 +1,14 @@
-"""Ring attention over packed documents: keys and values go round the context ranks, each meets every rank's queries
+"""Ring attention over packed documents: keys and values travel around the context ranks, past every rank's queries.
 
-T tokens that this rank holds, C context ranks, H query heads, G key/value heads, K head size; `context_parallel.py` says which
-tokens those are. In hop h, rank r holds the keys and values of rank r - h (mod C), computes its queries against them
-(`blocks.py`) and meanwhile sends them on to rank r + 1 and receives those of rank r - h - 1. Per hop
+T tokens that this rank holds (see `context_parallel.py`), C context ranks, H query heads, G key/value heads, K head
+size. In hop h, rank r holds the keys and values of rank r - h (mod C) and computes its queries against them
+(`blocks.py`). Meanwhile it sends them to rank r + 1 and receives those of rank r - h - 1. Per hop
 
     lse' = log(exp(lse) + exp(lse_block))      out' = exp(lse - lse') out + exp(lse_block - lse') out_block
 
 in fp32 (Ring Attention, arXiv 2310.01889; Blockwise Parallel Transformer, arXiv 2305.19370). Backward sends the keys
-round once more and behind them the sums dk, dv in fp32, which come home after C hops. A rank keeps its own keys and
-values for backward and, while it computes, holds those of two other ranks at most: the present and the next.
+around a second time, followed by the sums dk, dv in fp32, which return to their rank after C hops. A rank keeps its
+keys and values for backward. While it computes, it holds those of at most two other ranks, the current and the next.
 """
 
 from typing import Any
@@ -23,11 +23,11 @@ from phimini.parallel.attention.context_parallel import Block
 
 Hops = tuple[tuple[Block, ...], ...]
 _KEYS, _GRADIENTS = 0, 1
-"""gloo's tags; NCCL pairs sends with receives by their order, which is the same on every rank"""
+"""tags for gloo; NCCL pairs sends with receives by their order, which is the same on every rank"""
 
 
 def pass_on(send: Tensor, receive: Tensor, group: dist.ProcessGroup, tag: int) -> list[dist.Work]:
-    """Starts to send to the next rank of the ring, and to receive from the rank before."""
+    """Start a send to the next rank of the ring, and a receive from the previous rank."""
     rank, size = group.rank(), group.size()
     return dist.batch_isend_irecv(
         [
@@ -38,7 +38,7 @@ def pass_on(send: Tensor, receive: Tensor, group: dist.ProcessGroup, tag: int) -
 
 
 class _Travelling:
-    """A tensor that moves one rank on with every hop, in two buffers: one is read and sent while the other fills."""
+    """A tensor that moves to the next rank in every hop. One buffer is read and sent while the other is filled."""
 
     def __init__(self, own: Tensor, group: dist.ProcessGroup, tag: int, keep_own: bool) -> None:
         self.present = own
@@ -47,13 +47,13 @@ class _Travelling:
         self._works: list[dist.Work] = []
 
     def send(self) -> None:
-        """`present` may be read until `receive`, but not written."""
+        """Start sending `present`, which must not be written until `receive`."""
         if self._next is None:
             self._next = torch.empty_like(self.present)
         self._works = pass_on(self.present, self._next, self._group, self._tag)
 
     def receive(self) -> None:
-        """`present` becomes what the rank before sent."""
+        """Wait for the tensor of the previous rank and make it `present`."""
         for work in self._works:
             work.wait()
         assert self._next is not None, "nothing was sent"
@@ -62,7 +62,7 @@ class _Travelling:
 
 
 def merge(out_nHK: Tensor, lse_Hn: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Adds a block's attention to out and lse, fp32 and in place, weighted by their shares of the softmax's sum."""
+    """Add a block's attention to out and lse in place in fp32, weighted by its share of the softmax's sum."""
     lse = torch.logaddexp(lse_Hn, block_lse)
     before, added = ((x - lse).exp_().T[..., None] for x in (lse_Hn, block_lse))
     out_nHK.mul_(before).addcmul_(block_out.to(out_nHK.dtype), added)
@@ -84,7 +84,7 @@ class _RingAttention(torch.autograd.Function):
             for b in blocks:
                 queries, columns = slice(b.query_begin, b.query_end), slice(b.key_begin, b.key_end)
                 out, lse = kernel.forward(q_THK[queries], k[columns], v[columns], b, scale)
-                if out_THK is None or lse_HT is None:  # the first block is of all queries
+                if out_THK is None or lse_HT is None:  # the first block covers all queries
                     out_THK, lse_HT = out.to(torch.float32), lse
                 else:
                     merge(out_THK[queries], lse_HT[:, queries], out, lse)
@@ -120,7 +120,7 @@ class _RingAttention(torch.autograd.Function):
                 dq_THK[queries] += dq
                 parts.append((columns, dk, dv))
             if hop > 0:
-                gradients.receive()  # sent when the rank before had added its part, an attention ago
+                gradients.receive()  # sent after the previous rank had added its part, one hop ago
             dk_TGK, dv_TGK = gradients.present.chunk(2, -1)
             for columns, dk, dv in parts:
                 dk_TGK[columns] += dk
@@ -137,9 +137,10 @@ def ring_attention(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, hops: Hops, group: dist.ProcessGroup, scale: float,
     kernel: BlockKernel,
 ) -> Tensor:  # fmt: skip
-    """Causal attention inside each document, of this rank's queries to all ranks' keys -> (T, H, K).
+    """Return causal attention inside each document, of this rank's queries to all ranks' keys, (T, H, K).
 
-    hops: blocks by hop, from `context.blocks_of_hop`; all ranks of `group` must call with as many tokens.
+    hops: blocks by hop, from `context_parallel.blocks_of_hop`. All ranks of `group` must pass equally
+    many tokens.
     """
     assert len(hops) == group.size(), f"{len(hops)} hops for a ring of {group.size()}"
     kv_TG2K = torch.cat((k_TGK, v_TGK), -1)

@@ -1,6 +1,7 @@
-"""Builds Phi-4-Mini as a Megatron-core model for a layout. Only this file knows GPTModel.
+"""Builder of Phi-4-Mini as a Megatron-core model for a layout.
 
-GPTModel is deprecated upstream in favour of HybridModel; what the rest of the project sees is `Model`.
+Only this module uses GPTModel, which is deprecated upstream in favour of HybridModel. The rest of the project uses
+`Model`.
 """
 
 import dataclasses
@@ -50,26 +51,26 @@ from phimini.parallel.megatron.layers import (
     SwiGLU,
 )
 from phimini.parallel.megatron.recompute import RecomputedRMSNorm, RecomputedSwiGLU, forgetting
-from phimini.parallel.megatron.refused_settings import refuse_silent_traps, refuse_unmarked_norms
+from phimini.parallel.megatron.refused_settings import refuse_unmarked_norms, refuse_wrong_settings
 from phimini.parallel.ranks.world import World
 
 Recompute = Literal["none", "full", "selective"]
 
 
 def only_known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """`values` without the fields that this version of megatron-core does not have."""
+    """Return `values` without the fields that this version of megatron-core lacks."""
     known = {f.name for f in dataclasses.fields(cls)}
     return {k: v for k, v in values.items() if k in known}
 
 
 def _add_residual(training: bool, fused: bool) -> Callable[..., Tensor]:
-    """Megatron's bias-dropout-add slot; this model has neither biases nor dropout."""
+    """Return the function for Megatron's bias-dropout-add slot; this model has neither biases nor dropout."""
     return lambda output_and_bias, residual, dropout: residual + output_and_bias[0]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Linears:
-    """The classes in a layer's slots. Transformer Engine's column linears hold the norm before them."""
+    """Classes for a layer's slots. Transformer Engine's column linears contain the norm before them."""
 
     column: Any
     row: Any
@@ -137,7 +138,7 @@ def _transformer_config(
     distributed_optimizer: bool = False,
 ) -> TransformerConfig:
     layout = world.layout
-    # Two sends and two receives between the same pair of ranks in one batch are matched wrongly, in silence.
+    # Two sends and two receives between the same pair of ranks in one batch are silently matched wrongly.
     two_stages_interleaved = layout.pipeline == 2 and layout.virtual_pipeline > 1
     layers = layout.layers_of_chunks(config)
     values: dict[str, Any] = dict(
@@ -151,7 +152,7 @@ def _transformer_config(
         layernorm_epsilon=config.norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
-        use_te_activation_func=True,  # Megatron's name for "the spec's own activation module", here SwiGLU
+        use_te_activation_func=True,  # despite the name: use the spec's activation module, here SwiGLU
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -165,7 +166,7 @@ def _transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Weights are written by from_hf; this init only sets Megatron's attributes on them.
+        # from_hf writes the weights; this init only sets Megatron's attributes on them.
         use_cpu_initialization=world.device.type == "cpu",
         init_method=_leave,
         output_layer_init_method=_leave,
@@ -173,10 +174,10 @@ def _transformer_config(
         calculate_per_token_loss=True,
         overlap_p2p_comm=two_stages_interleaved,
         batch_p2p_comm=not two_stages_interleaved,
-        # gloo still reads an overlapped send's memory after the call; NCCL's streams keep it alive.
+        # gloo reads the memory of an overlapped send after the call; NCCL's streams keep it alive.
         deallocate_pipeline_outputs=layout.pipeline > 1
         and not (two_stages_interleaved and world.device.type == "cpu"),
-        # torch.compile'd or CUDA extensions of Megatron that we do not use.
+        # Megatron's torch.compile'd and CUDA extensions are not used.
         apply_rope_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -203,10 +204,10 @@ def _leave(weight: Tensor) -> Tensor:
 
 
 class PhiGPT(GPTModel):
-    """GPTModel that ends at the hidden states: the head is fused with the loss, outside.
+    """GPTModel that ends at the hidden states, because the head is fused with the loss.
 
-    Its last stage returns hidden_TD, gathered over sequence-parallel ranks. The gradient that comes back for it is
-    the whole one on each tensor-parallel rank: the head sums its vocabulary rows' parts itself.
+    Its last stage returns hidden_TD, gathered over sequence-parallel ranks. The gradient for hidden_TD is complete on
+    each tensor-parallel rank, because the head sums the parts of its vocabulary rows.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -227,7 +228,7 @@ class PhiGPT(GPTModel):
 
     @property
     def head_weight_VD(self) -> Tensor:
-        """This tensor-parallel rank's rows of the vocabulary; on the last stage only."""
+        """This tensor-parallel rank's rows of the vocabulary, on the last stage only."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         assert weight is not None, "this stage has no head"
@@ -235,7 +236,7 @@ class PhiGPT(GPTModel):
 
 
 class Model:
-    """This rank's part of the model: one chunk per virtual pipeline stage, each in Megatron's DDP if trainable."""
+    """This rank's part of the model: a chunk per virtual pipeline stage, each in Megatron's DDP if trainable."""
 
     def __init__(
         self,
@@ -249,9 +250,9 @@ class Model:
         self.transformer_config = transformer_config
         self.chunks: Sequence[nn.Module] = chunks
         self.num_updates = 0
-        """optimizer steps taken; errors name it"""
+        """number of optimizer steps, for error messages"""
         self.latest_step: tuple[Sequence[Any], Callable[..., Any]] | None = None
-        """micro-batches and loss of the last backward, for the search that follows a gradient that is not finite"""
+        """micro-batches and loss of the last backward, for the search after a non-finite gradient"""
 
     @property
     def gpts(self) -> list[PhiGPT]:
@@ -260,11 +261,11 @@ class Model:
 
     @property
     def head_weight_VD(self) -> Tensor:
-        """On the last stage: this tensor-parallel rank's rows of the output embedding."""
+        """This tensor-parallel rank's rows of the output embedding, on the last stage only."""
         return self.gpts[-1].head_weight_VD
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(Megatron name, parameter) of this rank; chunk i's names begin with `chunks.i.`"""
+        """Yield (Megatron name, parameter) of this rank; names of chunk i begin with `chunks.i.`"""
         for i, gpt in enumerate(self.gpts):
             for name, parameter in gpt.named_parameters():
                 yield f"chunks.{i}.{name}", parameter
@@ -287,15 +288,17 @@ def build_model(
     overlap: bool = False,
     fp8: Fp8 | None = None,
 ) -> Model:
-    """This rank's part of the model.
+    """Build this rank's part of the model.
 
-    seed: weights as `Phi4Mini.init_weights(seed)` draws them, whatever the layout; None leaves them to be loaded.
+    seed: draws the weights of `Phi4Mini.init_weights(seed)` at any layout; None leaves them uninitialised.
     trainable: False makes a frozen model without gradient buffers (a DPO reference).
     dtype: of the parameters; None is bf16 on CUDA, fp32 elsewhere. Gradients are summed in fp32.
-    recompute: what is made again in backward: whole layers (`full`), or outputs of norms and SwiGLU (`selective`).
-    distributed_optimizer: gradients are reduce-scattered for an optimizer built with the same option (ZeRO-1).
-    overlap: gradient reduction (and ZeRO-1's parameter gather) runs beside the computation.
-    fp8: of the linears between the first and the last layer. Raises ValueError where their shards do not fit it.
+    recompute: recompute in backward whole layers (`full`), or the outputs of norms and SwiGLU (`selective`).
+    distributed_optimizer: reduce-scatter gradients, for an optimizer built with the same option (ZeRO-1).
+    overlap: run gradient reduction (and ZeRO-1's parameter gather) during the computation.
+    fp8: precision of the linears between the first and the last layer.
+
+    Raises ValueError if the shards of the linears do not fit `fp8`.
     """
     if fp8 is not None:
         check_recompute(recompute, fp8)
@@ -305,7 +308,7 @@ def build_model(
     transformer_config = _transformer_config(
         config, world, dtype, recompute, fp8, distributed_optimizer
     )
-    refuse_silent_traps(transformer_config)
+    refuse_wrong_settings(transformer_config)
     virtual = world.layout.virtual_pipeline
     gpts: list[nn.Module] = [
         _build_chunk(config, world, transformer_config, i if virtual > 1 else None, fp8, recompute)
@@ -318,7 +321,7 @@ def build_model(
             gpt.cuda()
     model = Model(config, world, transformer_config, gpts)
     if seed is not None:
-        # Every rank draws all of them, one at a time, and keeps its shards: any layout starts equal.
+        # Every rank draws all weights, one at a time, and keeps its shards, so that all layouts start equal.
         from_hf(model, initial_weights(config, seed))
     if trainable:
         ddp_values = dict(

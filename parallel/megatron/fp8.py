@@ -1,8 +1,8 @@
-"""FP8 of the layers' linears: which recipe a GPU can do, what must divide by what, and which layers keep bf16
+"""FP8 for the layers' linears: the recipes of each GPU, their alignment rules, and the layers that keep bf16.
 
 The first and the last layer, the norms, attention and the head stay in bf16 (fp32 on a CPU). On a GPU Transformer
-Engine computes in FP8 and, under ZeRO-1 and but for mxfp8, keeps the weights in it, with fp32 masters in the optimizer
-and in checkpoints; `emulate` rounds operands to the same values on any device, see `fp8_emulated.py`.
+Engine computes in FP8. With ZeRO-1 it also keeps the weights in FP8 (except with mxfp8), with fp32 masters in the
+optimizer and in checkpoints. `emulate` rounds operands to the same values on any device, see `fp8_emulated.py`.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from phimini.parallel.megatron.fp8_emulated import Fp8Recipe
 from phimini.parallel.ranks.layout import Layout
 
 Fp8Mode = Literal["none", "emulate", "te"]
-# Rows and columns of an FP8 product must be multiples of this: of a cuBLAS operand's 16 bytes, or of a scale's block.
+# Rows and columns of an FP8 product must be multiples of this: 16 bytes of a cuBLAS operand, or the block of a scale.
 ALIGNMENT: dict[Fp8Recipe, int] = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 # compute capability -> recipes, best first
 _RECIPES_OF: dict[int, tuple[Fp8Recipe, ...]] = {
@@ -26,14 +26,14 @@ _RECIPES_OF: dict[int, tuple[Fp8Recipe, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp8:
-    """How the linears between the first and the last layer compute."""
+    """Precision of the linears between the first and the last layer."""
 
     recipe: Fp8Recipe
     emulate: bool
 
     @property
     def token_alignment(self) -> int:
-        """A rank's tokens are padded to a multiple of it; emulation takes any number."""
+        """Multiple to which a rank's tokens are padded; 1 for emulation."""
         return 1 if self.emulate else ALIGNMENT[self.recipe]
 
 
@@ -43,7 +43,10 @@ def choose(
     device: torch.device,
     capability: tuple[int, int] | None = None,  # None: the current GPU's
 ) -> Fp8 | None:
-    """What the config asks for on this machine; ValueError says what the machine can do."""
+    """Return the FP8 settings of the config on this machine, or None.
+
+    Raises ValueError that lists the recipes of the machine if it cannot compute the requested one.
+    """
     if mode == "none":
         return None
     if mode == "emulate":
@@ -67,7 +70,7 @@ def choose(
 
 
 def check_alignment(config: ModelConfig, layout: Layout, fp8: Fp8) -> None:
-    """ValueError for a linear whose shard an FP8 product cannot take, naming field, size and what would fit."""
+    """Raise ValueError, with field, size and a size that fits, for a linear whose shard an FP8 product cannot take."""
     if fp8.emulate:
         return
     multiple = ALIGNMENT[fp8.recipe]
@@ -98,17 +101,18 @@ def check_recompute(recompute: str, fp8: Fp8) -> None:
 
 
 def is_fp8_layer(layer: int, num_layers: int) -> bool:
-    """The first and the last layer are the most sensitive and stay as they are."""
+    """Return True for all layers but the first and the last, which are the most sensitive."""
     return 0 < layer < num_layers - 1
 
 
 def te_config_values(fp8: Fp8, *, distributed_optimizer: bool) -> dict[str, Any]:
-    """TransformerConfig fields for Transformer Engine: Megatron opens its FP8 context around each middle layer."""
+    """Return TransformerConfig fields for Transformer Engine; Megatron opens its FP8 context around middle layers."""
     return dict(
         fp8="hybrid",
         fp8_recipe=fp8.recipe,
-        # Weights kept in FP8. Megatron's plain optimizer would make its fp32 masters of the rounded values, and MXFP8
-        # weights are gathered only under a buffer scheme of Megatron's own: those stay bf16, rounded on the way.
+        # Keep weights in FP8 only with ZeRO-1 and without mxfp8. Megatron's plain optimizer would make its fp32
+        # masters of the rounded values, and Megatron gathers MXFP8 weights only with a special buffer scheme. In those
+        # cases weights stay in bf16 and are rounded at each use.
         fp8_param=distributed_optimizer and fp8.recipe != "mxfp8",
         first_last_layers_bf16=True,
         num_layers_at_start_in_bf16=1,

@@ -1,25 +1,27 @@
-"""FP8 linears without FP8 hardware: operands are rounded to FP8 values and multiplied in fp32
+"""FP8 linears without FP8 hardware: operands are rounded to FP8 values and multiplied in fp32.
 
     y = Q(x) Q(w)^T          x, w in e4m3
     dx = Q(dy) Q(w)          dy in e5m2, whose range gradients need
     dw = Q(dy)^T Q(x)
 
-Q(v) = cast(v / s) * s with s = max |v| / (largest FP8 value), clamped before the cast. Which elements share an s is
-the recipe's:
+Q(v) = cast(v / s) * s with s = max |v| / (largest FP8 value), clamped before the cast. The recipe determines the
+elements that share an s:
 
-    tensorwise   all of them; over the ranks of the tensor-parallel group, so that a layout changes nothing
-    blockwise    1 x 128 of an activation, along the dimension that is summed over; 128 x 128 of a weight
+    tensorwise   all elements, over the ranks of the tensor-parallel group, so that the layout does not matter
+    blockwise    1 x 128 of an activation, along the summed dimension; 128 x 128 of a weight
     mxfp8        1 x 32 along the summed dimension (OCP Microscaling Formats 1.0)
 
-A block's s is rounded up to a power of two, as Transformer Engine does. (Micikevicius et al., arXiv 2209.05433; blocks
-as DeepSeek-V3, arXiv 2412.19437, 3.3.) The values of a Transformer Engine linear with the same recipe, but that its
-tensorwise scale of a sharded weight is each rank's own. Slower than fp32, so for numerics only.
+A block's s is rounded up to a power of two, as in Transformer Engine. (Micikevicius et al., arXiv 2209.05433; blocks
+as in DeepSeek-V3, arXiv 2412.19437, 3.3.) The values equal those of a Transformer Engine linear with the same recipe,
+except that Transformer Engine scales each rank's shard of a weight separately in `tensorwise`. Slower than fp32, so
+for numerics only.
 
-Its cost for the demo's stage 1 is in bench/results/README.md: 0.1 % of the loss on the same
-weights, averaged over the stage; of one model at the end of all 3,200 steps, where the loss is 0.05, 0.3 to 0.5 % (0.5 to
-0.9 % of the validation loss), with scales that are powers of two or not. Whole runs are compared over seeds only: points
-of two runs that differ in rounding alone part by several per cent. At all 3,200 steps of seed 2 the loss averaged over
-the stage was 0.3 % and, in another run, 1.0 % below fp32's.
+The cost for the demo's stage 1 (bench/results/README.md) is 0.1 % of the loss on the same weights, averaged over the
+stage. For one model at the end of all 3,200 steps, where the loss is 0.05, it is 0.3 to 0.5 % (0.5 to 0.9 % of the
+validation loss), with or without scales that are powers of two. Whole runs must be compared over seeds, because single
+steps of two runs that differ only in rounding diverge by several per cent. With seed 2 the loss averaged over all 3,200
+steps was 0.3 % below that of fp32 and, in another run, 1.0 % below.
+
 M rows, N output and K input features; letters of a suffix are the axes of a tensor.
 """
 
@@ -45,12 +47,12 @@ BLOCK, MX_BLOCK = 128, 32
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest FP8 values, in x's own dtype; beyond the largest, the largest (a bare cast would give NaN or inf)."""
+    """Round to the nearest FP8 values, in x's dtype, and clamp to the largest (a bare cast would give NaN or inf)."""
     return x.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype).to(x.dtype)
 
 
 def round_tensorwise(x: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Tensor:
-    """One scale for the whole tensor, and for its parts on the other ranks of `group`."""
+    """Round with one scale for the whole tensor and its parts on the other ranks of `group`."""
     largest = x.abs().amax()
     if group is not None and group.size() > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
@@ -64,7 +66,7 @@ def round_blocks(
     rows: int,  # of a block
     columns: int,
 ) -> Tensor:
-    """One scale per block, a power of two; the blocks at the ends may be smaller."""
+    """Round with one scale per block, a power of two; the last blocks may be smaller."""
     R, C = x_RC.shape
     padded = torch.nn.functional.pad(x_RC, (0, -C % columns, 0, -R % rows))
     blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
@@ -80,21 +82,21 @@ def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
 def round_activation(
     x_RC: Tensor, dtype: torch.dtype, recipe: Fp8Recipe, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """An activation or its gradient (R, C) for a product that sums over C."""
+    """Round an activation or its gradient (R, C) for a product that sums over C."""
     if recipe == "tensorwise":
         return round_tensorwise(x_RC, dtype, group)
     return round_blocks(x_RC, dtype, 1, BLOCK if recipe == "blockwise" else MX_BLOCK)
 
 
 def round_weight(w_RC: Tensor, recipe: Fp8Recipe, group: dist.ProcessGroup | None) -> Tensor:
-    """A weight (R, C) for a product that sums over C."""
+    """Round a weight (R, C) for a product that sums over C."""
     if recipe == "blockwise":
         return round_blocks(w_RC, E4M3, BLOCK, BLOCK)
     return round_activation(w_RC, E4M3, recipe, group)
 
 
 class _Product(torch.autograd.Function):
-    """(M, K), (N, K) -> (M, N)"""
+    """Product (M, K), (N, K) -> (M, N) with FP8 operands, forward and backward."""
 
     @staticmethod
     def forward(
@@ -123,19 +125,22 @@ def fp8_linear(
     recipe: Fp8Recipe,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """x W^T with FP8 operands, forward and backward; gradients for both. `group`: ranks that share one scale."""
+    """Return x W^T with FP8 operands, forward and backward, with gradients for both.
+
+    group: ranks that share one tensorwise scale.
+    """
     y_MN = _Product.apply(x.reshape(-1, x.shape[-1]), weight_NK, recipe, group)
     assert isinstance(y_MN, Tensor)
     return y_MN.view(*x.shape[:-1], -1)
 
 
 def emulated(linear: type, recipe: Fp8Recipe) -> type:
-    """`linear` (one of the two below) with its recipe, as a class for a slot of Megatron's layer spec."""
+    """Return `linear` (one of the two classes below) with its recipe, for a slot of Megatron's layer spec."""
     return type(f"{linear.__name__}_{recipe}", (linear,), {"fp8_recipe": recipe})
 
 
 class Fp8ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
-    """Megatron's, with this rank's product in emulated FP8; see `emulated`."""
+    """Megatron's column-parallel linear, with this rank's product in emulated FP8; see `emulated`."""
 
     fp8_recipe: Fp8Recipe
 
@@ -150,7 +155,7 @@ class Fp8ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
 
 
 class Fp8RowParallelLinear(tensor_parallel.RowParallelLinear):
-    """Megatron's, with this rank's product in emulated FP8."""
+    """Megatron's row-parallel linear, with this rank's product in emulated FP8."""
 
     fp8_recipe: Fp8Recipe
 

@@ -1,7 +1,7 @@
-"""Moves weights between this rank's shards and Hugging Face files or tensors, one tensor at a time.
+"""Conversion of weights between this rank's shards and Hugging Face files or tensors, one tensor at a time.
 
-`weight_names.py` says what each tensor is called and how it is split. Nothing here ever holds the
-whole model: reading takes slices, writing and rollout sync stream whole tensors one after another.
+`weight_names.py` defines the name and the split of each tensor. The whole model is never in memory: reading takes
+slices, and writing and rollout sync stream whole tensors one after another.
 """
 
 import os
@@ -46,7 +46,7 @@ __all__ = [
 
 
 class MegatronModel(Protocol):
-    """What is needed of `builder.Model`: the shape, and this rank's chunks, one per virtual stage."""
+    """The part of `builder.Model` used here: the shape, and this rank's chunks, one per virtual stage."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -61,7 +61,7 @@ class TrainedModel(MegatronModel, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """One Megatron parameter of this rank and what it is in Hugging Face terms."""
+    """A Megatron parameter of this rank, with its Hugging Face name and split."""
 
     hf_name: str
     split: Split
@@ -69,7 +69,7 @@ class Slot:
 
 
 def slots(model: MegatronModel) -> Iterator[Slot]:
-    """This rank's parameters with their Hugging Face names; with a tied head one name may come twice."""
+    """Yield this rank's parameters with their Hugging Face names; with a tied head a name may occur twice."""
     for chunk in model.chunks:
         gpt = _unwrap(chunk)
         layer_numbers = [layer.layer_number for layer in gpt.decoder.layers]  # global, from 1
@@ -84,14 +84,14 @@ def from_hf(
     *,
     source: str = "the given tensors",
 ) -> None:
-    """Copies this rank's part of Hugging Face `tensors` into the model. No communication.
+    """Copy this rank's part of Hugging Face `tensors` into the model. No communication.
 
-    `tensors` is a mapping, of which only the names that this rank holds are read (a mapping that
-    reads files on access opens nothing else), or (name, tensor) pairs in any order. An optimizer
-    built before keeps its own fp32 masters: build it after, or call its `reload_model_params`.
+    `tensors` is a mapping or (name, tensor) pairs in any order. Of a mapping only the names that this rank holds are
+    read, so that a mapping over files opens no others. An existing optimizer keeps its fp32 masters: build the
+    optimizer afterwards, or call its `reload_model_params`.
 
-    Raises ValueError, naming `source` and the tensor, for a missing, unknown or misshapen tensor.
-    A tied model accepts `lm_head.weight` only where it equals the embedding.
+    Raises ValueError that names `source` and the tensor for a missing, unknown or misshapen tensor. A tied model
+    accepts `lm_head.weight` only if it equals the embedding.
     """
     config, expected = model.config, hf_names(model.config)
     wanted: dict[str, list[Slot]] = {}
@@ -107,7 +107,7 @@ def from_hf(
         if "model.embed_tokens.weight" in wanted and config.tie_embeddings:
             read.add("lm_head.weight")
         tensors = ((name, mapping[name]) for name in mapping if name in read)
-    copies: dict[str, Tensor] = {}  # of one tied matrix
+    copies: dict[str, Tensor] = {}  # head and embedding of a tied model
     for name, whole in tensors:
         if name not in accepted:
             raise ValueError(f"{source}: unknown tensor {name!r} for {_kind(config)}")
@@ -132,15 +132,15 @@ def from_hf(
 def to_hf(
     model: MegatronModel, *, every_rank: bool = True, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Streams the model as (Hugging Face name, whole tensor), in the order of `hf_names`. Collective.
+    """Stream the model as (Hugging Face name, whole tensor), in the order of `hf_names`. Collective.
 
-    One tensor exists at a time, on the parameters' device: peak extra memory is the largest tensor,
-    and never the model. Every rank must exhaust the iterator, or the others wait for ever.
+    One tensor exists at a time, on the parameters' device, so the extra memory peaks at the largest tensor. Every
+    rank must exhaust the iterator, or the others wait forever. A tensor that needed no gather may share memory with
+    the model: copy it if it must outlive the next optimizer step.
 
-    every_rank: every rank gets every tensor (rollout sync). If False only global rank 0 does; the
-    other ranks take part and get nothing, and other data-parallel replicas return at once (export).
-    dtype: of what comes out; the parameters' dtype if None. A tensor may share memory with the
-    model where nothing had to be gathered: copy it if it is to outlive the next optimizer step.
+    every_rank: yield every tensor on every rank (rollout sync). If False only global rank 0 yields (export): the
+    other ranks of its replica take part, and other data-parallel replicas return at once.
+    dtype: of the yielded tensors; None is the parameters' dtype.
     """
     gather_parameters(model)
     params_dtype = _unwrap(model.chunks[0]).config.params_dtype
@@ -148,7 +148,7 @@ def to_hf(
 
 
 def gather_parameters(model: MegatronModel) -> None:
-    """Makes parameters whole that ZeRO-1 with overlap would gather only in the next forward. Collective."""
+    """Gather parameters that ZeRO-1 with overlap would gather only in the next forward. Collective."""
     for chunk in model.chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
@@ -157,10 +157,10 @@ def gather_parameters(model: MegatronModel) -> None:
 def gradients_to_hf(
     model: MegatronModel, *, every_rank: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
-    """`to_hf` for the gradients, in fp32: DDP's `main_grad`, else `grad`, else zeros. Collective.
+    """Stream the gradients like `to_hf`, in fp32: DDP's `main_grad`, else `grad`, else zeros. Collective.
 
-    With ZeRO-1 the reduce-scatter leaves each rank only its own shard; they are gathered back into
-    the gradient buffers first.
+    With ZeRO-1 the reduce-scatter leaves each rank only its shard; the shards are first gathered into the gradient
+    buffers.
     """
     for chunk in model.chunks:
         if (
@@ -172,9 +172,9 @@ def gradients_to_hf(
 
 
 def load_hf(model: MegatronModel, directory: str | os.PathLike[str]) -> None:
-    """`from_hf` of a Hugging Face folder; reads only the tensors that this rank holds. No communication.
+    """Load a Hugging Face folder with `from_hf`; reads only the tensors that this rank holds. No communication.
 
-    Raises ValueError naming file and tensor.
+    Raises ValueError that names file and tensor.
     """
     files = read_tensors(directory)
     check_tensors(model.config, files)
@@ -189,11 +189,11 @@ def export_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a Hugging Face folder from any layout, whole or not at all. Collective; rank 0 writes.
+    """Write a Hugging Face folder from any layout, atomically. Collective; rank 0 writes.
 
-    An existing folder of that name is replaced once the new one is complete. Rank 0 holds one file's
-    tensors at a time. `tokenizer` is saved beside the weights and gives the ids that end a generation.
-    Raises OSError on every rank if the folder cannot be written; what was there before is untouched.
+    An existing folder of that name is replaced once the new one is complete. Rank 0 holds the tensors of one file at a
+    time. `tokenizer` is saved with the weights and defines the ids that end a generation.
+    Raises OSError on every rank if the folder cannot be written; an existing folder then stays unchanged.
     """
     directory = Path(directory)
     temporary = directory.with_name(f".{directory.name}.tmp")
@@ -210,7 +210,7 @@ def export_hf(
                 tokenizer.save(temporary)
             _replace_directory(temporary, directory)
         finally:
-            for _ in stream:  # the other ranks are still sending
+            for _ in stream:  # the other ranks are still sending, so drain it
                 pass
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -267,7 +267,7 @@ def _stream(
                 dist.recv(whole, group=pp_group, group_src=owner)
         if sees:
             yield name, whole
-        del whole  # before the next one is allocated
+        del whole  # frees it before the next one is allocated
 
 
 def _gather_whole(
@@ -284,7 +284,7 @@ def _gather_whole(
 def _owning_stages(
     names: list[str], held: Mapping[str, Slot], group: dist.ProcessGroup, device: torch.device
 ) -> list[int]:
-    """The first pipeline stage that holds each name; layers need not be split evenly."""
+    """Return the first pipeline stage that holds each name; layers need not be split evenly."""
     nobody = group.size()
     mine = [group.rank() if name in held else nobody for name in names]
     owners = torch.tensor(mine, dtype=torch.int32, device=device)
@@ -304,7 +304,7 @@ def _model_parallel_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
 
 
 def plain(parameter: nn.Parameter) -> Tensor:
-    """Its values; an fp8 weight's in bf16."""
+    """Return the values of a parameter; those of an FP8 weight in bf16."""
     return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter.detach()
 
 
@@ -333,12 +333,13 @@ def _fill(slot: Slot, whole: Tensor, config: ModelConfig) -> None:
     )
     slot.parameter.copy_(shard)
     if hasattr(slot.parameter, "_high_precision_init_val"):
-        # Megatron makes the optimizer's fp32 master of it: of an FP8 weight as built, unless we say what was loaded.
+        # Megatron initialises the optimizer's fp32 master from this attribute. Without it, the master would keep the
+        # weight as built, not as loaded.
         slot.parameter._high_precision_init_val = shard.detach().float().cpu().contiguous()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _to_hf_name(name: str, layer_numbers: list[int], tied: bool) -> tuple[str, Split]:
-    """Of one parameter of a chunk whose layers have these global numbers, counted from 1."""
+    """Return the Hugging Face name and split of a parameter; `layer_numbers` are global, from 1."""
     if name == "embedding.word_embeddings.weight":
         return "model.embed_tokens.weight", "rows"
     if name == "output_layer.weight":
@@ -354,7 +355,7 @@ def _to_hf_name(name: str, layer_numbers: list[int], tied: bool) -> tuple[str, S
 
 
 def _unwrap(chunk: nn.Module) -> Any:
-    """The GPTModel inside DDP and Float16Module."""
+    """Return the GPTModel inside DDP and Float16Module."""
     while isinstance(inner := getattr(chunk, "module", None), nn.Module):
         chunk = inner
     return chunk

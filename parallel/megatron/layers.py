@@ -1,4 +1,4 @@
-"""What stands in the slots of Megatron's layer spec: our kernels for norm and activation, and the linears."""
+"""Modules for the slots of Megatron's layer spec: our kernels for norm and activation, and the linears."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from phimini.kernels.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
-    """y = weight * x / sqrt(mean(x^2) + eps), statistics in fp32.
+    """RMSNorm: y = weight * x / sqrt(mean(x^2) + eps), with statistics in fp32.
 
-    Under sequence parallelism each tensor-parallel rank sees a part of the tokens: the mark on the weight makes
-    Megatron sum its gradient over them. Without it the loss is right and the gradient is not.
+    Under sequence parallelism each tensor-parallel rank sees a part of the tokens. The attribute on the weight makes
+    Megatron sum its gradient over the ranks; without it the loss is right and the gradient is wrong.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """(..., 2F) -> (..., F): silu of the first half times the second."""
+    """SwiGLU (..., 2F) -> (..., F): silu of the first half times the second."""
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
@@ -45,8 +45,11 @@ class SwiGLU(nn.Module):
 
 
 class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
-    """Megatron's. Alone in its tensor-parallel group it has nobody to talk to and is a plain linear; Megatron's forward
-    would pass through Python autograd functions all the same, which on a CPU costs as much as a small product."""
+    """Megatron's column-parallel linear, reduced to a plain linear without tensor parallelism.
+
+    Megatron's forward would still pass through Python autograd functions, which on a CPU take as long as a small
+    product.
+    """
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if self.config.tensor_model_parallel_size == 1:
@@ -56,7 +59,7 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
 
 
 class RowParallelLinear(tensor_parallel.RowParallelLinear):
-    """Megatron's, with the same short way for a group of one."""
+    """Megatron's row-parallel linear, reduced to a plain linear without tensor parallelism."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.config.tensor_model_parallel_size == 1:
@@ -65,8 +68,11 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
 
 
 class HeadWeight(tensor_parallel.ColumnParallelLinear):
-    """The output layer's place: holds the head's weight, which the fused loss reads. Calling it with the hidden states
-    gives them back, but lets DDP's hook wait until the weight is gathered (ZeRO-1 with overlap)."""
+    """Module for the output layer's slot, which holds the head's weight for the fused loss.
+
+    Its forward returns the hidden states unchanged, and triggers DDP's hook, which waits for the gather of the weight
+    (ZeRO-1 with overlap).
+    """
 
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return input_

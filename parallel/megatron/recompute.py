@@ -1,11 +1,11 @@
-"""Selective recomputation: outputs of norms and of SwiGLU are not kept for the linear after them, but made again in its backward
+"""Selective recomputation of the outputs of norms and SwiGLU in the backward of the next linear.
 
-What a norm (or SwiGLU) needs to make its output again, its input, it keeps for its own backward anyway. So the linear
-keeps a note instead of its input, and calls the op once more when its weight's gradient is due: 2 D + F elements less
-per token and layer (Korthikanti et al., arXiv 2205.05198, section 5, applied to what flash attention leaves over).
+A norm (or SwiGLU) saves its input for its backward anyway, and the output can be computed from it. So the next linear
+saves a note instead of its input, and calls the op again for the gradient of its weight. This saves 2 D + F elements
+per token and layer (Korthikanti et al., arXiv 2205.05198, section 5, applied to what flash attention still saves).
 
-Megatron's own `recompute_granularity="selective"` is not used: in 0.16.1 and 0.19.2 its `layernorm` module needs Transformer
-Engine even in bf16 (a NameError otherwise), and none of its modules is the activation of a dense MLP.
+Megatron's `recompute_granularity="selective"` is not used. In 0.16.1 and 0.19.2 its `layernorm` module needs
+Transformer Engine even in bf16 (a NameError otherwise), and it has no module for the activation of a dense MLP.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from phimini.parallel.megatron.layers import RMSNorm, SwiGLU
 
 
 class _Note(NamedTuple):
-    """What is kept instead of a tensor: how to make its storage again, and where it lies in it."""
+    """Replacement of a saved tensor: the function that recomputes its storage, and its place in it."""
 
     again: Callable[[], Tensor]
     shape: torch.Size
@@ -46,7 +46,7 @@ class RecomputedSwiGLU(SwiGLU):
 
 
 def forgetting(linear: type) -> type:
-    """`linear`, for a slot of Megatron's layer spec, without its input among what it keeps, if that can be made again."""
+    """Wrap `linear` so that it recomputes its input in backward instead of saving it, if the input allows it."""
 
     def forward(self: Any, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
         again = getattr(input_, "made_again_by", None)
@@ -59,7 +59,7 @@ def forgetting(linear: type) -> type:
 
 
 def _notes_instead_of(tensor: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:
-    # The number, not the storage: torch holds these functions for as long as what they pack.
+    # The number, not the storage, which these functions would keep alive as long as torch holds them.
     storage = tensor.untyped_storage()._cdata
 
     def pack(kept: Tensor) -> Tensor | _Note:

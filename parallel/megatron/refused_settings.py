@@ -1,6 +1,6 @@
-"""Settings that megatron-core accepts and is silently wrong with: each is refused before the first step.
+"""Checks that refuse settings with which megatron-core is silently wrong, before the first step.
 
-None of them can be reached from a run's config; a later change of `builder.py` or `optimizer.py` could.
+A run's config cannot reach any of them; a later change of `builder.py` or `optimizer.py` could.
 """
 
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 
-def refuse_silent_traps(config: TransformerConfig) -> None:
-    """Raises AssertionError with what would go wrong."""
+def refuse_wrong_settings(config: TransformerConfig) -> None:
+    """Raise AssertionError that says what would go wrong with a setting."""
     interleaved = (config.virtual_pipeline_model_parallel_size or 1) > 1
     if config.pipeline_model_parallel_size == 2 and interleaved:
         assert config.overlap_p2p_comm and not config.batch_p2p_comm, (
@@ -32,7 +32,10 @@ def refuse_silent_traps(config: TransformerConfig) -> None:
 
 
 def refuse_unmarked_norms(config: TransformerConfig, chunk: nn.Module) -> None:
-    """Sequence parallel: a norm sees some tokens only, and Megatron sums the gradients of marked weights only."""
+    """Refuse norms without the `sequence_parallel` mark.
+
+    Under sequence parallelism a rank's norm sees only some tokens, and Megatron sums only marked gradients.
+    """
     for name, parameter in chunk.named_parameters():
         if config.sequence_parallel and parameter.ndim == 1:
             assert getattr(parameter, "sequence_parallel", False), (
@@ -41,7 +44,10 @@ def refuse_unmarked_norms(config: TransformerConfig, chunk: nn.Module) -> None:
 
 
 def refuse_unscheduled_decay(groups: Iterable[dict[str, Any]], weight_decay: float) -> None:
-    """Only the scheduler exempts vectors from weight decay: `groups` as they are just before an update."""
+    """Refuse weight decay of vectors, from which only a run of the scheduler exempts them.
+
+    groups: the parameter groups just before an update.
+    """
     for group in groups:
         expected = weight_decay * group.get("wd_mult", 1.0)
         assert group["weight_decay"] == expected, (

@@ -1,4 +1,4 @@
-"""Weight names and shards: Megatron-core's GPTModel here, Hugging Face's Phi3 outside.
+"""Names and shards of the weights in Megatron-core's GPTModel and in Hugging Face's Phi3.
 
 Letters: V vocabulary, D model width, H query heads, G key/value heads, K head size, F MLP hidden size.
 
@@ -15,12 +15,12 @@ Letters: V vocabulary, D model width, H query heads, G key/value heads, K head s
 | model.norm.weight                             (D)  | decoder.final_layernorm.weight         | whole    |
 | lm_head.weight (untied only)               (V, D)  | output_layer.weight                    | rows     |
 
-Transformer Engine's layers keep the two norms of a layer inside the linear that follows:
+Transformer Engine's layers contain the two norms of a layer in the next linear:
 self_attention.linear_qkv.layer_norm_weight and mlp.linear_fc1.layer_norm_weight.
 qkv: Hugging Face stacks [all q | all k | all v]; Megatron stacks [q.. k v] per key/value head.
 gate_up: Hugging Face stacks [gate | up]; each Megatron rank stacks [its gate | its up].
-A tied head has no Hugging Face name; a last pipeline stage that is not the first keeps a copy of the
-embedding as output_layer.weight.
+A tied head has no Hugging Face name. A last pipeline stage that is not also the first has a copy of the embedding as
+output_layer.weight.
 """
 
 from typing import Literal
@@ -45,7 +45,7 @@ LAYER_NAMES: dict[str, tuple[str, Split]] = {
 
 
 def hf_names(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every Hugging Face tensor name of `config`, in the order of Phi3's state dict, with its whole shape."""
+    """Return every Hugging Face tensor name of `config` with its whole shape, in the order of Phi3's state dict."""
     D, F = config.model_dim, config.mlp_dim
     q_rows = config.num_heads * config.head_dim
     kv_rows = config.num_kv_heads * config.head_dim
@@ -65,7 +65,7 @@ def hf_names(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def take_shard(whole: Tensor, split: Split, rank: int, size: int, config: ModelConfig) -> Tensor:
-    """Tensor-parallel rank `rank` of `size`'s part of a Hugging Face tensor, in Megatron's order."""
+    """Return the part of a Hugging Face tensor for tensor-parallel rank `rank` of `size`, in Megatron's order."""
     if split == "whole":
         return whole
     if split == "rows":
@@ -84,9 +84,9 @@ def take_shard(whole: Tensor, split: Split, rank: int, size: int, config: ModelC
 
 
 def merge_shards(shards: Tensor, split: Split, config: ModelConfig) -> Tensor:
-    """The inverse of `take_shard`: (size, *shard shape), stacked by rank -> the Hugging Face tensor.
+    """Merge shards (size, *shard shape), stacked by rank, into the Hugging Face tensor: the inverse of `take_shard`.
 
-    'whole' and 'rows' come back as views of `shards`.
+    The results of 'whole' and 'rows' are views of `shards`.
     """
     if split == "whole":
         return shards[0]

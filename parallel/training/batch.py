@@ -1,4 +1,4 @@
-"""A micro-batch: whole documents laid end to end, with no padding between them.
+"""Micro-batch of whole documents, concatenated without padding.
 
 T tokens of all documents, N documents.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from phimini.parallel.ranks.timing import phase
 
 IGNORE = -100
-"""target of a position that carries no loss"""
+"""target of a position without loss"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,17 +22,17 @@ class Document:
 
     tokens: Sequence[int]
     targets: Sequence[int]
-    """targets[i] is what position i predicts, IGNORE where nothing is trained; as long as `tokens`"""
+    """targets[i] is the token that position i predicts, or IGNORE; as long as `tokens`"""
     token_fields: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """one value per token, e.g. the log-probability it was sampled with"""
     document_fields: Mapping[str, float] = field(default_factory=dict)
     """one value per document, e.g. its advantage"""
     name: str = ""
-    """what an error message calls it, e.g. `rows.jsonl:17`"""
+    """name in error messages, e.g. `rows.jsonl:17`"""
 
 
 def next_token_targets(tokens: Sequence[int], trained: Sequence[bool]) -> list[int]:
-    """Targets shifted by one: position i predicts token i + 1 if that token is trained; the last predicts nothing."""
+    """Return targets shifted by one: position i predicts token i + 1 if that token is trained; the last is IGNORE."""
     if len(tokens) != len(trained):
         raise ValueError(f"next_token_targets: {len(tokens)} tokens but {len(trained)} loss flags")
     shifted = [t if keep else IGNORE for t, keep in zip(tokens[1:], trained[1:], strict=True)]
@@ -41,25 +41,25 @@ def next_token_targets(tokens: Sequence[int], trained: Sequence[bool]) -> list[i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """Documents end to end (THD layout). Document i is tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
+    """Concatenated documents (THD layout). Document i is tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
 
     tokens_T: Tensor
     """int64"""
     targets_T: Tensor
-    """int64, IGNORE where no loss"""
+    """int64, IGNORE without loss"""
     cu_seqlens: Tensor
     """(N + 1,) int32, on the CPU: boundaries, from 0 to T"""
     fields: dict[str, Tensor] = field(default_factory=dict)
-    """anything else a head needs, per token (T,)"""
+    """other inputs of a head, per token (T,)"""
     document_fields: dict[str, Tensor] = field(default_factory=dict)
-    """and per document (N,)"""
+    """other inputs of a head, per document (N,)"""
     names: tuple[str, ...] = ()
     """the documents' names, for error messages; () if they have none"""
     rows: Tensor | None = None
-    """context parallel: which tokens of the whole micro-batch these T are; cu_seqlens, lengths and the
-    document fields still speak of the whole documents. None means all, in order"""
+    """under context parallelism, the indices of these T tokens in the whole micro-batch; None means all, in order.
+    cu_seqlens, lengths and the document fields still describe whole documents"""
     context_group: dist.ProcessGroup | None = None
-    """the ranks that hold the other tokens; None if there are none"""
+    """the ranks that hold the other tokens; None without context parallelism"""
 
     @property
     def num_tokens(self) -> int:
@@ -71,29 +71,29 @@ class PackedBatch:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each document."""
+        """Number of tokens of each document."""
         cuts = self.cu_seqlens.tolist()
         return [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
     @property
     def document_ids_T(self) -> Tensor:
-        """(T,) int64: which document each token belongs to; on the tokens' device."""
+        """Return the document index of each token, (T,) int64, on the tokens' device."""
         lengths = self.cu_seqlens.diff().to(torch.int64)
         ids = torch.repeat_interleave(torch.arange(self.num_documents), lengths)
         return (ids if self.rows is None else ids[self.rows]).to(self.tokens_T.device)
 
-    def once(self, x: Tensor) -> Tensor:
-        """For a head under context parallelism: `x`, whole on each of the C ranks, as a share of which C make one.
+    def share_of_rank(self, x: Tensor) -> Tensor:
+        """Divide by the number of context ranks a value that every rank computes in full.
 
-        What a head returns is summed over the ranks. The value is divided, the gradient is not: each rank's backward
-        adds its own tokens' part.
+        A head's results are summed over the context ranks, so the value counts once. The gradient is left unscaled,
+        because each rank's backward adds only the part of its own tokens.
         """
         if self.context_group is None:
             return x
         return x + (x / self.context_group.size() - x).detach()
 
     def take(self, rows: Tensor, context_group: dist.ProcessGroup) -> "PackedBatch":
-        """The tokens `rows` of this whole micro-batch, for the context rank that holds them."""
+        """Return the tokens `rows` of this whole micro-batch, for the context rank that holds them."""
         assert self.rows is None, "already a part of a micro-batch"
         return replace(
             self,
@@ -105,7 +105,7 @@ class PackedBatch:
         )
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """Tokens, targets and fields on `device`; cu_seqlens and rows stay."""
+        """Move tokens, targets and fields to `device`; cu_seqlens and rows stay on the CPU."""
         if self.tokens_T.device == device:
             return self
         return replace(
@@ -120,9 +120,9 @@ class PackedBatch:
 
 
 def idle(batch: PackedBatch) -> PackedBatch:
-    """Return `batch` with no target and every field 0: a rank with less to train on than the others runs it beside theirs.
+    """Return `batch` without targets and with every field 0, for a rank that has fewer micro-batches than the others.
 
-    It goes through the same collectives and adds 0 to loss, count and gradients.
+    It takes part in the same collectives and adds 0 to loss, count and gradients.
     """
     zeros = lambda fields: {name: torch.zeros_like(x) for name, x in fields.items()}
     return replace(
@@ -135,10 +135,10 @@ def idle(batch: PackedBatch) -> PackedBatch:
 
 @phase("data")
 def pack(documents: Sequence[Document], multiple_of: int = 1) -> PackedBatch:
-    """Lays `documents` end to end.
+    """Concatenate `documents`.
 
-    If their tokens are not a multiple of `multiple_of`, a dummy document follows: token 0, no targets, fields 0. It
-    is a document of its own, so that no real one gets longer and nothing real attends to it.
+    If the number of tokens is not a multiple of `multiple_of`, a dummy document follows: token 0, no targets, fields
+    0. As a separate document it lengthens no real one, and no real token attends to it.
     Raises ValueError for an empty document, differing lengths, or fields that not all documents have.
     """
     if not documents:

@@ -1,8 +1,8 @@
-"""When a loss or a gradient is not finite: which rank, stage, micro-batch and document it came from.
+"""Search for the rank, stage, micro-batch and document that made a loss or a gradient non-finite.
 
-The step is over anyway, so the search may be slow: it runs the micro-batches again and looks at what every stage
-makes of them. What is not finite spreads to later stages and to no other document, so the earliest stage and the
-documents it shows are the cause.
+The step has failed, so the search may be slow: it runs the micro-batches again and inspects the output of every stage.
+A non-finite value spreads to later stages but not to other documents, so the earliest stage that has one, and its
+documents, are the cause.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from phimini.parallel.training.schedule import Prepared, from_last_stage, run_sc
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient is inf or NaN; raised on every rank, before any weight changed."""
+    """Error for a loss or a gradient that is inf or NaN; raised on every rank before any weight changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Finding:
-    """Something not finite in one micro-batch, seen by one rank."""
+    """A non-finite value in one micro-batch, found by one rank."""
 
     data_rank: int
     index: int
-    """of the micro-batch, on its data rank"""
+    """index of the micro-batch on its data rank"""
     chunk: int
-    """counted over all stages, in the order of the layers"""
+    """index over all stages, in the order of the layers"""
     rank: int
     stage: int
     documents: tuple[int, ...]
@@ -41,7 +41,10 @@ class _Finding:
 def raise_for_loss(
     model: Model, microbatches: Sequence[PackedBatch], losses: Sequence[Tensor]
 ) -> NoReturn:
-    """`losses`: of each micro-batch, on the last stage. Collective over the whole job."""
+    """Find and raise the cause of a non-finite loss. Collective over the whole job.
+
+    losses: of each micro-batch, on the last stage.
+    """
     world = model.world
     of_batches = from_last_stage(model, [loss.item() for loss in losses])
     found: list[_Finding] = []
@@ -67,7 +70,7 @@ def raise_for_loss(
 
 
 def raise_for_gradient(model: Model, grad_norm: float) -> NoReturn:
-    """For a gradient norm that is not finite although every loss was. Collective over the whole job."""
+    """Find and raise the cause of a non-finite gradient norm after finite losses. Collective over the whole job."""
     world = model.world
     names = _bad_gradients(model)
     found: list[_Finding] = []
@@ -80,7 +83,7 @@ def raise_for_gradient(model: Model, grad_norm: float) -> NoReturn:
         for index, batch in enumerate(microbatches):
             here = [f for f in seen if (f.data_rank, f.index) == (world.data_rank, index)]
             if here:
-                # Backward goes the other way: the latest chunk is the first to see it.
+                # Backward runs in reverse, so the cause is in the latest chunk that has a non-finite gradient.
                 place = f"data rank {world.data_rank}, micro-batch {index}: "
                 mine.append(place + _text(here, batch, first=False))
     alone = "" if seen else "; each micro-batch's own gradient is finite: it is their sum"
@@ -95,17 +98,17 @@ def _raise(model: Model, what: str, mine: list[str]) -> NoReturn:
 
 
 def _speaks(model: Model) -> bool:
-    """One rank for each replica."""
+    """Return True on the rank of each replica that reports."""
     world = model.world
     return world.tensor_rank == 0 and world.context_rank == 0 and world.is_last_stage
 
 
 def _ignore(index: int, prepared: Prepared, hidden_TD: Tensor, **_: Any) -> None:
-    """Forward only: nothing is wanted of the last stage."""
+    """Ignore the hidden states of the last stage, for a forward-only run."""
 
 
 def _gradient_findings(model: Model, index: int, batch: PackedBatch, loss: Any) -> list[_Finding]:
-    """Of one micro-batch's backward: gradients for what each chunk got or gave, and of the weights."""
+    """Check one micro-batch's backward: gradients of each chunk's inputs and outputs, and of the weights."""
     found: list[_Finding] = []
     handles: list[Any] = []
 
@@ -145,7 +148,7 @@ def _gradient_findings(model: Model, index: int, batch: PackedBatch, loss: Any) 
 
 @contextlib.contextmanager
 def _without_reduction(model: Model) -> Iterator[None]:
-    """Gradients stay each rank's own."""
+    """Keep gradients local to each rank."""
     config: Any = model.transformer_config
     config.finalize_model_grads_func = None
     config.no_sync_func = contextlib.nullcontext
@@ -167,10 +170,10 @@ def _bad_gradients(model: Model, chunk: int | None = None) -> list[str]:
 
 
 def _documents(model: Model, prepared: Prepared, x: Tensor) -> tuple[int, ...]:
-    """Those with a row of x (T or T / tensor, ..., D) that is not finite; padding is none."""
+    """Return the documents with a non-finite row of x (T or T / tensor, ..., D), without the padding."""
     bad_T = ~torch.isfinite(x.detach().flatten(1)).all(-1)
     num_rows = prepared.input_ids_1T.shape[1]
-    if len(bad_T) < num_rows:  # sequence parallel: this tensor rank's rows
+    if len(bad_T) < num_rows:  # sequence parallel: only the rows of this tensor rank
         first = model.world.tensor_rank * len(bad_T)
         whole_T = bad_T.new_zeros(num_rows)
         whole_T[first : first + len(bad_T)] = bad_T
@@ -195,7 +198,7 @@ def _finding(
 
 
 def _text(found: list[_Finding], batch: PackedBatch, *, first: bool) -> str:
-    """Where it began: the first chunk that shows it, or the last."""
+    """Describe the origin: the first chunk with a finding, or the last one."""
     at = (min if first else max)(f.chunk for f in found)
     source = next(f for f in found if f.chunk == at)
     ranks = ", ".join(str(r) for r in sorted({f.rank for f in found if f.chunk == at}))

@@ -1,6 +1,6 @@
 """AdamW with warm-up, decay and clipping: Megatron's optimizer and scheduler behind four calls.
 
-A step's learning rate is the schedule's value before the step, as in torch, transformers and Megatron: with s warm-up
+A step's learning rate is the schedule's value before the step, as in torch, transformers and Megatron. With s warm-up
 steps of n, step k (from 0) has lr * k / s while k < s, then decays towards `min_lr`, which step n would have.
 """
 
@@ -23,7 +23,7 @@ Decay = Literal["cosine", "linear", "constant"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule. Vectors (norm weights) are never decayed."""
+    """Settings of AdamW and its schedule. Vectors (norm weights) have no weight decay."""
 
     lr: float
     """the highest learning rate, that of step `warmup_steps` (from 0)"""
@@ -67,7 +67,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInfo:
-    """What one update did; equal on every rank."""
+    """Figures of one update; equal on every rank."""
 
     grad_norm: float
     """over all parameters, before clipping"""
@@ -75,10 +75,11 @@ class StepInfo:
 
 
 class Optimizer:
-    """`zero_grad`, then `forward_backward`, then `step`; or `skip`. Checkpoints reach `megatron` and `scheduler`.
+    """AdamW with its schedule: call `zero_grad`, then `forward_backward`, then `step`; or `skip`.
 
-    The schedule goes with the steps, not with the updates: a skipped step moves it as any other does. A gradient of
-    zeros is no reason to skip: moments and weight decay move the weights.
+    The schedule follows the steps, not the updates: a skipped step advances it like any other. A gradient of zeros
+    is not skipped, because moments and weight decay still move the weights. Checkpoints use `megatron` and
+    `scheduler`.
     """
 
     def __init__(
@@ -101,7 +102,10 @@ class Optimizer:
     @phase("optimizer")
     @torch.no_grad()
     def step(self) -> StepInfo:
-        """One update. Raises NonFiniteError on every rank, before weights or schedule change, if the gradient is not finite."""
+        """Make one update.
+
+        Raises NonFiniteError on every rank, before weights or schedule change, if the gradient is not finite.
+        """
         lr = self.megatron.param_groups[0]["lr"]
         refuse_unscheduled_decay(self.megatron.param_groups, self.config.weight_decay)
         self.megatron.prepare_grads()
@@ -121,17 +125,19 @@ class Optimizer:
         return StepInfo(grad_norm=grad_norm, lr=lr)
 
     def skip(self) -> None:
-        """One step of the schedule without an update."""
+        """Advance the schedule by one step without an update."""
         self.scheduler.step(1)
 
 
 def build_optimizer(
     model: Model, config: OptimizerConfig, *, distributed: bool = False
 ) -> Optimizer:
-    """AdamW over the model's trainable parameters.
+    """Build AdamW over the model's trainable parameters.
 
-    distributed: each data-parallel rank keeps its share of the state (ZeRO-1); the model must have been built with
-    `distributed_optimizer=True`. Build it after the weights are loaded: it copies them into its fp32 masters.
+    Build it after the weights are loaded, because it copies them into its fp32 masters.
+
+    distributed: each data-parallel rank keeps its share of the state (ZeRO-1). The model must have been built with
+    `distributed_optimizer=True`.
     """
     ddp_config = getattr(model.chunks[0], "ddp_config", None)
     if ddp_config is None:
@@ -165,7 +171,7 @@ def build_optimizer(
         use_gloo_process_groups=False,
     )
     assert isinstance(megatron, megatron_optimizer.ChainedOptimizer), type(megatron)
-    # Not optional: only the scheduler writes weight_decay 0 into the group of vectors.
+    # Required: only the scheduler writes weight_decay 0 into the group of vectors.
     scheduler = OptimizerParamScheduler(
         megatron,
         init_lr=0.0,

@@ -1,8 +1,7 @@
-"""Do the ranks train on the same data? Compared before a step's first forward, in one small all-gather.
+"""Check before a step's first forward that the ranks train on the same data, in one small all-gather.
 
-Each data rank trains on its own share of what all of them take for the step's global batch, so a rank with another
-file, verdict or random state would go unseen: losses and gradients stay finite. Ranks of one replica that differ train
-a model that is nobody's.
+Each data rank trains on its share of the step's global batch. A rank with another file, verdict or random state would
+go unnoticed, because losses and gradients stay finite. If the ranks of one replica differ, the gradients are wrong.
 """
 
 import hashlib
@@ -20,22 +19,26 @@ from phimini.parallel.training.batch import PackedBatch
 
 
 class DivergedError(RuntimeError):
-    """Ranks were about to train on different data; raised on every rank, before any weight changed."""
+    """Error for ranks about to train on different data; raised on every rank before any weight changes."""
 
 
 def digest(*values: Any) -> int:
-    """Return a 64-bit checksum of numbers, strings, None, and lists and tuples of them; equal values give equal ones."""
-    # marshal, at a hundredth of a step's cost. Version 2: later ones, and pickle, also write which objects are shared.
+    """Return a 64-bit checksum of numbers, strings, None, and lists and tuples of them, equal for equal values."""
+    # marshal takes a hundredth of a step. Later versions than 2, and pickle, also encode which objects are shared.
     return _number(hashlib.blake2b(marshal.dumps(values, 2), digest_size=8).digest())
 
 
 def check_same_data(
     world: World, step: str, items: Any, microbatches: Sequence[PackedBatch] = ()
 ) -> None:
-    """Raise DivergedError on every rank unless all agree on `items`, and those of a replica on `microbatches`. Collective.
+    """Raise DivergedError on every rank unless all ranks have equal `items`, and a replica equal `microbatches`.
 
-    items: the step's global batch, as `digest` takes it. microbatches: this data rank's, still on the CPU; their document
-    fields are left out, which ranks may compute each for itself and round differently. step: for the message.
+    Collective.
+
+    step: name of the step for the message.
+    items: the step's global batch, in types that `digest` accepts.
+    microbatches: those of this data rank, still on the CPU. Document fields are not compared, because each rank may
+    compute them and round differently.
     """
     if world.world_size == 1:
         return
@@ -74,7 +77,7 @@ def _number(checksum: bytes) -> int:
 
 
 def _sides(of_ranks: Iterable[tuple[int, int]]) -> str:
-    """The ranks by what they have, the smaller groups first: `rank 1 differs from ranks 0, 2`."""
+    """Return the ranks grouped by their data, the smaller groups first: `rank 1 differs from ranks 0, 2`."""
     sides: dict[int, list[str]] = defaultdict(list)
     for rank, value in of_ranks:
         sides[value].append(str(rank))

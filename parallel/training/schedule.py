@@ -1,4 +1,4 @@
-"""Runs micro-batches through this rank's chunks in Megatron's order, at any layout.
+"""Pipeline schedule: run micro-batches through this rank's chunks in Megatron's order, at any layout.
 
 M tokens of a micro-batch, T padded tokens that this rank holds, D model width.
 """
@@ -22,12 +22,12 @@ from phimini.parallel.training.batch import IGNORE, PackedBatch
 
 @dataclass(slots=True)
 class Prepared:
-    """A micro-batch on the device, padded for the layout, with what its attention needs."""
+    """A micro-batch on the device, padded for the layout, with the inputs of its attention."""
 
     batch: PackedBatch
     """of this rank's tokens, without padding"""
     head_rows: Tensor | slice
-    """where `batch`'s tokens are among this rank's padded ones"""
+    """indices of `batch`'s tokens among this rank's padded tokens"""
     input_ids_1T: Tensor
     documents: PackedDocuments
 
@@ -40,17 +40,19 @@ def run_schedule(
     forward_only: bool,
     on_output: Callable[[int, Prepared, int, Tensor], None] | None = None,
 ) -> None:
-    """Runs every micro-batch through this rank's chunks; `on_hidden(index, prepared, hidden)` on the last stage.
+    """Run every micro-batch through this rank's chunks; call `on_hidden(index, prepared, hidden)` on the last stage.
 
-    on_output: called on every stage with (index, prepared, this rank's chunk, what the chunk returned).
-    Interleaved stages work on multiples of `pipeline` micro-batches: one-token ones, which no head sees, come first. The
-    last must reach the head's weight: gradients that are reduced beside the computation wait for all of a bucket.
+    on_output: called on every stage with (index, prepared, this rank's chunk, output of the chunk).
+
+    The interleaved schedule needs a multiple of `pipeline` micro-batches, so one-token dummies that the loss ignores
+    are prepended. The last micro-batch must be a real one that reaches the head's weight: an overlapped gradient
+    reduction waits for all gradients of a bucket.
     """
     layout = model.world.layout
     if not microbatches:
         raise ValueError("expected at least one micro-batch, got none")
     for index, batch in enumerate(microbatches):
-        # Now, on every stage: once the schedule runs, a stage that raises leaves the others waiting.
+        # Checked here on every stage: within the schedule, a stage that raises leaves the others waiting.
         if max(batch.lengths) > model.config.max_positions:
             raise ValueError(
                 f"micro-batch {index}: a document of {max(batch.lengths)} tokens is longer than the model's "
@@ -91,11 +93,11 @@ def run_schedule(
 
 
 def _check_ids(index: int, batch: PackedBatch, vocab_size: int) -> None:
-    """Tensor-parallel embeddings take any number, and make zeros of those that no rank has."""
+    """Refuse ids outside the vocabulary; tensor-parallel embeddings would return zeros for them."""
     targets_T = batch.targets_T.where(batch.targets_T != IGNORE, 0)
     for name, ids_T in (("token", batch.tokens_T), ("target", targets_T)):
         if ids_T.device.type != "cpu":
-            continue  # would wait for the GPU
+            continue  # a check would wait for the GPU
         low, high = (int(bound) for bound in ids_T.aminmax())
         if low < 0 or high >= vocab_size:
             raise ValueError(
@@ -121,9 +123,9 @@ def _no_loss(hidden_TD: Tensor, **_: Any) -> tuple[Tensor, Tensor, dict]:
 
 @phase("data")
 def _prepare(model: Model, batch: PackedBatch, longest: int) -> Prepared:
-    """Pads with one dummy document: to the layout's multiple and, between pipeline stages, to the longest of the step.
+    """Pad with one dummy document to the layout's multiple and, with several pipeline stages, to the longest batch.
 
-    The head never sees the padding: it gets the batch as it came.
+    The head never sees the padding, because it gets the original batch.
     """
     world = model.world
     total = _padded(max(batch.num_tokens, longest), world.layout.token_multiple)
@@ -157,7 +159,7 @@ def _prepare(model: Model, batch: PackedBatch, longest: int) -> Prepared:
 
 
 def from_last_stage(model: Model, value: Any) -> Any:
-    """The last pipeline stage's `value`, on every stage."""
+    """Return the last pipeline stage's `value` on every stage."""
     if model.world.layout.pipeline == 1:
         return value
     group = model.world.pipeline_group

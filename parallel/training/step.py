@@ -1,4 +1,4 @@
-"""One step's forward and backward over any layout, through Megatron's own schedules.
+"""Forward and backward of one step over any layout, through Megatron's schedules.
 
 M tokens of a micro-batch, D model width, V vocabulary rows of this tensor-parallel rank.
 """
@@ -24,15 +24,18 @@ from phimini.parallel.training.schedule import Prepared, from_last_stage, run_sc
 
 
 class Head(Protocol):
-    """Turns hidden states into a loss; called on the last pipeline stage, once per micro-batch.
+    """Function from hidden states to a loss, called on the last pipeline stage for each micro-batch.
 
-    hidden_MD: all M tokens of the batch. weight_VD: this rank's rows of the vocabulary, in order of the ranks of
-    `group` (the tensor-parallel group; size 1 when there is nothing to share).
-    Returns (loss_sum, count, metrics): the sum whose gradient is wanted, what it is to be divided by (summed over all
-    micro-batches and data ranks first), and sums for the log. All scalars, equal on every rank of `group`.
-    Under context parallelism M are this rank's tokens (see PackedBatch.rows) and what is returned is summed over the
-    context ranks; `batch.once` is for a value that is whole on each.
-    The gradient for hidden_MD must be the whole one on every rank: the head sums its rows' parts over `group`.
+    hidden_MD: all M tokens of the batch.
+    weight_VD: this rank's rows of the vocabulary, in the order of the ranks of `group`.
+    group: the tensor-parallel group; size 1 without tensor parallelism.
+
+    Returns (loss_sum, count, metrics): the sum to differentiate, its divisor (summed over all micro-batches and data
+    ranks first), and sums for the log. All are scalars, equal on every rank of `group`.
+
+    Under context parallelism M are this rank's tokens (see PackedBatch.rows), and the results are summed over the
+    context ranks; pass a value that every rank computes in full through `batch.share_of_rank`.
+    The gradient for hidden_MD must be complete on every rank: the head sums the parts of its rows over `group`.
     """
 
     def __call__(
@@ -45,7 +48,7 @@ _HeadResult = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """Sums over all micro-batches and all data-parallel ranks; the same on every rank."""
+    """Sums over all micro-batches and data-parallel ranks, the same on every rank."""
 
     loss_sum: float
     count: float
@@ -53,16 +56,16 @@ class StepMetrics:
 
     @property
     def loss(self) -> float:
-        """loss_sum / count"""
+        """The mean loss, loss_sum / count."""
         return self.loss_sum / self.count
 
 
 def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: Head) -> StepMetrics:
-    """Adds to the gradients: d(sum of loss_sum over micro-batches and data ranks) / (global sum of count).
+    """Accumulate gradients: d(sum of loss_sum over micro-batches and data ranks) / (global sum of count).
 
-    Every rank of a replica (same data_rank) must pass the same micro-batches; replicas pass different ones, as many
-    of them. After it the gradients are reduced, scaled and ready for `Optimizer.step`.
-    Raises NonFiniteError on every rank if any micro-batch's loss is not finite, ValueError if count is 0.
+    Every rank of a replica (same data_rank) must pass the same micro-batches. Replicas pass different ones, equal in
+    number. Afterwards the gradients are reduced, scaled and ready for `Optimizer.step`.
+    Raises NonFiniteError on every rank if any micro-batch's loss is not finite, and ValueError if count is 0.
     """
     collected: list[_HeadResult] = []
 
@@ -77,7 +80,7 @@ def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: He
     count = torch.zeros((), dtype=torch.float64, device=model.world.device)
 
     def finalize(chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
-        # Megatron counts tokens in int32; ours may be any number, e.g. documents or weights.
+        # Megatron counts tokens in int32; `count` may be any number, e.g. of documents or weights.
         with phase("communication"):
             for _, c, _ in collected:
                 count.add_(c.to(count))
@@ -85,7 +88,7 @@ def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: He
 
     model.transformer_config.finalize_model_grads_func = finalize
     model.latest_step = microbatches, loss
-    with phase("backward"):  # what is not another phase's within
+    with phase("backward"):  # without the phases inside it
         run_schedule(model, microbatches, loss, forward_only=False)
     _count_work(model, microbatches)
     result = _reduce(model, collected, count)
@@ -107,12 +110,12 @@ def forward_only(
     *,
     summed: bool = False,
 ) -> list[Any]:
-    """`fn(hidden_MD, weight_VD, batch, group=...)` of each micro-batch, in order, on every rank of the replica.
+    """Return `fn(hidden_MD, weight_VD, batch, group=...)` of each micro-batch, in order, on every rank of a replica.
 
-    fn's results, from the last pipeline stage, are tensors, or dicts, lists and tuples of them. Under context
-    parallelism fn sees this rank's tokens: results have one row per token, and the ranks' rows are put together.
-    Scalars are summed over the ranks instead, and with `summed` everything is, such as sums by document. What has come
-    from another rank is on the CPU.
+    fn runs on the last pipeline stage and returns tensors, or dicts, lists and tuples of them. Under context
+    parallelism fn sees this rank's tokens. Results have one row per token, and the rows of the ranks are merged.
+    Scalars are summed over the ranks; with `summed` all results are, such as sums by document. Results from another
+    rank are on the CPU.
     """
     results: list[Any] = []
     rows: list[Tensor | None] = []
@@ -127,7 +130,7 @@ def forward_only(
     with phase("forward"):
         run_schedule(model, microbatches, collect, forward_only=True)
     if model.world.layout.context > 1 or model.world.layout.pipeline > 1:
-        # A pickled tensor comes up on the GPU that it was on, which is another rank's.
+        # Unpickling would put a tensor on the GPU of the rank that sent it.
         results = tree_map_only(Tensor, Tensor.cpu, results)
     if model.world.layout.context > 1:
         results = _over_context_ranks(model, microbatches, rows, results, summed)
@@ -150,7 +153,7 @@ def _over_context_ranks(
     results: list[Any],
     summed: bool,
 ) -> list[Any]:
-    """Puts the context ranks' results together; there are none on the earlier pipeline stages."""
+    """Merge the results of the context ranks; earlier pipeline stages have no results."""
     group = model.world.context_group
     parts: list[Any] = [None] * group.size()
     dist.all_gather_object(parts, (rows, results), group=group)
@@ -176,7 +179,7 @@ def _over_context_ranks(
 
 @phase("communication")
 def _reduce(model: Model, collected: list[_HeadResult], count: Tensor) -> StepMetrics:
-    """Sums over micro-batches and data ranks, then tells the earlier pipeline stages."""
+    """Sum over micro-batches and data ranks, then broadcast to the earlier pipeline stages."""
     world = model.world
     names: list[str] = sorted(collected[0][2]) if collected else []
     sums: list[float] = []

@@ -1,10 +1,10 @@
-r"""Whether two LaTeX expressions mean the same: math-verify's rules, with an exact test where it rounds.
+r"""Comparison of two LaTeX expressions: math-verify's rules, with an exact test where math-verify rounds.
 
-math-verify parses (latex2sympy) and knows how sets, tuples, intervals, matrices and equations are compared. At their leaves it
-subtracts in 15 digits and takes for zero what is below 1e-15, so that 1/7^30 and 6^30/7^30 are one number. Here the
-leaves are compared by `is_zero`: exactly if both are rational, else with as many digits as tell apart any two numbers of
-their size. Only a decimal against an irrational number may be rounded, as math-verify does, and keeps six digits.
-This file runs in the worker alone, which may be killed (`verify_worker`).
+math-verify parses (latex2sympy) and compares sets, tuples, intervals, matrices and equations. At their leaves it
+subtracts with 15 digits and treats a difference below 1e-15 as zero, so that 1/7^30 and 6^30/7^30 count as equal.
+Here `is_zero` compares the leaves: exactly if both are rational, otherwise with enough digits to distinguish any two
+numbers of their size. Only a decimal compared with an irrational number is rounded, as in math-verify, to six digits.
+This module runs only in the worker process (`worker.py`), which may be killed.
 """
 
 import re
@@ -41,7 +41,7 @@ from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from sympy.functions.elementary.hyperbolic import HyperbolicFunction
 
-# Units are ours (`verify_units`): math-verify takes whatever stands in \text{..} for one.
+# Units are handled in `units.py`: math-verify treats any text in \text{..} as a unit.
 _LATEX = LatexExtractionConfig(
     boxed_match_priority=0,
     normalization_config=NormalizationConfig(
@@ -68,7 +68,7 @@ _MAX_DIGITS = 200_000
 
 
 def warm_up() -> None:
-    """Make parser and sympy load the parts that they load at first use."""
+    """Load the parts of parser and sympy that they load lazily."""
     for answer, response in (
         (r"2\sqrt{3}", r"\sqrt{12}"), ("y=2x+3", "2x-y+3=0"), (r"[0,\infty)", r"x \ge 0"), ("1<x<2", "(1,2)"),
         (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)"), (r"\{1,\pi\}", r"\pi,1"), ("(x-1)(x+1)", "x^2-1"),
@@ -78,7 +78,7 @@ def warm_up() -> None:
 
 
 def are_equal(response: str, answer: str) -> bool | None:
-    """Whether two expressions mean the same; None if one cannot be read."""
+    """Return True if two expressions have the same meaning, and None if one cannot be parsed."""
     answers, responses = split_list(answer), split_list(response)
     if len(answers) > 1 and len(answers) == len(responses) and _match(responses, answers):
         return True
@@ -93,7 +93,7 @@ def are_equal(response: str, answer: str) -> bool | None:
 
 
 def split_list(text: str) -> list[str]:
-    r"""The parts of a bare list or of a set in braces; a part with `\pm` is two."""
+    r"""Return the parts of a bare list or of a set in braces; a part with `\pm` becomes two."""
     inner = text.strip()
     if inner.startswith(r"\{") and inner.endswith(r"\}") and inner.count(r"\{") == 1:
         inner = inner[2:-2]
@@ -111,7 +111,7 @@ def split_list(text: str) -> list[str]:
 
 
 def _tuple_parts(text: str) -> tuple[str, list[str]] | None:
-    """The brackets and parts of a tuple or interval, which math-verify reads only where an interval has such ends."""
+    """Return the brackets and parts of a tuple or interval; math-verify reads only parts that an interval can have."""
     text = text.strip()
     if text[:1] not in ("(", "[") or text[-1:] not in (")", "]"):
         return None
@@ -121,7 +121,7 @@ def _tuple_parts(text: str) -> tuple[str, list[str]] | None:
 
 
 def _both_signs(text: str) -> list[str]:
-    r"""The upper and the lower reading of `\pm` and `\mp`; a tuple is left alone, its signs may be independent."""
+    r"""Return the upper and lower readings of `\pm` and `\mp`. A tuple stays, because its signs may be independent."""
     if r"\pm" not in text and r"\mp" not in text or re.search(r"\([^()]*,", text):
         return [text]
     upper = re.sub(r"\\mp(?![A-Za-z])\s*", "-", re.sub(r"\\pm(?![A-Za-z])\s*", "+", text))
@@ -130,7 +130,7 @@ def _both_signs(text: str) -> list[str]:
 
 
 def _match(responses: list[str], answers: list[str]) -> bool:
-    """Whether each response is another one of the answers, in any order."""
+    """Return True if the responses match the answers one to one, in any order."""
     if len(answers) > _MAX_PARTS:
         return False
     expected = [parse(text) for text in answers]
@@ -149,7 +149,7 @@ def _match(responses: list[str], answers: list[str]) -> bool:
 
 @lru_cache(maxsize=1024)  # a group of rollouts shares its reference
 def parse(text: str) -> Basic | MatrixBase | None:
-    """The expression that `text` is, its decimals still decimals; None if math-verify cannot read it."""
+    """Return the expression of `text`, with its decimals unchanged; None if math-verify cannot parse it."""
     found = parse_latex(
         f"${_prepared(text)}$", [_LATEX], fallback_mode="no_fallback", parsing_timeout=0
     )
@@ -164,7 +164,7 @@ def _prepared(text: str) -> str:
 
 
 def _upright(match: re.Match[str]) -> str:
-    r"""`\mathrm{e}` is e, `\operatorname{arctan}` is \arctan; other words stay words."""
+    r"""Return e for `\mathrm{e}` and \arctan for `\operatorname{arctan}`; keep other words."""
     word = match[1]
     if word in _FUNCTIONS:
         return rf"\{word} "
@@ -172,7 +172,10 @@ def _upright(match: re.Match[str]) -> str:
 
 
 def _with_real_symbols(expression: Any) -> Any:
-    """math-verify takes symbols for real where it sees no `i`, on each side by itself; here i is the imaginary unit."""
+    """Make symbols real and i the imaginary unit.
+
+    math-verify makes the symbols of each side real if that side has no `i`, so the two sides could differ.
+    """
     if isinstance(expression, And | FiniteSet):
         return type(expression)(*(_with_real_symbols(part) for part in _as_written(expression)))
     if isinstance(expression, Relational):
@@ -188,12 +191,12 @@ def _with_real_symbols(expression: Any) -> Any:
 
 
 def _as_written(expression: Any) -> list[Any]:
-    """The parts of latex2sympy's And or FiniteSet in the order of the text."""
+    """Return the parts of latex2sympy's And or FiniteSet in the order of the text."""
     return list(expression._unsorted_args)
 
 
 def _mean_the_same(expected: Basic | MatrixBase, got: Basic | MatrixBase) -> bool:
-    """math-verify's verdict, but an equation is an answer only if it is true or names what its right side is."""
+    """Return math-verify's verdict; an equation counts as an answer only if it is true or names its right side."""
     if isinstance(got, Eq | And) and not isinstance(expected, Relational | And):
         sides = _sides(got)
         for left, right in zip(sides, sides[1:], strict=False):
@@ -211,7 +214,7 @@ def _sides(equation: Any) -> list[Expr]:
 
 
 def _leaves_equal(a: Any, b: Any, *_: int) -> bool:
-    """math-verify's numeric and symbolic tests in one, exact: of two matrices, numbers or formulas."""
+    """Compare two matrices, numbers or formulas exactly, in place of math-verify's numeric and symbolic tests."""
     if isinstance(a, MatrixBase) or isinstance(b, MatrixBase):
         return (
             isinstance(a, MatrixBase)
@@ -221,7 +224,7 @@ def _leaves_equal(a: Any, b: Any, *_: int) -> bool:
         )
     if not isinstance(a, Expr) or not isinstance(b, Expr):
         return False
-    if _percentage(a) is not None or _percentage(b) is not None:  # 50 % is 1/2, and to some 50
+    if _percentage(a) is not None or _percentage(b) is not None:  # 50 % equals 1/2, and also 50
         p, q = _percentage(a), _percentage(b)
         same_number = _leaves_equal(a if p is None else p, b if q is None else q)
         return same_number or _leaves_equal(a.doit(), b.doit())
@@ -232,7 +235,7 @@ def _leaves_equal(a: Any, b: Any, *_: int) -> bool:
 
 
 def _percentage(expression: Expr) -> Expr | None:
-    """p of p %, which is parsed as p times an unevaluated 1/100."""
+    """Return p of p %, which is parsed as p times an unevaluated 1/100."""
     hundredth = UnevaluatedExpr(Rational(1, 100))
     if (
         isinstance(expression, Mul)
@@ -253,13 +256,13 @@ def _is_decimal(expression: Expr) -> bool:
 
 
 def _exact(expression: Expr) -> Expr:
-    """`expression` evaluated, its decimals as the fractions they are written as."""
+    """Evaluate `expression` with its decimals as exact fractions."""
     decimals = {number: Rational(str(number)) for number in expression.atoms(Float)}
     return (expression.xreplace(decimals) if decimals else expression).doit()
 
 
 def _round_alike(a: Expr, b: Expr) -> bool:
-    """Whether two numbers agree in six decimals, and in five digits however small they are."""
+    """Return True if two numbers agree in six decimals and in five significant digits."""
     size = max(abs(a.evalf(30)), abs(b.evalf(30)))
     return a.evalf(30).round(6) == b.evalf(30).round(6) and bool(
         abs((a - b).evalf(30)) <= size / 10**5
@@ -267,10 +270,10 @@ def _round_alike(a: Expr, b: Expr) -> bool:
 
 
 def is_zero(difference: Any) -> bool:
-    """Whether an expression without decimals is zero, at three points if it has variables.
+    """Return True if an expression without decimals is zero, at three points if it has variables.
 
-    Rational values are exact. Of any other the sign is taken from as many digits as two different numbers made of
-    such parts can agree in, so nothing is too small to count.
+    Rational values are exact. Any other value is computed with more digits than two different numbers of such parts
+    can share, so that even the smallest difference counts.
     """
     if difference.is_Rational:
         return difference == 0
@@ -306,7 +309,7 @@ def _is_zero_number(number: Any) -> bool:
         number = number.rewrite(exp)
     for digits in (_BASE_DIGITS, _separating_digits(number)):
         parts = number.evalf(2, maxn=digits).as_real_imag()
-        # sympy marks a value of which no digit is certain by a precision of one bit.
+        # sympy marks a value without a certain digit by a precision of one bit.
         if any(isinstance(part, Float) and part._prec > 1 and part != 0 for part in parts):
             return False
         if not all(isinstance(part, Number) for part in parts):
@@ -315,7 +318,7 @@ def _is_zero_number(number: Any) -> bool:
 
 
 def _separating_digits(number: Expr) -> int:
-    """How many digits two different numbers made of the parts of `number` can agree in, generously."""
+    """Return a generous bound on the digits that two different numbers made of the parts of `number` can share."""
     digits = 1000
     for part in number.atoms(Rational, Pow, exp, log):
         if isinstance(part, Rational):

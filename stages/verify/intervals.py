@@ -1,6 +1,7 @@
-r"""Inequalities and set-builder notation as the intervals that they are: `0 < x \le 5`, `x \in (0,5]` and `\{x \mid 0<x\le5\}`.
+r"""Conversion of inequalities and set-builder notation to intervals.
 
-Only what is solved for one name is one: `2x > 4` and `x + 1 < 3` are work left undone and stay inequalities.
+`0 < x \le 5`, `x \in (0,5]` and `\{x \mid 0<x\le5\}` are the same interval. An inequality must be solved for one name:
+`2x > 4` and `x + 1 < 3` are unfinished work and stay inequalities.
 """
 
 import re
@@ -23,7 +24,7 @@ _REVERSED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 
 
 def as_interval(text: str) -> tuple[str, str] | None:
-    """The name and the interval (or union) that an inequality or set of them in one name is; None for anything else."""
+    """Return the name and the interval (or union) of inequalities in one name; None for any other text."""
     if not RELATION.search(text):
         return None
     builder = _SET_BUILDER.fullmatch(text)
@@ -35,7 +36,7 @@ def as_interval(text: str) -> tuple[str, str] | None:
 
 
 def _region(text: str) -> tuple[str, str] | None:
-    """The union over `or` of the intersections over `and` of simple inequalities in one name."""
+    """Return the union over `or` of the intersections over `and` of simple inequalities in one name."""
     names: set[str] = set()
     union: list[str] = []
     for alternative in _EITHER.split(text):
@@ -55,7 +56,7 @@ def _region(text: str) -> tuple[str, str] | None:
 
 
 def _intersection(parts: list[str]) -> str:
-    r"""`[-2,\infty)` and `(-\infty,1)` are `[-2,1)`; others stay an intersection."""
+    r"""Return `[-2,1)` for `[-2,\infty)` and `(-\infty,1)`; other parts stay an intersection."""
     lower = [part for part in parts if part.endswith(r",\infty)") and r"\cup" not in part]
     upper = [part for part in parts if part.startswith(r"(-\infty,") and r"\cup" not in part]
     if len(parts) == 2 and len(lower) == len(upper) == 1:
@@ -64,7 +65,7 @@ def _intersection(parts: list[str]) -> str:
 
 
 def _simple(text: str) -> tuple[str, str] | None:
-    r"""`a < x \le b`, `x > a` or `a > x` as an interval."""
+    r"""Return `a < x \le b`, `x > a` or `a > x` as an interval."""
     parts = RELATION.split(text)
     if len(parts) == 3 and not SIMPLE_NAME.fullmatch(parts[0]):
         parts = [parts[2], _REVERSED[parts[1]], parts[0]]

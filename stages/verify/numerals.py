@@ -1,7 +1,7 @@
-r"""Numerals in an answer, read exactly: integers, decimals, fractions, and tuples, sets and lists of them.
+r"""Exact parser of numerals in an answer: integers, decimals, fractions, and tuples, sets and lists of them.
 
-Only what is *written as a number* is one. `6*7` and `40+2` have the value 42 but are no numerals: a
-policy must not be paid for leaving the work to the verifier. Nothing is evaluated, so nothing can blow up.
+A numeral must be *written as a number*. `6*7` and `40+2` have the value 42 but are not numerals, because a policy must
+not be rewarded for leaving the work to the verifier. The parser evaluates no expression, so its cost is bounded.
 """
 
 import re
@@ -12,13 +12,13 @@ from math import gcd
 from phimini.stages.verify.text import AND, trimmed
 from phimini.stages.verify.units import split_unit
 
-# Longer texts are no answers. Python refuses longer digit strings; the patterns below are quadratic at worst.
+# Longer texts are rejected. Python refuses longer digit strings, and the patterns below are quadratic at worst.
 MAX_CHARACTERS = 4000
 _MAX_EXPONENT = 99
 
 _PLAIN_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _SIGN = r"(?P<sign>[+-]?)\s*"
-# Thousands are groups of exactly three with one separator throughout: `4\,2` and `0,100` are no numbers.
+# Thousands are groups of exactly three digits with one separator throughout: `4\,2` and `0,100` are not numbers.
 _INTEGER = r"(?:[1-9][0-9]{0,2}(?P<comma>,|\{,\}|\\,)[0-9]{3}(?:(?P=comma)[0-9]{3})*|[0-9]+)"
 _DECIMAL = re.compile(rf"{_SIGN}(?P<whole>{_INTEGER})?(?:\.(?P<digits>[0-9]*))?")
 _SCIENTIFIC = re.compile(
@@ -28,7 +28,7 @@ _SCIENTIFIC = re.compile(
 _SLASH = re.compile(
     rf"{_SIGN}(?:(?P<whole>[0-9]+) )?\{{?(?P<top>[+-]?[0-9]+)\}}?\s*/\s*\{{?(?P<bottom>[+-]?[0-9]+)\}}?"
 )
-# LaTeX takes a single digit for an argument without braces: \frac12 is a half.
+# Without braces a LaTeX argument is a single digit: \frac12 is one half.
 _FRAC = re.compile(
     rf"{_SIGN}(?P<whole>[0-9]+)?\s*\\frac\s*"
     r"(?:\{\s*(?P<top>[+-]?\s*[0-9]+)\s*\}|(?P<top1>[0-9]))\s*"
@@ -40,12 +40,12 @@ _COMMA = re.compile(r"(?<![{\\]),")
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """numerator / denominator, as written: the denominator is positive, common factors stay."""
+    """A fraction as written: the denominator is positive, and common factors stay."""
 
     numerator: int
     denominator: int = 1
     is_reduced: bool = True
-    """false for 2/4 and 84/2: a division that the writer has not carried out"""
+    """False for 2/4 and 84/2, a division that the writer has not carried out"""
 
     def has_value_of(self, other: "Number") -> bool:
         return self.numerator * other.denominator == other.numerator * self.denominator
@@ -82,10 +82,10 @@ class Sequence:
 
 
 def parse_number(text: str) -> Number | None:
-    """The number that the normalised `text` is, or None if it is anything else."""
+    """Return the number that the normalised `text` denotes, or None."""
     if _PLAIN_INTEGER.fullmatch(text):
         return Number(int(text))
-    is_command = text.startswith("\\")  # no pattern but the last starts with one
+    is_command = text.startswith("\\")  # only the last pattern starts with one
     if not is_command:
         if (match := _DECIMAL.fullmatch(text)) and (match["whole"] or match["digits"]):
             return _decimal(match, exponent=0)
@@ -106,9 +106,9 @@ def parse_number(text: str) -> Number | None:
 
 
 def parse_sequence(text: str) -> Sequence | None:
-    r"""The tuple, interval, set or bare list of numbers that the normalised `text` is, or None.
+    r"""Return the tuple, interval, set or bare list of numbers that the normalised `text` denotes, or None.
 
-    In a set or list `\pm 5` stands for 5 and -5.
+    In a set or list `\pm 5` means 5 and -5.
     """
     text = AND.sub(",", text)
     if "," not in text and r"\pm" not in text:

@@ -1,8 +1,8 @@
-"""Symbolic answers, compared by math-verify in a process of its own that is killed when its time is up.
+"""Comparison of symbolic answers by math-verify, in a worker process with a hard time limit.
 
-math-verify guards itself with SIGALRM, which works in a main thread only, and sympy can spend hours and
-gigabytes on one line. A process can always be killed, whichever thread asks and whatever it computes.
-This file asks, and remembers the outcomes: what explodes does it once. `verify_worker` answers.
+math-verify limits its time with SIGALRM, which works only in a main thread, and sympy can spend hours and gigabytes
+on one line. A process can always be killed, from any thread and during any computation. This module sends questions
+to the worker (`worker.py`) and caches the outcomes, so that an answer that exceeds the limit costs it once.
 """
 
 import atexit
@@ -18,7 +18,7 @@ import time
 from typing import Literal
 
 CPU_LIMIT_SECONDS = 0.8
-"""what one comparison may cost: processor time, so that a verdict does not depend on what else runs"""
+"""limit of one comparison, in processor time, so that a verdict does not depend on other load"""
 _WALL_LIMIT_SECONDS = 20.0
 _START_SECONDS = 120.0
 _MAX_REMEMBERED = 20_000
@@ -29,19 +29,19 @@ log = logging.getLogger(__name__)
 
 
 class SymbolicVerifier:
-    """Asks one worker process, started at the first question and again after it had to be killed."""
+    """Client of one worker process, which is started at the first question and again after a kill."""
 
     def __init__(self, cpu_limit_seconds: float = CPU_LIMIT_SECONDS) -> None:
         self.cpu_limit_seconds = cpu_limit_seconds
         self.num_asked = 0
         self.num_given_up = 0
-        """how many comparisons ran out of time or memory; each is also logged"""
+        """number of comparisons that ran out of time or memory; each is also logged"""
         self._remembered: dict[tuple[str, str], Outcome] = {}
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[bytes] | None = None
 
     def compare(self, response: str, answer: str) -> Outcome:
-        """Whether two LaTeX expressions mean the same. ImportError if math-verify is not installed."""
+        """Compare two LaTeX expressions. Raises ImportError if math-verify is not installed."""
         with self._lock:
             outcome = self._remembered.get((response, answer))
             if outcome is None:
@@ -54,7 +54,7 @@ class SymbolicVerifier:
     def _ask(self, response: str, answer: str) -> Outcome:
         self.num_asked += 1
         if self._worker is not None and self._worker.poll() is not None:
-            self.close()  # it was ended from outside
+            self.close()  # something else killed it
         worker = self._worker or self._start()
         question = json.dumps([response, answer, self.cpu_limit_seconds]).encode() + b"\n"
         assert worker.stdin is not None, "the worker was started with pipes"
@@ -73,7 +73,7 @@ class SymbolicVerifier:
         return outcome
 
     def close(self) -> None:
-        """Kills the worker, if there is one; the next question starts another."""
+        """Kill the worker, if one runs; the next question starts another."""
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.kill()
@@ -82,11 +82,11 @@ class SymbolicVerifier:
                 assert pipe is not None, "the worker was started with pipes"
                 try:
                     pipe.close()
-                except BrokenPipeError:  # an unread question dies with its reader
+                except BrokenPipeError:  # the question was not read and is lost with the worker
                     pass
 
     def forget_worker(self) -> None:
-        """In a forked child: the worker belongs to the parent, whose answers must not be read here."""
+        """Drop the worker in a forked child: it belongs to the parent, and a child must not read its answers."""
         self._worker = None
         self._lock = threading.Lock()
 
@@ -95,7 +95,7 @@ class SymbolicVerifier:
             raise ImportError(
                 "verify: a symbolic answer needs math-verify, which is not installed: pip install math-verify"
             )
-        # -P: the current folder must not be on the path, it may hold a `intervals.py` of its own.
+        # -P keeps the current folder off the path, because it may contain another `intervals.py`.
         self._worker = subprocess.Popen(
             [sys.executable, "-P", "-m", "phimini.stages.verify.worker"],
             stdin=subprocess.PIPE,
@@ -105,9 +105,9 @@ class SymbolicVerifier:
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             },
-            start_new_session=True,  # Ctrl-C is for the asking process, which closes this one
+            start_new_session=True,  # Ctrl-C goes to the parent, which closes this worker
         )
-        # The first line says that sympy is loaded: its seconds are not the first question's.
+        # The worker's first line reports that sympy is loaded, so that loading does not count for the first question.
         if self._read_line(self._worker, _START_SECONDS) is None:
             self.close()
             raise RuntimeError(
@@ -117,7 +117,7 @@ class SymbolicVerifier:
 
     @staticmethod
     def _read_line(worker: subprocess.Popen[bytes], seconds: float) -> bytes | None:
-        """One line from the worker; None when the time is up or the worker has ended."""
+        """Return one line from the worker; None after the time limit or if the worker has ended."""
         assert worker.stdout is not None, "the worker was started with pipes"
         deadline = time.monotonic() + seconds
         handle, line = worker.stdout.fileno(), b""
@@ -131,6 +131,6 @@ class SymbolicVerifier:
 
 
 shared = SymbolicVerifier()
-"""the process's one worker"""
+"""the worker of this process"""
 atexit.register(shared.close)
 os.register_at_fork(after_in_child=shared.forget_worker)

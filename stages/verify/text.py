@@ -1,7 +1,7 @@
-r"""An answer's text without what does not change its meaning, and what it says beside its value: a name, a unit.
+r"""Normalisation of an answer's text, and its split into value, name and unit.
 
-`$x = 42\text{ cm}$` has the value `42`, the name `x` and the unit `cm`. Names and units are taken off the value to be
-compared with the other side's, not to be forgotten: `x=3` is 3 but not `y=3`.
+`$x = 42\text{ cm}$` has the value `42`, the name `x` and the unit `cm`. Names and units are compared separately: `x=3`
+equals 3 but not `y=3`.
 """
 
 import re
@@ -48,7 +48,7 @@ SIMPLE_NAME = re.compile(
     rf"\s*(?:{_SYMBOL}\s*(?:{_ARGUMENT})?|\({_SYMBOL}(?:\s*,\s*{_SYMBOL})+\))\s*"
 )
 EQUALS = re.compile(r"(?<![<>!=\\])=(?!=)|\\in(?=\s*[\[(\\{])")
-# Digits in a subscript, an exponent or an argument are part of a name; those of `2x` and `6*7` are work.
+# Digits in a subscript, an exponent or an argument are part of a name; those of `2x` and `6*7` are an operation.
 _NUMBER_IN_NAME = re.compile(r"(?<![A-Za-z0-9_^])[0-9]")
 _SCRIPT = re.compile(r"[_^]\s*(?:\{[^{}]*\}|[A-Za-z0-9])|(?<=[A-Za-z}])\s*\([^()]*\)")
 _ARGUMENTS = re.compile(r"_\s*(?:\{[^{}]*\}|[A-Za-z0-9])|(?<=[A-Za-z}])\s*\([^()]*\)")
@@ -56,29 +56,29 @@ _UNDERLINED_NUMBER = re.compile(r"[0-9]\s*[_^]")
 
 RELATION = re.compile(r"\s*(<|>|\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z]))\s*")
 
-# `x+y=3` is a line; `AB`, `f(2)`, `m/n`, `\angle A` and `m_{\max}` are what is asked for.
+# `x+y=3` is a line; `AB`, `f(2)`, `m/n`, `\angle A` and `m_{\max}` are names of a quantity.
 _OPERATOR = re.compile(r"[-+^]|\\(?:sqrt|pm)(?![A-Za-z])")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an answer says. `text` is all of it but units; `value` is `text` without its name."""
+    """The parts of an answer. `text` lacks only units; `value` is `text` without its name."""
 
     text: str
     value: str
     name: str | None = None
-    """what stands before `=`, in one spelling"""
+    """the normalised text before `=`"""
     unit: str | None = None
-    """None without one, '' for a counted thing"""
+    """None without a unit, '' for a counted thing"""
 
     @property
     def has_plain_name(self) -> bool:
-        """Whether the name is a variable, a function's value or a tuple of variables, not an expression such as x+y."""
+        """True if the name is a variable, a function's value or a tuple of variables, not an expression such as x+y."""
         return self.name is not None and not _OPERATOR.search(_ARGUMENTS.sub("", self.name))
 
 
 def read_answer(text: str) -> Answer:
-    """The answer that `text` is, in a spelling that other answers can be compared with."""
+    """Parse `text` into an answer, normalised for comparison with other answers."""
     text = text.strip()
     if _PLAIN.fullmatch(text):
         return Answer(text, text)
@@ -105,7 +105,7 @@ def read_answer(text: str) -> Answer:
 
 
 def spelled(text: str) -> str:
-    r"""`text` in one spelling of its characters and commands: `\dfrac`, `\left`, `≤`, full-width digits, spaces."""
+    r"""Normalise the characters and commands of `text`: `\dfrac`, `\left`, `≤`, full-width digits, spaces."""
     if not text.isascii():
         text = _ascii(text)
     text = _SPELLING.sub(_spelling, text)
@@ -117,7 +117,7 @@ def _spelling(match: re.Match[str]) -> str:
 
 
 def trimmed(text: str) -> str:
-    r"""`text` without white space and `\,` around it."""
+    r"""Strip white space and `\,` from both ends of `text`."""
     text = text.strip()
     while text.startswith(r"\,"):
         text = text[2:].lstrip()
@@ -127,7 +127,10 @@ def trimmed(text: str) -> str:
 
 
 def split_name(text: str) -> tuple[str, str | None]:
-    """`text` without `x =`, or without each in `x = 1, x = 2`, and that name; of several names each stays."""
+    """Split `text` into the value and the name before `=`.
+
+    In `x = 1, x = 2` each `x =` is removed. Several different names stay in the value.
+    """
     equals = EQUALS.search(text)
     if equals is None:
         return text, None
@@ -146,7 +149,7 @@ def split_name(text: str) -> tuple[str, str | None]:
 
 @lru_cache(maxsize=1024)  # problems share their few names
 def _name(left: str) -> str | None:
-    """The name that the left side of `=` is, in one spelling; None if a number has to be worked into it, as in `2x`."""
+    """Return the left side of `=` as a normalised name; None if it contains an operation, as in `2x`."""
     bare = _SCRIPT.sub("", _SCRIPT.sub("", left))
     is_name = (
         re.search(r"[A-Za-z]", left) is not None
@@ -166,7 +169,7 @@ def name_spelling(name: str) -> str:
 
 
 def _ascii(text: str) -> str:
-    """Unicode's spellings of mathematics in LaTeX; `3½` is a whole and a fraction, `４２` is 42."""
+    """Replace Unicode mathematics by LaTeX; `3½` becomes a whole number and a fraction, `４２` becomes 42."""
     result: list[str] = []
     for character in text:
         if character in _UNICODE:
@@ -182,7 +185,7 @@ def _ascii(text: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """`text` without one pair of marks that encloses all of it, or without `$` around its parts."""
+    """Remove one pair of marks that encloses all of `text`, or `$` around its parts."""
     if text[:1] not in ("$", "\\", "{", "(") and "$" not in text:
         return text
     for opening, closing in _DELIMITERS:
@@ -202,7 +205,7 @@ def _unwrapped(text: str) -> str:
 
 
 def _alone(text: str) -> str:
-    """What stands in the parentheses or set braces around all of `text`, if it is one thing and no tuple, choice or condition."""
+    """Remove parentheses or set braces around all of `text`, unless it is a tuple, a choice or a condition."""
     size = 2 if text.startswith(r"\{") and text.endswith(r"\}") else 1
     if size == 1 and not (text.startswith("(") and text.endswith(")")) or _CHOICE.fullmatch(text):
         return text
@@ -216,7 +219,7 @@ def _alone(text: str) -> str:
 
 
 def closing_brace(text: str, start: int) -> int:
-    """Where the group that was opened just before `start` ends; -1 if it does not."""
+    """Return the end of the group that opens just before `start`; -1 if it is not closed."""
     depth = 1
     for match in re.compile(r"\\[{}]|[{}]").finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match[0], 0)

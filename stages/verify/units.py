@@ -1,15 +1,15 @@
-r"""Units at the end of an answer: a list of real ones, in words, symbols and LaTeX.
+r"""Units at the end of an answer: a list of real units, in words, symbols and LaTeX.
 
-`5\text{ cm}`, `5 cm`, `5\,\mathrm{km/h}`, `90^\circ`, `50\%`, `\$5` and `5 dollars` are 5. A constant, a variable, an
-operation or a multiplier after a number is part of the answer: `5\mathrm{i}`, `7\text{x}`, `5\text{ squared}`,
-`5\text{ million}` keep it, because only the words listed here are taken off.
+`5\text{ cm}`, `5 cm`, `5\,\mathrm{km/h}`, `90^\circ`, `50\%`, `\$5` and `5 dollars` have the value 5. Only the units
+listed here are removed. A constant, a variable, an operation or a multiplier after a number is part of the answer and
+stays: `5\mathrm{i}`, `7\text{x}`, `5\text{ squared}`, `5\text{ million}`.
 """
 
 import re
 from functools import lru_cache
 
 MAX_UNIT_CHARACTERS = 80
-# One unit a line: its spellings. A plural in -s or -es is understood; capitals matter in spellings of up to 3 letters.
+# Spellings, one unit a line. Plurals in -s or -es are implied. Case matters in spellings of up to 3 letters.
 _MEASURES = r"""
 m meter metre
 km kilometer kilometre
@@ -98,7 +98,7 @@ yuan RMB
 peso
 percent percentage pct
 """
-# What is counted says nothing about the number, and is compared with nothing.
+# Nouns for counted things; they do not change the value and are not compared.
 _COUNTED = """
 unit point time way people person man men woman women child children boy girl student kid friend customer passenger
 employee worker teacher player member guest team group class page book word letter question problem piece slice pack
@@ -111,8 +111,8 @@ sticker stamp toy car wheel bus seat chair table room house home shirt sock shoe
 th st nd rd
 """
 _CURRENCY_SIGNS = {"$": "dollar", "€": "euro", "£": "£", "¥": "yen", "₹": "rupee"}
-# A symbol of one letter is a unit only in \text{..} or \mathrm{..}: bare it is a variable. Bare and without a
-# space these too are products of variables.
+# A symbol of one letter is a unit only in \text{..} or \mathrm{..}; otherwise it is a variable. Outside them and
+# without a space, these symbols are products of variables too.
 _TOO_SHORT_TO_GLUE = frozenset(
     "in mg ms mi ml pt um us am pm rad min ha Pa kN kJ kW MW MJ mV kV mA cc".split()
 )
@@ -138,7 +138,7 @@ _CURRENCY_START = re.compile(
 
 
 def _names() -> dict[str, str]:
-    """Each spelling's unit; '' for what is counted."""
+    """Return the unit of each spelling; '' for counted things."""
     names: dict[str, str] = {}
     for line in _MEASURES.split("\n"):
         spellings = line.split()
@@ -152,9 +152,9 @@ _NAMES = _names()
 
 
 def split_unit(text: str) -> tuple[str, str | None]:
-    """`text` without the unit at its end, and that unit; None without one, '' for a counted thing.
+    """Split `text` into the value and the unit at its end: None without one, '' for a counted thing.
 
-    A unit's power is not part of it: cm and cm^2 are one, cm and m are two.
+    Powers are ignored: cm and cm^2 are the same unit, cm and m are not.
     """
     if text[-1:].isdigit() and "^" not in text:
         return text, None
@@ -176,12 +176,12 @@ def split_unit(text: str) -> tuple[str, str | None]:
 
 def _is_balanced(text: str) -> bool:
     count = text.count
-    brackets_match = count("(") + count("[") == count(")") + count("]")  # [0,5) is closed too
+    brackets_match = count("(") + count("[") == count(")") + count("]")  # [0,5) is balanced
     return brackets_match and count("{") == count("}")
 
 
 def split_currency(text: str) -> tuple[str, str | None]:
-    r"""`text` without a currency before its number, as in `\$5` and `-\$5`, and that currency or None."""
+    r"""Split `text` into the value and the currency before it, as in `\$5` and `-\$5`, or None."""
     match = _CURRENCY_START.match(text) if text[:1] in "-$€£¥₹U\\" else None
     if (
         match is None
@@ -207,7 +207,7 @@ def _is_bare_unit(tail: str, glued: bool) -> bool:
 
 @lru_cache(maxsize=4096)  # a set of problems has few units
 def unit_of(text: str) -> str | None:
-    r"""The unit that all of `text` is: `\text{ km}/\mathrm{h}` is 'km/hour'; None if any part is anything else."""
+    r"""Return `text` as a unit, 'km/hour' for `\text{ km}/\mathrm{h}`; None if a part is not a unit."""
     text = _FRACTION.sub(r"\1/\2", text)
     text = re.sub(_ORDINAL, " th ", re.sub(_DEGREE, " ° ", text))
     text = _DECORATION.sub(" ", text.replace(r"\%", "%").replace(r"\$", "$"))
@@ -252,7 +252,7 @@ def _name(word: str) -> str | None:
 
 
 def _joined(parts: list[str]) -> str:
-    """One spelling for a compound unit, whatever the order of its factors."""
+    """Return one spelling of a compound unit for any order of its factors."""
     top = sorted({part for part in parts if not part.startswith("/")})
     bottom = sorted({part for part in parts if part.startswith("/")})
     name = "·".join(top) + "".join(bottom)

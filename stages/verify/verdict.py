@@ -1,16 +1,16 @@
-r"""The verifier: is the last \boxed{...} of a response the reference answer?
+r"""Verifier of the reward: compare the last \boxed{...} of a response with the reference answer.
 
-Numbers are compared exactly, in microseconds (`verify_numbers`). Only a reference answer that is no number
-asks math-verify (`verify_symbolic`), with a hard time limit. The rules, each against a known way to be
-rewarded for nothing or to lose a right answer:
-- a response that thinks aloud answers after `</think>`: a box in its thoughts alone is not paid
-- the last box decides, and it must be closed: an earlier one is never recovered; no box, no answer
-- a number must be written as a number: `6*7`, `40+2`, `84/2` and `\sqrt{4}` are work left undone; a fraction
-  must be in lowest terms (as the MATH data set's own checker asks)
-- `042`, `42.0`, `1,000`, `$42$`, `\frac{1}{2}` = `1/2` = `½` = `0.5` are spellings; `(2,500)` is a pair and `0,100` a list
-- a name and a unit (`x=42`, `42\text{ cm}`, `42\%`) may stand on one side alone; on both sides they must agree
-- an inequality solved for one name is its interval; `x = y` and `y - x = 0` are one equation
-- a time-out is reported as such and counted, never hidden in a plain "wrong"
+Numbers are compared exactly, in microseconds (`numerals.py`). Only a reference answer that is not a number needs
+math-verify (`symbolic.py`), with a hard time limit. Each rule prevents a known false positive or false negative:
+- A response with thoughts answers after `</think>`. A box in its thoughts does not count.
+- The last box decides, and it must be closed. An earlier box is never used; a response without a box has no answer.
+- A number must be written as a number: `6*7`, `40+2`, `84/2` and `\sqrt{4}` are unfinished work. A fraction must be in
+  lowest terms, as the checker of the MATH data set requires.
+- `042`, `42.0`, `1,000`, `$42$` and `\frac{1}{2}` = `1/2` = `½` = `0.5` are spellings. `(2,500)` is a pair and
+  `0,100` a list.
+- A name or a unit (`x=42`, `42\text{ cm}`, `42\%`) may stand on one side only. On both sides they must agree.
+- An inequality solved for one name is its interval. `x = y` and `y - x = 0` are one equation.
+- A time-out is reported and counted as such, never as a plain "wrong".
 """
 
 import re
@@ -34,7 +34,7 @@ Reason = Literal[
     "work left undone", "unreadable", "timed out", "too large",
 ]  # fmt: skip
 
-# TeX takes one digit or letter for an argument without braces; `\boxed 42` is meant as 42.
+# Without braces a TeX argument is one digit or letter, but `\boxed 42` is meant as 42.
 _BOX_OR_BRACE = re.compile(
     r"\\boxed\s*(?:\{|(?P<bare>-?[0-9]+(?:\.[0-9]+)?(?![0-9A-Za-z])|(?<=\s)[A-Z](?![0-9A-Za-z])))|\\[{}]|[{}]"
 )
@@ -42,14 +42,14 @@ _WORDS = re.compile(r"\(?([A-Za-z]|[A-Za-z]{2,}(?:[ -][A-Za-z]+)*)\)?")
 _UNDONE_COMMAND = re.compile(
     r"\\(?:i*int|oint|sum|prod|lim|binom|dbinom|tbinom|gcd|lcm|max|min|det|bmod|pmod|mod)(?![A-Za-z])|[0-9]\s*!"
 )
-# `40+2`, but neither the end of `x^2-1`, `\sqrt5-1`, `\pi/2+1` nor the start of `1+2\sqrt{3}`, `1-2x`.
+# Matches `40+2`, but neither the end of `x^2-1`, `\sqrt5-1`, `\pi/2+1` nor the start of `1+2\sqrt{3}`, `1-2x`.
 _UNDONE_ARITHMETIC = re.compile(
     r"(?<![\^_/.0-9A-Za-z])[0-9.]++\s*(?:[-+*]|\\(?:cdot|times|div|ast)(?![A-Za-z]))\s*"
     r"[0-9.]++(?!\s*[A-Za-z\\^({])"
 )
-# `101_2`, `3:30`, `2:3`: math-verify drops the base, and takes a time or a ratio for a division.
+# `101_2`, `3:30`, `2:3`: math-verify drops the base, and reads a time or a ratio as a division.
 _PAIR = re.compile(r"0*([0-9A-Z]+)\s*([_:])\s*\{?0*([0-9]+)\}?", re.IGNORECASE)
-# Each name in `x_1 = 1, x_2 = 2`, where a bare list of numbers is asked for.
+# Each name in `x_1 = 1, x_2 = 2`, for a reference that is a bare list of numbers.
 _NAMES = re.compile(r"(^|,)\s*[A-Za-z](?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\}))?\s*=\s*")
 _VARIABLE = re.compile(
     r"(?<![A-Za-z\\])(?![eidI])[A-Za-z](?![A-Za-z])|\\(?!pi)(?:[a-z]*(?:eta|mu|alpha|amma|ambda|igma|rho|phi|psi|omega|tau))(?![a-z])"
@@ -59,11 +59,11 @@ _MAX_SYMBOLIC_CHARACTERS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the verifier found; true in a condition exactly if the answer is correct."""
+    """Result of the verifier; truthy exactly if the answer is correct."""
 
     correct: bool
     extracted: str | None
-    """what stood in the deciding box; None without a closed one"""
+    """content of the last box; None if it is missing or not closed"""
     reason: Reason
 
     def __bool__(self) -> bool:
@@ -71,14 +71,14 @@ class Verdict:
 
 
 def verify(response: str, answer: str) -> bool:
-    r"""Whether the last \boxed{...} of `response` is `answer`; errors as in `judge`."""
+    r"""Return True if the last \boxed{...} of `response` is `answer`; errors as in `judge`."""
     return judge(response, answer).correct
 
 
 def judge(response: str, answer: str) -> Verdict:
-    """The verdict on a response and why. `answer` is the reference: a number, word or LaTeX expression.
+    """Return the verdict on a response, with its reason. `answer` is the reference: a number, word or LaTeX.
 
-    Raises ValueError if `answer` is blank or endless, ImportError if it needs math-verify and that is not installed.
+    Raises ValueError if `answer` is blank or too long, and ImportError if it needs math-verify and that is missing.
     """
     reference = _reference(answer)
     extracted = extract_answer(response)
@@ -93,10 +93,10 @@ def judge(response: str, answer: str) -> Verdict:
 
 
 def extract_answer(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}` of `text`, stripped; None if there is none or it is not closed.
+    r"""Return the stripped content of the last `\boxed{...}` of `text`, or None if it is missing or not closed.
 
     Braces nest, and `\{` and `\}` are characters. A box within a closed box is part of the outer one. `\boxed 7` is a
-    box too. Of a text that thinks aloud only what follows its last `</think>` is read.
+    box too. In a text with thoughts, only the part after the last `</think>` is read.
     """
     start = max(text.rfind("</think>"), 0)
     stop = text.find("<think>", start)
@@ -107,15 +107,15 @@ def extract_answer(text: str) -> str | None:
     end = text.find("}", start)
     if (
         text.startswith("{", start + 6) and text.rfind(r"\boxed") == start
-    ):  # most texts have one plain box
+    ):  # the common case: one plain box
         if (
             "{" not in (content := text[start + 7 : end])
             and "\\" not in content
             and 0 <= end < stop
         ):
             return content.strip()
-    boxes: list[tuple[int, int]] = []  # where the content starts and ends; -1: not closed yet
-    open_braces: list[int] = []  # for each open brace its box's place in `boxes`; -1: a plain brace
+    boxes: list[tuple[int, int]] = []  # start and end of the content; -1: not closed yet
+    open_braces: list[int] = []  # index in `boxes` for each open brace; -1: a plain brace
     for token in _BOX_OR_BRACE.finditer(text, start, stop):
         mark = token[0]
         if mark == "{":
@@ -142,13 +142,13 @@ class _Reference:
     sequence: Sequence | None
     word: str | None
     interval: tuple[str, str] | None
-    """the name and interval that it is, if it is an inequality"""
+    """its name and interval, if it is an inequality"""
     is_solved: bool
-    """false for an inequality such as `2x > y`, which is no interval"""
+    """False for an inequality such as `2x > y`, which is not an interval"""
     is_equation: bool
-    """whether it is one equation that names nothing, such as a line's"""
+    """True for one equation without a name on its left, such as a line's"""
     is_constant: bool
-    """whether the value has no variable in it"""
+    """True if the value contains no variable"""
 
 
 @lru_cache(maxsize=4096)  # a group of rollouts shares its reference
@@ -160,7 +160,7 @@ def _reference(answer: str) -> _Reference:
             f"verify: answer: expected at most {MAX_CHARACTERS} characters, got {len(answer)}"
         )
     read = read_answer(answer)
-    if read.name is not None and not read.has_plain_name:  # `x+y=3` is a line, and not 3
+    if read.name is not None and not read.has_plain_name:  # `x+y=3` is a line, not the number 3
         read = Answer(read.text, read.text, None, read.unit)
     interval = as_interval(read.text)
     if interval is not None:
@@ -176,7 +176,7 @@ def _reference(answer: str) -> _Reference:
 
 
 def _word(text: str) -> str | None:
-    """A word, a name or a choice such as `(B)`, in lower case; None for anything else."""
+    """Return a word, a name or a choice such as `(B)`, in lower case; None for any other text."""
     match = _WORDS.fullmatch(text)
     return match[1].lower() if match else None
 
@@ -213,7 +213,7 @@ def _compare(got: Answer, reference: _Reference) -> Reason:
 
 
 def _compare_numbers(got: Number | None, unit: str | None, reference: _Reference) -> Reason:
-    """50 % is 50 to those who ask for percent, and 0.5."""
+    """Compare two numbers. If only one side is in percent, 50 % equals both 50 and 0.5."""
     expected = reference.number
     assert expected is not None, "asked for a number"
     if got is not None and not got.has_value_of(expected):

@@ -1,8 +1,8 @@
-r"""The process that compares symbolic answers: one JSON line [response, answer, seconds] in, one outcome out.
+r"""Worker process that compares symbolic answers: one JSON line [response, answer, seconds] in, one outcome out.
 
-sympy can spend hours and gigabytes on one line, so the comparing itself is done in a forked child which the kernel ends
-when its processor time is up, whatever it computes. The parent has sympy loaded and forks the next child in
-milliseconds: an answer that explodes costs its time limit and no restart.
+sympy can spend hours and gigabytes on one line, so a forked child does the comparison, and the kernel ends the child
+at its limit of processor time. The parent keeps sympy loaded and forks the next child in milliseconds, so that an
+answer that exceeds the limit costs that limit and no restart.
 """
 
 import json
@@ -20,7 +20,7 @@ _MEMORY_BYTES = 2 << 30
 
 
 class Child:
-    """A fork that answers questions, one at a time, until it is ended."""
+    """A forked process that answers one question at a time until it is ended."""
 
     def __init__(self) -> None:
         asked, self.questions = os.pipe()
@@ -39,7 +39,7 @@ class Child:
         os.close(replying)
 
     def ask(self, question: bytes) -> bytes | None:
-        """The child's reply; None if it was ended before it came."""
+        """Return the child's reply; None if the child ended before it replied."""
         try:
             os.write(self.questions, question)
         except BrokenPipeError:
@@ -53,7 +53,7 @@ class Child:
         return reply
 
     def close(self) -> int:
-        """Which signal ended the child, 0 if none did."""
+        """Wait for the end of the child; return the signal that ended it, or 0."""
         os.close(self.questions)
         os.close(self.replies)
         return os.waitpid(self.pid, 0)[1] & 0x7F
@@ -80,10 +80,10 @@ def _outcome(response: str, answer: str) -> str:
 
 
 def main() -> None:
-    logging.disable()  # math-verify warns that its own time limit is off: ours replaces it
+    logging.disable()  # math-verify warns that its own time limit is off; the kernel's limit replaces it
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever else prints must not look like a reply
-    # Parser and sympy load their parts at first use: in this process, so that no child has to.
+    os.dup2(2, 1)  # other output must not look like a reply
+    # Parser and sympy load lazily: load them here, so that every child inherits them.
     verify_expressions.warm_up()
     child = Child()
     replies.write(b'"ready"\n')
@@ -96,7 +96,7 @@ def main() -> None:
             child = Child()
             if signal_number == signal.SIGPROF:
                 reply = b'"timed out"\n'
-            else:  # ended from outside before the question, or crashed by it: the second try tells
+            else:  # killed from outside before the question, or crashed by it: a second try distinguishes the two
                 reply = child.ask(line)
         replies.write(b'"too large"\n' if reply is None else reply)
     child.close()

@@ -110,7 +110,7 @@ def test_equals_liger() -> None:
 
 
 def test_dw_in_several_blocks(each_library: str) -> None:
-    """What oneDNN computes goes into dW 2^18 elements at a time."""
+    """oneDNN's results are added to dW 2^18 elements at a time."""
     hidden, weight, targets = make_head(24, 1024, 600)
     ours = lambda x, w: linear_cross_entropy(x, w, targets, chunk_bytes=chunk_bytes(600))
     want = value_and_grads(

@@ -1,4 +1,4 @@
-"""The sampler's folded step against the reference model's forward."""
+"""The sampler's folded decode step against the reference model's forward."""
 
 import dataclasses
 

@@ -79,7 +79,7 @@ def test_logits_and_gradients_equal_hugging_faces(factors: str, T: int) -> None:
 
 @pytest.mark.parametrize("T", [40, 128, 129])
 def test_one_table_at_every_length(T: int) -> None:
-    """The run's long table below the boundary too: HF agrees once both of its tables are the long one."""
+    """The run's long table also below the boundary; HF agrees if both of its tables are the long one."""
     model = build()
     frozen = dataclasses.replace(SMALL, short_factor=SMALL.long_factor)
     hf = build_hf(model.__class__(frozen))

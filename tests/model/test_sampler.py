@@ -1,4 +1,4 @@
-"""The sampler: what it draws, that it draws it from the right distribution, and that batching changes nothing.
+"""The sampler: the distribution of its draws, and their independence of the batch.
 
 B rows, V vocabulary. The models are small and their matrices wide, so that distributions are far from flat.
 """
@@ -33,7 +33,7 @@ def params_of(**changes) -> SamplingParams:
 def exact_logprobs(
     model: Phi4Mini, prompt: list[int], tokens: list[int], temperature: float
 ) -> Tensor:
-    """(len(tokens), V) at the given temperature, from one full forward."""
+    """Return log-probs (len(tokens), V) at the given temperature, from one full forward."""
     with torch.no_grad():
         logits_BTV = model.logits(model(torch.tensor([prompt + tokens])))
     return (logits_BTV[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
@@ -76,7 +76,7 @@ def test_a_batch_dependent_generator_would_be_caught(monkeypatch: pytest.MonkeyP
 
 
 def test_stragglers_are_parked_and_resumed() -> None:
-    """Many short completions, a few that run to the limit, and few slots: every kind of wave happens."""
+    """Many short completions, a few up to the limit, and few slots, so that every kind of wave occurs."""
     model, prompts = build(), prompts_of(70)
     params = params_of(max_new_tokens=60, stop_ids=tuple(range(0, 96, 5)))
     want = sample(model, prompts, params, list(range(70)))
@@ -135,7 +135,7 @@ def counts(logits_V: Tensor, params: SamplingParams, num: int) -> Tensor:
 
 
 def assert_counts(got_V: Tensor, p_V: Tensor) -> None:
-    """Each count within 5 standard deviations, and nothing that cannot be."""
+    """Assert that each count is within 5 standard deviations, and that impossible tokens do not occur."""
     num = int(got_V.sum())
     error = (got_V - num * p_V).abs()
     assert bool((error <= 5 * (num * p_V * (1 - p_V)).sqrt() + 1e-9).all()), (
@@ -162,7 +162,7 @@ def test_top_p_by_counting(top_p: float) -> None:
 
 
 def test_a_small_top_p_on_a_flat_distribution() -> None:
-    """Nearly every draw falls outside, so the last attempt, which cannot, decides."""
+    """Nearly every draw falls outside top_p, so the last attempt, which cannot, decides."""
     logits_V = torch.zeros(512)
     logits_V[[3, 200, 511]] = 0.5
     got_V = counts(logits_V, params_of(top_p=0.005), 3000)

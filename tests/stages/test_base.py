@@ -1,4 +1,4 @@
-"""A run that starts from another run's model: the same tables, the same weights, and not the other table unasked."""
+"""A run that starts from another run's model: the same rope tables and weights, and never silently the other table."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What the command line says of itself, and of words that it does not know."""
+"""Help of the command line, and errors for unknown words."""
 
 import importlib.util
 import subprocess

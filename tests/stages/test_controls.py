@@ -1,4 +1,4 @@
-"""The control arms: what each trains from and on, with how many steps, and what is said of it."""
+"""The control arms: start model, data, steps and description of each."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ NAMES = ("sft", "rollout_dpo", "rlvr")
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunConfig:
-    """A run whose stages are complete on paper."""
+    """Make a run whose stages are marked complete."""
     spent = {"sft": (600, 100.0), "rollout_dpo": (60, 30.0), "rlvr": (40, 120.0)}
     for stage in ("distill", "curate", *NAMES):
         steps, cpu = spent.get(stage, (0, 0.0))

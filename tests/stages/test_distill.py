@@ -123,7 +123,7 @@ def test_own_data_is_verified_and_cleared_of_heldout_questions(
 
 
 def test_an_answer_that_was_cut_off_is_not_correct(run: RunConfig, tmp_path: Path) -> None:
-    """Stages 1 and 2 end what they train on: the model would learn to stop within a sentence."""
+    """Stages 1 and 2 append end tokens, so the model would learn to stop within a sentence."""
     given = [
         (r"so \boxed{2}", {}, True),
         (r"so \boxed{2}. We check", {"finish_reason": "length"}, False),

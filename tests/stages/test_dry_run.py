@@ -1,4 +1,4 @@
-"""The dry run finds what is missing before any rank starts, and its costs are the model card's arithmetic."""
+"""The dry run finds missing inputs before any rank starts, and its costs follow the model card's arithmetic."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def test_the_papers_values(key: str, want: object) -> None:
 
 @pytest.fixture
 def small(tmp_path: Path) -> RunConfig:
-    """The paper's recipe with a tiny base model and data in place."""
+    """Make the paper's recipe with a tiny base model and its data."""
     source = tmp_path / "data"
     row = {"id": "a", "question": "What is 1 + 2?", "answer": "3", "response": "\\boxed{3}"}
     for name in ("rollouts", "validation", "prompts", "heldout"):

@@ -37,7 +37,7 @@ MICRO_SIZES = {
 
 
 def rollouts(count: int) -> list[dict]:
-    """Four of a fallible teacher's per question: correct and wrong ones."""
+    """Return four rollouts of a fallible teacher per question, correct and wrong ones."""
     return [
         {"id": f"{p.id}/{k}", "family": p.family, "level": p.level, "question": p.question, "answer": p.answer,
          "response": teach(p, k, quick=0.9, slip=0.4)}
@@ -48,7 +48,7 @@ def rollouts(count: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """base= and distill=: a tiny model's folder, and one file of rollouts."""
+    """Return base= and distill=: a tiny model's folder and a file of rollouts."""
     folder = tmp_path_factory.mktemp("paper")
     rows = rollouts(40)
     write_rows(folder / "rollouts.jsonl", rows)
@@ -64,7 +64,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def command(words: list[str]) -> int:
-    """In a process of its own. An untrained model answers nothing right: the reward is that of a coin."""
+    """Run the command in another process, with a coin as reward, because an untrained model has no right answer."""
     rollout_groups.reward = lambda response, finish_reason, problem: 1.0 - 2.0 * (len(response) % 2)
     return main(words)
 
@@ -100,7 +100,7 @@ ON_DATA_RANKS: dict[str, list[str]] = {
 def test_a_recipe_s_own_micro_batches_run_on_three_data_ranks(
     name: str, inputs: list[str], tmp_path: Path
 ) -> None:
-    """None of the batches divides by 3, and stage 1's two rows leave one rank without any."""
+    """The batches do not divide by 3, and stage 1's two rows leave one rank without a row."""
     given = inputs[:2] if name == "phi4_mini_reasoning" else []
     words = ["recipe", name, *given, f"out={tmp_path}", *ON_DATA_RANKS[name]]
     assert run_ranks(command, 3, words, timeout_s=600) == [0] * 3

@@ -1,4 +1,4 @@
-"""The whole pipeline at a size that takes seconds: it learns nothing, but every stage, file and resume is real."""
+"""The whole pipeline at a size that takes seconds: real stages, files and resumes, without learning."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def test_each_stage_leaves_a_model_a_summary_and_a_row_per_step(finished: Path) 
 
 
 def test_each_stages_model_is_described_like_the_base(finished: Path) -> None:
-    """Where generation ends too: without it transformers and `vllm serve` would write on until the limit."""
+    """The folder also has the stop ids, without which transformers and `vllm serve` would sample to the limit."""
     for name in (
         "config.json",
         "generation_config.json",
@@ -63,7 +63,7 @@ def test_the_loss_falls(finished: Path) -> None:
 
 
 def test_the_preference_loss_starts_at_ln_2(finished: Path) -> None:
-    """Up to rounding: the reference's log-probs were computed in other micro-batches."""
+    """ln 2 up to rounding, because the reference's log-probs were computed in other micro-batches."""
     assert metrics(finished, "rollout_dpo")[0]["preference_loss"] == pytest.approx(
         math.log(2), abs=1e-5
     )
@@ -110,7 +110,7 @@ def wait_for_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
 
 
 def test_an_interrupted_stage_goes_on_where_it_stopped(finished: Path, tmp_path: Path) -> None:
-    """SIGINT in the middle, then the same command: the same losses as the run that was not interrupted."""
+    """SIGINT in the middle, then the same command: the same losses as an uninterrupted run."""
     run = tmp_path / "interrupted"
     run.mkdir()
     for name in ("distill", "curate", "base"):
@@ -136,7 +136,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(finished: Path, tmp_path:
 
 
 def stopped_at_step(words: list[str], step: int) -> int:
-    """`phimini WORDS`, asked to stop after `step` steps."""
+    """Run `phimini WORDS` and ask it to stop after `step` steps."""
 
     def stop() -> int:
         asked: list[int] = []
@@ -155,7 +155,7 @@ def stopped_at_step(words: list[str], step: int) -> int:
 def test_an_interrupted_stage_does_not_go_on_as_another(
     change: str, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """Half of a stage with one seed and half with another is neither; and its summary would name the second."""
+    """A stage must not continue with another seed; its summary would name only the second seed."""
     run = tmp_path / "run"
     for name in ("distill", "curate", "base"):
         shutil.copytree(finished / name, run / name)
@@ -186,7 +186,7 @@ def test_a_stage_that_failed_before_it_made_anything_may_begin_otherwise(
 
 
 def test_sigterm_to_torchrun_saves_and_says_how_to_go_on(finished: Path, tmp_path: Path) -> None:
-    """As a preemption under the launch scripts: torchrun passes it on and waits for the ranks."""
+    """Like a preemption under the launch scripts: torchrun forwards the signal and waits for the ranks."""
     run = tmp_path / "preempted"
     run.mkdir()
     for name in ("distill", "curate", "base"):
@@ -212,7 +212,7 @@ def test_sigterm_to_torchrun_saves_and_says_how_to_go_on(finished: Path, tmp_pat
 def test_a_rank_killed_in_a_step_under_torchrun_ends_the_others_and_is_named(
     finished: Path, tmp_path: Path
 ) -> None:
-    """kill -9 while the ranks step; then the same command goes on from the last checkpoint."""
+    """kill -9 during a step; then the same command resumes from the last checkpoint."""
     run = tmp_path / "killed"
     run.mkdir()
     for name in ("distill", "curate", "base"):
@@ -264,7 +264,7 @@ def test_a_rank_that_hangs_is_named_within_the_run_s_deadline(
 def test_a_full_disk_ends_with_one_clear_line(
     processes: int, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """A limit on the size of a file stands for the full disk."""
+    """A limit on the size of a file simulates the full disk."""
     for name in ("distill", "curate", "base"):
         os.symlink(finished / name, tmp_path / name)
     words = ["midtrain", "tiny", f"out={tmp_path}", *MICRO, "midtrain.checkpoint_every=2"]

@@ -1,4 +1,4 @@
-"""results.json of a run that was interrupted, or asked for twice, is of the whole run and not of the last call."""
+"""results.json describes the whole run, also after an interruption or a second call."""
 
 from pathlib import Path
 

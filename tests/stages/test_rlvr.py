@@ -1,4 +1,4 @@
-"""Stage 4 as a whole: it says why it made no update, and what it sampled for nothing."""
+"""Stage 4 as a whole: its reports of steps without an update and of unused rollouts."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from phimini.stages.rl import groups as rollout_groups
 
 
 def rewarded(run: RunConfig, value: float) -> list[dict]:
-    """Every answer in training gets the same reward; those of the probe do not."""
+    """Give every answer in training the same reward, but not those of the probe."""
     select = rlvr.select_prompts
 
     def then_equal(*args):
@@ -53,7 +53,7 @@ def test_too_few_rollouts_for_an_update_are_named(tmp_path: Path) -> None:
 
 
 def test_rollouts_that_wait_at_the_end_are_reported(tmp_path: Path) -> None:
-    """16 rollouts a step, of which 20 are wanted: of three steps the second makes an update, and the third's wait."""
+    """With 16 rollouts a step and 20 needed, the second of three steps updates, and the third's rollouts wait."""
     run = run_config(make_run(tmp_path / "run"), "rlvr.min_rollouts=20")
     rows = run_ranks(reinforce, 1, run)[0]
     summary = read_json(Path(run.out) / "rlvr" / "summary.json")

@@ -1,4 +1,4 @@
-"""Stage 3's pairs; and its check of its first step: policy and reference are one model, and say so in FP8 and bf16 too."""
+"""Stage 3's pairs, and its check that policy and reference are equal at the first step, also in FP8 and bf16."""
 
 import json
 import math
@@ -33,7 +33,7 @@ from phimini.stages.run.training import layout_of
 
 
 def make_run(folder: Path) -> None:
-    """sft/model and curate/pairs.jsonl, as if the earlier stages had run."""
+    """Write sft/model and curate/pairs.jsonl, as if the earlier stages had run."""
     rng = random.Random(0)
 
     def numbers(count: int) -> str:
@@ -54,7 +54,7 @@ def make_run(folder: Path) -> None:
 
 
 def first_loss(folder: Path, *words: str) -> float:
-    """The preference loss of the first step, of one that the stage went on from."""
+    """Return the preference loss of the first step after a resume."""
     settings = ("rollout_dpo.pairs=teacher", "rollout_dpo.sequence_length=400")
     run = override(tiny(), [f"out={folder}", *settings, *words])
     rollout_dpo(run, initialize(layout_of(run), preset("tiny")))
@@ -63,7 +63,7 @@ def first_loss(folder: Path, *words: str) -> float:
 
 
 def teachers() -> list[dict]:
-    """Rollouts of one question: a few right ones, and wrong ones that were cut off or not."""
+    """Return rollouts of one question: right ones, and wrong ones with or without truncation."""
     answers = [
         ("so \\boxed{4}", True), ("hence \\boxed{4}", True), ("so \\boxed{4}", True),
         ("then \\boxed{4}", True), ("ends \\boxed{5}", False), ("was cut", False),

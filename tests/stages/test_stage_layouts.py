@@ -1,4 +1,4 @@
-"""What the stages hand to a step means the same at every layout and on any number of data ranks.
+"""Inputs that the stages pass to a step have the same meaning at every layout and number of data ranks.
 
 Pairs stay pairs when their tokens are split; a data rank with fewer items than the others adds nothing of its own.
 """
@@ -72,7 +72,7 @@ def test_preferences_are_the_same(layout: Layout, world_size: int) -> None:
 
 
 def test_data_ranks_get_equal_flops_and_not_equal_tokens() -> None:
-    """At lengths where attention outweighs the products, a document of 4n costs more than four of n."""
+    """At lengths where attention dominates, a document of 4n tokens costs more than four of n."""
     small = config(max_positions=1 << 20)
     assert flops_of([4000], small) > 2 * flops_of([1000] * 4, small)
     assert flops_of([1000, 3000], small) < flops_of([4000], small)
@@ -103,7 +103,7 @@ def with_reference(batch: PackedBatch) -> PackedBatch:
 
 
 def stage_items(stage: str, world: World) -> tuple[list, Any, Any]:
-    """Items, how a micro-batch is made of some, and the head: as the stage has them."""
+    """Return a stage's items, the function that makes a micro-batch of some, and its head."""
     multiple = world.layout.token_multiple
     if stage == "dpo":
         pair = lambda part: pair_batch(part, torch.full((len(part), 2), -60.0), world)
@@ -116,7 +116,7 @@ def stage_items(stage: str, world: World) -> tuple[list, Any, Any]:
 
 
 def uneven_rank(stage: str, number: int, layout: Layout) -> tuple[float, float, dict[str, float], dict[str, Tensor], int]:  # fmt: skip
-    """Of the first `number` items in micro-batches of one; also how many of them this rank's had a target in."""
+    """Train on the first `number` items in micro-batches of one; also return how many on this rank had a target."""
     world = initialize(layout, config(), timeout_s=100)
     model = build_model(config(), world, seed=0)
     model.zero_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 def attend_reference(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, lengths: list[int], scale: float
 ) -> Tensor:
-    """softmax(scale q k^T, causal) v, written out."""
+    """Return softmax(scale q k^T, causal) v, written out."""
     outs = []
     group = q_THK.shape[1] // k_TGK.shape[1]
     for q, k, v in zip(*(x.split(lengths) for x in (q_THK, k_TGK, v_TGK)), strict=True):
@@ -24,7 +24,7 @@ def attend_reference(
 
 
 def qkv(num_tokens: int, dtype: torch.dtype, head_dim: int = 32) -> tuple[Tensor, Tensor, Tensor]:
-    """As Megatron hands them over: k and v are views of one projection."""
+    """Return q, k, v as Megatron passes them: k and v are views of one projection."""
     q = torch.randn(num_tokens, 6, head_dim, device=DEVICE, dtype=dtype)
     kv = torch.randn(num_tokens, 2, 2 * head_dim, device=DEVICE, dtype=dtype)
     k, v = kv.split(head_dim, -1)

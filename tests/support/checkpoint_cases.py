@@ -31,7 +31,7 @@ def build(
 
 
 def fake_steps(model: Model, optimizer: Optimizer, steps: range) -> dict[str, Tensor]:
-    """Updates with random gradients that depend on step and tensor only; the weights after them."""
+    """Update with random gradients that depend only on step and tensor; return the weights."""
     world = model.world
     for step in steps:
         optimizer.zero_grad()

@@ -24,7 +24,7 @@ SAMPLES = [1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.01, 0.99]
 def row(
     slow: float = 1.0, environment: Environment = HERE, machine: float = 1.0, **changes: Any
 ) -> Row:
-    """Return a row of ours at `slow` ms and eager at 2 ms, both times `machine`."""
+    """Return a row with our time at `slow` ms and eager at 2 ms, both times `machine`."""
     settings: dict[str, Any] = dict(environment=environment,
         bench="kernels", case={"op": "rope"}, provider="phimini", unit="ms", samples=[slow * machine * s for s in SAMPLES],
         reference="eager", reference_samples=[2 * machine * s for s in SAMPLES[::-1]], peak_bytes=100 * 2**20,

@@ -50,7 +50,11 @@ def dpo(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group):
         hidden_MD, weight_VD, batch.targets_T, batch.fields["sequence"], batch.document_fields["reference_logp"],
         nll_weight=0.2, group=group, sequence_group=batch.context_group,
     )  # fmt: skip
-    return batch.once(loss), batch.once(m.num_pairs), {"margin": batch.once(m.margin_sum)}
+    return (
+        batch.share_of_rank(loss),
+        batch.share_of_rank(m.num_pairs),
+        {"margin": batch.share_of_rank(m.margin_sum)},
+    )
 
 
 HEADS = {"cross_entropy": cross_entropy, "policy": policy, "dpo": dpo}

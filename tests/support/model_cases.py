@@ -1,4 +1,4 @@
-"""Small models beside transformers', and the bound their outputs are held to."""
+"""Small models with their transformers counterparts, and the bound on the difference of their outputs."""
 
 import dataclasses
 

@@ -47,7 +47,7 @@ GROUPS = [[15, 3], [16], [17, 2, 1], [40], [16, 16], [5, 31], [1, 33], [20, 9, 4
 def cross_entropy_head(
     hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The plainest vocab-parallel head: every rank gathers the whole weight and computes everything."""
+    """Compute a plain vocab-parallel cross-entropy: every rank gathers the whole weight and computes all of it."""
     if group.size() > 1:
         shards = [torch.empty_like(weight_VD) for _ in range(group.size())]
         dist.all_gather(shards, weight_VD.detach(), group=group)
@@ -63,7 +63,7 @@ def cross_entropy_head(
 def reference(
     model_config: ModelConfig, groups: list[list[int]]
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the plain model in fp64: every document alone, mean over all trained tokens."""
+    """Return loss and gradients of the plain model in fp64: each document alone, mean over all trained tokens."""
     model = Phi4Mini(model_config)
     model.init_weights(0)
     model.double()
@@ -80,13 +80,13 @@ def reference(
 
 
 def share_of(groups: list[list[int]], rank: int, size: int) -> list[PackedBatch]:
-    """This data rank's micro-batches."""
+    """Return this data rank's micro-batches."""
     mine = groups[rank * len(groups) // size : (rank + 1) * len(groups) // size]
     return [pack(documents(lengths)) for lengths in mine]
 
 
 def worst_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
-    """Largest |difference| of a gradient, relative to the largest entry of that gradient, and its name."""
+    """Return the largest |difference| of a gradient, relative to its largest entry, and its name."""
     assert got.keys() == want.keys()
     return max(
         (((got[k] - want[k]).abs().max() / want[k].abs().max()).nan_to_num(torch.inf).item(), k)
@@ -109,7 +109,7 @@ def check(results: list, want: tuple[float, dict[str, Tensor]]) -> None:
 
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in conftest, and also for torch.empty(requires_grad=True), which receives between pipeline stages."""
+    """Poison as in conftest, and also torch.empty(requires_grad=True), the receive buffer between pipeline stages."""
     allocate = torch.empty
 
     def nan_filled(*args, **kwargs) -> Tensor:

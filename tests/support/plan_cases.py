@@ -48,7 +48,7 @@ def sum_of_squares(
 
 
 class Allocated(TorchDispatchMode):
-    """Every storage that an operation returned while the mode was on, held weakly."""
+    """Mode that records, by weak references, every storage that an operation returns."""
 
     def __init__(self, but: Iterable[Tensor]) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Allocated(TorchDispatchMode):
 
 
 def kept_bytes(world: World, recompute: Recompute) -> int:
-    """What is alive on this rank between forward and backward, beside the model: counted, whoever holds it."""
+    """Return the live bytes on this rank between forward and backward, without the model."""
     model = build_model(CONFIG, world, recompute=recompute)
     alive: list[int] = []
 

@@ -19,13 +19,13 @@ MICRO = [
 
 
 def command(words: list[str]) -> int:
-    """`phimini WORDS` in a process of its own, forked: gloo's threads would not survive a later fork of this one."""
+    """Run `phimini WORDS` in a forked process, because gloo's threads would not survive a later fork of this one."""
     return run_ranks(main, 1, words)[0]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete micro run up to stage 3; an untrained model has no prompt it sometimes answers, so no stage 4."""
+    """Make a micro run up to stage 3. Stage 4 needs prompts that the model sometimes answers, which this one lacks."""
     run = tmp_path_factory.mktemp("runs") / "micro"
     for verb in ("distill", "curate", "base", "midtrain", "sft", "rollout_dpo"):
         assert command([verb, "tiny", f"out={run}", *MICRO]) == 0

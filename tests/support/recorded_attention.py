@@ -19,7 +19,7 @@ SCALE = 0.2
 def formula(
     q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float = SCALE
 ) -> tuple[Tensor, Tensor]:
-    """out (n, H, K) and lse (H, n), written out, in q's dtype."""
+    """Return out (n, H, K) and lse (H, n), written out, in q's dtype."""
     outs, lses = [], []
     group = q.shape[1] // k.shape[1]
     cuts = zip(block.query_cuts.diff().tolist(), block.key_cuts.diff().tolist(), strict=True)
@@ -39,7 +39,7 @@ def formula(
 def formula_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This block's part of the gradients, by autograd: of its attention weighted by its share of the whole sum.
+    """Return this block's part of the gradients, by autograd, of its attention weighted by its share of the whole sum.
 
     d(whole out) = share * d(block out) + share * (block out - whole out) d(block lse)
     """
@@ -65,7 +65,7 @@ def recorded(name: str) -> inspect.Signature:
 
 
 def bound(name: str, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The call's arguments by name, checked as mha_varlen_fwd and mha_varlen_bwd check them."""
+    """Return the call's arguments by name, with the checks of mha_varlen_fwd and mha_varlen_bwd."""
     a = recorded(name).bind(*args, **kwargs).arguments
     q, k, v = a["q"], a["k"], a["v"]
     assert all(x.stride(-1) == 1 and x.dtype == q.dtype for x in (q, k, v))
@@ -86,14 +86,14 @@ def block_in(a: dict[str, Any]) -> Block:
 
 
 def recorded_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """flash_attn 2.8's `_flash_attn_varlen_forward`: out, softmax_lse (H, total q), S_dmask, rng_state."""
+    """Replace flash_attn 2.8's `_flash_attn_varlen_forward`: out, softmax_lse (H, total q), S_dmask, rng_state."""
     a = bound("_flash_attn_varlen_forward", args, kwargs)
     out, lse = formula(a["q"], a["k"], a["v"], block_in(a), a["softmax_scale"])
     return out, lse.float().contiguous(), torch.empty(0), torch.zeros(2, dtype=torch.int64)
 
 
 def recorded_backward(*args: Any, **kwargs: Any) -> Tensor:
-    """flash_attn 2.8's `_flash_attn_varlen_backward`: fills dq, dk, dv; returns softmax_d."""
+    """Replace flash_attn 2.8's `_flash_attn_varlen_backward`: fill dq, dk, dv; return softmax_d."""
     a = bound("_flash_attn_varlen_backward", args, kwargs)
     lse, block = a["softmax_lse"], block_in(a)
     assert lse.dtype == torch.float32 and lse.is_contiguous(), "the kernel reads lse by its address"

@@ -1,4 +1,4 @@
-"""A run directory at which stage 4 can start at once: random weights, and a reward that random answers sometimes get."""
+"""A run directory ready for stage 4: random weights, and a reward that random answers sometimes get."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ SETTINGS = [
 
 
 def make_run(folder: Path) -> Path:
-    """distill/prompts.jsonl and rollout_dpo/model, as if the earlier stages had run."""
+    """Write distill/prompts.jsonl and rollout_dpo/model, as if the earlier stages had run."""
     problems = [
         {"id": f"p{i}", "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(12)
     ]
@@ -48,7 +48,7 @@ def run_config(folder: Path, *more: str) -> RunConfig:
 
 
 def even_length(response: str, finish_reason: str, problem: dict) -> float:
-    """+1 for answers whose text has an even length."""
+    """Return +1 for answers whose text has an even length."""
     return 1.0 - 2.0 * (len(response) % 2)
 
 

@@ -1,4 +1,4 @@
-"""Verdicts on synthetic runs: what must fail fails, what must not does not, and nothing unchecked passes."""
+"""Verdicts on synthetic runs: planted faults fail, equal runs pass, and unchecked rows do not pass."""
 
 import dataclasses
 import math
@@ -222,7 +222,7 @@ def share_of(verdict: str, base: list[Row], new: list[Row]) -> float:
 
 @pytest.mark.parametrize("name", NOISES)
 def test_a_planted_slow_down_is_caught_and_nothing_else(name: str) -> None:
-    """200 runs: of those with 10 % at least 19 in 20 fail, of those without none does, and what is faster never."""
+    """200 runs: at least 19 in 20 of those that are 10 % slower fail, and the others, also faster ones, never fail."""
     generator, noise = random.Random(name), NOISES[name]
     base, same, slower = (
         [noisy_row(generator, noise, slow) for _ in range(200)] for slow in (1.0, 1.0, 1.1)
@@ -243,7 +243,7 @@ def test_one_slow_row_of_ten_is_named_and_nine_are_not() -> None:
 
 
 def test_the_clock_alone_would_have_raised_alarms() -> None:
-    """The drift is large enough to matter: held to absolute times, equal runs fail."""
+    """The drift is large enough to matter: with absolute times, equal runs fail."""
     generator, always = random.Random(2), Limits(ratio=9.0, when_absolute="always")
     pairs = [[noisy_row(generator, still) for _ in range(2)] for _ in range(40)]
     reports = [compare([base], [new], always) for base, new in pairs]

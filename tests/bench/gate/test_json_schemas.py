@@ -1,4 +1,4 @@
-"""What `--json PATH` of every verb writes, by name: users' own gates read it. PATH.jsonl of a bench is for `bench compare` instead."""
+"""Fields that `--json PATH` of every verb writes for users' CI; PATH.jsonl of a bench is for `bench compare`."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What the rows of `phimini bench weight-sync` and `bench rollout` say; their fields are in tests/bench/gate/test_json_schemas.py."""
+"""Contents of the rows of `phimini bench weight-sync` and `rollout`; test_json_schemas.py has their fields."""
 
 from typing import Any
 

@@ -99,7 +99,7 @@ class Planted:
 
 
 def rank(run: RunConfig) -> tuple[list[Step], Row, Row]:
-    """Every step's times, and the rows of a step with nothing planted and of the one with work in no phase."""
+    """Return every step's times, and the rows of an unchanged step and of the step with work outside all phases."""
     world = initialize(Layout(), base_config(run))
     planted = Planted()
     planted.everywhere()

@@ -1,4 +1,4 @@
-"""The way of one loss through our files: how many files and functions it takes, and how many clicks to the Triton text."""
+"""Limits on the path of one loss through our code: files, functions, and clicks to the Triton text."""
 
 import ast
 import sys
@@ -51,7 +51,7 @@ def test_cross_entropy_runs_through_few_files(backend: Backend, each_library: st
 
 
 def definitions(file: Path) -> dict[str, tuple[Path, ast.AST]]:
-    """Return the functions and classes that a name means in `file`: its own, and imported ones of ours."""
+    """Return the functions and classes that a name means in `file`, defined there or imported from this project."""
     found: dict[str, tuple[Path, ast.AST]] = {}
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

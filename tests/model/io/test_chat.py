@@ -69,7 +69,7 @@ def test_loss_reaches_the_stop_tokens_although_pad_is_eos() -> None:
 
 
 def test_a_responses_leading_space_is_kept() -> None:
-    """In one text, <|assistant|> would swallow it; a model that writes it would see another sequence in training."""
+    """In one text, <|assistant|> would swallow the space, and training would see a different sequence."""
     ids, loss_from = encode_example(TINY, "1 + 1?", "\n 2")
     assert TINY.decode(ids[loss_from:-2]) == "\n 2"
     assert ids != TINY.encode(render_example("1 + 1?", "\n 2"))

@@ -1,4 +1,4 @@
-"""An exported folder in a vLLM engine with its own defaults: the same answers below, at and above the boundary."""
+"""An exported folder in a vLLM engine with default settings: the same answers below, at and above the boundary."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,7 @@ MOST = 600
 
 
 def default_engine(folder: str) -> dict[str, Any]:
-    """Only the precision is ours, that of the comparison; the rest spares a CPU time and memory."""
+    """Start an engine with the default settings but for precision, and for options that save CPU time and memory."""
     from vllm import LLM
     from vllm import SamplingParams as VllmSamplingParams
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders: written ones load everywhere, read ones are checked, broken ones say what is broken."""
+"""Hugging Face folders: written ones load everywhere, and errors name the broken part of a folder."""
 
 import dataclasses
 import errno
@@ -93,7 +93,7 @@ def test_transformers_loads_what_we_write(config: ModelConfig, tmp_path: Path) -
 def test_transformers_answers_as_we_do_on_both_sides_of_the_boundary(
     rope_factors: RopeFactors, tmp_path: Path
 ) -> None:
-    """Greedy, by `generate` with its cache and its own stop ids; some answers cross the boundary, some stop."""
+    """Greedy answers of `generate`, with its cache and stop ids; some cross the boundary, some stop."""
     model = build(dataclasses.replace(SMALL, rope_factors=rope_factors), width=12.0)
     save_reference(model, tmp_path, stop_ids=(3, 5))
     hf: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -121,7 +121,7 @@ def test_transformers_answers_as_we_do_on_both_sides_of_the_boundary(
 
 
 def phi4_mini_config_json() -> dict:
-    """What microsoft/Phi-4-mini-instruct ships (transformers 4.45), as far as it describes the model."""
+    """Return the fields of microsoft/Phi-4-mini-instruct's config.json (transformers 4.45) that describe the model."""
     config = preset("phi-4-mini")
     assert config.short_factor is not None and config.long_factor is not None
     return {
@@ -296,7 +296,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def edit_shard(directory: Path, name: str, edit: Callable[[dict], object]) -> str:
-    """Rewrites the shard that holds a tensor -> its file name."""
+    """Rewrite the shard that holds a tensor; return its file name."""
     file = json.loads((directory / tensor_files.INDEX_FILE).read_text())["weight_map"][name]
     tensors = load_file(directory / file)
     edit(tensors)

@@ -1,4 +1,4 @@
-"""Files between stages: every bad line is named, and a failed write leaves the old file."""
+"""JSON Lines files: errors name the bad line, and a failed write leaves the old file."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ QUESTIONS = {"question": str, "answer": str}
 
 
 def in_child(check: Callable[[], None]) -> None:
-    """Runs `check` in a forked process, for limits that must not touch the test's own."""
+    """Run `check` in a forked process, because its resource limits must not apply to the test process."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -128,7 +128,7 @@ def test_a_lone_surrogate_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    """The kernel refuses the bytes past 64 KiB, as a full disk does in the middle of a file."""
+    """A limit of 64 KiB on files, which fails in the middle of a file like a full disk."""
     path = tmp_path / "rows.jsonl"
     write_rows(path, [{"a": 1}])
 

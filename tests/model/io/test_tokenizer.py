@@ -1,4 +1,4 @@
-"""The tiny tokenizer: lossless, digits apart, Phi-4-mini's control tokens; and loading from a folder."""
+"""The tiny tokenizer (lossless, single digits, Phi-4-mini's control tokens), and loading from a folder."""
 
 import json
 import string
@@ -115,7 +115,7 @@ def test_transformers_reads_it_the_same(tmp_path: Path) -> None:
 
 
 def test_a_byte_level_vocabulary_writes_everything(tmp_path: Path) -> None:
-    """Phi-4-mini's own tokenizer is of this kind."""
+    """A byte-level vocabulary, as in Phi-4-mini's tokenizer."""
     inner = Inner(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()

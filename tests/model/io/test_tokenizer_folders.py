@@ -1,4 +1,4 @@
-"""Folders of others: the ids of transformers' `AutoTokenizer`, or an error that names the file and the field."""
+"""Tokenizer folders of other programs: the ids of transformers' `AutoTokenizer`, or an error with file and field."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ ASKED = [
 
 
 def byte_level() -> Inner:
-    """A tokenizer of Phi-4-mini's kind: bytes, its own split, its control tokens."""
+    """Return a tokenizer like Phi-4-mini's: bytes, its split, its control tokens."""
     inner = Inner(models.BPE())
     split = Regex(r"\p{N}{1,3}|[^\r\n\p{L}\p{N}]?\p{L}+|\s+|.")
     inner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -51,7 +51,7 @@ NAMES = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOS)
 
 
 def write(folder: Path, inner: Inner, **files: dict[str, Any]) -> Path:
-    """A base folder; its tokenizer class is the one that microsoft's names, and a wrong one."""
+    """Write a base folder, with the wrong tokenizer class that microsoft's folder names."""
     folder.mkdir(exist_ok=True)
     inner.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "GPT2Tokenizer", **NAMES} | files.pop("tokenizer_config", {})
@@ -163,7 +163,7 @@ def test_ids_are_those_of_transformers(
 
 @pytest.mark.parametrize("name", ["truncation", "padding to 64", "padding to a multiple"])
 def test_an_example_keeps_its_prompt_and_its_end(name: str, tmp_path: Path) -> None:
-    """With the tiny tokenizer: what is cut off or put behind is what the loss lies on."""
+    """With the tiny tokenizer: truncated or appended tokens are those with loss."""
     question, answer = "Is 1235 odd? Tom, buy 3 boxes before you answer.", "5 is odd: \\boxed{1}"
     want = encode_example(TINY, question, answer)
     inner = Inner.from_str(TINY.inner.to_str())

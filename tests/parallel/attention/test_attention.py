@@ -36,7 +36,7 @@ def documents_of(lengths: list[int], config: ModelConfig = CONFIG) -> PackedDocu
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: PackedDocuments, scale: float) -> Tensor:
-    """Attention alone."""
+    """Compute attention without the rotation."""
     kernel = attention._attend_cpu if q.device.type == "cpu" else attention._attend_cuda
     return kernel(q, k, v, documents, scale)
 
@@ -135,7 +135,7 @@ def flash_attn_varlen(
     causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
     return_attn_probs=False, block_table=None,
 ) -> Tensor:  # fmt: skip
-    """flash-attn 2.8's signature and meaning, in plain torch: the last query sees the last key."""
+    """Plain torch with flash-attn 2.8's signature and meaning: the last query sees the last key."""
     assert causal and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert cu_seqlens_q[-1] == len(q) and cu_seqlens_k[-1] == len(k) == len(v)
     group, outs = q.shape[1] // k.shape[1], []
@@ -156,7 +156,7 @@ def flash_attn_varlen(
 def test_pieces_and_cuda_arguments_give_the_whole_attention(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both kernels on every context rank's rows, with the keys of all, put together: without a process group."""
+    """Both kernels on every context rank's rows with the keys of all ranks, merged without a process group."""
     lengths = [3, 1, 17, 64, 2, 9]
     q, k, v = qkv(96, torch.float32)
     want = attend_reference(q.double(), k.double(), v.double(), lengths, 0.2)
@@ -183,7 +183,7 @@ def test_pieces_and_cuda_arguments_give_the_whole_attention(
 
 
 def test_torch_s_own_flash_kernel_takes_our_arguments() -> None:
-    """What we call it with where flash-attn is not installed; the call itself needs a GPU."""
+    """Arguments of the call without flash-attn; the call itself needs a GPU."""
     from torch.nn.attention.varlen import varlen_attn
 
     x = torch.zeros(4, 2, 8)

@@ -1,4 +1,4 @@
-"""Every block kernel against the formula: out and lse of a block's keys, gradients given the whole attention's out and lse.
+"""Every block kernel against the formula: out, lse, and gradients for the out and lse of the whole attention.
 
 flash-attn runs on no CPU: its calls are bound to signatures recorded from its source (flash_attn_recorded.json) and
 answered by the formula, under the assertions that its C++ makes (csrc/flash_attn/flash_api.cpp).
@@ -42,7 +42,7 @@ def block_of(name: str) -> Block:
 
 
 def inputs_of(block: Block, dtype: torch.dtype, head_dim: int = 32) -> list[Tensor]:
-    """q, k, v, dout and the rest of the attention's out and lse; k and v are views, as in the ring."""
+    """Return q, k, v, dout, and out and lse of the other keys; k and v are views, as in the ring."""
     n, m = block.query_end, block.key_end
     kv = torch.randn(m, 2, 2 * head_dim, device=DEVICE, dtype=dtype)
     q, dout, other = (torch.randn(n, 6, head_dim, device=DEVICE, dtype=dtype) for _ in range(3))
@@ -50,7 +50,7 @@ def inputs_of(block: Block, dtype: torch.dtype, head_dim: int = 32) -> list[Tens
 
 
 def errors(kernel: BlockKernel, block: Block, dtype: torch.dtype, head_dim: int = 32) -> dict:
-    """|got - want|, largest of each result."""
+    """Return the largest |got - want| of each result."""
     q, k, v, dout, other, other_lse = inputs_of(block, dtype, head_dim)
     exact = q.double(), k.double(), v.double()
     want_out, want_lse = formula(*exact, block)
@@ -93,7 +93,7 @@ def test_flash_attn_gets_what_its_source_asks_for(name: str, flash_attn: None) -
 
 
 def test_torch_s_flash_kernel_takes_our_arguments() -> None:
-    """Its schema and shapes, on the meta device: the kernel itself is in CUDA builds only."""
+    """Schema and shapes on the meta device, because the kernel exists only in CUDA builds."""
     block = _block((0, 5), (0, 7), [5], [7], False, torch.device("meta"))
     q, k, v = (torch.empty(n, h, 32, device="meta", dtype=torch.bfloat16) for n, h in ((5, 6), (7, 2), (7, 2)))  # fmt: skip
     out, lse = TORCH_FLASH.forward(q, k, v, block, SCALE)
@@ -130,7 +130,7 @@ def test_the_installed_flash_attn_has_the_recorded_signatures() -> None:
 
 
 def signatures_in(source: str) -> dict[str, list]:
-    """[name, whether it must be given] of every parameter; how flash_attn_recorded.json was made."""
+    """Return [name, required] of every parameter; flash_attn_recorded.json was made with it."""
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name in RECORDED["signatures"]:

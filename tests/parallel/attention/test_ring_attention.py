@@ -1,4 +1,4 @@
-"""The ring over gloo ranks: attention and gradients equal the formula, the model's losses and gradients the reference's.
+"""Ring attention over gloo ranks against the formula, and the model's losses and gradients against the reference.
 
 The whole layouts with ring and the three fused losses: test_parallel_losses.py (LAYOUTS of test_parallel_parity.py).
 """
@@ -41,7 +41,7 @@ SCALE = 0.2
 
 
 def random_lengths(seed: int, total: int) -> list[int]:
-    """Documents of 1 token, of any length, and over several ranks' chunks; the last is as padding would be."""
+    """Return lengths of 1 token, of any size, and over several ranks' chunks; the last is like padding."""
     rng = random.Random(seed)
     lengths: list[int] = []
     while (left := total - sum(lengths)) > 0:
@@ -85,7 +85,7 @@ def test_the_blocks_are_every_key_that_a_query_sees_once(size: int) -> None:
 
 
 def test_nothing_is_computed_against_the_future() -> None:
-    """One long document over 4 ranks: of 4 x 4 chunk pairs of a hop, each rank computes two (and its own)."""
+    """One long document over 4 ranks: of 4 x 4 chunk pairs of a hop, each rank computes two besides its diagonal."""
     for rank in range(4):
         for source in range(4):
             blocks = blocks_of_hop([0, 64], rank, source, 4, CPU)
@@ -101,7 +101,7 @@ def test_nothing_is_computed_against_the_future() -> None:
 def attention_rank(
     size: int, packs: list[list[int]], change: Callable[[], None] | None, flash: bool
 ) -> list[list[Tensor]]:
-    """Of each pack: this rank's out, dq, dk, dv."""
+    """Return this rank's out, dq, dk, dv of each pack."""
     world = initialize(Layout(context=size, context_keys="ring"), config(), timeout_s=240)
     if change is not None:
         change()
@@ -142,7 +142,7 @@ def attention_errors(
     change: Callable[[], None] | None = None,
     flash: bool = False,
 ) -> list[float]:
-    """Of each pack: the largest error of out, dq, dk and dv, relative to the largest entry."""
+    """Return the largest errors of out, dq, dk and dv of each pack, relative to the largest entry."""
     ranks = run_ranks(attention_rank, size, size, packs, change, flash, timeout_s=240)
     worst = []
     for i, lengths in enumerate(packs):
@@ -170,7 +170,7 @@ def test_attention_and_gradients_match_the_formula(size: int, packs: list[list[i
 
 
 def test_the_ring_of_flash_attn_s_calls() -> None:
-    """What runs on GPUs, with the recorded signatures answered by the formula."""
+    """The calls on GPUs, with the formula behind the recorded signatures."""
     for lengths, error in zip(PACKS, attention_errors(2, flash=True), strict=True):
         assert error <= 2e-6, f"{lengths}: {error:.1e}"
 
@@ -293,7 +293,7 @@ def memory_rank(size: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("size", [4, 8])
 def test_no_rank_holds_more_than_two_others_keys(size: int) -> None:
-    """What is alive at once has different addresses: all that a rank ever received lay in two."""
+    """Live tensors have different addresses: all received tensors of a rank share two."""
     for found in run_ranks(memory_rank, size, size, timeout_s=240):
         keys = [r for r in found["forward"] if r[0] == ring_attention._KEYS]
         assert len(keys) == len(found["forward"]) == size - 1
@@ -309,7 +309,7 @@ def test_no_rank_holds_more_than_two_others_keys(size: int) -> None:
 
 # --- in the model --------------------------------------------------------------------------------
 def both_rank(lengths: list[int]) -> float:
-    """The largest difference between ring and gathered keys, rotation included, on the same micro-batch."""
+    """Return the largest difference between ring and gathered keys, with rotation, on the same micro-batch."""
     world = initialize(Layout(context=2), config(), timeout_s=240)
     cuts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     torch.manual_seed(0)

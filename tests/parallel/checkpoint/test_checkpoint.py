@@ -1,4 +1,4 @@
-"""A run that stops, anywhere, goes on as if it had not, on any layout. What cannot be saved or loaded: test_checkpoint_failures.py"""
+"""Resume at any step and on any layout, equal to an uninterrupted run. Failures are in test_checkpoint_failures.py."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ from phimini.parallel.training.step import forward_backward
 def head(
     hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Cross-entropy over the gathered vocabulary; every rank computes all of it."""
+    """Cross-entropy over the gathered vocabulary, computed in full on every rank."""
     shards = [torch.empty_like(weight_VD) for _ in range(group.size())]
     dist.all_gather(shards, weight_VD.detach(), group=group)
     shards[group.rank()] = weight_VD
@@ -40,7 +40,7 @@ def head(
 
 
 def train(model: Model, optimizer: Optimizer, steps: range) -> list[float]:
-    """Real steps on documents that depend on the step only; their losses."""
+    """Train on documents that depend only on the step; return the losses."""
     losses = []
     for step in steps:
         generator = torch.Generator().manual_seed(step)
@@ -112,7 +112,7 @@ def test_a_chain_of_layouts_goes_on_as_one_run(name: str, tmp_path: Path) -> Non
 
 
 def test_a_chain_through_hugging_face_goes_on_as_one_run(tmp_path: Path) -> None:
-    """TP2, PP2, TP2PP2, TP1, an HF folder, TP2: the weights come from the folder, the rest from the checkpoint."""
+    """TP2, PP2, TP2PP2, TP1, an HF folder, TP2: weights come from the folder, other state from the checkpoint."""
 
     def first() -> list[float]:
         model, optimizer = build(Layout(tensor=2))

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be written, or that must not load: the previous one survives, and the error names file or field."""
+"""Checkpoints that cannot be written or must not load: the previous one survives, and errors name file or field."""
 
 import dataclasses
 import gc
@@ -39,7 +39,7 @@ def flip_a_bit(path: Path, at: float = 0.5) -> None:
 
 # --- interrupted and failing saves ---------------------------------------------------------------
 def previous_loads(directory: Path, step: int) -> None:
-    """The checkpoint of `step` is the latest, and another layout can load it."""
+    """Assert that the checkpoint of `step` is the latest, and that another layout can load it."""
 
     def run() -> None:
         model, optimizer = build(Layout(pipeline=2), seed=5)
@@ -95,7 +95,7 @@ def test_kill_in_the_middle_of_a_save(when: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("background", [False, True], ids=["save", "begin-finish"])
 def test_a_disk_that_fills_up_while_writing(background: bool, tmp_path: Path) -> None:
-    """A limit on the size of a file stands for the full disk: the same failing write, for any user."""
+    """A limit on the size of a file makes the same write fail as a full disk, for any user."""
 
     def run() -> str:
         model, optimizer = build(Layout(tensor=2))
@@ -186,7 +186,7 @@ def test_a_killed_background_writer_is_an_error_on_every_rank(tmp_path: Path) ->
 
 
 def test_a_writer_ends_with_its_trainer(tmp_path: Path) -> None:
-    """And collects none of the trainer's garbage, which on a GPU would call CUDA."""
+    """The writer does not collect the trainer's garbage either, which on a GPU would call CUDA."""
     started, went_on, collects = (tmp_path / name for name in ("started", "went_on", "collects"))
 
     def slow_write(*_: Any, **__: Any) -> None:
@@ -213,7 +213,7 @@ def test_a_writer_ends_with_its_trainer(tmp_path: Path) -> None:
 # --- what must not load --------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Steps 1 and 2 of a run on TP2, and step 3 with weights only in another directory."""
+    """Save steps 1 and 2 of a run on TP2, and step 3 with weights only in another directory."""
     directory = tmp_path_factory.mktemp("saved")
 
     def run() -> None:
@@ -228,7 +228,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_error(directory: Path, step: int | None = None, **options: Any) -> str:
-    """What both ranks of a PP2 job say when they try."""
+    """Return the errors of both ranks of a PP2 job that loads a checkpoint."""
 
     def run() -> str:
         model, optimizer = build(Layout(pipeline=2), **options)
@@ -374,7 +374,7 @@ def test_a_file_that_cannot_be_read_back_is_an_error_on_every_rank(
 
 
 def test_nothing_but_torch_metadata_is_unpickled(saved: Path, tmp_path: Path) -> None:
-    """A checkpoint made by an attacker, checksums and all, does not get to run its code."""
+    """A checkpoint by an attacker, with right checksums, cannot run its code."""
     directory = tmp_path / "run"
     shutil.copytree(saved / "run", directory)
     latest = directory / "step-00000002"

@@ -32,7 +32,7 @@ TP2 = Layout(tensor=2)
 
 
 def cross_entropy(hidden_MD: Tensor, weight_VD: Tensor, batch: Any, *, group: Any) -> Any:
-    """Over whole rows of the vocabulary, which each rank of `group` gathers."""
+    """Cross-entropy over whole rows of the vocabulary, which each rank of `group` gathers."""
     from megatron.core.tensor_parallel import (
         copy_to_tensor_model_parallel_region,
         gather_from_tensor_model_parallel_region,
@@ -47,7 +47,7 @@ def cross_entropy(hidden_MD: Tensor, weight_VD: Tensor, batch: Any, *, group: An
 def train(
     layout: Layout, fp8: Fp8 | None, dtype: torch.dtype, steps: int, load: Path | None, save: Path | None
 ) -> list[float]:  # fmt: skip
-    """The losses of `steps` steps, from `load` or from the start; then `save`."""
+    """Return the losses of `steps` steps, from `load` or from the start; then `save`."""
     world = initialize(layout, CONFIG)
     model = build_model(CONFIG, world, seed=3, fp8=fp8, dtype=dtype)
     optimizer = build_optimizer(model, OptimizerConfig(lr=2e-3, warmup_steps=3, total_steps=30))
@@ -95,7 +95,7 @@ def test_bf16_weights_come_from_the_fp32_masters(tmp_path: Path) -> None:
 # --- Transformer Engine's --------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What te_checkpoint.py found: of each save and load the ranks' states."""
+    """Run te_checkpoint.py; return the states of the ranks for each save and load."""
     run = subprocess.run(
         [sys.executable, "-W", "ignore", str(TE / "te_checkpoint.py"), FOLDER, str(tmp_path_factory.mktemp("te"))],
         env={**os.environ, "PYTHONPATH": f"{ROOT / '.path'}:{ROOT / 'tests/support'}:{os.environ.get('PYTHONPATH', '')}",
@@ -124,7 +124,7 @@ class TestReal:
 
     @pytest.mark.parametrize("run", ["fp8", "bf16", "fp8 to tp2", *LOADS_OF_FP8, *LOADS_OF_BF16])
     def test_weights_are_the_masters_rounded_to_what_the_model_holds(self, real: dict[str, Any], run: str) -> None:  # fmt: skip
-        """An FP8 checkpoint in a bf16 model is not left with FP8's three bits of mantissa."""
+        """An FP8 checkpoint in a bf16 model has more than FP8's three bits of mantissa."""
         for rank in real[run]:
             assert all(p["master_rounds_to_weight"] for p in rank["state"].values())
             fp8 = {n for n, p in rank["state"].items() if p["class"] == "Float8Tensor"}
@@ -139,6 +139,6 @@ class TestReal:
         }
 
     def test_nothing_is_in_the_extra_states_that_are_not_saved(self, real: dict[str, Any]) -> None:
-        """Recipes without a history keep nothing there: to leave it out loses nothing, in either direction."""
+        """The extra states of recipes without a history are empty, so omitting them is lossless in both directions."""
         (rank,) = real["fp8"]
         assert len(rank["extra"]) >= 16 and set(rank["extra"]) == {0}

@@ -1,4 +1,4 @@
-"""What build_model makes: the reference's weights whatever the layout, marks that Megatron needs, frozen models."""
+"""build_model: the reference's weights at any layout, the attributes that Megatron needs, frozen models."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""FP8 linears: rounded as torch rounds, scaled as the recipe says, the same on a layout; and which recipe goes where."""
+"""FP8 linears: torch's rounding, the recipe's scales, equal results at any layout, and the choice of the recipe."""
 
 import dataclasses
 from typing import Any
@@ -176,7 +176,7 @@ def test_only_the_middle_layers_are_rounded(recipe: Fp8Recipe) -> None:
 
 
 def losses(fp8: Fp8 | None) -> list[float]:
-    """30 AdamW steps on one pack of counting sequences, fp32 but for the linears."""
+    """Return the losses of 30 AdamW steps on one pack of counting sequences, in fp32 except for the linears."""
     world = initialize(Layout(), CONFIG)
     model = build_model(CONFIG, world, seed=3, fp8=fp8)
     optimizer = build_optimizer(model, OptimizerConfig(lr=2e-3, warmup_steps=3, total_steps=30))
@@ -222,7 +222,7 @@ def test_the_first_and_last_layer_of_the_whole_model_are_spared_on_every_stage()
 
 
 def parts(size: int, recipe: Fp8Recipe, sequence_parallel: bool) -> list[tuple[Tensor, ...]]:
-    """One column-parallel and one row-parallel product with whole inputs, of this rank's shards; gathered."""
+    """Gather the results of a column-parallel and a row-parallel product of this rank's shards with whole inputs."""
     group: Any = dist.group.WORLD if size > 1 else None
     rank = dist.get_rank() if size > 1 else 0
     g = torch.Generator().manual_seed(5)
@@ -246,7 +246,7 @@ def ranks_parts(recipe: Fp8Recipe) -> list[tuple[Tensor, ...]]:
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
 def test_two_ranks_round_as_one(recipe: Fp8Recipe) -> None:
-    """The intermediate activation is rounded from sums of another order: single values may fall to the next step."""
+    """Two ranks sum the intermediate activation in another order, so single values may round to the next FP8 step."""
     ((y, dx, dw, dv),) = parts(1, recipe, False)
     pieces = [p[0] for p in run_ranks(ranks_parts, 2, recipe)]
     whole = (
@@ -258,7 +258,7 @@ def test_two_ranks_round_as_one(recipe: Fp8Recipe) -> None:
 
 
 def test_without_a_shared_scale_two_ranks_differ() -> None:
-    """The negative control of the test above: each rank's own largest value."""
+    """Negative control of the test above: each rank scales by its largest value."""
     v = torch.randn(256, 512)
     v[:, :256] *= 7
     whole = round_weight(v, "tensorwise", None)
@@ -328,7 +328,7 @@ def test_weights_are_kept_in_fp8_only_where_megatron_keeps_their_masters(recipe:
 
 
 def test_the_master_of_an_fp8_weight_is_what_was_loaded() -> None:
-    """Transformer Engine keeps the values that a weight was built with; Megatron would make the master of them."""
+    """Transformer Engine keeps the values that a weight was built with, from which Megatron would make the master."""
     from phimini.parallel.megatron.hf_weights import from_hf, to_hf
 
     def build() -> bool:

@@ -1,4 +1,4 @@
-"""Selective recomputation: the same gradients to the last bit, and the bytes that are no longer kept.
+"""Selective recomputation: bit-equal gradients, and the bytes that it saves.
 
 At every kind of layout against the reference: test_parallel_losses.py (LAYOUTS of test_parallel_parity.py); in bytes
 against the plan: test_plan.py.
@@ -25,7 +25,7 @@ TP2_SP = Layout(tensor=2, sequence_parallel=True)
 
 
 def gradients(layout: Layout, spoilt: bool = False, **options: Any) -> dict[str, list[Tensor]]:
-    """Of this rank's parameters, by recompute mode."""
+    """Return the gradients of this rank's parameters, by recompute mode."""
     world = initialize(layout, config(), timeout_s=240)
     if spoilt:
         recompute._with_note = noted_twice_as_large
@@ -56,7 +56,7 @@ def test_gradients_are_the_same_to_the_last_bit(layout: Layout, options: dict) -
 
 
 def test_what_is_made_again_is_what_the_gradients_use() -> None:
-    """Negative control: outputs made again twice as large double the gradients of the linears after them."""
+    """Negative control: recomputed outputs of twice the size double the gradients of the next linears."""
     (found,) = run_ranks(lambda: gradients(Layout(), spoilt=True), 1, timeout_s=240)
     (model,) = run_ranks(parameter_names, 1, timeout_s=240)
     for name, right, wrong in zip(model, found["none"], found["selective"], strict=True):

@@ -51,7 +51,7 @@ def signature(name: str) -> inspect.Signature:
 
 
 def calls(file: str, inside: str, function: str) -> Iterator[ast.Call]:
-    """Calls of `function` (its last name) within class or function `inside` of a file of megatron-core."""
+    """Return the calls of `function` (its last name) in class or function `inside` of a file of megatron-core."""
     tree = ast.parse((Path(megatron.core.__file__).parent / file).read_text())
     for scope in ast.walk(tree):
         if isinstance(scope, ast.ClassDef | ast.FunctionDef) and scope.name == inside:
@@ -124,7 +124,7 @@ real = [
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, Any]:
-    """What te_build.py found, in a process in which Transformer Engine is imported before Megatron."""
+    """Return the findings of te_build.py, whose process imports Transformer Engine before Megatron."""
     run = subprocess.run(
         [sys.executable, "-W", "ignore", str(TE / "te_build.py"), FOLDER],
         env={**os.environ, "PYTHONPATH": f"{ROOT / '.path'}:{ROOT / 'tests/support'}:{os.environ.get('PYTHONPATH', '')}"},
@@ -146,7 +146,7 @@ class TestReal:
     pytestmark = real
 
     def test_the_record_is_what_the_real_one_says(self, built: dict[str, Any]) -> None:
-        """After a new version: `json.dump(recorded(built), ...)` and read the difference."""
+        """After a new version, write `json.dump(recorded(built), ...)` and read the difference."""
         assert recorded(built) == RECORDED
 
     @pytest.mark.parametrize("run", FP8_RUNS)
@@ -191,6 +191,6 @@ class TestReal:
         assert plain["made"] == [False] * 16 and not plain["gathered"]
 
     def test_what_is_compiled_is_refused(self, built: dict[str, Any]) -> None:
-        """The stub makes nothing up: the first weight to be rounded is an error that names the function."""
+        """The stub invents no results: the first rounding of a weight is an error that names the function."""
         error = built["weights zero1=True rounding=True"]["error"]
         assert error.startswith("transformer_engine_torch.quantize was called")

@@ -1,4 +1,4 @@
-"""Megatron shards and Hugging Face tensors are the same numbers under two names."""
+"""Conversion between Megatron shards and Hugging Face tensors: the same numbers under two names."""
 
 import ctypes
 import dataclasses
@@ -71,7 +71,7 @@ def test_names_are_those_of_the_reference_model(tied: bool) -> None:
 
 
 def test_qkv_shard_is_whole_groups_of_q_k_v() -> None:
-    """Rows are numbered, so that the order is read off and not only inverted."""
+    """Numbered rows show the order itself, which a round trip would not."""
     G, H, K = CONFIG.num_kv_heads, CONFIG.num_heads, CONFIG.head_dim
     rows = torch.arange((H + 2 * G) * K)
     shard = take_shard(rows[:, None], "qkv", 1, 2, CONFIG).flatten()
@@ -105,7 +105,7 @@ def test_merge_inverts_take(split: Split, size: int) -> None:
 
 
 def test_transformer_engine_names_mean_the_same_tensors() -> None:
-    """TE keeps a layer's norms inside the linear that follows; every other name is the local spec's."""
+    """TE has a layer's norms inside the next linear; all other names are those of the local spec."""
     te = {
         "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
         "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
@@ -118,7 +118,7 @@ def test_transformer_engine_names_mean_the_same_tensors() -> None:
 
 
 def round_trip(config: ModelConfig, layout: Layout, every_rank: bool) -> int:
-    """Fills the model, reads it back, and its gradients; returns how many tensors this rank saw."""
+    """Fill the model, read it and its gradients back, and return the number of tensors on this rank."""
     model = built(config, layout)
     expected = hf_tensors(config)
     from_hf(model, expected)
@@ -223,7 +223,7 @@ def test_export_from_one_layout_loads_in_another(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tp1", "tp2-pp2"])
 def test_an_export_holds_one_file_s_tensors_at_a_time(name: str, tmp_path: Path) -> None:
-    """Peak memory of rank 0, beyond what it held before, against the largest file."""
+    """Additional peak memory of rank 0 against the largest file."""
     wide = dataclasses.replace(CONFIG, num_layers=24, model_dim=512, mlp_dim=1024, vocab_size=8192)
     limit = 40_000_000  # of 170 MB; the embedding alone is 17 MB, a layer's largest matrix 4
 

@@ -51,7 +51,7 @@ def test_weights_gradients_and_optimizer_on_eight_gpus(layout: Layout, gib: floa
 
 
 def test_activations_of_16k_tokens() -> None:
-    """44, 30 and 3 GiB for none, selective and full, beside what our attention core keeps twice."""
+    """44, 30 and 3 GiB for `none`, `selective` and `full`, besides the tensors that our attention core saves twice."""
     twice = 2 * 16384 * 32 * (PHI.num_heads + PHI.num_kv_heads) * PHI.head_dim / GIB
     none = parts_of(Layout(data=8))["activations"] / GIB
     assert none - twice == pytest.approx(44, abs=0.5)

@@ -1,4 +1,4 @@
-"""`phimini plan`: the document that it writes, and what it refuses."""
+"""`phimini plan`: its JSON document, and refused input."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The shim changes megatron-core's CUDA literals and nothing else."""
+"""The CPU shim changes only megatron-core's CUDA literals."""
 
 import subprocess
 import sys

@@ -87,7 +87,7 @@ def die_in_a_step(name: str) -> None:
 
 
 def test_a_rank_killed_in_the_middle_of_a_step_ends_the_others_and_is_named() -> None:
-    """In the backward of its last stage: the others wait in gloo for a tensor or a reduction that never comes."""
+    """Killed in the backward of the last stage, while the others wait in gloo for a tensor or a reduction."""
     began = time.monotonic()
     with pytest.raises(RankFailure, match=r"rank 3 of 4 failed: .*SIGKILL") as failure:
         run_ranks(die_in_a_step, 4, "chunks.0.decoder.layers.1.mlp.linear_fc1.weight")

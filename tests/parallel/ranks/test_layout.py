@@ -1,4 +1,4 @@
-"""A layout that does not fit says what would."""
+"""Errors of a layout that does not fit suggest one that does."""
 
 import dataclasses
 

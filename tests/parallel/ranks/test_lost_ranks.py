@@ -1,4 +1,4 @@
-"""Ranks that are killed or hang in the middle of a step: the others end within the deadline and say which."""
+"""Ranks that are killed or hang in the middle of a step: the others end within the deadline and name them."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A recorder's phases are exclusive and add up to the step; without one the marks do nothing."""
+"""Phases of a recorder are exclusive and add up to the step; without a recorder the marks have no effect."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """`clock[0]` is the time, in wall seconds; the CPU works half of it."""
+    """Replace the clocks: `clock[0]` is the time in wall seconds; the CPU is busy for half of it."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(time, "process_time", lambda: now[0] / 2)

@@ -1,4 +1,4 @@
-"""Packing: documents end to end, targets shifted once, padding as a document of its own."""
+"""Packing: concatenated documents, targets shifted by one, padding as a separate document."""
 
 import pytest
 import torch

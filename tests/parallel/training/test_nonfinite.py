@@ -1,4 +1,4 @@
-"""A gradient that is not finite is traced to its rank, stage, micro-batch and document, at any layout."""
+"""Non-finite losses and gradients are traced to rank, stage, micro-batch and document, at any layout."""
 
 import dataclasses
 from typing import Any
@@ -101,7 +101,7 @@ def test_a_gradient_is_traced_to_its_document(name: str) -> None:
 
 
 def test_the_earliest_stage_of_a_bad_loss_is_named() -> None:
-    """A weight of stage 1 of 4 goes bad: stages 1, 2 and 3 see it, and 1 is named."""
+    """With a non-finite weight in stage 1 of 4, stages 1, 2 and 3 are affected, and 1 is named."""
 
     def rank() -> str:
         world = initialize(Layout(pipeline=4), config(), timeout_s=40)

@@ -38,7 +38,7 @@ STEPS = 3
 
 
 def torch_steps(weight_decay_of_vectors: float = 0.0) -> tuple[list[float], dict[str, Tensor]]:
-    """Gradient norms and final weights of the reference model under torch.optim.AdamW, in fp64."""
+    """Return gradient norms and final weights of the reference model under torch.optim.AdamW, in fp64."""
     model = Phi4Mini(config())
     model.init_weights(0)
     model.double()
@@ -123,12 +123,12 @@ def test_three_steps_equal_torch_adamw(name: str, want: tuple) -> None:
 
 
 def test_decayed_vectors_are_seen(want: tuple) -> None:
-    """The control of the test above: weight decay on norm weights moves them by far more than its limit."""
+    """Control of the test above: weight decay moves norm weights by far more than its limit."""
     assert largest_difference(torch_steps(weight_decay_of_vectors=0.1)[1], want[1]) > 1e-3
 
 
 def lr_rank(optimizer_config: OptimizerConfig, steps: int, skipped: tuple[int, ...] = ()) -> list[float]:  # fmt: skip
-    """The learning rates of the updates; there is none in the steps `skipped`."""
+    """Return the learning rates of the updates, which the steps in `skipped` lack."""
     world = initialize(Layout(), config())
     model = build_model(config(), world, seed=0)
     optimizer = build_optimizer(model, optimizer_config)
@@ -141,7 +141,7 @@ def lr_rank(optimizer_config: OptimizerConfig, steps: int, skipped: tuple[int, .
 
 
 def values_of(schedule: Callable[[torch.optim.Optimizer], Any], steps: int) -> list[float]:
-    """What a loop of torch's, or transformers' Trainer, would use: the value before each step."""
+    """Return the value before each step, as in a torch loop or in transformers' Trainer."""
     optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1.0)
     scheduler, values = schedule(optimizer), []
     for _ in range(steps):

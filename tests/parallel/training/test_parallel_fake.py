@@ -42,7 +42,7 @@ STAGES = {
 
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory() -> None:
-    """Nothing to poison: fake tensors have no memory."""
+    """Replace the fixture of conftest, because fake tensors have no memory to poison."""
 
 
 def fake_rank(lengths: list[int], layout: Layout, world_size: int, rank: int) -> dict:

@@ -43,7 +43,7 @@ def want_weights() -> dict[str, Tensor]:
 
 
 def reference_steps(model_config: ModelConfig) -> dict[str, Tensor]:
-    """The weights after three steps of torch's AdamW on the cross-entropy, in fp64."""
+    """Return the weights after three steps of torch's AdamW on the cross-entropy, in fp64."""
     model = Phi4Mini(model_config)
     model.init_weights(0)
     model.double()

@@ -1,4 +1,4 @@
-"""What Megatron-core costs on a CPU: CPU seconds of a train step against the plain reference model's same step.
+"""Overhead of Megatron-core on a CPU: CPU seconds of a step against the same step of the plain reference model.
 
 Both with torch's own matrix products: a faster library on one side would hide what Megatron costs.
 
@@ -44,11 +44,11 @@ def the_same_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory() -> None:
-    """Filling memory with NaN is no part of a step."""
+    """Replace the fixture of conftest, because filling memory with NaN would count as time of the step."""
 
 
 def rows_of_documents() -> list[list[Document]]:
-    """Six rows of 256 tokens, in documents of about 65."""
+    """Return six rows of 256 tokens, in documents of about 65."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for _ in range(ROWS):
@@ -74,7 +74,7 @@ def head(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group):
 
 
 def cpu_seconds(micro_batches: list[PackedBatch]) -> tuple[float, float]:
-    """(Megatron, plain): the best of REPEATS steps each, taken in turn."""
+    """Return (Megatron, plain): the best of REPEATS steps each, in turns."""
     world = initialize(Layout(), TINY)
     model = build_model(TINY, world, seed=0)
     optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3, total_steps=1000))

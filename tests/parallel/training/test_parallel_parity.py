@@ -1,4 +1,4 @@
-"""Every layout computes the reference model's loss and gradients: all of them, in fp32, within 5e-6 of the largest.
+"""Loss and all gradients of every layout against the reference model, in fp32, within 5e-6 of the largest.
 
 Ranks are forked after the imports (`launch.run_ranks`); each test takes seconds.
 """
@@ -120,7 +120,7 @@ def test_short_table_matches_the_reference() -> None:
 def test_a_split_batch_has_the_same_gradient(
     number: int, layout: Layout, world_size: int, want: tuple
 ) -> None:
-    """Eight groups of documents in `number` micro-batches, on each layout: all equal the reference, so each other."""
+    """Eight groups of documents in `number` micro-batches on each layout all equal the reference."""
     number = max(number, world_size // layout.model_size)
     size = len(GROUPS) // number
     batches = [

@@ -25,7 +25,7 @@ Plant = Callable[[], None]
 
 
 def test_equal_values_have_equal_digests() -> None:
-    """Also where one rank shares objects that another, which unpickled them, does not."""
+    """Digests do not depend on shared objects, which a rank that unpickled them lacks."""
     prompt = [1, 2, 300]
     shared, apart = [(prompt, "".join(["a", "b"]), prompt)], [([1, 2, 300], "ab", [1, 2, 300])]
     assert digest(shared, None) == digest(apart, None)
@@ -34,7 +34,7 @@ def test_equal_values_have_equal_digests() -> None:
 
 
 def compare(items: dict[int, list[int]], replaced: dict[int, int]) -> str:
-    """On ranks of tensor 2 x data 2: rank r has `items[r]`, and its first target replaced by `replaced[r]`."""
+    """Compare on tensor 2 x data 2: rank r has `items[r]`, and its first target is replaced by `replaced[r]`."""
     world = initialize(Layout(tensor=2), config(), timeout_s=100)
     batches = share_of(GROUPS, world.data_rank, world.data_size)
     if world.rank in replaced:
@@ -60,14 +60,14 @@ def compare(items: dict[int, list[int]], replaced: dict[int, int]) -> str:
 def test_the_ranks_that_differ_are_named_on_every_rank(
     items: dict[int, list[int]], replaced: dict[int, int], says: str
 ) -> None:
-    """The last rank's replica may train on whatever it likes, as long as both of its ranks do: it is its own share."""
+    """Replicas may train on different micro-batches, but the two ranks of one replica may not."""
     (said,) = set(run_ranks(compare, 4, items, replaced, timeout_s=150))
     assert said.endswith(says) and (said == "same" or said.startswith("sft, step 7: "))
 
 
 # --- each stage --------------------------------------------------------------------------------------
 def other_order() -> None:
-    """In the second step, where there is one."""
+    """Change the order in the second step, if there is one."""
     batch = packing.EpochSampler.batch
     packing.EpochSampler.batch = lambda self, step: batch(self, step)[:: -1 if step else 1]  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -127,7 +127,7 @@ PLANTED = [
 
 
 def inputs_of(run: Path, folder: Path, stage: str) -> None:
-    """Links to what `stage` of the finished `run` was made from."""
+    """Link to the inputs of `stage` of the finished `run`."""
     for name in ("distill", "curate", "base", "midtrain", "sft"):
         if name == stage:
             return
@@ -157,7 +157,7 @@ def test_the_command_line_says_it_in_one_line(
 
 
 def other_verdict() -> None:
-    """What a verdict of its own would have done to this rank: one rollout with the other sign."""
+    """Flip the sign of one rollout, as a different verdict on this rank would."""
     choose = rlvr.choose
 
     def other(groups: Any, *arguments: Any) -> list:
@@ -170,7 +170,7 @@ def other_verdict() -> None:
 
 
 def fewer_rollouts() -> None:
-    """Too few for an update on this rank: the other would wait for it in the step's collectives."""
+    """Leave this rank too few rollouts for an update; the other would wait for it in the step's collectives."""
     choose = rlvr.choose
     rlvr.choose = lambda *arguments: choose(*arguments)[:1]
 

@@ -31,7 +31,7 @@ from phimini.parallel.training.step import forward_backward, forward_only
 
 
 def on_ranks(layout: Layout, world_size: int, job) -> list[Any]:
-    """`job(model, this data rank's micro-batches)` on every rank."""
+    """Return `job(model, this data rank's micro-batches)` of every rank."""
 
     def rank() -> Any:
         world = initialize(layout, config(), timeout_s=200)
@@ -89,7 +89,7 @@ def test_forward_only_gives_each_micro_batch_s_result_on_every_rank(
 
 
 def test_sums_by_document_are_summed_whatever_their_number() -> None:
-    """Two documents of two tokens: each of two context ranks holds as many tokens as there are documents."""
+    """With two documents of two tokens, each of two context ranks holds as many tokens as there are documents."""
     batch = PackedBatch(
         tokens_T=torch.arange(4), targets_T=torch.arange(1, 5), cu_seqlens=torch.tensor([0, 2, 4])
     )
@@ -103,7 +103,7 @@ def test_sums_by_document_are_summed_whatever_their_number() -> None:
 
 
 class OnGpu(Tensor):
-    """Stands for a tensor on this rank's GPU: another rank that unpickles it makes it on that GPU, not on its own."""
+    """Stand-in for a tensor on this rank's GPU: another rank that unpickles it would allocate it on that GPU."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -124,10 +124,10 @@ def test_results_go_to_other_ranks_by_way_of_the_cpu(layout: Layout) -> None:
 
 
 def weighted_head(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> tuple:
-    """A loss counted by weights, per document and not whole numbers."""
+    """Return a loss whose count is a sum of fractional weights per document."""
     logp_M = log_probs(hidden_MD, weight_VD, batch, group=group)["logp"]
     weight_M = batch.document_fields["weight"][batch.document_ids_T] * (batch.targets_T >= 0)
-    weight = batch.once(batch.document_fields["weight"].sum())
+    weight = batch.share_of_rank(batch.document_fields["weight"].sum())
     return -(logp_M * weight_M).sum(), weight, {"logp": logp_M.detach().sum()}
 
 
@@ -180,7 +180,7 @@ def test_loss_is_the_sum_over_the_count() -> None:
 
 
 def poisoned(batches: list[PackedBatch], index: int) -> list[PackedBatch]:
-    """Document 1 of micro-batch `index` begins with the token whose embedding the job makes NaN."""
+    """Start document 1 of micro-batch `index` with the token whose embedding the job makes NaN."""
     out = [*batches]
     bad = out[index].tokens_T.clone()
     bad[int(out[index].cu_seqlens[1])] = 5
@@ -266,7 +266,7 @@ def test_ids_outside_the_vocabulary_are_refused_on_every_rank(layout: Layout) ->
 
 
 def test_interleaved_stages_take_any_number_of_micro_batches() -> None:
-    """Three micro-batches on two interleaved stages: filled up, and the filling counts for nothing."""
+    """Three micro-batches on two interleaved stages need dummies, which do not affect loss and gradients."""
 
     def job(model, batches):
         outputs = forward_only(model, batches[:3], log_probs)

@@ -1,4 +1,4 @@
-"""The trainer's side of a weight sync, against an engine that is a dictionary; `test_rollout_vllm.py` has the real one."""
+"""The trainer's side of a weight sync against a fake engine; `test_rollout_vllm.py` has the real one."""
 
 import dataclasses
 import itertools
@@ -119,7 +119,7 @@ def test_a_bucket_too_small_for_a_tensor_is_refused_by_name() -> None:
 def failing(
     engine: FakeEngine, tensors, deadline_s: float = 20.0, name: str = "shm"
 ) -> WeightSyncError:
-    """After a good sync of version 1: the error of the next, whose iterator must be exhausted."""
+    """Return the error of a sync after a good one of version 1; its iterator must be exhausted."""
     sync = sync_to([engine], name, deadline_s)
     sync.sync(iter(weights(1).items()), 1)
     stream = iter(tensors)
@@ -233,7 +233,7 @@ def built(layout: Layout) -> Model:
 
 
 def sync_from_ranks(layout: Layout, name: str) -> tuple[int, int] | None:
-    """(peak extra bytes of this rank, bytes of the model); rank 0 checks what the engine got."""
+    """Return (additional peak bytes of this rank, bytes of the model); rank 0 checks the engine's weights."""
     model = built(layout)
     from_hf(model, weights(5))
     stream = to_hf(model, every_rank=False)

@@ -1,4 +1,4 @@
-"""IPC and NCCL without a GPU: what is CUDA's is replaced, the rest is ours and the real vLLM's; and signatures are bound."""
+"""IPC and NCCL without a GPU: our code and the real vLLM with CUDA replaced, and bound signatures."""
 
 import dataclasses
 import inspect
@@ -40,7 +40,7 @@ BUCKET = 1 << 19
 
 # --- the real vLLM with CUDA replaced ---------------------------------------------------------------
 class GlooCommunicator:
-    """In the place of vLLM's NCCL communicator."""
+    """Stand-in for vLLM's NCCL communicator."""
 
     disabled = False
 
@@ -59,7 +59,7 @@ class GlooCommunicator:
 
 
 def replace_cuda() -> list[int]:
-    """Returns the list of how many readers each handle has had."""
+    """Replace CUDA; return the list of reader counts per handle."""
     buckets: list[Tensor] = []
     readers: list[int] = []
 
@@ -80,7 +80,7 @@ def replace_cuda() -> list[int]:
 
 
 class Threaded:
-    """An engine of this process as if it were in another: it receives while the trainer sends."""
+    """An engine that receives in a thread while the trainer sends, as if in another process."""
 
     name = "engine 0"
 
@@ -148,7 +148,7 @@ class OnTrainersGpu(Tensor):
 
 
 def received_on_its_second_worker() -> list[tuple[bool, int]]:
-    """Of each tensor: whether it is still on the trainer's GPU, and its first byte."""
+    """Return for each tensor whether it is still on the trainer's GPU, and its first byte."""
     from phimini.parallel.weight_sync.sync import Entry
     from phimini.parallel.weight_sync.vllm_receiver import IpcEngine, SyncUpdate
 
@@ -189,7 +189,7 @@ def test_an_engine_that_never_joins_nccl_is_an_error_at_the_deadline(
 def test_the_communicator_is_on_the_gpu_of_the_thread_that_asks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """CUDA's current device is a thread's own, and 0 in a new one: of an engine's second worker too."""
+    """CUDA's current device is per thread, and 0 in a new thread, also of an engine's second worker."""
     of_thread = threading.local()
     of_thread.number = 1
     monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(of_thread, "number", 0))
@@ -205,7 +205,7 @@ def test_the_communicator_is_on_the_gpu_of_the_thread_that_asks(
 
 # --- CUDA's own calls ------------------------------------------------------------------------------
 def test_an_ipc_bucket_is_of_no_expandable_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our launch scripts ask for them; the other settings are kept, before and after."""
+    """The launch scripts enable expandable segments; all other settings are kept."""
     done: list[Any] = []
     empty = torch.empty
     monkeypatch.setattr(weight_sync_cuda, "on_device", lambda: torch.device("cpu"))

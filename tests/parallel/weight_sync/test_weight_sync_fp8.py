@@ -1,4 +1,4 @@
-"""FP8 weights for the engine: the blocks' numbers, and the real vLLM loading them on a CPU with its matrix product emulated."""
+"""FP8 weights for the engine: values of the blocks, and the real vLLM on a CPU with an emulated matrix product."""
 
 import dataclasses
 import json
@@ -122,7 +122,7 @@ def test_vllm_is_told_of_the_blocks(tmp_path: Path) -> None:
 
 # --- the guard -------------------------------------------------------------------------------------
 class InFp8(LocalEngine):
-    """The reference sampler with the numbers that an FP8 engine computes with."""
+    """The reference sampler with an FP8 engine's rounding."""
 
     def sync(self, model) -> None:
         super().sync(model)
@@ -132,7 +132,7 @@ class InFp8(LocalEngine):
 
 
 def examined(stale: bool) -> Verdict:
-    """The trainer has moved on since if `stale`."""
+    """Return the findings of a read-back, with newer trainer weights if `stale`."""
     model = build_model(CONFIG, initialize(Layout(), CONFIG), seed=3)
     engine = InFp8(CONFIG, model.world, 16)
     engine.sync(model)

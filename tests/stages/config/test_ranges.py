@@ -1,4 +1,4 @@
-"""Numbers that no field of a run may hold are named by field, range and value."""
+"""Errors for numbers out of a field's range name field, range and value."""
 
 import dataclasses
 from typing import Annotated, get_args, get_origin

@@ -119,7 +119,7 @@ def test_a_number_written_otherwise_is_the_same_number(
 
 
 def test_the_demos_problems_are_told_apart_by_their_numbers() -> None:
-    """Each wording of a template with the same numbers counts as one question, and none with other numbers."""
+    """Wordings of a template count as one question exactly if their numbers are the same."""
     problems = generate_problems(3, 3000, balanced=True)
     others = [p for seed in range(4, 9) for p in generate_problems(seed, 3000)]
     by_key: dict[str, list[Problem]] = defaultdict(list)
@@ -139,7 +139,7 @@ def test_the_demos_problems_are_told_apart_by_their_numbers() -> None:
 
 
 def test_groups_are_closed_whatever_the_order() -> None:
-    """A question that is near two others joins them, also when it comes last."""
+    """A question close to two others joins their groups, also if it comes last."""
     texts = [
         "Ann has 12 red pens, buys 4 and sells 7. How many are left?",
         "Bob has 12 green cups, buys 4 and sells 7. How many are left?",
@@ -153,7 +153,7 @@ def test_groups_are_closed_whatever_the_order() -> None:
 
 
 def test_the_time_grows_with_the_rows_not_with_their_square() -> None:
-    """A row meets only the held-out questions with its numbers: 10 times the index costs less than 3 times the time."""
+    """A row is compared only with held-out questions of its numbers: 10 times the index takes under 3 times as long."""
     rng = random.Random(0)
     words = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(600)]
     draw = lambda: " ".join(rng.choices(words, k=20)) + f" {rng.randint(1, 999)} {rng.randint(1, 999)}?"  # fmt: skip
@@ -182,7 +182,7 @@ def public(name: str) -> list[str]:
 
 @needs_samples
 def test_sets_that_share_no_question_lose_none() -> None:
-    """No pair across the sets is one question: those that a looser measure finds (overlap from 0.43) were read by hand."""
+    """Two sets without a common question lose no row; pairs with an overlap from 0.43 were read by hand."""
     sets = {name: public(name) for name in SETS}
     for held in SETS[1:]:
         index = Questions(sets[held])
@@ -214,7 +214,7 @@ SYNONYMS = {"buys": "purchases", "bought": "purchased", "costs": "is priced at",
 
 
 def reworded(question: str, rng: random.Random) -> str:
-    """Other names, synonyms, sentences before the last in another order, an instruction, other spacing."""
+    """Change names, words, spacing and the order of sentences before the last, and add an instruction."""
     for name in set(NAMES.findall(question)):
         question = re.sub(rf"\b{name}\b", rng.choice(["Yusuf", "Ingrid", "Chen", "Amara"]), question)  # fmt: skip
     for word, other in SYNONYMS.items():
@@ -225,7 +225,7 @@ def reworded(question: str, rng: random.Random) -> str:
 
 
 def respelled(question: str) -> str:
-    """LaTeX as another author writes it."""
+    """Rewrite LaTeX in another author's style."""
     for pattern, other in ((r"\\frac\b", r"\\dfrac"), (r"\\(?:le|leq)\b", r"\\leqslant"), (r"\\geq?\b", ">="), (r"\\cdot\b", r"\\times"),
                            (r"\$", ""), (r"\\left|\\right|\\,", ""), (r" ?([+=]) ?", r"  \1 "), (r"\^(\w)", r"^{\1}")):  # fmt: skip
         question = re.sub(pattern, other, question)

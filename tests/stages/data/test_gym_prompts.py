@@ -1,4 +1,4 @@
-"""reasoning-gym as a source of questions: through a stand-in with its interface, and through itself where it is installed."""
+"""reasoning-gym as a source of questions, through a stand-in with its interface and, if installed, the real package."""
 
 import importlib.util
 import sys
@@ -22,7 +22,7 @@ SMALL = ["distill.num_problems=20", "distill.num_heldout=21", "distill.num_valid
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`create_dataset` as reasoning-gym 0.1.25 has it: an indexable data set of entries, ValueError for a wrong name."""
+    """Stand in for reasoning-gym 0.1.25's `create_dataset`: an indexable data set, ValueError for a wrong name."""
 
     def create_dataset(name: str, size: int, seed: int) -> list[dict]:
         if name not in ("sums", "grids", "copies"):

@@ -113,7 +113,7 @@ def of_each_rank(ranks: int, batches_of) -> list[list[PackedBatch]]:
 def test_every_data_rank_has_as_many_micro_batches_and_every_rollout_is_in_one(
     num_rollouts: int, ranks: int, micro: int, random
 ) -> None:
-    """Over (rollouts, ranks, micro): collectives stay aligned, and each rollout's tokens weigh 1 in all."""
+    """For all (rollouts, ranks, micro), collectives stay aligned, and each rollout's tokens weigh 1 in total."""
     config = dataclasses.replace(tiny().rlvr, micro_rollouts=micro)
     lengths = [random.randint(1, 9) for _ in range(num_rollouts)]
     rollouts = [

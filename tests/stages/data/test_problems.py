@@ -1,4 +1,4 @@
-"""The demo's problems and teacher, checked by means that share no code with them.
+"""The demo's problems and teacher, checked by independent code.
 
 Answers are recomputed from the question's text alone, and every equation that a teacher writes is read back.
 """
@@ -30,7 +30,7 @@ def numbers(text: str) -> list[int]:
 
 
 def answer_from_text(problem: Problem) -> int:
-    """The answer from the wording of the question: no plan, another method where there is one."""
+    """Compute the answer from the wording of the question, without a plan and by another method where possible."""
     text, n = problem.question, numbers(problem.question)
     match problem.family:
         case "sum":
@@ -88,7 +88,7 @@ def test_a_teacher_without_slips_is_right_in_both_manners(problems: list[Problem
 
 
 def false_equations(rollout: str) -> list[str]:
-    """Every equation in the text that is not true, and every column result that its question belies."""
+    """Return every false equation in the text, and every column result that contradicts its question."""
     thought = rollout.removeprefix("<think>").split("</think>")[0]
     false = []
     for line in thought.split("\n"):
@@ -116,7 +116,7 @@ def test_what_a_teacher_without_slips_writes_is_true_arithmetic(problems: list[P
 
 
 def read_columns(op: str, steps: list[str]) -> int | tuple[int, int]:
-    """The result that the digits of written columns spell, units first (a division's from the front)."""
+    """Return the result that the digits of written columns spell, units first (for a division from the front)."""
     values = [step.split("=")[1] for step in steps]
     if op == "/":
         digits, rests = zip(*(value.split("r") for value in values), strict=True)
@@ -138,7 +138,7 @@ def test_columns_spell_their_result(problems: list[Problem]) -> None:
 
 
 def test_a_slip_writes_false_arithmetic(problems: list[Problem]) -> None:
-    """The negative control of the test above: each wrong answer is betrayed by a false line."""
+    """Negative control of the test above: each wrong answer has a false line."""
     wrong = [r for p in problems if boxed(r := teach(p, 2, quick=0.5, slip=0.3)) != p.answer]
     assert len(wrong) > 200
     for rollout in wrong:
@@ -191,7 +191,7 @@ def test_share_of_wrong_rollouts(
 
 
 def test_slower_rollouts_are_more_often_right(problems: list[Problem]) -> None:
-    """What makes preference pairs informative: of a right and a wrong rollout the right one is longer."""
+    """Right rollouts are longer than wrong ones, which makes preference pairs informative."""
     longer = shorter = 0
     for p in problems:
         rollouts = [teach(p, k, quick=0.5, slip=0.15) for k in range(4)]
@@ -220,7 +220,7 @@ def test_everything_follows_from_the_seed(problems: list[Problem]) -> None:
 
 
 def test_sets_kept_apart_share_no_numbers() -> None:
-    """By the numbers of the text itself: not in another order, wording, family or level."""
+    """Sets share no numbers of a text, in any order, wording, family or level."""
     held_out = generate_problems(777, 504, balanced=True)
     banned = {p.key for p in held_out}
     training = generate_problems(1, 6000, level_weights=(3, 3, 2), exclude_keys=banned)

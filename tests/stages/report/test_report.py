@@ -115,7 +115,7 @@ def values(encoded: list | dict) -> list[float]:
     return np.frombuffer(base64.b64decode(encoded["bdata"]), encoded["dtype"]).tolist()
 
 
-def words(page: ElementTree.Element) -> str:
+def page_text(page: ElementTree.Element) -> str:
     """Return the text of the page, without the data of its charts."""
     page = copy.deepcopy(page)
     for script in page.iter("script"):
@@ -124,7 +124,7 @@ def words(page: ElementTree.Element) -> str:
 
 
 class Tags(HTMLParser):
-    """The page as a browser's parser sees it: tags in order, attributes, text."""
+    """Parser of the page as a browser reads it: tags in order, attributes, text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_is_whole_and_holds_every_number(run: Path) -> None:
-    text = words(elements((run / "report.html").read_text()))
+    text = page_text(elements((run / "report.html").read_text()))
     results = read_json(run / "results.json")
     for row in results["stages"]:
         assert STAGE_NAMES[row["stage"]] in text
@@ -187,7 +187,7 @@ def test_each_stage_shows_its_curves(run: Path) -> None:
         "Sampling temperature",
         "Kl",
     } <= set(captions["RL"])
-    assert "0 → 1.29" in words(section), "the first margin is rounding, not a number to read"
+    assert "0 → 1.29" in page_text(section), "the first margin is rounding, not a number to read"
     assert "Reward" not in captions["SFT"], "a curve that the stage has no rows for"
     assert "Base" not in captions
 
@@ -218,7 +218,7 @@ def test_the_gains_and_times_are_those_of_the_results(run: Path) -> None:
 
 
 def test_a_curve_holds_every_step(run: Path) -> None:
-    """The number of points of the file, its values, and the gap where a row has none."""
+    """A curve has the file's number of points and values, and a gap for a row without a value."""
     page = elements((run / "report.html").read_text())
     (rl,) = [json.loads(f.findtext("script") or "") for f in page.iter("figure") if f.findtext("figcaption") == "Kl"]  # fmt: skip
     rows = [json.loads(line) for line in (run / "rlvr" / "metrics.jsonl").read_text().splitlines()]
@@ -252,7 +252,7 @@ def test_nothing_is_fetched_and_only_the_pages_own_scripts_run(run: Path) -> Non
 
 
 def with_hostile_text(value: object) -> object:
-    """`value` with every text in it replaced, but for what names a stage."""
+    """Replace every text in `value` except names of stages."""
     if isinstance(value, dict):
         return {
             k if k in NEEDED_KEYS else HOSTILE + k: with_hostile_text(v) for k, v in value.items()
@@ -285,7 +285,7 @@ def test_hostile_text_changes_no_tag(
     )
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    text = words(elements(page))
+    text = page_text(elements(page))
     assert Tags(page).tags == Tags((run / "report.html").read_text()).tags
     assert '<script>alert("1")</script>' in text and "<script>alert" not in page
     assert "\x00" not in page and "�" in page
@@ -295,14 +295,14 @@ def test_hostile_text_changes_no_tag(
 def test_the_headline_counts_only_gains_that_are_sure(tmp_path: Path) -> None:
     make_run(tmp_path)
     write_report(tmp_path)
-    assert "Each of the 4 gains has a paired" in words(
+    assert "Each of the 4 gains has a paired" in page_text(
         elements((tmp_path / "report.html").read_text())
     )
     results = read_json(tmp_path / "results.json")
     results["stages"][4]["gain_ci95"] = [-0.01, 0.05]
     write_json(tmp_path / "results.json", results)
     write_report(tmp_path)
-    assert "3 of the 4 gains have a paired" in words(
+    assert "3 of the 4 gains have a paired" in page_text(
         elements((tmp_path / "report.html").read_text())
     )
 
@@ -315,7 +315,7 @@ def test_controls_and_a_stage_without_metrics(tmp_path: Path) -> None:
     write_json(tmp_path / "controls" / "controls.json", {"seed": 0, "arms": [arm]})
     write_report(tmp_path)
     page = elements((tmp_path / "report.html").read_text())
-    assert "rejection sft 50.0" in words(page) and "+8.0 [+5.0, +11.0] −3.0" in words(page)
+    assert "rejection sft 50.0" in page_text(page) and "+8.0 [+5.0, +11.0] −3.0" in page_text(page)
     assert "SFT" not in [h.text for h in page.iter("h3")]
 
 
@@ -437,7 +437,7 @@ def test_a_browser_draws_every_chart_without_an_error(
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs the Debian package chromium")
 def test_a_script_that_is_not_the_pages_own_does_not_run(run: Path, tmp_path: Path) -> None:
-    """What the policy is for: the browser refuses an injected script and an image of another host."""
+    """The content security policy refuses an injected script and an image of another host."""
     injected = (
         '<script>document.title = "mine"</script><img src="https://example.invalid/x.png"/></body>'
     )

@@ -1,4 +1,4 @@
-"""The measure, the importance weights and the doctor, without an engine that takes seconds to start."""
+"""The mismatch measure, the importance weights and the diagnosis, without an engine that takes seconds to start."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ from phimini.stages.rollout.local import LocalEngine
 
 # --- the measure -----------------------------------------------------------------------------------
 def measured(layout: Layout, d_M: Tensor, age_M: Tensor, counts_M: Tensor) -> Mismatch:
-    """Data ranks hold every other row, in two micro-batches; the other ranks of a replica see the same."""
+    """Measure with every other row on each data rank, in two micro-batches; ranks of a replica see the same rows."""
     from phimini.parallel.ranks.world import initialize
 
     world = initialize(layout, LONG)
@@ -138,7 +138,7 @@ def test_rounding_weighs_exactly_one() -> None:
 
 # --- the doctor ------------------------------------------------------------------------------------
 class Rounded(LocalEngine):
-    """Computes with weights of half the precision."""
+    """An engine that computes with weights of half the precision."""
 
     def sync(self, model) -> None:
         super().sync(model)
@@ -147,7 +147,7 @@ class Rounded(LocalEngine):
 
 
 class OtherFunction(LocalEngine):
-    """Its attention is something else."""
+    """An engine with a different attention."""
 
     def sync(self, model) -> None:
         super().sync(model)
@@ -157,7 +157,7 @@ class OtherFunction(LocalEngine):
 
 
 class Slept(LocalEngine):
-    """Its first answers were wrong, and then it gave its memory to the trainer."""
+    """An engine whose first answers are wrong, and which then releases its memory to the trainer."""
 
     last_sync, asleep, answered = None, False, False
 

@@ -1,4 +1,4 @@
-"""Groups of rollouts as stage 4 asks for them: how many, of which prompts, with which seeds."""
+"""Groups of rollouts in stage 4: their number, prompts and seeds."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from phimini.stages.run.workloads import most_rollouts
 
 
 class Seeded:
-    """An engine whose answer is its seed."""
+    """An engine that answers with its seed."""
 
     def __init__(self) -> None:
         self.calls: list[int] = []
@@ -45,7 +45,7 @@ class Seeded:
 def sampled(
     ids: list[str], right: Mapping[str, set[int]], words: list[str]
 ) -> tuple[list[list[Rollout]], list[int]]:
-    """The groups, and how many answers each call of the engine gave. right: which of a prompt's answers are."""
+    """Return the groups, and the number of answers of each call. `right` selects a prompt's right answers."""
     run = override(tiny(), words)
     asked: Counter[str] = Counter()
 
@@ -69,7 +69,7 @@ def test_a_prompt_twice_in_a_step_gives_no_rollout_twice() -> None:
 
 
 def test_hard_groups_grow_in_rounds_until_they_have_enough_right_answers() -> None:
-    """Easy: half of the first 4. Slow: its second right answer is its 11th. Never: none in 16."""
+    """Right answers: easy has half of the first 4, slow has its second as the 11th, never has 0 of 16."""
     right = {"easy": {0, 3}, "slow": {1, 10}, "never": set()}
     words = ["rlvr.rollouts_per_prompt=4", "rlvr.oversample_to=20", "rlvr.max_accuracy=0.5"]
     groups, calls = run_ranks(sampled, 1, list(right), right, words)[0]
@@ -86,7 +86,7 @@ def test_without_rebalancing_no_group_grows() -> None:
 
 # --- the probe -------------------------------------------------------------------------------------
 def probed(answers: Mapping[str, list[tuple[int, float, bool]]], *words: str) -> dict[str, Any]:
-    """The pool, from each prompt's answers as (length, reward, cut off)."""
+    """Return the pool for each prompt's answers (length, reward, cut off)."""
     seen = {
         id: [
             Rollout(f"{id}/{k}", id, 0, [1], [2] * length, [0.0] * length, 1.0, reward, cut, [[0, 0, length]])

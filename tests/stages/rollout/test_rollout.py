@@ -1,4 +1,4 @@
-"""The local engine refuses what it cannot sample, as vLLM's engines do; and every engine rests before a stage trains."""
+"""Refused prompts of the local engine, as of vLLM's engines; engines release the GPU before a stage trains."""
 
 import itertools
 from pathlib import Path
@@ -26,7 +26,7 @@ PARAMS = SamplingParams(temperature=1.0, max_new_tokens=4, stop_ids=())
 
 
 def lengths(words: list[str], prompts: list[list[int]], seeds: list[int]) -> list[int]:
-    """Of the answers of a random model on one rank."""
+    """Return the lengths of a random model's answers on one rank."""
     run = override(tiny(), words)
     engine = build_engine(run, CONFIG, initialize(Layout(), CONFIG))
     return [len(done.tokens) for done in engine.generate(prompts, PARAMS, seeds)]
@@ -66,7 +66,7 @@ class Noting(LocalEngine):
 
 
 def sampled_for(stage: str, folder: Path) -> list[str]:
-    """What is asked of an engine on the GPU of its trainer."""
+    """Return the calls of an engine on its trainer's GPU."""
     run = run_config(folder, "evaluate.max_new_tokens=2", "rollout_dpo.num_prompts=2", "rollout_dpo.pairs_per_step=1",
                      "rollout_dpo.rollouts_per_prompt=2", "rollout_dpo.max_new_tokens=2")  # fmt: skip
     model = trainer(LONG, Layout(), 1)
@@ -87,7 +87,7 @@ def sampled_for(stage: str, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("stage", ["evaluate", "rollout_dpo"])
 def test_an_engine_rests_once_it_has_sampled(stage: str, tmp_path: Path) -> None:
-    """Awake, vLLM keeps half of a GPU from the stage that trains next."""
+    """An awake vLLM would occupy half of a GPU during training."""
     folder = make_run(tmp_path)
     problems = read_rows(folder / "distill" / "prompts.jsonl", {})
     write_rows(folder / "distill" / "heldout.jsonl", problems[:2])

@@ -1,4 +1,4 @@
-"""Stage 4 one step ahead, with the local engine in the place of vLLM's: what is trained on is old, and the guard still sees."""
+"""Stage 4 with prefetch, and the local engine instead of vLLM's: staleness, and the check of mismatch."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ AHEAD = ("rollout.asynchronous=true", "rlvr.steps=4")
 
 
 class AtOnce:
-    """The next step's answers are there before this step trains, all of the same weights."""
+    """A prefetch that finishes the next step's answers before this step trains, all from the same weights."""
 
     def __init__(self, world: Any, action: Any) -> None:
         self._result = action()
@@ -26,7 +26,7 @@ class AtOnce:
 
 
 def ahead(run: RunConfig, factor: float = 1.0) -> tuple[list[dict], set[str]]:
-    """The log, and the modes of the importance weights; from the second update on the engine has weights times `factor`."""
+    """Return the log and the modes of the importance weights; from update 2 the engine's weights are times `factor`."""
     modules: Any = rlvr, policy_head
     modules[0].build_engine = lambda run, config, world: LocalEngine(config, world, 16)
     modules[0].OnMain, modules[0].Background = lambda engine: engine, AtOnce

@@ -1,4 +1,4 @@
-"""The trainer's end of an engine process, against engines that are a socket and a few lines: strangers, mutes, corpses."""
+"""The client of an engine process, against fake engines on a socket: unknown peers, silent ones, dead ones."""
 
 import dataclasses
 import multiprocessing
@@ -37,7 +37,7 @@ from phimini.stages.rollout.wire import encode, receive, split_address
 
 
 def served(handler: Callable[[socket.socket], None]) -> str:
-    """The address of something that does `handler` with every connection."""
+    """Serve every connection with `handler`; yield the address."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -69,7 +69,7 @@ def saying(data: bytes) -> Callable[[socket.socket], None]:
 
 
 def test_an_engine_that_stopped_reading_is_given_up_at_the_deadline() -> None:
-    """What it was asked fills every buffer between the two; whoever asks waits no longer than for an answer."""
+    """Requests fill every buffer between the two, and the caller still waits no longer than its deadline."""
     client = EngineClient(served(mute), name="engine")
     asked = [dataclasses.replace(r, prompt=[200_000] * 20_000) for r in requests(150, SAMPLING)]
     started = time.monotonic()
@@ -80,7 +80,7 @@ def test_an_engine_that_stopped_reading_is_given_up_at_the_deadline() -> None:
 
 
 def test_a_mute_engine_is_given_up_while_another_answers(capfd: pytest.CaptureFixture) -> None:
-    """The other alone takes 4 s for all of them."""
+    """The other engine answers alone, in 4 s for all requests."""
     clients = [EngineClient(served(handler), name="engine") for handler in (answering, mute)]
     service = RolloutService(clients, deadline_s=1.0, per_engine=4)
     assert len(service.run(requests(80, SAMPLING))) == 80
@@ -90,7 +90,7 @@ def test_a_mute_engine_is_given_up_while_another_answers(capfd: pytest.CaptureFi
 
 
 def test_what_arrived_unheard_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trainer that was stopped itself wakes up with the beats of that time before it."""
+    """A trainer that was stopped and resumed first reads the heartbeats of that time."""
     monkeypatch.setattr(EngineClient, "_listen", lambda self: None)
     client = EngineClient(served(saying(encode({"beat": 1}))), name="engine")
     client.heard -= 1000
@@ -130,7 +130,7 @@ def test_an_address_where_nothing_answers_is_named() -> None:
 
 # --- an engine lost in a sync -----------------------------------------------------------------------
 class Losable(FakeEngine):
-    """Frozen, dead or well."""
+    """An engine that can be frozen, dead or healthy."""
 
     alive, silent = True, 0.0
 
@@ -239,7 +239,7 @@ def test_with_cuda_the_core_is_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_engine_is_served_with_its_trainer_s_settings(
     has_cuda: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU too, where an engine in the training ranks sleeps and one that is served does not."""
+    """Also on a GPU, where a colocated engine sleeps and a served one does not."""
     served: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
     monkeypatch.setattr(rollout_separate, "run_server", lambda *arguments: served.append(arguments))

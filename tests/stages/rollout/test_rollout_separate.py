@@ -1,4 +1,4 @@
-"""vLLM engines in processes of their own: synced over shm and gloo, interrupted, overtaken, frozen and killed.
+"""Separate vLLM engines: synced over shm and gloo, interrupted, overtaken, frozen and killed.
 
 Two engines serve the whole module (3 CPU seconds each); what a test does to one, the next finds repaired or is told.
 """
@@ -139,7 +139,7 @@ def run_over_a_sync(
     versions: tuple[int, int],
     pause: str,
 ) -> tuple[dict[str, Sampled], RolloutService]:
-    """Answers during which the weights went from one version to the other.
+    """Return answers during which the weights changed from one version to the next.
 
     How long the answers take depends on the machine and what else it does: if the sync came after the last token (or
     before the first), the same is tried with less (or more) time before it.
@@ -257,7 +257,7 @@ def test_a_frozen_receiver_is_an_error_at_the_deadline(
 
 
 def test_a_truncated_bucket_and_a_flipped_bit_are_refused_whole(engines: dict[str, Engine]) -> None:
-    """Found before anything of the bucket is loaded; here it is the first, so the old weights stay."""
+    """Both are found before any weight of the bucket is loaded; in the first bucket the old weights stay."""
     engine = engines["shm"]
     client = engine.connect()
     engine.give(client, 3)

@@ -30,14 +30,14 @@ WORDS = ["rollout.engine=vllm", "rollout.max_batch=16", "rollout.transport=gloo"
 
 
 def command(output: str, *arguments: str) -> None:
-    """What the command `phimini` does, with its output in a file."""
+    """Run the command `phimini` with its output in a file."""
     sys.stdout = sys.stderr = Path(output).open("w", buffering=1)
     sys.exit(cli.main(list(arguments)))
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
-    """(process, address, its output) of `phimini serve tiny`."""
+    """Start `phimini serve tiny`; return (process, address, output)."""
     output = tmp_path_factory.mktemp("serve") / "output"
     process = context().Process(
         target=command, args=(str(output), "serve", "tiny", "address=127.0.0.1:0", *WORDS)
@@ -76,7 +76,7 @@ def test_a_trainer_with_another_recipe_is_refused_by_name(served: tuple) -> None
 
 
 def test_who_says_nothing_or_something_else_keeps_no_trainer_waiting(served: tuple) -> None:
-    """A connection that stays silent, a health check over HTTP, a message that is no hello."""
+    """A silent connection, an HTTP health check and a message other than hello do not block a trainer."""
     run = override(tiny(), WORDS)
     config = base_config(run)
     strangers = [socket.create_connection(split_address(served[1])) for _ in range(3)]

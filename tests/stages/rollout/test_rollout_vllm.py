@@ -1,4 +1,4 @@
-"""The real vLLM in the trainer's process, on a CPU in fp32: the same tokens, the same log-probs, before and after a sync.
+"""Colocated vLLM on a CPU in fp32: the reference's tokens and log-probs, before and after a sync.
 
 Each module-scoped fixture is one engine (about 3 CPU seconds) in a process of its own; it returns numbers, the tests
 look at them. `test_rollout_separate.py` has engines of their own.

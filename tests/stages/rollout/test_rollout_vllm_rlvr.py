@@ -1,4 +1,4 @@
-"""Stage 4 with each rollout engine: the same policy on both sides at every step, and a stop when it is not."""
+"""Stage 4 with each rollout engine: equal policies of sampler and trainer at every step, and a stop otherwise."""
 
 import dataclasses
 import os
@@ -38,13 +38,13 @@ def test_a_sampler_left_behind_stops_the_run_with_the_cause(tmp_path: Path) -> N
     def forgets() -> None:
         sync, calls = LocalEngine.sync, []
 
-        def once(engine: LocalEngine, model) -> None:
+        def sync_first_only(engine: LocalEngine, model) -> None:
             calls.append(1)
             if len(calls) == 1:
                 sync(engine, model)
             engine._version = model.num_updates
 
-        LocalEngine.sync = once  # pyright: ignore[reportAttributeAccessIssue]
+        LocalEngine.sync = sync_first_only  # pyright: ignore[reportAttributeAccessIssue]
         reinforce(run)
 
     with pytest.raises(RankFailure, match="MismatchError.*more than the alarm level") as e:
@@ -119,7 +119,7 @@ def test_one_step_ahead_with_an_engine_of_its_own(tmp_path: Path, partial: bool)
 
 
 def asynchronous(run) -> list[dict]:
-    """The trainer's process starts the engine's by a fork: the imports are paid already."""
+    """Start the engine by a fork of the trainer's process, which saves the imports."""
     import multiprocessing
 
     from phimini.stages.rollout import separate_vllm as rollout_separate
@@ -136,7 +136,7 @@ def asynchronous(run) -> list[dict]:
 
 @pytest.mark.vllm
 def test_a_sampler_with_other_weights_stops_a_run_that_is_one_step_ahead(tmp_path: Path) -> None:
-    """What it trains on is always older than its weights, so that alone would never tell."""
+    """With prefetch the rollouts are always older than the weights, so their age alone proves no mismatch."""
     run = run_config(
         make_run(tmp_path / "run"), *SEPARATE, "rollout.asynchronous=true", "rlvr.steps=4"
     )
@@ -147,7 +147,7 @@ def test_a_sampler_with_other_weights_stops_a_run_that_is_one_step_ahead(tmp_pat
 
 
 def misled(run) -> list[dict]:
-    """From the second update on, the engine is sent something else."""
+    """Send the engine wrong weights from the second update."""
     from phimini.stages.rollout.separate_vllm import SeparateVllm
 
     send = SeparateVllm._send

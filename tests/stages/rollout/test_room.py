@@ -1,4 +1,4 @@
-"""A prompt whose answer would not fit the planned row is refused before anything is sampled, in both stages that sample."""
+"""Prompts whose answers would not fit the planned row are refused before sampling, in both stages that sample."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The list of what a GPU must still show names every test that needs one."""
+"""The GPU checklist names every test that needs a GPU."""
 
 import ast
 from pathlib import Path

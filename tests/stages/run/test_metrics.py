@@ -1,4 +1,4 @@
-"""The metrics file of a stage: its rows, and what is left of it after a crash."""
+"""The metrics file of a stage: its rows, and its repair after a crash."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from phimini.stages.run.metrics import MetricsLog
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, moved by hand."""
+    """Replace the clock by one that the test moves."""
     now = [1000.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
     return now

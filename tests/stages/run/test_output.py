@@ -1,4 +1,4 @@
-"""What becomes of text that cannot be shown. Whole runs with such outputs: tests/stages/run/test_stopped_outside_steps.py."""
+"""Output that cannot be written or encoded; whole runs with it are in test_stopped_outside_steps.py."""
 
 import io
 import os
@@ -55,7 +55,7 @@ def test_a_command_that_only_prints_fails_when_it_cannot(
 
 
 def test_the_interpreter_ends_as_the_command_does() -> None:
-    """What is left in the buffer would make Python exit with 120 and a message of its own."""
+    """Text left in the buffer would make Python exit with status 120 and another message."""
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-W", "ignore", "-m", "phimini.stages.cli", "--help"], stdout=full,
                               stderr=subprocess.PIPE, text=True)  # fmt: skip

@@ -18,7 +18,7 @@ from phimini.stages.run.progress import LINE_EVERY_S, StepProgress
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, moved by hand."""
+    """Replace the clock by one that the test moves."""
     now = [1000.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     return now
@@ -101,7 +101,7 @@ bar.close()
 def shown_on_a_terminal(
     columns: int, *arguments: int, term: str = "xterm"
 ) -> tuple[list[str], str]:
-    """Return the lines of a terminal after a stage in a process of its own, and all that was sent to it."""
+    """Return the lines of a terminal after a stage in another process, and all text sent to the terminal."""
     reader, writer = pty.openpty()
     pieces: list[bytes] = []
 

@@ -1,4 +1,4 @@
-"""kill -9 between two lines of what a command does: the same command then leaves the tree that one without a kill leaves."""
+"""kill -9 between two lines of a command: a rerun leaves the same tree as a run without a kill."""
 
 import os
 import shutil

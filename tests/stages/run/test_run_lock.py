@@ -1,4 +1,4 @@
-"""Two commands in one folder: the second is refused by name, and the kernel alone decides when the first has ended."""
+"""Two commands in one folder: the second is refused with the first one's name, until the first one's process ends."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A run that is told to stop outside its step loop, and one whose output cannot be written."""
+"""Runs that are stopped outside their step loop, and runs whose output cannot be written."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_sigterm_outside_the_step_loop_saves_what_there_is(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture,
 ) -> None:
-    """Before the loop there is nothing to save; after it the export is finished, for the last steps are in no checkpoint."""
+    """Before the loop there is no state. After it the export is finished, as no checkpoint has the last steps."""
     for name in ("distill", "curate", "base"):
         os.symlink(data / name, tmp_path / name)
     words = ["midtrain", "tiny", f"out={tmp_path}", *MICRO]

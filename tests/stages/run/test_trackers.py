@@ -40,7 +40,7 @@ with MetricsLog(Path(out) / "sft" / "metrics.jsonl", 3, "sft", True, run) as log
 
 
 def train(out: Path, to: str, first: int = 0, losses: list[float] = LOSSES) -> str:
-    """Log three steps in a process of its own: W&B starts threads and a service, Trackio keeps global state."""
+    """Log three steps in another process, because W&B starts threads and a service, and Trackio has global state."""
     process = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", TRAIN, str(out), to, str(first), *map(str, losses)],
         env=os.environ | {"WANDB_MODE": "offline", "TRACKIO_DIR": str(out / "trackio")},

@@ -1,4 +1,4 @@
-"""The schedule of a stage as its settings give it, and what stage 4's skipped updates do to it."""
+"""The schedule of a stage from its settings, also with skipped updates of stage 4."""
 
 import types
 from pathlib import Path
@@ -19,7 +19,7 @@ from phimini.stages.run.training import start_optimizer
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
 def test_the_last_step_of_a_stage_of_any_length_trains(decay: Any) -> None:
-    """Down to stages of one step, whatever share of it is warm-up."""
+    """Down to stages of one step, with any share of warm-up."""
 
     def rank() -> list[tuple[int, float, float, float]]:
         world = initialize(Layout(), config())
@@ -49,7 +49,7 @@ def test_the_last_step_of_a_stage_of_any_length_trains(decay: Any) -> None:
 
 
 def test_skipped_updates_move_learning_rate_and_temperature_alike(tmp_path: Path) -> None:
-    """Both follow the steps: those with too few rollouts for an update count like the others."""
+    """Both follow the steps, and steps with too few rollouts for an update count too."""
     settings = [
         "rlvr.steps=6", "rlvr.min_rollouts=17", "rlvr.optimizer.decay=linear", "rlvr.optimizer.lr=1e-3",
         "rlvr.start_temperature=1.0", "rlvr.end_temperature=0.6",

@@ -1,4 +1,4 @@
-"""A run's stages as the plan sees them: a pair is two rows, a group is its rollouts, a reference only where one is kept."""
+"""Workloads of a run's stages for the plan: two rows per pair, the rollouts of a group, a reference model if kept."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-r"""The verifier: every known way to be paid for nothing, every known way to lose a right answer."""
+r"""The verifier: all known false positives and false negatives."""
 
 import gc
 import time
@@ -210,7 +210,7 @@ numbers = st.fractions(min_value=-(10**12), max_value=10**12, max_denominator=10
 
 
 def spellings(value: Fraction) -> list[str]:
-    """Every way to write `value` that we know, made from Python's own arithmetic."""
+    """Return all known spellings of `value`, made with Python's arithmetic."""
     top, bottom = value.numerator, value.denominator
     result = [f"{top}/{bottom}", f"\\frac{{{top}}}{{{bottom}}}", f"\\dfrac{{{-top}}}{{{-bottom}}}"]
     if value >= 0 and bottom > 1 and top > bottom:
@@ -293,7 +293,7 @@ def test_a_hostile_box_costs_no_time(response: str) -> None:
 
 
 def test_an_exact_verdict_costs_less_than_20_microseconds() -> None:
-    """CPU seconds, best of several rounds: the machine may be busy, the code is not slower for it."""
+    """Best CPU seconds of several rounds, because the machine may be busy."""
     trace = "47+385:7+5=12,4+8+1=13,0+3+1=4;=432\n" * 10 + "</think>"
     responses = [
         trace + f"\\boxed{{{text}}}"

@@ -1,4 +1,4 @@
-r"""The exact tests under math-verify, and never worse than math-verify alone."""
+r"""Exact comparison of expressions, which accepts all right answers that math-verify accepts."""
 
 import logging
 

@@ -1,4 +1,4 @@
-r"""Solved inequalities are intervals; others are work left undone."""
+r"""Solved inequalities become intervals; others are unfinished work."""
 
 import pytest
 

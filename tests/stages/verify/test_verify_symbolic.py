@@ -1,4 +1,4 @@
-"""math-verify in its own process: right answers, hard limits, any thread, any fork."""
+"""math-verify in its worker process: right answers, hard limits, any thread, any fork."""
 
 import importlib.util
 import os
@@ -153,7 +153,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU seconds of a process, its children and those that it has waited for."""
+    """Return the CPU seconds of a process and its children, also of ended ones."""
     own = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     ticks = sum(int(field) for field in own[11:15]) / os.sysconf("SC_CLK_TCK")
     return ticks + sum(cpu_seconds(child) for child in children_of(pid))

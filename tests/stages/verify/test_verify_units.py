@@ -1,4 +1,4 @@
-r"""Units are taken off, and nothing else that stands after a number."""
+r"""Units, and only units, are removed after a number."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""An engine for weight sync tests that is a dictionary: it takes every transport, and misbehaves when asked to."""
+"""A fake engine for weight sync tests: a dictionary that accepts every transport and can be made to misbehave."""
 
 import time
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from phimini.parallel.weight_sync.sync import entry_of
 
 
 class FakeEngine:
-    """Holds what it was sent in `weights` once a sync is complete; `staged` is the update under way."""
+    """Engine that stores received tensors in `staged`, and in `weights` once a sync is complete."""
 
     def __init__(self, name: str = "engine 0") -> None:
         self.name = name
@@ -31,7 +31,7 @@ class FakeEngine:
         self.delay_s: dict[str, float] = {}
         """seconds that a phase takes"""
         self.spoil: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
-        """what becomes of a tensor while it is loaded"""
+        """function applied to a tensor while it is loaded"""
         self.gone = False
         self._thread = ThreadPoolExecutor(1)
 

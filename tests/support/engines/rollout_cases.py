@@ -1,4 +1,4 @@
-"""Small models, prompts and comparisons for the tests against the real vLLM; nothing here imports it."""
+"""Small models, prompts and comparisons for the tests against the real vLLM, without an import of vLLM."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ LENGTHS = (1, 9, 33, 50, 62, 64, 65, 90, 150)
 
 
 def weights(seed: int, config: ModelConfig = LONG) -> dict[str, Tensor]:
-    """Far from uniform, so that a greedy token is not decided by rounding."""
+    """Return weights of a distribution far from uniform, so that rounding does not decide a greedy token."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator) * (0.08 if len(shape) > 1 else 0.1)
@@ -63,7 +63,7 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[list[int]]:
 def logprobs(
     model: Phi4Mini, prompt: list[int], response: list[int], temperature: float = 1.0
 ) -> Tensor:
-    """Teacher-forced, of each token of the response."""
+    """Return teacher-forced log-probs of each token of the response."""
     tokens_1T = torch.tensor([prompt + response])
     hidden_TD = model(tokens_1T[:, :-1])[0, len(prompt) - 1 :]
     logp_TV = (hidden_TD @ model.head_weight_VD.T / (temperature or 1.0)).log_softmax(-1)
@@ -73,7 +73,7 @@ def logprobs(
 def difference(
     model: Phi4Mini, asked: list[list[int]], done: Sequence[Sampled], temperature: float = 1.0
 ) -> float:
-    """max |log-prob reported - log-prob of the reference model| over all sampled tokens."""
+    """Return max |reported log-prob - log-prob of the reference model| over all sampled tokens."""
     return max(
         (logprobs(model, p, c.tokens, temperature) - torch.tensor(c.logprobs)).abs().max().item()
         for p, c in zip(asked, done, strict=True)
@@ -81,7 +81,7 @@ def difference(
 
 
 def trainer_difference(model: Model, asked: list[list[int]], done: Sequence[Sampled]) -> float:
-    """The same against the trainer, at its layout; on every rank."""
+    """Return the same difference from the trainer at its layout, on every rank."""
     documents = [
         Document(
             tokens=(p + c.tokens)[:-1],
@@ -100,7 +100,7 @@ def trainer_difference(model: Model, asked: list[list[int]], done: Sequence[Samp
 
 
 def greedy_agrees(model: Phi4Mini, asked: list[list[int]], done: Sequence[Sampled]) -> list[int]:
-    """Prompts whose greedy answer is not the reference sampler's."""
+    """Return the prompts whose greedy answer differs from the reference sampler's."""
     expected = sample(model, asked, GREEDY, [0] * len(asked))
     return [
         i
@@ -116,7 +116,7 @@ def trainer(config: ModelConfig, layout: Layout, seed: int) -> Model:
 
 
 def move(model: Model, seed: int) -> None:
-    """What an optimizer step does, seen from the outside: other weights, one version further."""
+    """Change weights and version as an optimizer step does."""
     from_hf(model, weights(seed, model.config))
     model.num_updates += 1
 

@@ -1,4 +1,4 @@
-"""Engine processes for tests: started by the test, asked and synced by it, and what is asked of them."""
+"""Engine processes for tests, and requests to them."""
 
 import dataclasses
 import multiprocessing
@@ -42,7 +42,7 @@ LONG_ANSWERS = SamplingParams(temperature=0.9, max_new_tokens=200, stop_ids=())
 
 
 class Engine:
-    """A running engine: its address, and who it is made of."""
+    """A running engine: its address and its processes."""
 
     def __init__(self, name: str, **settings: Any) -> None:
         self.name = name
@@ -69,14 +69,14 @@ class Engine:
         )
 
     def give(self, client: EngineClient, seed: int, **options: Any) -> SyncReport:
-        """Weights `seed`, as version `seed`."""
+        """Sync weights `seed` as version `seed`."""
         return self.sync(client, **options).sync(iter(weights(seed).items()), seed)
 
 
 def from_trainer(
     layout: Layout, address: str, settings: EngineSettings, config: ModelConfig = LONG
 ) -> list[dict[str, Any]]:
-    """In a rank of a trainer: parity with the engine at `address` after each of two syncs."""
+    """Return, in a rank of a trainer, the parity with the engine at `address` after each of two syncs."""
     model = trainer(config, layout, 1)
     run = override(
         tiny(), ["rollout.engine=vllm", f"rollout.addresses={address}", "rollout.deadline_s=60"]
@@ -92,7 +92,7 @@ def from_trainer(
 
 
 def done_at_once(path: str) -> None:
-    """A trainer that starts an engine, writes its process id, and has nothing more to do."""
+    """Run a trainer that starts an engine, writes its process id and ends."""
     run = override(tiny(), ["rollout.engine=vllm", "rollout.deadline_s=60"])
     world = initialize(Layout(), LONG, seed=0)
     forking = multiprocessing.get_context("fork")  # the imports are paid already
@@ -119,7 +119,7 @@ def in_thread(action) -> tuple[threading.Thread, list[Any]]:
 
 
 def span_differences(asked: list[Request], done: dict[str, Sampled]) -> float:
-    """max |log-prob - that of the weights that each span says it is from|."""
+    """Return max |log-prob - log-prob of the weights that the span names|."""
     models = {v: reference(LONG, v) for c in done.values() for v in {s.version for s in c.versions}}
     worst = 0.0
     for request in asked:

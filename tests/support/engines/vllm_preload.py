@@ -1,4 +1,4 @@
-"""What the forkserver of `vllm_process.py` imports: all that an engine would import, once for all of them."""
+"""Imports of the forkserver of `vllm_process.py`: all that an engine needs, paid once."""
 
 import gc
 

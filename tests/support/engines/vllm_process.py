@@ -1,4 +1,4 @@
-"""Runs functions in processes forked from one that has imported vLLM: the import is paid once per pytest session.
+"""Functions run in processes forked from one that has imported vLLM, which pays the import once per pytest session.
 
 The pytest process itself never imports vLLM, and no engine outlives the test that started it.
 """
@@ -21,7 +21,7 @@ PRELOADED = ["vllm_preload"]
 
 
 def context() -> Any:
-    """The forkserver; its first process takes 20 CPU seconds, the next ones a few milliseconds."""
+    """Return the forkserver context; its first process takes 20 CPU seconds, later ones a few milliseconds."""
     require_vllm()
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOADED)
@@ -38,7 +38,7 @@ def context() -> Any:
 def in_vllm(
     fn: Callable[..., Any], *args: Any, world_size: int = 1, timeout_s: float = 300
 ) -> list[Any]:
-    """`run_ranks(fn, world_size, *args)` where vLLM is imported. What fn returns must pickle."""
+    """Call `run_ranks(fn, world_size, *args)` where vLLM is imported. The results of fn must pickle."""
     receive, send = multiprocessing.Pipe(duplex=False)
     process = context().Process(
         target=_child, args=(send, os.getpid(), fn, world_size, args, timeout_s)

@@ -20,7 +20,7 @@ IGNORE = -100
 def make_head(
     M: int, D: int, V: int, dtype: torch.dtype = torch.float32, ignored: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (M, D), weight (V, D), targets (M,): every fifth row ignored, logits of a few units."""
+    """Return hidden (M, D), weight (V, D), targets (M,): every fifth row ignored, logits of a few units."""
     hidden = torch.randn(M, D, dtype=torch.float64).to(dtype)
     weight = (torch.randn(V, D, dtype=torch.float64) * 2 * D**-0.5).to(dtype)
     targets = torch.randint(0, V, (M,))
@@ -30,7 +30,7 @@ def make_head(
 
 
 def chunk_bytes(V: int, dtype: torch.dtype = torch.float32) -> int:
-    """A budget of 16 rows, the fewest, so that tests take several chunks."""
+    """Return a budget of 16 rows, the minimum, so that tests take several chunks."""
     return 16 * V * dtype.itemsize
 
 
@@ -39,7 +39,7 @@ def value_and_grads(
     hidden: Tensor,
     weight: Tensor,
 ) -> dict[str, Tensor]:
-    """The loss, its metrics and its gradients, by name."""
+    """Return the loss, its metrics and its gradients by name."""
     leaves = [value.detach().clone().requires_grad_() for value in (hidden, weight)]
     loss, metrics = fn(*leaves)
     dx, dw = torch.autograd.grad(loss, leaves)
@@ -50,7 +50,7 @@ def value_and_grads(
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], limit: float) -> None:
-    """|got - want| <= limit * max|want| (limit itself where want is smaller than 1), each by name."""
+    """Assert |got - want| <= limit * max(1, max|want|) for each name."""
     assert got.keys() == want.keys(), f"{got.keys()} vs {want.keys()}"
     for name, expected in want.items():
         error = (got[name].double() - expected.double()).abs().nan_to_num(torch.inf)
@@ -62,7 +62,7 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], limit: float) -
 
 
 def gemm_flops(fn: Callable[[], object]) -> int:
-    """2 * m * k * n of every matrix product that `fn` runs, inside custom ops too; without what oneDNN's are filled up."""
+    """Return 2 * m * k * n over all matrix products of `fn`, also in custom ops, without oneDNN's padding."""
     profile = torch.autograd.profiler.profile(record_shapes=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PHIMINI_CPU_GEMM", "mkl")

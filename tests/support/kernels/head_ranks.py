@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks, forked from the test."""
+"""Several gloo ranks, forked from the test."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ TIMEOUT_S = 60
 
 
 def run_ranks(world_size: int, tmp_path: Path, fn: Callable[[int], Any]) -> list[Any]:
-    """`fn(rank)` on each rank of a gloo world; its results in rank order. A rank's error fails the test."""
+    """Call `fn(rank)` on each rank of a gloo world; return the results in rank order. A rank's error fails the test."""
     children = []
     for rank in range(world_size):
         pid = os.fork()

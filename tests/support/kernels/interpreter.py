@@ -1,4 +1,4 @@
-"""Importing this repairs Triton's interpreter for the tests of a process (see phimini.bench.offline.interpreter)."""
+"""Repair of Triton's interpreter for the tests of a process, at import (see phimini.bench.offline.interpreter)."""
 
 import torch
 

@@ -38,7 +38,7 @@ class Mutation:
     file: str
     """in kernels/"""
     old: str
-    """stands there exactly once"""
+    """text that occurs exactly once in the file"""
     new: str
     tests: str
     """test files and -k expression: "file.py file.py -k words" """
@@ -286,7 +286,7 @@ MUTATIONS = [
 
 
 def mutated(mutation: Mutation) -> str:
-    """The file's source with the change. ValueError where `old` does not stand there exactly once."""
+    """Return the file's source with the change. Raises ValueError unless `old` occurs exactly once."""
     source = (ROOT / "kernels" / mutation.file).read_text()
     count = source.count(mutation.old)
     if count != 1:
@@ -297,7 +297,7 @@ def mutated(mutation: Mutation) -> str:
 
 
 def _package(folder: Path, mutation: Mutation | None) -> Path:
-    """A folder that holds the package `phimini` with a copy of `kernels/`, changed if there is a mutation."""
+    """Make a package `phimini` with a copy of `kernels/`, changed by the mutation if there is one."""
     package = folder / "phimini"
     package.mkdir(parents=True)
     for name in ("model", "parallel", "stages", "bench"):
@@ -318,7 +318,7 @@ def _arguments(tests: str) -> list[str]:
 
 
 def run_tests(tests: str, folder: Path) -> tuple[int, str]:
-    """pytest's exit status and output, in a child whose `phimini` is the one in `folder`."""
+    """Run pytest in a child whose `phimini` is the one in `folder`; return exit status and output."""
     log = folder / "log"
     pid = os.fork()
     if pid == 0:
@@ -335,7 +335,7 @@ def run_tests(tests: str, folder: Path) -> tuple[int, str]:
 
 
 def caught_by(code: int, output: str) -> str | None:
-    """The test that failed, with its reason; None where none did, or for another reason than a wrong result."""
+    """Return the test that failed because of a wrong result, with its reason; otherwise None."""
     failed = re.search(r"^FAILED \S*?(test_\w+\.py::.+?)(?: - .*)?$", output, re.MULTILINE)
     reasons = re.findall(r"^(?:E  +|/\S+:\d+: )(.*)$", output, re.MULTILINE)
     reason = next((r for r in reasons if any(word in r for word in CAUGHT_BY)), None)
@@ -345,7 +345,7 @@ def caught_by(code: int, output: str) -> str | None:
 
 
 def main(words: list[str]) -> int:
-    """Prints a table: mutation, verdict, what caught it."""
+    """Print a table: mutation, verdict, and the test that caught it."""
     chosen = [m for m in MUTATIONS if not words or any(w in m.name for w in words)]
     torch.set_num_threads(1)
     start, survived = time.process_time(), []

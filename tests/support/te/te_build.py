@@ -1,4 +1,4 @@
-"""Builds our model with Transformer Engine's layers and prints, as JSON, what was built and called: `te_build.py FOLDER`.
+"""Build of our model with Transformer Engine's layers; prints modules and calls as JSON: `te_build.py FOLDER`.
 
 A process of its own, because megatron-core decides at its import whether there is a Transformer Engine. The layers are
 the real ones up to their `forward`, which computes in the compiled half: here a double binds the call's arguments to
@@ -45,7 +45,7 @@ CAPABILITY = {"tensorwise": (9, 0), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 def pretend_gpu(kind: Fp8Recipe) -> None:
-    """What Transformer Engine asks of the machine before it takes a recipe or makes a layer."""
+    """Replace the checks of the machine that Transformer Engine makes before it accepts a recipe or makes a layer."""
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_capability = lambda *_: CAPABILITY[kind]
     torch.cuda.get_device_properties = lambda *_: type(
@@ -57,7 +57,7 @@ def pretend_gpu(kind: Fp8Recipe) -> None:
 
 
 def double(kind: type, notes: list[dict[str, Any]]) -> None:
-    """Replaces `kind.forward`, whose arguments are bound to its signature, by plain torch."""
+    """Replace `kind.forward` by plain torch, with the arguments bound to its signature."""
     signature = inspect.signature(kind.forward)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -100,7 +100,7 @@ def head(hidden_MD: Tensor, weight_VD: Tensor, batch: Any, *, group: Any) -> Any
 
 
 def rank(layout: Layout, fp8: Fp8 | None, recompute: Any = "none") -> dict[str, Any]:
-    """One step; of the parameters the names, shapes and marks, of the calls what `double` noted."""
+    """Run one step; return names, shapes and attributes of the parameters, and the calls that `double` recorded."""
     notes: list[dict[str, Any]] = []
     world = initialize(layout, CONFIG)
     if fp8 is not None:
@@ -139,7 +139,7 @@ def rank(layout: Layout, fp8: Fp8 | None, recompute: Any = "none") -> dict[str, 
 
 
 def kept_in_fp8(distributed_optimizer: bool, rounding: bool) -> dict[str, Any]:
-    """Which layers Transformer Engine makes with FP8 weights. The rounding itself is compiled: with it, the error."""
+    """Return the layers that have FP8 weights; with `rounding`, which is compiled code, return the error."""
     world = initialize(Layout(), CONFIG)
     pretend_gpu("blockwise")
     made: list[bool] = []
@@ -181,7 +181,7 @@ SIGNATURES = {
 
 
 def signatures() -> dict[str, list[list[Any]]]:
-    """Of what Megatron calls for us: (name, kind, whether it must be given) of every parameter."""
+    """Return (name, kind, required) of every parameter of the functions that Megatron calls for us."""
     return {
         name: [
             [p.name, p.kind.name, p.default is p.empty]

@@ -20,7 +20,7 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
 # --- doubles of compiled functions ---------------------------------------------------------------
 def quantize(src: Tensor, quantizer: Any, out: Any = None, noop: Any = None) -> Any:
-    """Per tensor; a Float8Quantizer brings its scale, one of current scaling takes it from the values."""
+    """Quantize per tensor. A Float8Quantizer has its scale; one with current scaling computes it from the values."""
     dtype = TE_DType_To_Torch[quantizer.dtype]
     scale = getattr(quantizer, "scale", None)
     if scale is None:
@@ -128,7 +128,7 @@ def build(layout: Layout, fp8: Fp8 | None, seed: int) -> tuple[Model, Optimizer]
 
 
 def update(model: Model, optimizer: Optimizer, steps: int) -> None:
-    """With gradients that are the same whatever the layout's history."""
+    """Update with gradients that do not depend on the history of layouts."""
     for step in range(steps):
         optimizer.zero_grad()
         for slot in slots(model):
@@ -139,7 +139,7 @@ def update(model: Model, optimizer: Optimizer, steps: int) -> None:
 
 
 def state(model: Model, optimizer: Optimizer) -> dict[str, Any]:
-    """Sums that tell two states apart, and whole small tensors: of each parameter the weight and the master."""
+    """Return the weight and the master of each parameter, as sums that distinguish states, or whole if small."""
     pieces = _pieces(optimizer.megatron)
     found = {}
     for slot in slots(model):
@@ -158,20 +158,20 @@ def state(model: Model, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def as_weight(master: Tensor, p: Any) -> Tensor:
-    """What the model's weight must be, given its fp32 master: of bf16, also on the way to FP8."""
+    """Return the model's weight for an fp32 master: rounded to bf16, and for FP8 weights then to FP8."""
     if not isinstance(p, Float8Tensor):
         return master.to(p.dtype)
     return quantize(master.to(p.dtype), p._get_quantizer()).dequantize(dtype=p.dtype)
 
 
 def digest(x: Tensor) -> str:
-    """Equal for equal bits."""
+    """Return a digest that is equal for equal bits."""
     flat = x.detach().contiguous().view(-1)
     return str(hash(flat.view(torch.uint8).numpy().tobytes()))
 
 
 def extra_states(model: Model) -> list[int]:
-    """Bytes in each `_extra_state` that the model's own state dict has."""
+    """Return the bytes of each `_extra_state` in the model's state dict."""
     return [
         0 if value is None else int(torch.as_tensor(value).numel())
         for gpt in model.gpts

@@ -20,7 +20,7 @@ COMPILED = "transformer_engine_torch"
 
 
 class CompiledCall(RuntimeError):
-    """Something called Transformer Engine's compiled half."""
+    """Error for a call into Transformer Engine's compiled half."""
 
 
 DType = enum.IntEnum(
@@ -32,7 +32,7 @@ BACKWARD = "GRAD_OUTPUT1 GRAD_INPUT1 GRAD_OUTPUT2 GRAD_INPUT2 GRAD_OUTPUT3 GRAD_
 
 
 class _Numbered(type):
-    """An enum of which only the names are used: members get numbers as they are asked for."""
+    """An enum whose members get numbers on first use, because only their names matter."""
 
     numbers: dict[str, int]
 
@@ -66,7 +66,7 @@ class _Compiled(types.ModuleType):
 def load(
     folder: str | os.PathLike[str], doubles: dict[str, Callable[..., Any]] | None = None
 ) -> Any:
-    """`transformer_engine.pytorch` out of the wheel unpacked in `folder`. Once per process, and before Megatron's.
+    """Load `transformer_engine.pytorch` from the wheel unpacked in `folder`, once per process and before Megatron.
 
     doubles: compiled functions that a test computes itself, by name.
     """

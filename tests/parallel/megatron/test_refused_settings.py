@@ -1,4 +1,4 @@
-"""What megatron-core is silently wrong with is refused; and it is wrong, where this machine can show it."""
+"""Refused settings of megatron-core, and proofs that it is wrong with them, as far as this machine can show."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from parity_cases import (  # noqa: F401
 from phimini.parallel.megatron import builder
 from phimini.parallel.megatron.builder import Model, build_model
 from phimini.parallel.megatron.hf_weights import gradients_to_hf
-from phimini.parallel.megatron.refused_settings import refuse_silent_traps, refuse_unmarked_norms
+from phimini.parallel.megatron.refused_settings import refuse_unmarked_norms, refuse_wrong_settings
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.optimizer import OptimizerConfig, build_optimizer
@@ -46,24 +46,24 @@ def transformer_config(layout: Layout, world_size: int) -> TransformerConfig:
 )  # fmt: skip
 def test_settings_are_refused(changes: dict[str, Any], says: str) -> None:
     good = transformer_config(Layout(), 1)
-    refuse_silent_traps(good)
+    refuse_wrong_settings(good)
     for name, value in changes.items():
         setattr(good, name, value)
     with pytest.raises(AssertionError, match=says):
-        refuse_silent_traps(good)
+        refuse_wrong_settings(good)
 
 
 @pytest.mark.parametrize("batch_p2p", [True, False])
 def test_batched_sends_of_two_interleaved_stages_are_refused(batch_p2p: bool) -> None:
     good = transformer_config(Layout(pipeline=2, virtual_pipeline=2), 2)
-    refuse_silent_traps(good)
+    refuse_wrong_settings(good)
     good.overlap_p2p_comm, good.batch_p2p_comm = False, batch_p2p
     with pytest.raises(AssertionError, match="matched wrongly"):
-        refuse_silent_traps(good)
+        refuse_wrong_settings(good)
 
 
 def test_they_are_wrong_indeed() -> None:
-    """The control: with the guard taken away, Megatron says nothing and the gradient is another."""
+    """Control: without the check, Megatron raises no error and the gradient differs."""
 
     def rank() -> dict[str, torch.Tensor]:
         world = initialize(Layout(pipeline=2, virtual_pipeline=2), config(), timeout_s=60)
