@@ -22,7 +22,8 @@ from phimini.stages.config.schema import RunConfig, to_dict
 from phimini.stages.config.seeds import derive
 from phimini.stages.data.row_fields import PROBLEM_FIELDS
 from phimini.stages.report.intervals import mean_interval, pass_at_k, wilson_interval
-from phimini.stages.rollout.local import RolloutEngine, build_engine
+from phimini.stages.rollout.engine import Sampler, release_memory
+from phimini.stages.rollout.local import build_engine
 from phimini.stages.verify.verdict import verify
 
 SHOWN_PER_CELL = 1
@@ -47,7 +48,7 @@ def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) ->
     engine = build_engine(run, load_config(directory), world)
     engine.load(directory)
     result = evaluate_problems(run, world, engine, tokenizer, problems)
-    engine.rest()  # the next stage trains
+    release_memory(engine)
     result = {"stage": stage, "model_id": made, "settings": settings} | result
     if world.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) ->
 
 
 def evaluate_problems(
-    run: RunConfig, world: World, engine: RolloutEngine, tokenizer: Tokenizer, problems: list[dict]
+    run: RunConfig, world: World, engine: Sampler, tokenizer: Tokenizer, problems: list[dict]
 ) -> dict:
     """Sample, judge on rank 0 alone (verdicts have a time limit), and return the result on every rank. Collective."""
     config, started = run.evaluate, time.perf_counter()

@@ -1,6 +1,6 @@
-"""Stage 1, mid-training: every verified-correct rollout, packed into rows, for several epochs.
+"""Stage 1, mid-training: all verified-correct rollouts of the teacher, packed into rows, for several epochs.
 
-Documents of a row do not see each other and each starts at position 0. Training ends at the step
+Documents of a row do not attend to one another, and each starts at position 0. Training ends at the step
 budget, or when the held-out validation loss has stopped falling ("until performance saturates on a
 validation dataset", arXiv 2504.21233).
 """
@@ -9,107 +9,88 @@ import math
 from pathlib import Path
 
 from phimini.parallel.ranks.world import World
-from phimini.parallel.training.batch import pack
+from phimini.parallel.training.batch import PackedBatch, pack
 from phimini.parallel.training.same_data import check_same_data
 from phimini.parallel.training.step import forward_backward
 from phimini.stages.config.schema import MidtrainConfig, RunConfig
 from phimini.stages.config.seeds import derive
 from phimini.stages.data.packing import (
     EpochSampler,
+    Example,
     best_fit,
-    check_lengths,
     documents,
     flops_of,
     micro_batches,
 )
-from phimini.stages.run.metrics import MetricsLog
-from phimini.stages.run.stage_folder import Interrupt, Stage
+from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import (
-    Progress,
+    check_examples,
     cross_entropy_head,
     load_model,
-    means,
     read_examples,
     start_optimizer,
+    training_steps,
+    update_row,
     validation_loss,
 )
 
 
 def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
-    config = run.midtrain
+    """Train the base model on curate/midtrain.jsonl, into the folder midtrain/. Collective.
+
+    redo: begin again even if the stage is complete. Raises ValueError for bad rows or settings, Stopped if interrupted.
+    """
+    config, out = run.midtrain, Path(run.out)
     stage = Stage.begin(run, "midtrain", world, redo=redo)
     if stage.complete:
         return
     model, tokenizer = load_model(run, world, "base")
-
-    curated, distilled = Path(run.out) / "curate", Path(run.out) / "distill"
-    read = lambda path: read_examples(
-        path, tokenizer, run.chat_template, loss_on_question=config.loss_on_question
+    examples, held_out = (
+        read_examples(path, tokenizer, run.chat_template, loss_on_question=config.loss_on_question)
+        for path in (out / "curate" / "midtrain.jsonl", out / "distill" / "validation.jsonl")
     )
-    examples, held_out = read(curated / "midtrain.jsonl"), read(distilled / "validation.jsonl")
-    check_lengths(examples + held_out, config.sequence_length, "midtrain.sequence_length")
-    digests = [example.digest() for example in examples]
-    check_same_data(
-        world, "midtrain, before step 1", [digests, [example.digest() for example in held_out]]
-    )
-    rows = best_fit([len(e) for e in examples], config.sequence_length)
+    limit = config.sequence_length
+    check_examples(world, stage.name, examples, held_out, limit, "midtrain.sequence_length")
+    rows = best_fit([len(e) for e in examples], limit)
     steps = step_budget(config, len(rows))
     optimizer = start_optimizer(run, model, config.optimizer, steps)
     sampler = EpochSampler(len(rows), config.rows_per_step, derive(run.seed, "midtrain"))
 
-    def batch(some_rows: list[list[int]], of: list) -> list:
-        """This rank's micro-batches of packed rows."""
-        costs = [flops_of([len(of[i]) for i in row], model.config) for row in some_rows]
+    def batches(some: list[list[Example]]) -> list[PackedBatch]:
+        """Return this rank's micro-batches of packed rows."""
+        costs = [flops_of([len(e) for e in row], model.config) for row in some]
         make = lambda part: pack(
-            documents([of[i] for row in part for i in row]),
+            documents([e for row in part for e in row]),
             multiple_of=world.layout.token_multiple,
         )
-        return micro_batches(some_rows, costs, config.micro_rows, world, make)
+        return micro_batches(some, costs, config.micro_rows, world, make)
 
-    validation = batch(best_fit([len(e) for e in held_out], config.sequence_length), held_out)
-    state = {"tokens": 0, "best_validation_loss": None, "validations_since_best": 0}
-    progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
-    step = progress.resume()
-    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main, run)
-    with log, Interrupt() as interrupt:
-        done = False
-        while not done:
+    packed = best_fit([len(e) for e in held_out], limit)
+    validation = batches([[held_out[i] for i in row] for row in packed])
+    summary = lambda steps: {
+        "documents": len(examples),
+        "packing_efficiency": sum(map(len, examples)) / (len(rows) * limit),
+        "epochs": steps * config.rows_per_step / len(rows),
+    }
+    state = {"best_validation_loss": None, "validations_since_best": 0}
+    with training_steps(stage, model, optimizer, tokenizer, steps, config.checkpoint_every, state, summary) as left:  # fmt: skip
+        for step in left:
             optimizer.zero_grad()
-            chosen = [rows[i] for i in sampler.batch(step)]
-            microbatches = batch(chosen, examples)
-            items = [[digests[i] for i in row] for row in chosen]
-            check_same_data(world, f"midtrain, step {step + 1}", items, microbatches)
+            some = [[examples[i] for i in rows[r]] for r in sampler.batch(step.index)]
+            microbatches = batches(some)
+            digests = [[example.digest() for example in row] for row in some]
+            check_same_data(world, step.name, digests, microbatches)
             metrics = forward_backward(model, microbatches, cross_entropy_head)
-            info = optimizer.step()
-            step += 1
-            state["tokens"] += int(metrics.count)
-            row = means(metrics) | {
-                "lr": info.lr,
-                "grad_norm": info.grad_norm,
-                "tokens": int(metrics.count),
-            }
-            if step % config.validate_every == 0 or step == steps:
-                row["validation_loss"] = validation_loss(model, validation, world)
-                note_validation(state, row["validation_loss"])
-            saturated = state["validations_since_best"] >= config.patience
-            done = step == steps or (config.stop == "saturation" and saturated)
-            log.write(step - 1, **row)
-            progress.after_step(step, done, interrupt)
-        progress.finish(
-            tokenizer,
-            {
-                "steps": step,
-                "documents": len(examples),
-                "packing_efficiency": sum(map(len, examples))
-                / (len(rows) * config.sequence_length),
-                "epochs": step * config.rows_per_step / len(rows),
-            },
-            interrupt,
-        )
+            step.row = update_row(metrics, optimizer.step(), int(metrics.count))
+            if (step.index + 1) % config.validate_every == 0 or step.is_last:
+                step.row["validation_loss"] = validation_loss(model, validation, world)
+                note_validation(state, step.row["validation_loss"])
+            if config.stop == "saturation" and state["validations_since_best"] >= config.patience:
+                step.is_last = True
 
 
 def step_budget(config: MidtrainConfig, num_rows: int) -> int:
-    """`steps`, or what `epochs` passes over the rows take. ValueError for both or neither."""
+    """Return `steps`, or the number of steps of `epochs` passes over the rows. Raises ValueError for both or neither."""
     if (config.steps is None) == (config.epochs is None):
         raise ValueError(
             f"midtrain: expected either steps or epochs, got steps={config.steps} and epochs={config.epochs}"
@@ -121,7 +102,7 @@ def step_budget(config: MidtrainConfig, num_rows: int) -> int:
 
 
 def note_validation(state: dict, loss: float) -> None:
-    """Count the validations since the best one."""
+    """Update the best validation loss in `state`, and the number of validations since."""
     best = state["best_validation_loss"]
     improved = best is None or loss < best
     state["best_validation_loss"] = loss if improved else best

@@ -1,36 +1,36 @@
 """Stage 4, reinforcement learning with verifiable reward: +1 for a verified answer, -1 otherwise.
 
 Group-relative policy gradient (GRPO, arXiv 2402.03300) with asymmetric clipping and a token-level
-normaliser (DAPO, arXiv 2503.14476) and the paper's three remedies, each a function in `remedies.py`
-with a switch in the config. Groups are keyed by prompt id. The sampling temperature is stored with
+normaliser (DAPO, arXiv 2503.14476) and the paper's three remedies, each a function in `rl/remedies.py`
+with a switch in the config. A group is the answers to one prompt. The sampling temperature is stored with
 each rollout and divides the trainer's logits too, so that old and new log-probs are of one policy;
-`mismatch.py` measures at every step whether they are.
+`rl/mismatch.py` measures at every step whether they are.
 
 With rollout.asynchronous the next step's answers are sampled while this step trains.
 """
 
 import dataclasses
 import random
-from collections import defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from torch import Tensor
 
-from phimini.model.io.json_files import read_json, read_rows, write_json, write_rows
+from phimini.model.io.json_files import read_rows, write_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.ranks.timing import phase
 from phimini.parallel.ranks.world import World
 from phimini.parallel.training.batch import Document, PackedBatch, pack
+from phimini.parallel.training.optimizer import StepInfo
 from phimini.parallel.training.same_data import check_same_data
-from phimini.parallel.training.step import forward_backward, forward_only
+from phimini.parallel.training.step import StepMetrics, forward_backward, forward_only
 from phimini.stages.config.schema import RlvrConfig, RunConfig
 from phimini.stages.config.seeds import derive
-from phimini.stages.data.packing import EpochSampler, Example, flops_of, micro_batches
+from phimini.stages.data.packing import Example, flops_of, micro_batches
 from phimini.stages.data.row_fields import PROBLEM_FIELDS
-from phimini.stages.rl.groups import Rollout, Sampler, check_room
+from phimini.stages.rl.groups import GroupSampler, Rollout, RolloutSource
 from phimini.stages.rl.loss import logps, policy_head, with_reference_logps
 from phimini.stages.rl.mismatch import (
     ROUNDING,
@@ -42,24 +42,19 @@ from phimini.stages.rl.mismatch import (
     precision_of,
 )
 from phimini.stages.rl.mismatch_diagnosis import EXAMINED, Case, diagnose
-from phimini.stages.rl.remedies import (
-    advantages,
-    is_too_easy,
-    keeps_prompt,
-    rebalance,
-    select_uniform_length,
-    temperature_at,
-)
-from phimini.stages.rl.unused_rollouts import count_unused, is_masked, no_update
-from phimini.stages.rollout.engine import RolloutEngine
+from phimini.stages.rl.prompt_pool import select_prompts
+from phimini.stages.rl.remedies import advantages, is_too_easy, keeps_prompt, rebalance
+from phimini.stages.rollout.engine import RolloutEngine, release_memory
 from phimini.stages.rollout.local import build_engine
-from phimini.stages.rollout.prefetch import Background, OnMain
-from phimini.stages.run.metrics import MetricsLog
-from phimini.stages.run.stage_folder import Interrupt, Stage
-from phimini.stages.run.training import Progress, load_model, start_optimizer
+from phimini.stages.run.stage_folder import Stage
+from phimini.stages.run.training import Row, load_model, start_optimizer, training_steps
 
 
 def rlvr(run: RunConfig, world: World, *, redo: bool = False) -> None:
+    """Train stage 3's model on its own verified answers, into the folder rlvr/. Collective.
+
+    redo: begin again even if the stage is complete. Raises as `reinforce`.
+    """
     stage = Stage.begin(run, "rlvr", world, redo=redo)
     if stage.complete:
         return
@@ -67,184 +62,78 @@ def rlvr(run: RunConfig, world: World, *, redo: bool = False) -> None:
 
 
 def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
-    """Train the model of stage `start` into `stage`."""
+    """Train the model of stage `start` into `stage`. Collective.
+
+    Each step samples groups, judges them, chooses what to train on, takes one policy gradient step and syncs the engine.
+    Raises ValueError if no step made an update, MismatchError if sampler and trainer differ, Stopped if interrupted.
+    """
     config = run.rlvr
     model, tokenizer = load_model(run, world, start)
-    frozen = load_model(run, world, start)[0] if config.kl_coef else None
+    reference = load_model(run, world, start)[0] if config.kl_coef else None
     engine = build_engine(run, model.config, world)
     engine.sync(model)
-    problems = {
-        p["id"]: p for p in read_rows(Path(run.out) / "distill" / "prompts.jsonl", PROBLEM_FIELDS)
-    }
-    sampler = Sampler(run, world, engine, tokenizer, problems)
-    pool = select_prompts(stage, sampler, config, world)
-    prompts = EpochSampler(
-        len(pool), min(config.prompts_per_step, len(pool)), derive(run.seed, "rlvr")
-    )
+    source = rollout_source(run, world, stage, engine, tokenizer)
     optimizer = start_optimizer(run, model, config.optimizer, config.steps)
     meter = MismatchMeter()
-    precision = precision_of(run.rollout, world.device.type == "cuda")
-    head = policy_head(config, meter, ROUNDING[precision], importance_of(run))
-    # Rank 0's own, for a thread beside the training: it talks to the engines and to no other rank.
-    beside = Sampler(run, world, OnMain(engine), tokenizer, problems, alone=True)
-    ahead: Background[list[list[Rollout]]] | None = None
-
-    state = {"tokens": 0, "sampled_tokens": 0, "waiting": [], "unused": {}}
-    progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
-    step = progress.resume()
-    if step:
-        engine.sync(model)
-    if world.is_main:
-        (stage.path / "rollouts").mkdir(exist_ok=True)
-    log = MetricsLog(stage.path / "metrics.jsonl", config.steps, stage.name, world.is_main, run)
-    with log, Interrupt() as interrupt:
-        while step < config.steps:
-            now = plan(step, config, pool, prompts)
-            groups = ahead.result() if ahead is not None else sampler.sample_groups(*now)
-            ahead, few = None, []
-            last = step + 1 == config.steps
-            if run.rollout.asynchronous and (run.rollout.partial or last):
-                few = sampler.sample_few(*now)
-            if run.rollout.asynchronous and not last:
-                later = plan(step + 1, config, pool, prompts)
-                ahead = Background(world, lambda later=later: beside.sample_groups(*later))
-            fresh = [rollout for group in groups for rollout in group]
+    rounding = ROUNDING[precision_of(run.rollout, world.device.type == "cuda")]
+    head = policy_head(config, meter, rounding, importance_of(run))
+    state = {"sampled_tokens": 0, "waiting": [], "unused": {}}
+    summary = lambda _: {"updates": model.num_updates, "pool": len(source.pool)}
+    with training_steps(stage, model, optimizer, tokenizer, config.steps, config.checkpoint_every, state, summary) as left:  # fmt: skip
+        if model.num_updates:  # resumed
+            engine.sync(model)
+        for step in left:
+            groups = source.groups(step.index)
             waiting = [Rollout(**row) for row in state["waiting"]]
-            chosen = waiting + choose(groups, config, derive(run.seed, "rlvr", "choose", step))
-            young = [r for r in chosen if r.age(model.num_updates) <= run.rollout.max_staleness]
-            row = describe(groups, young, config, now.temperature)
-            row["too_stale"] = len(chosen) - len(young)
-            count_unused(state["unused"], groups, row, config)
-            chosen = young
-            # Before anything depends on it: whether there is an update at all does.
-            items = [r.digest() for r in chosen]
-            check_same_data(world, f"{stage.name}, step {step + 1}", items)
-            state["sampled_tokens"] += sum(len(r.response) for r in fresh)
-            state["waiting"] = []
+            usable = waiting + choose(
+                groups, config, derive(run.seed, "rlvr", "choose", step.index)
+            )
+            chosen = [r for r in usable if r.age(model.num_updates) <= run.rollout.max_staleness]
+            step.row = describe(groups, chosen, config, source.temperature(step.index))
+            step.row["too_stale"] = len(usable) - len(chosen)
+            count_unused(state["unused"], groups, step.row, config)
+            state["sampled_tokens"] += sum(len(r.response) for group in groups for r in group)
+            # Before anything depends on the rollouts: even their number decides whether there is an update.
+            digests = [rollout.digest() for rollout in chosen]
+            check_same_data(world, step.name, digests)
             if len(chosen) < config.min_rollouts:
                 state["waiting"] = [dataclasses.asdict(rollout) for rollout in chosen]
                 optimizer.skip()
             else:
-                with phase("sync"):
-                    engine.rest()
+                state["waiting"] = []
+                release_memory(engine)
                 optimizer.zero_grad()
                 microbatches = rollout_batches(chosen, model, config)
-                check_same_data(world, f"{stage.name}, step {step + 1}", items, microbatches)
-                if frozen is not None:
-                    microbatches = with_reference_logps(frozen, microbatches)
+                check_same_data(world, step.name, digests, microbatches)
+                if reference is not None:
+                    microbatches = with_reference_logps(reference, microbatches)
                 metrics = forward_backward(model, microbatches, head)
-                examined = chosen
-                if run.rollout.asynchronous:
-                    # Answers of one set of weights: these. What was trained on is of older ones.
-                    examined = few or some_of(ahead, world)
-                    measure(examined, model, config, meter)
-                mismatch = meter.take(world)
-                if mismatch.exceeds(alarm_level(config.max_mismatch, precision)):
-                    if ahead is not None:
-                        ahead.result()  # the engine is free for the doctor
-                    stop_on_mismatch(mismatch, examined, engine, model, stage)
-                info = optimizer.step()
+                mismatch = check_mismatch(run, source, chosen, model, engine, meter, stage)
+                step.row |= policy_metrics(metrics, mismatch, optimizer.step(), chosen)
                 with phase("sync"):
                     engine.sync(model)
-                state["tokens"] += sum(map(len, chosen))
-                rows = metrics.metrics.pop("rows")
-                row |= {name: total / rows for name, total in metrics.metrics.items()}
-                row |= mismatch.row()
-                row |= {
-                    "loss": metrics.loss,
-                    "lr": info.lr,
-                    "grad_norm": info.grad_norm,
-                    "tokens": sum(map(len, chosen)),
-                }
-            row["waiting"] = len(state["waiting"])
-            step += 1
+            step.row["waiting"] = len(state["waiting"])
             if world.is_main:
-                write_rollouts(stage.path / "rollouts" / f"{step:06d}.jsonl", fresh, tokenizer)
-            log.write(step - 1, **row)
-            progress.after_step(step, step == config.steps, interrupt)
-        waiting, unused = len(state.pop("waiting")), state.pop("unused")
+                write_rollouts(stage.path / "rollouts", step.index, groups, tokenizer)
+        state["waiting"], unused = len(state["waiting"]), state.pop("unused")  # for the summary
         if not model.num_updates:
-            raise ValueError(no_update(unused, waiting, config, run.rollout.max_staleness))
-        found = {"updates": model.num_updates, "waiting": waiting, "pool": len(pool)}
-        progress.finish(tokenizer, {"steps": config.steps} | found, interrupt)
+            raise ValueError(no_update(unused, state["waiting"], config, run.rollout.max_staleness))
 
 
-class Plan(NamedTuple):
-    """What a step samples."""
-
-    ids: list[str]
-    step: int
-    temperature: float
-
-
-def plan(step: int, config: RlvrConfig, pool: list[str], prompts: EpochSampler) -> Plan:
-    """The step's prompts, and remedy 3's temperature: like the learning rate, it follows the steps, not the updates."""
-    temperature = config.start_temperature
-    if config.anneal:
-        temperature = temperature_at(
-            step, config.steps, config.start_temperature, config.end_temperature
-        )
-    return Plan([pool[i] for i in prompts.batch(step)], step, temperature)
-
-
-def select_prompts(stage: Stage, sampler: Sampler, config: RlvrConfig, world: World) -> list[str]:
-    """Remedy 1: rounds of sampling on candidate prompts; keep those whose answers have like lengths.
-
-    Too easy ones, which remedy 2 would drop at every step, are left out. Those without a right answer are not: a prompt
-    that is answered once in 64 times is what remedy 2 oversamples.
-    Written to `pool.json`, so that a resumed run goes on with the same pool.
-    """
-    path = stage.path / "pool.json"
-    if path.exists():
-        return read_json(path)["kept"]
-    candidates = list(sampler.problems)[-config.probe_prompts :]
-    check_room({id: sampler.prompts[id] for id in candidates}, config, "rlvr")
-    seen: dict[str, list[Rollout]] = defaultdict(list)
-    for round in range(config.probe_rounds):
-        asked = [(id, k) for id in candidates for k in range(config.probe_rollouts)]
-        for rollout in sampler.sample(asked, round, config.start_temperature, "probe"):
-            seen[rollout.prompt_id].append(rollout)
-    found = pool_of(seen, config)
-    world.barrier()
-    if world.is_main:
-        write_json(path, found)
-    return found["kept"]
-
-
-def pool_of(seen: dict[str, list[Rollout]], config: RlvrConfig) -> dict[str, Any]:
-    """`kept`, the prompts to train on, and how many were left out and why.
-
-    The length of an answer that was cut off is not known: where all were, a prompt's lengths would look uniform.
-    Raises ValueError where no answer is right, or no prompt is left.
-    """
-    probed = f"of {len(seen)} probed prompts"
-    answers = [rollout for rollouts in seen.values() for rollout in rollouts]
-    cut = sum(rollout.truncated for rollout in answers)
-    if not any(rollout.reward > 0 for rollout in answers):
-        raise ValueError(
-            f"rlvr: {probed} none is answered right in {len(answers)} answers, {cut} of them cut off at "
-            f"max_new_tokens={config.max_new_tokens}; the stage-3 model is too weak for them"
-        )
-    most = config.max_accuracy if config.rebalance else 1.0
-    left = {id: rs for id, rs in seen.items() if not is_too_easy([r.reward for r in rs], most)}
-    easy = len(seen) - len(left)
-    if config.uniform_length:
-        left = {id: rs for id, rs in left.items() if not all(r.truncated for r in rs)}
-    unfinished = len(seen) - easy - len(left)
-    if not left:
-        raise ValueError(
-            f"rlvr: {probed} {easy} are too easy (more than {most:g} of their answers right, or all) and {unfinished} were "
-            f"never answered to the end within max_new_tokens={config.max_new_tokens}; none is left to train on"
-        )
-    kept = list(left)
-    if config.uniform_length:
-        lengths = {id: [len(r.response) for r in rollouts] for id, rollouts in left.items()}
-        kept = select_uniform_length(lengths, config.keep_share)
-    return {"probed": len(seen), "too_easy": easy, "unfinished": unfinished, "kept": kept}
+def rollout_source(
+    run: RunConfig, world: World, stage: Stage, engine: RolloutEngine, tokenizer: Tokenizer
+) -> RolloutSource:
+    """Return the source of rollouts to the run's prompts, chosen by remedy 1. Collective."""
+    rows = read_rows(Path(run.out) / "distill" / "prompts.jsonl", PROBLEM_FIELDS)
+    sampler = GroupSampler(run, world, engine, tokenizer, {row["id"]: row for row in rows})
+    return RolloutSource(sampler, engine, select_prompts(stage, sampler, run.rlvr, world))
 
 
 def choose(groups: list[list[Rollout]], config: RlvrConfig, seed: int) -> list[Rollout]:
-    """The rollouts to train on, with their advantages: remedy 2, and groups with unequal rewards only."""
+    """Return the rollouts to train on, with their advantages: of groups with unequal rewards, after remedy 2.
+
+    seed: of the random choice among negatives.
+    """
     rng = random.Random(seed)
     chosen: list[Rollout] = []
     for group in groups:
@@ -264,7 +153,7 @@ def choose(groups: list[list[Rollout]], config: RlvrConfig, seed: int) -> list[R
 
 @phase("data")
 def rollout_batches(rollouts: list[Rollout], model: Model, config: RlvrConfig) -> list[PackedBatch]:
-    """This rank's micro-batches; see `micro_batches`."""
+    """Return this rank's micro-batches; see `micro_batches`."""
     costs = [flops_of([len(r)], model.config) for r in rollouts]
     make = lambda part: rollout_batch(part, model.num_updates, config, model.world)
     return micro_batches(rollouts, costs, config.micro_rollouts, model.world, make)
@@ -273,7 +162,10 @@ def rollout_batches(rollouts: list[Rollout], model: Model, config: RlvrConfig) -
 def rollout_batch(
     rollouts: list[Rollout], version: int, config: RlvrConfig, world: World
 ) -> PackedBatch:
-    """Per position: old log-prob, advantage, weight, temperature and age (those of the token it predicts)."""
+    """Return a micro-batch; its fields per position, of the token that the position predicts, are:
+
+    old_logp, advantage, weight (of the row in the loss; 0 in the prompt), temperature, age (staleness at `version`).
+    """
     pieces = []
     for rollout in rollouts:
         example = Example(rollout.id, rollout.prompt + rollout.response, len(rollout.prompt))
@@ -295,17 +187,37 @@ def rollout_batch(
     return pack(pieces, multiple_of=world.layout.token_multiple)
 
 
-def some_of(ahead: Background[list[list[Rollout]]] | None, world: World) -> list[Rollout]:
-    """About as many as the doctor looks at, from all over the groups, and one for each data rank. Collective."""
-    assert ahead is not None, "but for the last step, the next one's answers are under way"
-    rollouts = [rollout for group in ahead.result() for rollout in group]
-    return rollouts[:: max(1, len(rollouts) // max(EXAMINED, world.data_size))]
+def check_mismatch(
+    run: RunConfig,
+    source: RolloutSource,
+    chosen: list[Rollout],
+    model: Model,
+    engine: RolloutEngine,
+    meter: MismatchMeter,
+    stage: Stage,
+) -> Mismatch:
+    """Return the difference of sampler and trainer in this step, before its update. Collective.
+
+    Measured on the rollouts that are trained on or, if those are of older weights, on others of the present ones.
+    Raises MismatchError above the alarm level.
+    """
+    config, world = run.rlvr, model.world
+    measured = chosen
+    if run.rollout.asynchronous:
+        measured = source.on_policy()
+        measure(measured, model, config, meter)
+    mismatch = meter.take(world)
+    precision = precision_of(run.rollout, world.device.type == "cuda")
+    if mismatch.exceeds(alarm_level(config.max_mismatch, precision)):
+        source.wait()  # the diagnosis samples too
+        stop_on_mismatch(mismatch, measured, engine, model, stage)
+    return mismatch
 
 
 def measure(
     rollouts: list[Rollout], model: Model, config: RlvrConfig, meter: MismatchMeter
 ) -> None:
-    """Fills the meter with answers that are not trained on. Collective."""
+    """Add rollouts that are not trained on to the meter. Collective."""
 
     def head(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
         logp_M = logps(hidden_MD, weight_VD, batch, group)
@@ -320,13 +232,13 @@ def measure(
 def stop_on_mismatch(
     mismatch: Mismatch, rollouts: list[Rollout], engine: RolloutEngine, model: Model, stage: Stage
 ) -> NoReturn:
-    """Before the update: finds out why sampler and trainer differ, writes `mismatch.txt` and raises MismatchError."""
+    """Diagnose why sampler and trainer differ, write the page `mismatch.txt`, and raise MismatchError. Collective."""
     cases = [
         Case(prompt=r.prompt, response=r.response, logprobs=r.logprobs, temperature=r.temperature)
         for r in rollouts
         if r.age(model.num_updates) == 0
     ]
-    page = "No answer is wholly of the present weights: the doctor has nothing to look at."
+    page = "No diagnosis: every answer has tokens of older weights."
     if cases:
         page = diagnose(engine, model, cases[:EXAMINED]).page()
     if model.world.is_main:
@@ -338,10 +250,21 @@ def stop_on_mismatch(
     )
 
 
+def policy_metrics(
+    metrics: StepMetrics, mismatch: Mismatch, info: StepInfo, chosen: list[Rollout]
+) -> Row:
+    """Return the fields of a step's log that only a step with an update has."""
+    sums = dict(metrics.metrics)
+    rows = sums.pop("rows")
+    means = {name: total / rows for name, total in sums.items()}
+    update = {"loss": metrics.loss, "lr": info.lr, "grad_norm": info.grad_norm}
+    return means | mismatch.row() | update | {"tokens": sum(map(len, chosen))}
+
+
 def describe(
     groups: list[list[Rollout]], chosen: list[Rollout], config: RlvrConfig, temperature: float
 ) -> dict:
-    """What was sampled, for the log; accuracies over each group's first rollouts, before oversampling."""
+    """Return the fields of a step's log about its rollouts; accuracies are of each group before remedy 2 oversamples it."""
     first = [rollout for group in groups for rollout in group[: config.rollouts_per_prompt]]
     zero = [len({r.reward for r in group}) == 1 for group in groups]
     return {
@@ -357,10 +280,48 @@ def describe(
     }
 
 
-def write_rollouts(path: Path, rollouts: list[Rollout], tokenizer: Tokenizer) -> None:
-    """Every rollout of a step with its reward and temperature; a row per rollout."""
+def is_masked(rollout: Rollout, config: RlvrConfig) -> bool:
+    """Return True for a rollout that was cut off, if `truncated` leaves those out of their group."""
+    return rollout.truncated and config.truncated == "masked"
+
+
+def count_unused(
+    unused: dict[str, int], groups: list[list[Rollout]], row: dict, config: RlvrConfig
+) -> None:
+    """Add a step's groups and rollouts to the counts of those that were not trained on, by reason.
+
+    row: the step's log, for `too_stale`.
+    """
+    rewards = [[r.reward for r in group if not is_masked(r, config)] for group in groups]
+    most = config.max_accuracy if config.rebalance else 1.0
+    for name, number in {
+        "groups": len(groups),
+        "all_cut_off": sum(not group for group in rewards),
+        "all_wrong": sum(bool(group) and max(group) < 0 for group in rewards),
+        "too_easy": sum(bool(group) and is_too_easy(group, most) for group in rewards),
+        "too_stale": row["too_stale"],
+    }.items():
+        unused[name] = unused.get(name, 0) + number
+
+
+def no_update(unused: dict[str, int], waiting: int, config: RlvrConfig, max_staleness: int) -> str:
+    """Return the error message of a stage that made no update, from the counts of `count_unused`."""
+    return (
+        f"rlvr: no update was made in {config.steps} steps. Of {unused['groups']} groups {unused['all_wrong']} had no right "
+        f"answer, {unused['too_easy']} were too easy (all right, or above rlvr.max_accuracy with rlvr.rebalance) and "
+        f"{unused['all_cut_off']} were cut off at rlvr.max_new_tokens={config.max_new_tokens}; {unused['too_stale']} rollouts "
+        f"were older than rollout.max_staleness={max_staleness} updates; {waiting} usable rollouts were left at the end, "
+        f"fewer than rlvr.min_rollouts={config.min_rollouts}"
+    )
+
+
+def write_rollouts(
+    folder: Path, step: int, groups: list[list[Rollout]], tokenizer: Tokenizer
+) -> None:
+    """Write a step's rollouts to `folder`, in a file that is named by the number of steps done. Not collective."""
+    folder.mkdir(exist_ok=True)
     write_rows(
-        path,
+        folder / f"{step + 1:06d}.jsonl",
         [
             {
                 "id": r.id,
@@ -371,6 +332,7 @@ def write_rollouts(path: Path, rollouts: list[Rollout], tokenizer: Tokenizer) ->
                 "truncated": r.truncated,
                 "response": tokenizer.decode(r.response),
             }
-            for r in rollouts
+            for group in groups
+            for r in group
         ],
     )

@@ -1,10 +1,11 @@
-"""Stage 3, Rollout DPO: a verified-correct against an incorrect rollout of the same question.
+"""Stage 3, Rollout DPO: preference of a verified-correct over an incorrect rollout of the same question.
 
     loss = -log sigmoid(beta * ((log pi(y_w|x) - log ref(y_w|x)) - (log pi(y_l|x) - log ref(y_l|x))))
 
 (DPO, arXiv 2305.18290), log-probs summed per answer in fp32, the reference frozen at stage 2's end.
-The pairs come from rollouts freshly sampled from the stage-2 model, or from the teacher's rollouts
-that stages 1 and 2 rejected (the paper's way), at most `pairs_per_prompt` of a question either way. An optional likelihood term holds the chosen answers up.
+The pairs come from rollouts of the stage-2 model, or from the teacher's rollouts that stages 1 and 2
+rejected (as in the paper), at most `pairs_per_prompt` of a question. An optional
+likelihood term keeps the chosen answers likely.
 """
 
 import math
@@ -44,16 +45,17 @@ from phimini.stages.data.packing import (
 from phimini.stages.data.row_fields import PROBLEM_FIELDS
 from phimini.stages.evaluate import judge
 from phimini.stages.rl.groups import check_room
+from phimini.stages.rollout.engine import release_memory
 from phimini.stages.rollout.local import build_engine
-from phimini.stages.run.metrics import MetricsLog
-from phimini.stages.run.stage_folder import Interrupt, Stage
+from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import (
-    Progress,
     fp8_of,
     load_model,
     means,
     start_optimizer,
     sum_over_data,
+    training_steps,
+    update_row,
 )
 
 PAIR_FIELDS = {"problem_id": str, "question": str, "chosen": str, "rejected": str}
@@ -62,15 +64,27 @@ LN2_TOLERANCE, LN2_TOLERANCE_ROUNDED = 1e-3, 5e-2
 
 @dataclass(frozen=True, slots=True)
 class Pair:
+    """A correct and an incorrect answer to one question."""
+
     chosen: Example
     rejected: Example
 
     @property
     def lengths(self) -> tuple[int, int]:
+        """Input positions of the chosen and the rejected answer, with their question."""
         return len(self.chosen), len(self.rejected)
+
+    def digest(self) -> tuple[int, int]:
+        """Return checksums of all that training sees."""
+        return self.chosen.digest(), self.rejected.digest()
 
 
 def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
+    """Train stage 2's model on pairs of answers, into the folder rollout_dpo/. Collective.
+
+    redo: begin again even if the stage is complete. Raises ValueError for bad rows, too few pairs or bad settings,
+    RuntimeError if policy and reference differ before the first update, Stopped if interrupted.
+    """
     config = run.rollout_dpo
     stage = Stage.begin(run, "rollout_dpo", world, redo=redo)
     if stage.complete:
@@ -81,57 +95,44 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
         path = stage.path / "pairs.jsonl"
         sample_pairs(run, world, stage, model, tokenizer)
     pairs = read_pairs(path, tokenizer, run.chat_template, config.pairs_per_prompt)
-    check_lengths(
-        [e for p in pairs for e in (p.chosen, p.rejected)],
-        config.sequence_length,
-        "rollout_dpo.sequence_length",
-    )
-    digests = [(pair.chosen.digest(), pair.rejected.digest()) for pair in pairs]
-    check_same_data(world, "rollout_dpo, before step 1", digests)
+    sides = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
+    check_lengths(sides, config.sequence_length, "rollout_dpo.sequence_length")
+    check_same_data(world, "rollout_dpo, before step 1", [pair.digest() for pair in pairs])
     reference = reference_logps(model, pairs, config, world)
     steps = max(1, math.floor(config.epochs * len(pairs) / config.pairs_per_step))
     optimizer = start_optimizer(run, model, config.optimizer, steps)
     sampler = EpochSampler(len(pairs), config.pairs_per_step, derive(run.seed, "rollout_dpo"))
     head = dpo_head(config)
 
-    state = {"tokens": 0}
-    progress = Progress(stage, world, model, optimizer, config.checkpoint_every, state)
-    step = progress.resume()
-    log = MetricsLog(stage.path / "metrics.jsonl", steps, stage.name, world.is_main, run)
-    with log, Interrupt() as interrupt:
-        while step < steps:
+    def batches(indices: list[int]) -> list[PackedBatch]:
+        """Return this rank's micro-batches of whole pairs."""
+        costs = [flops_of(pairs[i].lengths, model.config) for i in indices]
+        make = lambda part: pair_batch([pairs[i] for i in part], reference[part], world)
+        return micro_batches(indices, costs, config.micro_pairs, world, make)
+
+    summary = lambda _: {"pairs": len(pairs), "pairs_from": config.pairs}
+    with training_steps(stage, model, optimizer, tokenizer, steps, config.checkpoint_every, {}, summary) as left:  # fmt: skip
+        for step in left:
             optimizer.zero_grad()
-            indices = sampler.batch(step)
-            costs = [flops_of(pairs[i].lengths, model.config) for i in indices]
-            make = lambda part: pair_batch([pairs[i] for i in part], reference[part], world)
-            microbatches = micro_batches(indices, costs, config.micro_pairs, world, make)
-            items = [digests[i] for i in indices]
-            check_same_data(world, f"rollout_dpo, step {step + 1}", items, microbatches)
+            indices = sampler.batch(step.index)
+            microbatches = batches(indices)
+            check_same_data(world, step.name, [pairs[i].digest() for i in indices], microbatches)
             metrics = forward_backward(model, microbatches, head)
-            if step == 0:
-                check_first_step(metrics, alike=same_in_any_batch(run, model))
-            info = optimizer.step()
-            step += 1
+            if step.index == 0:
+                check_first_step(metrics, exact=logps_are_exact(run, model))
             num_tokens = sum(sum(pairs[i].lengths) for i in indices)
-            state["tokens"] += num_tokens
-            row = means(metrics) | {
-                "lr": info.lr,
-                "grad_norm": info.grad_norm,
-                "tokens": num_tokens,
-            }
-            log.write(step - 1, **row)
-            progress.after_step(step, step == steps, interrupt)
-        progress.finish(
-            tokenizer, {"steps": step, "pairs": len(pairs), "pairs_from": config.pairs}, interrupt
-        )
+            step.row = update_row(metrics, optimizer.step(), num_tokens)
 
 
 def sample_pairs(
     run: RunConfig, world: World, stage: Stage, model: Model, tokenizer: Tokenizer
 ) -> None:
-    """Write `rollouts.jsonl` and `pairs.jsonl`: up to `pairs_per_prompt` of a correct and an incorrect rollout."""
+    """Sample answers of stage 2's model and write `rollouts.jsonl` and `pairs.jsonl` into the stage. Collective.
+
+    Raises ValueError if a prompt has no room for an answer, or too few pairs are found.
+    """
     config = run.rollout_dpo
-    # An interrupted run goes on with the pairs it had.
+    # An interrupted run resumes with its pairs.
     if on_main(world, lambda: (stage.path / "pairs.jsonl").exists()):
         return
     problems = read_rows(Path(run.out) / "distill" / "prompts.jsonl", PROBLEM_FIELDS)[
@@ -154,7 +155,7 @@ def sample_pairs(
         params,
         [derive(run.seed, "rollout_dpo", problem["id"], k) for problem, k in asked],
     )
-    engine.rest()
+    release_memory(engine)
     on_main(world, lambda: write_pairs(run, stage, tokenizer, asked, completions))
 
 
@@ -165,7 +166,10 @@ def write_pairs(
     asked: list[tuple[dict, int]],
     completions: Sequence[Completion],
 ) -> None:
-    """Judge the completions of `asked` (problem, number of its rollout) and write both files; one rank calls it."""
+    """Judge the completions of `asked` (problem, index of its rollout) and write both files. Not collective.
+
+    Raises ValueError if the pairs are fewer than one step's.
+    """
     config = run.rollout_dpo
     rollouts = [
         {
@@ -194,7 +198,7 @@ def write_pairs(
 
 
 def pair_up(rollouts: list[dict], pairs_per_prompt: int, seed: int) -> list[dict]:
-    """Rows of rollouts of one question stand together; random pairs, no text used twice."""
+    """Return rows of random pairs, up to `pairs_per_prompt` per question; no text is used twice."""
     rng = random.Random(seed)
     questions: dict[str, tuple[list[dict], list[dict]]] = {}
     for row in distinct(rollouts):
@@ -223,9 +227,10 @@ def pair_up(rollouts: list[dict], pairs_per_prompt: int, seed: int) -> list[dict
 def read_pairs(
     path: Path, tokenizer: Tokenizer, template: TemplateName, pairs_per_prompt: int | None = None
 ) -> list[Pair]:
-    """The first `pairs_per_prompt` of each problem, or all.
+    """Return the first `pairs_per_prompt` pairs of each problem, or all.
 
-    Sampled answers keep the very tokens that were sampled; written ones are encoded with their end, if they have one.
+    Sampled answers keep the tokens that were sampled; texts are encoded, with an end token unless `*_ended` is false.
+    Raises ValueError that names file and line.
     """
     pairs, taken = [], Counter()
     for line, row in enumerate(read_rows(path, PAIR_FIELDS), 1):
@@ -249,7 +254,10 @@ def read_pairs(
 
 @phase("data")
 def pair_batch(pairs: Sequence[Pair], reference_P2: Tensor, world: World) -> PackedBatch:
-    """Documents chosen, rejected, chosen, rejected, ...; `sequence` says of each position which one it is in."""
+    """Return a micro-batch of the documents chosen, rejected, chosen, rejected, ...
+
+    reference_P2: log-probs of each pair's answers. The field `sequence` is the document index of each position.
+    """
     pieces = [
         Document(
             tokens=example.inputs,
@@ -276,7 +284,7 @@ def sequences_of(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
 def reference_logps(
     model: Model, pairs: list[Pair], config: RolloutDpoConfig, world: World
 ) -> Tensor:
-    """(P, 2) fp32: log-probs of each pair's chosen and rejected answer under `model`, summed over the answer.
+    """Return (P, 2) fp32: summed log-probs of each pair's chosen and rejected answer under `model`. Collective.
 
     The model is stage 2's, before the first update; each data rank computes its share.
     """
@@ -292,7 +300,7 @@ def reference_logps(
     batches = [
         pair_batch([pairs[i] for i in part], torch.zeros(len(part), 2), world) for part in parts
     ]
-    # Data ranks do not wait for each other here: one without pairs has nothing to run.
+    # Data ranks do not communicate here, so a rank without pairs can skip the forward pass.
     results = forward_only(model, batches, summed, summed=True) if batches else []
     for part, result in zip(parts, results, strict=True):
         logps[part] = result.view(-1, 2).cpu()
@@ -300,7 +308,7 @@ def reference_logps(
 
 
 def dpo_head(config: RolloutDpoConfig):
-    """The DPO loss summed over pairs; the count is the number of pairs."""
+    """Return the head of the DPO loss, summed over pairs and counted in pairs; see `step.Head`."""
 
     def head(
         hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup | None
@@ -333,24 +341,24 @@ def dpo_head(config: RolloutDpoConfig):
     return head
 
 
-def same_in_any_batch(run: RunConfig, model: Model) -> bool:
-    """Whether a log-prob does not depend on the micro-batch, but for rounding that sums over a long answer bear.
+def logps_are_exact(run: RunConfig, model: Model) -> bool:
+    """Return True if log-probs are the same, up to fp32 rounding, whatever else is in the micro-batch.
 
-    Not where a micro-batch has one FP8 scale, nor in bf16: for another number of rows cuBLAS may take another kernel,
-    whose sums are rounded to bf16 differently, layer by layer, at each of thousands of tokens.
+    False where a micro-batch has one FP8 scale, and in bf16: for another number of rows cuBLAS may choose another
+    kernel, which rounds its sums to bf16 differently, layer by layer, at each of thousands of tokens.
     """
     fp8 = fp8_of(run, model.world.device)
     in_fp32 = next(model.chunks[0].parameters()).dtype == torch.float32
     return in_fp32 and (fp8 is None or fp8.recipe != "tensorwise")
 
 
-def check_first_step(metrics: StepMetrics, *, alike: bool) -> None:
-    """Policy and reference are the same model before the first update, so the preference loss is ln 2.
+def check_first_step(metrics: StepMetrics, *, exact: bool) -> None:
+    """Raise RuntimeError unless the preference loss before the first update is ln 2: policy and reference are one model.
 
-    Less exactly so where log-probs are not `alike` in any micro-batch: the reference's were computed in other ones.
+    exact: see `logps_are_exact`. If False the tolerance is wider: the reference's log-probs are from other micro-batches.
     """
     loss = means(metrics)["preference_loss"]
-    if not abs(loss - math.log(2)) <= (LN2_TOLERANCE if alike else LN2_TOLERANCE_ROUNDED):
+    if not abs(loss - math.log(2)) <= (LN2_TOLERANCE if exact else LN2_TOLERANCE_ROUNDED):
         raise RuntimeError(
             f"rollout_dpo: the preference loss before the first update is {loss:.6f}, expected ln 2 = "
             f"{math.log(2):.6f}: policy and reference differ (other weights, rope table, or tokens)"

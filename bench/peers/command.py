@@ -47,6 +47,7 @@ from phimini.stages import rlvr, rollout_dpo, sft
 from phimini.stages.base import base_config
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
+from phimini.stages.run import training
 from phimini.stages.run.metrics import MetricsLog
 
 Row = dict[str, Any]
@@ -101,15 +102,13 @@ def our_side(task: str, folder: str, steps: int) -> None:
     turns = Turns(task, steps, FIRST_LOSS[task](run, world, Path(folder) / task))
     TurnLog.turns = turns
     bench_run = dataclasses.replace(run, out=str(_linked(out, task)))
+    training.MetricsLog = TurnLog  # pyright: ignore[reportAttributeAccessIssue]
     if task == "sft":
-        sft.MetricsLog = TurnLog  # pyright: ignore[reportAttributeAccessIssue]
         sft.sft(bench_run, world)
     elif task == "dpo":
-        rollout_dpo.MetricsLog = TurnLog  # pyright: ignore[reportAttributeAccessIssue]
         rollout_dpo.reference_logps = turns.timed_reference(rollout_dpo.reference_logps)
         rollout_dpo.rollout_dpo(bench_run, world)
     else:
-        rlvr.MetricsLog = TurnLog  # pyright: ignore[reportAttributeAccessIssue]
         rlvr.rlvr(bench_run, world)
 
 

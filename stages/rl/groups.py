@@ -1,4 +1,4 @@
-"""Prompts by id to groups of scored rollouts: what stage 4 trains on."""
+"""Scored rollouts: sampled answers in groups, one group per prompt, which stage 4 trains on."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,34 +13,41 @@ from phimini.parallel.ranks.world import World
 from phimini.parallel.training.same_data import digest
 from phimini.stages.config.schema import RlvrConfig, RolloutDpoConfig, RunConfig
 from phimini.stages.config.seeds import derive
+from phimini.stages.data.packing import EpochSampler
 from phimini.stages.rl.mismatch_diagnosis import EXAMINED
-from phimini.stages.rl.remedies import is_hard, next_size
-from phimini.stages.rollout.engine import RolloutEngine
+from phimini.stages.rl.remedies import is_hard, next_size, temperature_at
+from phimini.stages.rollout.engine import OversamplingSampler, PrefetchingEngine, RolloutEngine
+from phimini.stages.rollout.engine import Sampler as EngineSampler
+from phimini.stages.rollout.prefetch import Background
 from phimini.stages.verify.verdict import verify
 
-FEW_TOKENS = 64
-"""of an answer that is sampled to be measured"""
+SHORT_TOKENS = 64
+"""longest answer that is sampled for the mismatch measure only"""
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled answer. `advantage` is set once its group is complete."""
+    """One sampled answer with its reward. `advantage` is set once its group is complete."""
 
     id: str
     prompt_id: str
     step: int
     prompt: list[int]
+    """token ids"""
     response: list[int]
+    """token ids"""
     logprobs: list[float]
-    """of the response's tokens, as sampled"""
+    """log-prob of each token of the response when it was sampled"""
     temperature: float
     reward: float
     truncated: bool
+    """cut off at max_new_tokens"""
     versions: list[list[int]]
-    """[version, start, end]: which of the trainer's updates each span of the response was sampled after"""
+    """[version, start, end]: the trainer's updates before each span of the response was sampled"""
     advantage: float = 0.0
 
     def __len__(self) -> int:
+        """Return the number of input positions: one fewer than tokens."""
         return len(self.prompt) + len(self.response) - 1
 
     def digest(self) -> int:
@@ -50,19 +57,21 @@ class Rollout:
         return digest(self.id, self.prompt, self.response, self.logprobs, *numbers, spans)
 
     def age(self, version: int) -> int:
-        """Updates since its oldest token was sampled."""
+        """Return the staleness: updates up to `version` since the oldest token was sampled."""
         return version - min(v for v, _, _ in self.versions)
 
     def ages(self, version: int) -> list[int]:
-        """Of each token of the response: updates since it was sampled."""
+        """Return the staleness of each token of the response, in updates."""
         return [version - v for v, start, end in self.versions for _ in range(start, end)]
 
 
 def check_room(
     prompts: Mapping[str, list[int]], config: RlvrConfig | RolloutDpoConfig, stage: str
 ) -> None:
-    """ValueError before anything is sampled: memory is planned for rows of `sequence_length`, and a sampled row cannot be
-    dropped any more."""
+    """Raise ValueError unless each prompt and its longest answer fit into `sequence_length`.
+
+    Called before sampling: memory is planned for rows of that length, and a sampled row cannot be dropped any more.
+    """
     for id, prompt in prompts.items():
         if len(prompt) + config.max_new_tokens > config.sequence_length:
             raise ValueError(
@@ -71,21 +80,23 @@ def check_room(
             )
 
 
-class Sampler:
-    """Prompts by id to scored rollouts, identical on every rank."""
+class GroupSampler:
+    """A sampler of scored rollouts by prompt id; the rollouts are the same on every rank.
+
+    collective: all ranks sample together, and rank 0 judges for all. False: one rank calls it and tells no other.
+    """
 
     def __init__(
         self,
         run: RunConfig,
         world: World,
-        engine: RolloutEngine,
+        engine: EngineSampler,
         tokenizer: Tokenizer,
         problems: dict[str, dict],
         *,
-        alone: bool = False,
+        collective: bool = True,
     ) -> None:
-        """alone: one rank samples and judges, and tells the others itself."""
-        self.run, self.config, self.world, self.alone = run, run.rlvr, world, alone
+        self.run, self.config, self.world, self.collective = run, run.rlvr, world, collective
         self.engine, self.tokenizer, self.problems = engine, tokenizer, problems
         self.prompts = {
             id: encode_prompt(tokenizer, p["question"], run.chat_template)
@@ -99,25 +110,33 @@ class Sampler:
         step: int,
         temperature: float,
         purpose: str,
-        wanted: int | None = None,
+        *,
+        group_size: int | None = None,
         max_new_tokens: int | None = None,
     ) -> list[Rollout]:
-        """One rollout for each (prompt id, index within its group); with `wanted`, a group may stop at so many.
+        """Return a rollout for each (prompt id, index within its group) in `asked`.
 
-        max_new_tokens: none is `rlvr.max_new_tokens`
+        purpose: part of ids and seeds. group_size: return only the first so many of each group to end.
+        max_new_tokens: default `rlvr.max_new_tokens`.
         """
         params = SamplingParams(
             temperature=temperature,
             max_new_tokens=max_new_tokens or self.config.max_new_tokens,
             stop_ids=self.tokenizer.stop_ids,
         )
+        ids = [id for id, _ in asked]
+        prompts = [self.prompts[id] for id in ids]
         seeds = [derive(self.run.seed, "rlvr", purpose, step, id, k) for id, k in asked]
-        completions = self.engine.generate_groups(
-            [self.prompts[id] for id, _ in asked], params, seeds, [id for id, _ in asked], wanted
-        )
-        count("samples", sum(c is not None for c in completions))
-        count("sampled_tokens", sum(len(c.tokens) for c in completions if c is not None))
-        rewards = self.rewards([id for id, _ in asked], completions)
+        completions: Sequence[Completion | None]
+        if group_size is None:
+            completions = self.engine.generate(prompts, params, seeds)
+        else:
+            assert isinstance(self.engine, OversamplingSampler), "build_engine allows no other"
+            completions = self.engine.generate_first(prompts, params, seeds, ids, group_size)
+        done = [(a, c) for a, c in zip(asked, completions, strict=True) if c is not None]
+        count("samples", len(done))
+        count("sampled_tokens", sum(len(c.tokens) for _, c in done))
+        rewards = self.rewards([id for (id, _), _ in done], [c for _, c in done])
         return [
             Rollout(
                 id=f"{purpose}/{step}/{id}/{k}",
@@ -127,59 +146,124 @@ class Sampler:
                 response=completion.tokens,
                 logprobs=completion.logprobs,
                 temperature=temperature,
-                reward=rewards[i],
+                reward=reward,
                 truncated=completion.finish_reason == "length",
                 versions=[list(span) for span in completion.versions],
             )
-            for i, ((id, k), completion) in enumerate(zip(asked, completions, strict=True))
-            if completion is not None
+            for ((id, k), completion), reward in zip(done, rewards, strict=True)
         ]
 
     @phase("verify")
-    def rewards(self, ids: list[str], completions: Sequence[Completion | None]) -> list[float]:
-        """Return each completion's reward, 0 where there is none; judged by rank 0, the same on every rank. Collective.
+    def rewards(self, ids: list[str], completions: Sequence[Completion]) -> list[float]:
+        """Return the reward of each completion of the prompts `ids`; the same on every rank. Collective.
 
-        A verdict has a time limit, so ranks that judged each for itself could differ.
+        Rank 0 judges for all: a verdict has a time limit, so ranks that judged for themselves could differ.
         """
         judge = lambda: [
-            0.0
-            if c is None
-            else reward(self.tokenizer.decode(c.tokens), c.finish_reason, self.problems[id])
+            reward(self.tokenizer.decode(c.tokens), c.finish_reason, self.problems[id])
             for id, c in zip(ids, completions, strict=True)
         ]
-        return judge() if self.alone else on_main(self.world, judge)
+        return on_main(self.world, judge) if self.collective else judge()
 
     def sample_groups(self, ids: list[str], step: int, temperature: float) -> list[list[Rollout]]:
-        """A group per prompt; with remedy 2, hard groups grow in rounds, until they are hard no longer or reach
-        `oversample_to`.
+        """Return a group of rollouts per prompt.
 
-        A prompt that stands twice in `ids` is sampled once: the second group would have the seeds of the first.
+        With remedy 2 hard groups grow in rounds, until they are not hard any more or reach `oversample_to`. A prompt that
+        stands twice in `ids` gets one group: a second would have the same seeds.
         """
-        config = self.config
+        config, oversample = self.config, self.run.rollout.oversample
         groups: dict[str, list[Rollout]] = {id: [] for id in ids}
-        first = config.rollouts_per_prompt
-        begin, end = 0, math.ceil(first * self.run.rollout.oversample)
-        more, wanted = list(groups), first
-        while more:
-            asked = [(id, k) for id in more for k in range(begin, end)]
-            for rollout in self.sample(asked, step, temperature, "rollout", wanted):
+        size = config.rollouts_per_prompt
+        begin, end = 0, math.ceil(size * oversample)
+        growing, group_size = list(groups), size if oversample > 1 else None
+        while growing:
+            asked = [(id, k) for id in growing for k in range(begin, end)]
+            rollouts = self.sample(asked, step, temperature, "rollout", group_size=group_size)
+            for rollout in rollouts:
                 groups[rollout.prompt_id].append(rollout)
-            begin, end, wanted = end, next_size(end, config.oversample_to), None
+            begin, end, group_size = end, next_size(end, config.oversample_to), None
             if not config.rebalance or begin >= end:
                 break
-            rewards = {id: [rollout.reward for rollout in groups[id]] for id in more}
-            more = [id for id in more if is_hard(rewards[id], first, config.max_accuracy)]
+            rewards = {id: [rollout.reward for rollout in groups[id]] for id in growing}
+            growing = [id for id in growing if is_hard(rewards[id], size, config.max_accuracy)]
         return list(groups.values())
 
-    def sample_few(self, ids: list[str], step: int, temperature: float) -> list[Rollout]:
-        """At least EXAMINED short answers, and one for each data rank: to be measured, not trained on."""
+    def sample_short(self, ids: list[str], step: int, temperature: float) -> list[Rollout]:
+        """Return at least EXAMINED short answers, at least one per data rank: for the mismatch measure, not for training."""
         number = max(EXAMINED, self.world.data_size)
         asked = [(ids[i % len(ids)], i // len(ids)) for i in range(number)]
-        short = min(FEW_TOKENS, self.config.max_new_tokens)
-        return self.sample(asked, step, temperature, "fresh", max_new_tokens=short)
+        longest = min(SHORT_TOKENS, self.config.max_new_tokens)
+        return self.sample(asked, step, temperature, "fresh", max_new_tokens=longest)
+
+
+class RolloutSource:
+    """The groups of each step, sampled when asked for or, with rollout.asynchronous, while the step before trains.
+
+    pool: ids of the prompts to sample from.
+    """
+
+    def __init__(self, sampler: GroupSampler, engine: RolloutEngine, pool: list[str]) -> None:
+        self._run, self._world = sampler.run, sampler.world
+        self._sampler, self.pool = sampler, pool
+        config = sampler.config
+        size = min(config.prompts_per_step, len(pool))
+        self._prompts = EpochSampler(len(pool), size, derive(sampler.run.seed, "rlvr"))
+        self._prefetched: Background[list[list[Rollout]]] | None = None
+        self._short: list[Rollout] = []
+        if self._run.rollout.asynchronous:
+            assert isinstance(engine, PrefetchingEngine), "build_engine allows no other"
+            s = sampler
+            self._on_main = GroupSampler(s.run, s.world, engine.on_main, s.tokenizer, s.problems, collective=False)  # fmt: skip
+
+    def temperature(self, step: int) -> float:
+        """Return remedy 3's temperature. Like the learning rate it follows the steps, not the updates."""
+        config = self._run.rlvr
+        if not config.anneal:
+            return config.start_temperature
+        return temperature_at(step, config.steps, config.start_temperature, config.end_temperature)
+
+    def groups(self, step: int) -> list[list[Rollout]]:
+        """Return the groups of `step`, counted from 0, and start to sample the next step's if asynchronous. Collective."""
+        if self._prefetched is not None:
+            groups = self._prefetched.result()
+        else:
+            groups = self._sampler.sample_groups(*self._plan(step))
+        self._prefetched, self._short = None, []
+        if self._run.rollout.asynchronous:
+            self._prefetch(step)
+        return groups
+
+    def on_policy(self) -> list[Rollout]:
+        """Return answers of the present weights, for the mismatch measure: short ones, or some for the next step.
+
+        About EXAMINED of them, from all over the groups, at least one per data rank. Only if asynchronous. Collective.
+        """
+        if self._short:
+            return self._short
+        assert self._prefetched is not None, "before the last step the next one's answers come"
+        rollouts = [rollout for group in self._prefetched.result() for rollout in group]
+        return rollouts[:: max(1, len(rollouts) // max(EXAMINED, self._world.data_size))]
+
+    def wait(self) -> None:
+        """Wait until the engine is idle. Collective."""
+        if self._prefetched is not None:
+            self._prefetched.result()
+
+    def _plan(self, step: int) -> tuple[list[str], int, float]:
+        """Return the arguments of `sample_groups`."""
+        ids = [self.pool[i] for i in self._prompts.batch(step)]
+        return ids, step, self.temperature(step)
+
+    def _prefetch(self, step: int) -> None:
+        is_last = step + 1 == self._run.rlvr.steps
+        if self._run.rollout.partial or is_last:
+            self._short = self._sampler.sample_short(*self._plan(step))
+        if not is_last:
+            plan = self._plan(step + 1)
+            self._prefetched = Background(self._world, lambda: self._on_main.sample_groups(*plan))
 
 
 @phase("verify")
 def reward(response: str, finish_reason: str, problem: dict) -> float:
-    """+1 for a response that ended by itself with the right answer, -1 for any other."""
+    """Return +1 for a response that ended by itself with the right answer, -1 for any other."""
     return 1.0 if finish_reason == "stop" and verify(response, problem["answer"]) else -1.0

@@ -29,7 +29,7 @@ from phimini.stages.config.schema import RunConfig
 from phimini.stages.config.seeds import derive
 from phimini.stages.data.row_fields import PROBLEM_FIELDS
 from phimini.stages.rl.mismatch import alarm_level, precision_of
-from phimini.stages.rollout.engine import RolloutEngine, SyncedEngine
+from phimini.stages.rollout.engine import RolloutEngine, SleepingEngine, VllmEngine
 from phimini.stages.rollout.local import build_engine
 from phimini.stages.run.training import load_model
 
@@ -276,7 +276,7 @@ def _predictions(
 
 def _other_weights(engine: RolloutEngine, arbiter: Arbiter) -> str:
     """What the engine was last sent against what the trainer has now, by checksum."""
-    if not isinstance(engine, SyncedEngine) or engine.last_sync is None:
+    if not isinstance(engine, VllmEngine) or engine.last_sync is None:
         return ""
     last = engine.last_sync
     now = {name: checksum(t) for name, t in engine.as_sent(arbiter.weights.items())}
@@ -318,9 +318,9 @@ def _sample_again(
 
     enough = max(tolerance, EXPLAINS * whole)
     detail = "A new sync makes the difference go away: the engine had other weights"
-    if isinstance(engine, SyncedEngine) and engine.asleep:
+    if isinstance(engine, SleepingEngine) and engine.asleep:
         detail += ", or keys and values of older ones in its cache; both went when it slept"
-    else:
+    elif isinstance(engine, VllmEngine):
         now = again("(sampled again, as it is)")
         engine.reset_prefix_cache()
         if again("(sampled again, prefix cache reset)") <= enough < now:

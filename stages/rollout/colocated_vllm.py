@@ -76,17 +76,17 @@ class ColocatedVllm:
         )
 
     def load(self, directory: Path) -> None:
-        self._take(files_of(directory, self.config, self.settings), LOADED)
+        self._receive(files_of(directory, self.config, self.settings), LOADED)
 
     def sync(self, model: Model) -> None:
-        self._take(outgoing(model, self.settings), model.num_updates)
+        self._receive(outgoing(model, self.settings), model.num_updates)
 
     def as_sent(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """A model's tensors as a sync sends them."""
         return as_sent(tensors, self.settings)
 
-    def rest(self) -> None:
-        """Gives the engine's GPU memory to the trainer; its weights are gone and must be synced before sampling."""
+    def sleep(self) -> None:
+        """Release the engine's weights and KV cache, if its settings allow it. Sync or load before sampling again."""
         if self.settings.sleeps and not self.asleep:
             self._llm.sleep(level=2)
             self.version, self.asleep = None, True
@@ -118,17 +118,7 @@ class ColocatedVllm:
         everyone = {i: c for part in self._world.all_gather_objects(done) for i, c in part.items()}
         return [everyone[i] for i in range(len(prompts))]
 
-    def generate_groups(
-        self,
-        prompts: list[list[int]],
-        params: SamplingParams,
-        seeds: list[int],
-        groups: list[str],
-        wanted: int | None,
-    ) -> list[Sampled]:
-        return self.generate(prompts, params, seeds)
-
-    def _take(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
+    def _receive(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         old, self.version = self.version, None
         if self.asleep:
             # Torch keeps the blocks of activations that are gone; while the engine is awake they are its.

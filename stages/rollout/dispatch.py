@@ -3,8 +3,8 @@
 A request has an id, and its seed belongs to it: what it returns does not depend on which engine or which batch it
 met. An engine that ends, or says nothing for the deadline, is given up and its requests go to the others. A request
 that a weight sync cut short is continued token-in, token-out: its prompt and what it had so far go out again, and
-its spans say which tokens came from which weights. Groups may be oversampled: once `wanted` of a group are there,
-the rest of it is called back.
+its spans say which tokens came from which weights. Groups may be oversampled: once `group_size`
+completions of a group are there, its other requests are aborted.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class Request:
     params: SamplingParams
     seed: int
     group: str = ""
-    """requests of one group compete to be among its `wanted`"""
+    """requests of one group compete to be among its first `group_size`"""
 
 
 @dataclass(slots=True)
@@ -100,13 +100,15 @@ class RolloutService:
     def alive(self) -> list[EngineClient]:
         return [engine for engine in self.engines if engine.alive]
 
-    def run(self, requests: Sequence[Request], *, wanted: int | None = None) -> dict[str, Sampled]:
-        """Every request's completion by id; with `wanted`, those that filled their groups.
+    def run(
+        self, requests: Sequence[Request], *, group_size: int | None = None
+    ) -> dict[str, Sampled]:
+        """Return each request's completion by id; with `group_size`, those of the first so many of each group.
 
         Raises RolloutError when no engine is left, RuntimeError for a request that an engine refuses.
         """
         self.report = ServiceReport()
-        batch = _Batch(self, requests, wanted)
+        batch = _Batch(self, requests, group_size)
         while not batch.complete:
             batch.send()
             batch.receive()
@@ -116,9 +118,9 @@ class RolloutService:
 
 class _Batch:
     def __init__(
-        self, service: RolloutService, requests: Sequence[Request], wanted: int | None
+        self, service: RolloutService, requests: Sequence[Request], group_size: int | None
     ) -> None:
-        self.service, self.wanted = service, wanted
+        self.service, self.group_size = service, group_size
         self.open = {r.id: _Progress(r) for r in requests}
         assert len(self.open) == len(requests), "request ids are unique"
         self.waiting = deque(self.open.values())
@@ -213,7 +215,7 @@ class _Batch:
             versions=tuple(progress.versions),
         )
         self.filled[request.group] += 1
-        if self.wanted is not None and self.filled[request.group] == self.wanted:
+        if self.group_size is not None and self.filled[request.group] == self.group_size:
             self.call_back(request.group)
 
     def call_back(self, group: str) -> None:

@@ -1,6 +1,6 @@
-"""What a rollout engine is: token ids in, sampled token ids, their log-probs and the weights' version out."""
+"""Protocols of rollout engines: token ids in; sampled token ids, their log-probs and the weights' version out."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from phimini.model.sampler import Completion, SamplingParams
 from phimini.parallel.megatron.builder import Model
+from phimini.parallel.ranks.timing import phase
 from phimini.parallel.weight_sync.sync import SyncReport
 
 LOADED = -1
@@ -26,63 +27,106 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled(Completion):
-    """A completion that says whose it is; several spans if weights changed while it was sampled."""
+    """A completion with the versions of the weights it was sampled from: several spans if a sync came in between."""
 
     versions: tuple[Span, ...]
 
 
-class RolloutEngine(Protocol):
-    """Who samples. Every method is called by all ranks together and returns the same on each."""
-
-    def load(self, directory: Path) -> None:
-        """Take the weights of a Hugging Face folder."""
-        ...
-
-    def sync(self, model: Model) -> None:
-        """Take the trainer's weights; their version is `model.num_updates`. Raises WeightSyncError."""
-        ...
-
-    def rest(self) -> None:
-        """Training comes next: give up what it needs. After it, `sync` comes before `generate`."""
-        ...
-
-    def reset_prefix_cache(self) -> None:
-        """Forget keys and values of earlier prompts; `sync` and `load` do so by themselves."""
-        ...
+class Sampler(Protocol):
+    """A source of completions: prompts in, sampled tokens out."""
 
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> list[Sampled]:
-        """One completion per prompt, in order. It depends on prompt, params, seed and weights, on nothing else."""
+        """Return one completion per prompt, in order. Each depends only on its prompt, params, seed and the weights.
+
+        Raises ValueError for prompts or seeds that cannot be sampled (`check_prompts`).
+        """
         ...
 
-    def generate_groups(
+
+@runtime_checkable
+class OversamplingSampler(Sampler, Protocol):
+    """A sampler that can abort the completions of a group once enough of the group are complete."""
+
+    def generate_first(
         self,
         prompts: list[list[int]],
         params: SamplingParams,
         seeds: list[int],
         groups: list[str],
-        wanted: int | None,
-    ) -> Sequence[Sampled | None]:
-        """As `generate`; an engine that can stop early leaves None for what a group of `wanted` did without."""
+        group_size: int,
+    ) -> list[Sampled | None]:
+        """Return the first `group_size` completions of each group to end, in the order of the prompts.
+
+        groups: the group of each prompt. The completions that were aborted are None.
+        """
+        ...
+
+
+class WeightTarget(Protocol):
+    """A holder of a copy of the policy's weights, to which the trainer sends new ones. Both methods are collective."""
+
+    def load(self, directory: Path) -> None:
+        """Load the weights of a Hugging Face folder; their version is LOADED."""
+        ...
+
+    def sync(self, model: Model) -> None:
+        """Copy the trainer's weights; their version is `model.num_updates`. Raises WeightSyncError."""
+        ...
+
+
+class RolloutEngine(Sampler, WeightTarget, Protocol):
+    """A sampler with weights of its own. All ranks call each method together, and each gets the same result."""
+
+
+@runtime_checkable
+class VllmEngine(RolloutEngine, Protocol):
+    """An engine outside the trainer's own code: weights arrive by weight sync, and prompts have a prefix cache."""
+
+    last_sync: SyncReport | None
+
+    def as_sent(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Return a model's tensors as a sync sends them: in the engine's precision."""
+        ...
+
+    def reset_prefix_cache(self) -> None:
+        """Drop the cached keys and values of earlier prompts; `sync` and `load` do so by themselves."""
         ...
 
 
 @runtime_checkable
-class SyncedEngine(Protocol):
-    """An engine outside the trainer's own code, whose weights arrive by a weight sync."""
+class SleepingEngine(RolloutEngine, Protocol):
+    """An engine on the trainer's own GPUs, which can give its memory to the trainer between rollouts."""
 
-    last_sync: SyncReport | None
     asleep: bool
-    """it has rested and given up its weights: `sync` comes before `generate`"""
+    """the weights are gone: `sync` or `load` comes before `generate`"""
 
-    def as_sent(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """A model's tensors as a sync sends them: in the engine's precision."""
+    def sleep(self) -> None:
+        """Release weights and KV cache."""
         ...
 
 
+@runtime_checkable
+class PrefetchingEngine(RolloutEngine, Protocol):
+    """An engine that can sample while the ranks train."""
+
+    on_main: Sampler
+    """the engine's sampler without collectives: rank 0 may call it in a thread"""
+
+
+@phase("sync")
+def release_memory(engine: RolloutEngine) -> None:
+    """Give the engine's GPU memory to the trainer, if both share GPUs. Collective."""
+    if isinstance(engine, SleepingEngine):
+        engine.sleep()
+
+
 def check_temperature(field: str, value: float) -> None:
-    """vLLM 0.32 samples at 0.01 what is asked for below, and says so in its log only; above 2 it refuses."""
+    """Raise ValueError for a temperature that vLLM does not sample at.
+
+    vLLM 0.32 raises temperatures between 0 and 0.01 to 0.01, with a line in its log only, and refuses more than 2.
+    """
     if value > 2 or 0 < value < 0.01:
         raise ValueError(
             f"{field}={value:g}: vLLM samples at 0 or from 0.01 to 2; rollout.engine=local has no such limits"
@@ -96,7 +140,10 @@ def check_prompts(
     vocab_size: int,
     max_model_len: int,
 ) -> None:
-    """What no engine can sample: ValueError, for a prompt with the number of the first."""
+    """Raise ValueError for prompts or seeds that no engine can sample; the message has the number of the prompt.
+
+    A prompt and its `params.max_new_tokens` must fit into `max_model_len` tokens.
+    """
     if len(seeds) != len(prompts):
         raise ValueError(
             f"seeds: expected one for each of {len(prompts)} prompts, got {len(seeds)}"

@@ -1,8 +1,8 @@
-"""The local rollout engine, and the choice between it and vLLM's.
+"""The local rollout engine, and `build_engine`, which chooses between it and the two vLLM engines.
 
-The local engine samples with the reference model on every rank, each its share of the prompts; a
-sample depends on its prompt, its seed and the weights only, so the number of ranks changes nothing.
-vLLM's are in `colocated_vllm.py` (in the training ranks) and `separate_vllm.py` (processes of their own).
+The local engine samples with the reference model; each rank samples its share of the prompts. A completion depends
+only on its prompt, seed and the weights, so the number of ranks does not change it. The vLLM engines are in
+`colocated_vllm.py` (inside the training ranks) and `separate_vllm.py` (in processes of their own).
 """
 
 from pathlib import Path
@@ -17,11 +17,12 @@ from phimini.parallel.ranks.world import World
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.rollout.engine import LOADED, RolloutEngine, Sampled, Span, check_prompts
 
-__all__ = ["LocalEngine", "RolloutEngine", "Sampled", "Span", "build_engine"]
-
 
 class LocalEngine:
-    """The reference model's sampler, embedded in the training ranks."""
+    """The reference model's sampler inside the training ranks.
+
+    max_batch: prompts that are sampled together. max_model_len: tokens of prompt and answer; default: the model's limit.
+    """
 
     def __init__(
         self, config: ModelConfig, world: World, max_batch: int, max_model_len: int | None = None
@@ -47,17 +48,11 @@ class LocalEngine:
         assert not missing, f"weight sync left out {sorted(missing)}"
         self._version = model.num_updates
 
-    def rest(self) -> None:
-        pass
-
-    def reset_prefix_cache(self) -> None:
-        pass
-
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> list[Sampled]:
         check_prompts(prompts, seeds, params, self._vocab_size, self._max_model_len)
-        # Prompts of like length side by side, so that every rank gets like work.
+        # Sorted by length, so that every rank gets as much work.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         mine = order[self._world.rank :: self._world.world_size]
         done = sample(
@@ -80,31 +75,21 @@ class LocalEngine:
         everyone = {index: completion for part in parts for index, completion in part.items()}
         return [everyone[i] for i in range(len(prompts))]
 
-    def generate_groups(
-        self,
-        prompts: list[list[int]],
-        params: SamplingParams,
-        seeds: list[int],
-        groups: list[str],
-        wanted: int | None,
-    ) -> list[Sampled]:
-        return self.generate(prompts, params, seeds)
-
 
 def build_engine(run: RunConfig, config: ModelConfig, world: World) -> RolloutEngine:
-    """Raises ValueError where the config asks for what is not there, e.g. vLLM."""
-    alone = run.rollout.engine == "vllm" and run.rollout.placement == "separate"
+    """Return the engine that `run.rollout` asks for. Raises ValueError if its settings contradict or vLLM is missing."""
+    separate = run.rollout.engine == "vllm" and run.rollout.placement == "separate"
     for name, off in (("oversample", 1.0), ("asynchronous", False), ("partial", False)):
         value = getattr(run.rollout, name)
-        if value != off and not alone:
+        if value != off and not separate:
             raise ValueError(
                 f"rollout.{name}={value}: needs rollout.engine=vllm rollout.placement=separate"
             )
     if run.rollout.asynchronous and run.rollout.max_staleness < 1:
         raise ValueError(
-            f"rollout.max_staleness={run.rollout.max_staleness}: what is sampled one step ahead is 1 update old"
+            f"rollout.max_staleness={run.rollout.max_staleness}: answers that are sampled one step ahead are 1 update old"
         )
-    if alone:
+    if separate:
         from phimini.stages.rollout.separate_vllm import separate_vllm
 
         return separate_vllm(run, config, world)

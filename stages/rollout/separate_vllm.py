@@ -7,7 +7,7 @@ on its machine. Weights travel by rollout.transport: shm and gloo on a CPU, ipc 
 import dataclasses
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,10 +44,52 @@ START_S = 600.0
 """an engine that is not up after this long is an error"""
 
 
-class SeparateVllm:
-    """Engines behind sockets. Every method is collective but `generate_here`, which is rank 0's."""
+class EngineSampler:
+    """The sampler of rank 0: sends prompts to the engine processes. Its methods are not collective.
 
-    asleep = False
+    A thread of rank 0 may call it while the ranks train.
+    """
+
+    def __init__(self, engine: "SeparateVllm") -> None:
+        self._engine = engine
+
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
+    ) -> list[Sampled]:
+        requests = self._requests(prompts, params, seeds, [""] * len(prompts))
+        done = self._engine.service.run(requests)
+        return [done[request.id] for request in requests]
+
+    def generate_first(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        groups: list[str],
+        group_size: int,
+    ) -> list[Sampled | None]:
+        requests = self._requests(prompts, params, seeds, groups)
+        done = self._engine.service.run(requests, group_size=group_size)
+        return [done.get(request.id) for request in requests]
+
+    def _requests(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        groups: list[str],
+    ) -> list[Request]:
+        check_temperature("temperature", params.temperature)
+        vocab_size, longest = self._engine.config.vocab_size, self._engine.settings.max_model_len
+        check_prompts(prompts, seeds, params, vocab_size, longest)
+        return [
+            Request(id=str(i), prompt=prompt, params=params, seed=seed, group=group)
+            for i, (prompt, seed, group) in enumerate(zip(prompts, seeds, groups, strict=True))
+        ]
+
+
+class SeparateVllm:
+    """Engines behind sockets. Rank 0 talks to them; every method is collective and returns the same on all ranks."""
 
     def __init__(
         self,
@@ -62,73 +104,48 @@ class SeparateVllm:
         self._service: RolloutService | None = None
         self._sync: WeightSync | None = None
         self.last_sync: SyncReport | None = None
-        self._on_main(lambda: self._open(run, context))
+        self.on_main = EngineSampler(self)
+        self._run_on_main(lambda: self._open(run, context))
 
     def load(self, directory: Path) -> None:
-        self._take(files_of(directory, self.config, self.settings), LOADED)
+        self._send(files_of(directory, self.config, self.settings), LOADED)
 
     def sync(self, model: Model) -> None:
-        """An engine that is lost on the way is given up and the sync repeated, if others are left."""
+        """Send the trainer's weights. If an engine is lost on the way and others are left, send them to those."""
         while True:
             try:
-                self._take(outgoing(model, self.settings, every_rank=False), model.num_updates)
+                self._send(outgoing(model, self.settings, every_rank=False), model.num_updates)
                 return
             except WeightSyncError as error:
-                if not self._on_main(lambda error=error: self._gave_up_lost(error)):
+                if not self._run_on_main(lambda error=error: self._gave_up_lost(error)):
                     raise
 
     def as_sent(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """A model's tensors as a sync sends them."""
         return as_sent(tensors, self.settings)
-
-    def rest(self) -> None:
-        pass
 
     def reset_prefix_cache(self) -> None:
         def reset() -> None:
             for engine in self.service.alive:
                 engine.ask("reset").result(self.service.deadline_s)
 
-        self._on_main(reset)
+        self._run_on_main(reset)
 
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> list[Sampled]:
-        return self._on_main(lambda: self.generate_here(prompts, params, seeds))
+        return self._run_on_main(lambda: self.on_main.generate(prompts, params, seeds))
 
-    def generate_groups(
+    def generate_first(
         self,
         prompts: list[list[int]],
         params: SamplingParams,
         seeds: list[int],
         groups: list[str],
-        wanted: int | None,
-    ) -> Sequence[Sampled | None]:
-        return self._on_main(lambda: self.groups_here(prompts, params, seeds, groups, wanted))
-
-    def generate_here(
-        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
-    ) -> list[Sampled]:
-        """`generate` on rank 0 alone; may run in a thread while the ranks train."""
-        done = self.groups_here(prompts, params, seeds, [""] * len(prompts), None)
-        return [completion for completion in done if completion is not None]
-
-    def groups_here(
-        self,
-        prompts: list[list[int]],
-        params: SamplingParams,
-        seeds: list[int],
-        groups: list[str],
-        wanted: int | None,
-    ) -> Sequence[Sampled | None]:
-        check_temperature("temperature", params.temperature)
-        check_prompts(prompts, seeds, params, self.config.vocab_size, self.settings.max_model_len)
-        requests = [
-            Request(id=str(i), prompt=prompt, params=params, seed=seed, group=group)
-            for i, (prompt, seed, group) in enumerate(zip(prompts, seeds, groups, strict=True))
-        ]
-        done = self.service.run(requests, wanted=wanted)
-        return [done.get(request.id) for request in requests]
+        group_size: int,
+    ) -> list[Sampled | None]:
+        return self._run_on_main(
+            lambda: self.on_main.generate_first(prompts, params, seeds, groups, group_size)
+        )
 
     def close(self) -> None:
         if self._service is not None:
@@ -198,14 +215,14 @@ class SeparateVllm:
         Finalize(self, self.close, exitpriority=1)
         return engines
 
-    def _take(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
+    def _send(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         if not self._world.is_main:
-            for _ in tensors:
+            for _ in tensors:  # every rank takes part in the gather
                 pass
-        self.last_sync = self._on_main(lambda: self._send(tensors, version))
+        self.last_sync = self._run_on_main(lambda: self._send_to_engines(tensors, version))
 
     def _gave_up_lost(self, error: WeightSyncError) -> bool:
-        """Whether engines that died or fell silent are to blame, and others are there to go on with."""
+        """Give up the engines that died or fell silent. Return False if there are none such, or no others are left."""
         assert self._sync is not None, "rank 0 has the sync"
         half = self.service.deadline_s / 2
         asked = [engine for engine in self.service.engines if engine in self._sync.receivers]
@@ -218,7 +235,7 @@ class SeparateVllm:
         print(f"phimini: {error}; it is repeated without {without}", file=sys.stderr, flush=True)
         return True
 
-    def _send(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
+    def _send_to_engines(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
         assert self._sync is not None, "rank 0 has the sync"
         alive = self.service.alive
         if not alive:
@@ -228,8 +245,8 @@ class SeparateVllm:
         self._sync.set_receivers(alive)
         return self._sync.sync(tensors, version)
 
-    def _on_main(self, action: Callable[[], T]) -> T:
-        """`action()` on rank 0, what it returned on every rank; what it raised too. Collective."""
+    def _run_on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0. Its result is returned, or its error raised, on every rank. Collective."""
         outcome: tuple[T | None, Exception | None] = (None, None)
         if self._world.is_main:
             try:

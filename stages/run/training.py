@@ -1,6 +1,9 @@
-"""What the four training stages share: reading examples, loading, saving, batches, the heads."""
+"""Parts that the four training stages share: data, model, optimizer, the steps with their log and checkpoints."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,17 @@ from phimini.parallel.megatron.hf_weights import export_hf, load_hf
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.world import World
 from phimini.parallel.training.batch import PackedBatch
-from phimini.parallel.training.optimizer import Optimizer, OptimizerConfig, build_optimizer
+from phimini.parallel.training.optimizer import (
+    Optimizer,
+    OptimizerConfig,
+    StepInfo,
+    build_optimizer,
+)
+from phimini.parallel.training.same_data import check_same_data
 from phimini.parallel.training.step import StepMetrics, forward_only
 from phimini.stages.config.schema import OptimizerSettings, RunConfig
-from phimini.stages.data.packing import Example
+from phimini.stages.data.packing import Example, check_lengths
+from phimini.stages.run.metrics import MetricsLog
 from phimini.stages.run.stage_folder import Interrupt, Stage, Stopped
 
 Row = dict[str, Any]
@@ -40,7 +50,10 @@ Row = dict[str, Any]
 def read_examples(
     path: Path, tokenizer: Tokenizer, template: TemplateName, *, loss_on_question: bool = False
 ) -> list[Example]:
-    """The rows' `question` and `response` as examples whose ids name file and line."""
+    """Return the rows' `question` and `response` as examples whose ids name file and line.
+
+    loss_on_question: train on the question's tokens too. Raises ValueError that names file and line.
+    """
     rows = read_rows(path, {"question": str, "response": str})
     examples = []
     for line, row in enumerate(rows, 1):
@@ -49,14 +62,34 @@ def read_examples(
     return examples
 
 
+def check_examples(
+    world: World,
+    stage: str,
+    examples: list[Example],
+    held_out: list[Example],
+    limit: int,
+    field: str,
+) -> None:
+    """Check, before step 1, that examples have at most `limit` tokens and are the same on every rank. Collective.
+
+    field: the setting that `limit` comes from. Raises ValueError, or DivergedError on every rank.
+    """
+    check_lengths(examples + held_out, limit, field)
+    digests = [[example.digest() for example in some] for some in (examples, held_out)]
+    check_same_data(world, f"{stage}, before step 1", digests)
+
+
 def fp8_of(run: RunConfig, device: torch.device | None = None) -> Fp8 | None:
-    """What `fp8` and `fp8_recipe` mean on this machine; ValueError says what it can do."""
+    """Return the FP8 recipe that `fp8` and `fp8_recipe` choose on this machine, or None.
+
+    Raises ValueError that names the recipes of the machine.
+    """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return choose(run.fp8, run.fp8_recipe, device)
 
 
 def layout_of(run: RunConfig) -> Layout:
-    """The run's layout, before the number of ranks is known."""
+    """Return the run's layout, before the number of ranks is known."""
     fp8 = fp8_of(run)
     return Layout(
         tensor=run.tensor_parallel,
@@ -70,7 +103,7 @@ def layout_of(run: RunConfig) -> Layout:
 
 
 def load_model(run: RunConfig, world: World, stage: str) -> tuple[Model, Tokenizer]:
-    """The model that `stage` of this run ended with, on this run's layout, and its tokenizer."""
+    """Return the model of the complete stage `stage`, on this run's layout, and its tokenizer. Collective."""
     directory = Path(run.out) / stage / "model"
     model = build_model(
         load_config(directory),
@@ -88,7 +121,7 @@ def load_model(run: RunConfig, world: World, stage: str) -> tuple[Model, Tokeniz
 def start_optimizer(
     run: RunConfig, model: Model, settings: OptimizerSettings, steps: int
 ) -> Optimizer:
-    """Return the optimizer of a stage of `steps` steps, the last of which is never one of warm-up."""
+    """Return the optimizer of a stage of `steps` steps; warm-up ends before the last one."""
     config = OptimizerConfig(
         lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
@@ -104,11 +137,10 @@ def start_optimizer(
 
 
 class Progress:
-    """A training stage's place: resumes from its checkpoints, saves when due or when stopped, exports at the end.
+    """The checkpoints of a training stage: resume, save when due or when stopped, export at the end.
 
-    `state` is what the loop wants back after a resume beside model, optimizer and step; plain JSON.
-    A checkpoint that was due is written while training goes on, and counts from the first step after which
-    every rank has written its part.
+    every: steps between checkpoints. state: JSON values that the loop needs after a resume, beside model, optimizer
+    and step. A checkpoint is written while training goes on; it is complete once every rank has written its part.
     """
 
     def __init__(
@@ -120,7 +152,7 @@ class Progress:
         self.pending: PendingCheckpoint | None = None
 
     def resume(self) -> int:
-        """The step to go on from: 0, or that of the newest checkpoint, which is loaded."""
+        """Load the newest checkpoint, if there is one. Return the number of steps that are done. Collective."""
         self.state |= {"seconds": 0.0, "cpu_seconds": 0.0}
         if latest_step(self.path) is None:
             return 0
@@ -132,7 +164,10 @@ class Progress:
         return step
 
     def after_step(self, step: int, last: bool, interrupt: Interrupt) -> None:
-        """Save when due. Raises Stopped, after saving, when the run was asked to stop; after the last step `finish` does."""
+        """Save a checkpoint if one is due after `step` steps. Collective.
+
+        Raises Stopped, after saving, if the run was asked to stop; after the last step `finish` does.
+        """
         asked = interrupt.requested(self.world)
         due = not last and (asked or step % self.every == 0)
         if self.pending is not None:
@@ -154,7 +189,7 @@ class Progress:
             )
 
     def time_spent(self) -> dict[str, float]:
-        """Wall seconds, and processor seconds of all ranks, in this stage; those of interrupted processes included."""
+        """Return wall seconds, and processor seconds of all ranks, in this stage, including interrupted processes."""
         cpu = sum(self.world.all_gather_objects(time.process_time() - self.stage.started_cpu_s))
         return {
             "seconds": self.state["seconds"] + time.perf_counter() - self.stage.started_s,
@@ -162,8 +197,10 @@ class Progress:
         }
 
     def finish(self, tokenizer: Tokenizer, summary: Row, interrupt: Interrupt) -> None:
-        """Export the model as a Hugging Face folder and mark the stage complete. Raises Stopped, after that, when the run was
-        asked to stop: the steps since the last checkpoint are saved nowhere else."""
+        """Export the model as a Hugging Face folder and mark the stage complete. Collective.
+
+        Raises Stopped, after that, if the run was asked to stop: the steps since the last checkpoint are only there.
+        """
         directory = self.stage.path / "model"
         export_hf(self.model, directory, tokenizer=tokenizer)
         spent = self.time_spent()
@@ -176,24 +213,87 @@ class Progress:
             )
 
 
+@dataclass(slots=True)
+class Step:
+    """One step of a stage, in which the loop trains and fills in `row`."""
+
+    index: int
+    """counted from 0"""
+    name: str
+    """for error messages, e.g. `sft, step 3`"""
+    is_last: bool
+    """no step follows; the loop may set it to end early"""
+    row: Row = field(default_factory=dict)
+    """the step's metrics, with `tokens`; logged after the step"""
+
+
+@contextmanager
+def training_steps(
+    stage: Stage,
+    model: Model,
+    optimizer: Optimizer,
+    tokenizer: Tokenizer,
+    steps: int,
+    checkpoint_every: int,
+    state: Row,
+    summary: Callable[[int], Row],
+) -> Iterator[Iterator[Step]]:
+    """Resume the stage, and give the steps that are left; log and save after each; export after the last. Collective.
+
+        with training_steps(...) as left:
+            for step in left:
+                ...
+                step.row = update_row(metrics, info, num_tokens)
+
+    state: JSON values of the loop that a checkpoint keeps; `tokens` is added. summary: fields of the stage's
+    summary.json, by the number of steps that were made. Raises Stopped when the run was asked to stop.
+    """
+    state.setdefault("tokens", 0)
+    progress = Progress(stage, model.world, model, optimizer, checkpoint_every, state)
+    done = progress.resume()
+    path = stage.path / "metrics.jsonl"
+    log = MetricsLog(path, steps, stage.name, model.world.is_main, stage.run)
+    with log, Interrupt() as interrupt:
+
+        def left() -> Iterator[Step]:
+            nonlocal done
+            is_last = done >= steps
+            while not is_last:
+                step = Step(done, f"{stage.name}, step {done + 1}", done + 1 == steps)
+                yield step
+                done, is_last = done + 1, step.is_last
+                state["tokens"] += step.row["tokens"]
+                log.write(step.index, **step.row)
+                progress.after_step(done, is_last, interrupt)
+
+        yield left()
+        progress.finish(tokenizer, {"steps": done} | summary(done), interrupt)
+
+
+def update_row(metrics: StepMetrics, info: StepInfo, num_tokens: int) -> Row:
+    """Return a step's row of metrics: loss and other means, learning rate, gradient norm, tokens of all ranks."""
+    row = means(metrics) | {"lr": info.lr, "grad_norm": info.grad_norm}
+    return row | {"tokens": num_tokens}
+
+
 def cross_entropy_head(
     hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Next-token loss, summed; the count is the number of trained tokens."""
+    """Return the summed next-token loss, the number of trained tokens, and sums for the log; see `step.Head`."""
     loss, metrics = linear_cross_entropy(hidden_MD, weight_VD, batch.targets_T, group=group)
     sums = {"accuracy": metrics.accuracy_sum, "entropy": metrics.entropy_sum}
     return loss, metrics.num_rows, sums
 
 
 def means(metrics: StepMetrics) -> Row:
-    """The loss and every other sum of a step, divided by its count."""
+    """Return the loss and every other sum of a step, divided by its count."""
     return {"loss": metrics.loss} | {
         name: total / metrics.count for name, total in metrics.metrics.items()
     }
 
 
 def validation_loss(model: Model, microbatches: list[PackedBatch], world: World) -> float:
-    """Mean negative log-likelihood per target token over all data ranks' micro-batches."""
+    """Return the mean negative log-likelihood per target token, over all data ranks' micro-batches. Collective."""
 
     def nll(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
         logp_M = linear_logprob(hidden_MD, weight_VD, batch.targets_T, group=group).logp_M
@@ -207,7 +307,7 @@ def validation_loss(model: Model, microbatches: list[PackedBatch], world: World)
 
 
 def sum_over_data(x: Tensor, world: World) -> Tensor:
-    """The sum of the data ranks' `x`, on each of them."""
+    """Return the sum of the data ranks' `x`, on each of them. Collective."""
     total = x.to(world.device)
     if world.data_size > 1:
         dist.all_reduce(total, group=world.data_group)

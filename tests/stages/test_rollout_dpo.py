@@ -24,10 +24,10 @@ from phimini.stages.config.schema import override
 from phimini.stages.curate import teacher_pairs
 from phimini.stages.rollout_dpo import (
     check_first_step,
+    logps_are_exact,
     pair_up,
     read_pairs,
     rollout_dpo,
-    same_in_any_batch,
 )
 from phimini.stages.run.training import layout_of
 
@@ -131,15 +131,15 @@ def test_another_reference_is_seen_in_every_precision() -> None:
     def metrics(off: float) -> StepMetrics:
         return StepMetrics(loss_sum=0.0, count=2.0, metrics={"preference_loss": 2 * (math.log(2) + off)})  # fmt: skip
 
-    check_first_step(metrics(9e-4), alike=True)
-    check_first_step(metrics(-0.04), alike=False)
-    for off, alike in ((2e-3, True), (-2e-3, True), (0.06, False), (math.nan, False)):
+    check_first_step(metrics(9e-4), exact=True)
+    check_first_step(metrics(-0.04), exact=False)
+    for off, exact in ((2e-3, True), (-2e-3, True), (0.06, False), (math.nan, False)):
         with pytest.raises(RuntimeError, match="expected ln 2"):
-            check_first_step(metrics(off), alike=alike)
+            check_first_step(metrics(off), exact=exact)
 
 
 @pytest.mark.parametrize(
-    "dtype, words, alike",
+    "dtype, words, exact",
     [
         (torch.float32, [], True),
         (torch.float32, ["fp8=emulate", "fp8_recipe=blockwise"], True),
@@ -148,10 +148,10 @@ def test_another_reference_is_seen_in_every_precision() -> None:
     ],
 )
 def test_where_log_probs_depend_on_the_micro_batch(
-    dtype: torch.dtype, words: list[str], alike: bool
+    dtype: torch.dtype, words: list[str], exact: bool
 ) -> None:
     model: Any = SimpleNamespace(
         world=SimpleNamespace(device=torch.device("cpu")),
         chunks=[torch.nn.Linear(2, 2, dtype=dtype)],
     )
-    assert same_in_any_batch(override(tiny(), words), model) is alike
+    assert logps_are_exact(override(tiny(), words), model) is exact

@@ -159,10 +159,10 @@ class OtherFunction(LocalEngine):
 class Slept(LocalEngine):
     """An engine whose first answers are wrong, and which then releases its memory to the trainer."""
 
-    last_sync, asleep, answered = None, False, False
+    asleep, answered = False, False
 
-    def as_sent(self, tensors):
-        return iter(tensors)
+    def sleep(self) -> None:
+        self.asleep = True
 
     def sync(self, model) -> None:
         super().sync(model)

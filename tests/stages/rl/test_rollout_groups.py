@@ -15,8 +15,8 @@ from phimini.parallel.ranks.world import initialize
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
 from phimini.stages.rl import groups as rollout_groups
-from phimini.stages.rl.groups import Rollout, Sampler
-from phimini.stages.rlvr import pool_of
+from phimini.stages.rl.groups import GroupSampler, Rollout
+from phimini.stages.rl.prompt_pool import pool_of
 from phimini.stages.rollout.engine import Sampled, Span
 from phimini.stages.run.workloads import most_rollouts
 
@@ -27,9 +27,7 @@ class Seeded:
     def __init__(self) -> None:
         self.calls: list[int] = []
 
-    def generate_groups(
-        self, prompts: list, params: SamplingParams, seeds: list[int], groups: list, wanted: Any
-    ) -> list[Sampled]:
+    def generate(self, prompts: list, params: SamplingParams, seeds: list[int]) -> list[Sampled]:
         self.calls.append(len(prompts))
         return [
             Sampled(
@@ -57,7 +55,7 @@ def sampled(
     tokenizer = train_tiny_tokenizer(["What is 1 + 1?"] * 3, vocab_size=256)
     problems = {id: {"id": id, "question": f"What is {id}?", "answer": "1"} for id in ids}
     engine: Any = Seeded()
-    sampler = Sampler(run, initialize(Layout(), LONG), engine, tokenizer, problems)
+    sampler = GroupSampler(run, initialize(Layout(), LONG), engine, tokenizer, problems)
     return sampler.sample_groups(ids, 5, 1.0), engine.calls
 
 

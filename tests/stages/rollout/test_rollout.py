@@ -61,8 +61,10 @@ class Noting(LocalEngine):
         self.calls.append("generate")
         return super().generate(*args)
 
-    def rest(self) -> None:
-        self.calls.append("rest")
+    asleep = False
+
+    def sleep(self) -> None:
+        self.calls.append("sleep")
 
 
 def sampled_for(stage: str, folder: Path) -> list[str]:
@@ -86,10 +88,10 @@ def sampled_for(stage: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "rollout_dpo"])
-def test_an_engine_rests_once_it_has_sampled(stage: str, tmp_path: Path) -> None:
+def test_an_engine_on_the_trainers_gpu_sleeps_after_sampling(stage: str, tmp_path: Path) -> None:
     """An awake vLLM would occupy half of a GPU during training."""
     folder = make_run(tmp_path)
     problems = read_rows(folder / "distill" / "prompts.jsonl", {})
     write_rows(folder / "distill" / "heldout.jsonl", problems[:2])
     calls = run_ranks(sampled_for, 1, stage, folder)[0]
-    assert "generate" in calls and calls[-1] == "rest"
+    assert "generate" in calls and calls[-1] == "sleep"

@@ -9,6 +9,7 @@ from rl_run import make_run, reinforce, run_config
 
 from phimini.stages import rlvr
 from phimini.stages.config.schema import RunConfig
+from phimini.stages.rl import groups
 from phimini.stages.rl import loss as policy_head
 from phimini.stages.rollout.local import LocalEngine
 
@@ -27,9 +28,10 @@ class AtOnce:
 
 def ahead(run: RunConfig, factor: float = 1.0) -> tuple[list[dict], set[str]]:
     """Return the log and the modes of the importance weights; from update 2 the engine's weights are times `factor`."""
-    modules: Any = rlvr, policy_head
+    modules: Any = rlvr, policy_head, groups
     modules[0].build_engine = lambda run, config, world: LocalEngine(config, world, 16)
-    modules[0].OnMain, modules[0].Background = lambda engine: engine, AtOnce
+    modules[2].Background = AtOnce
+    LocalEngine.on_main = property(lambda engine: engine)  # pyright: ignore[reportAttributeAccessIssue]
     sync, weights, modes = LocalEngine.sync, policy_head.importance_weights, set()
 
     def misled(engine: LocalEngine, model: Any) -> None:

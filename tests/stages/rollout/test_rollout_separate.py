@@ -124,7 +124,7 @@ def test_oversampled_groups_stop_once_filled(
     short = requests(12, SAMPLING, groups=4)
     late = [dataclasses.replace(r, id=f"late {r.id}", params=LONG_ANSWERS) for r in short]
     service = RolloutService(connected[:1], deadline_s=30, per_engine=99)
-    done = service.run([*late, *short], wanted=3)
+    done = service.run([*late, *short], group_size=3)
     groups = [r.group for r in [*late, *short] if r.id in done]
     assert {group: groups.count(group) for group in groups} == {str(g): 3 for g in range(4)}
     assert service.report.called_back == len(late) and not any(id.startswith("late") for id in done)

@@ -11,7 +11,8 @@ from vllm_process import in_vllm
 
 from phimini.model.io.json_files import read_rows
 from phimini.parallel.ranks.layout import Layout
-from phimini.stages.rollout.local import LocalEngine, Sampled, Span
+from phimini.stages.rollout.engine import Sampled, Span
+from phimini.stages.rollout.local import LocalEngine
 
 VLLM = "rollout.engine=vllm"
 SEPARATE = (VLLM, "rollout.placement=separate")
