@@ -137,7 +137,8 @@ def linear_cross_entropy(
     main_grad (V, D) fp32: dW is added to it during the forward and weight_VD gets no gradient. Then the loss
     must be backpropagated with gradient 1 (checked), once, and not recomputed by activation checkpointing.
     with_entropy: False saves work. The other arguments: `HeadKeywords`.
-    Raises ValueError for shapes, dtypes, strides and targets that do not fit.
+    Raises ValueError for shapes, dtypes, strides and targets that do not fit, and for a tensor that requires a gradient
+    and gets none (all but hidden_MD and weight_VD).
     """
     options = CrossEntropy(
         label_smoothing=label_smoothing, z_loss=z_loss, with_entropy=with_entropy, **head

@@ -149,7 +149,8 @@ def linear_logprob(
     hidden_MD (M, D) and weight_VD (V, D) share a dtype; targets_M (M,) int64 in [0, V) or `ignore_index`.
     temperature: one number, or (M,), one per row (not differentiated).
     with_entropy: False saves work; entropy_M is then 0. The other arguments: `HeadKeywords`.
-    Raises ValueError for shapes, dtypes, strides and targets that do not fit.
+    Raises ValueError for shapes, dtypes, strides and targets that do not fit, and for a temperature that requires a
+    gradient.
     """
     options = Logprob(with_entropy=with_entropy, **head)
     check_head(options, hidden_MD, weight_VD, targets_M, temperature)

@@ -233,7 +233,7 @@ def rope(
     """Rotate the first `num_rotated_heads` (None: all) heads of every group of x, in place; returns x.
 
     x (*positions.shape, *groups, N, K), contiguous; cos, sin (P, R/2); positions, integers in [0, P), any
-    shape: packed documents restart at 0. No gradient flows to the tables. A position out of range is not checked
+    shape: packed documents restart at 0. Tables that require a gradient are refused. A position out of range is not checked
     on CUDA (it would wait for the device) nor under torch.compile.
 
     Raises ValueError where shapes or dtypes do not fit, x is not contiguous, or, on a CPU, a position is out
@@ -273,6 +273,8 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int | 
     for name, t in (("cos", cos), ("sin", sin), ("positions", positions)):
         if t.device != x.device:
             raise ValueError(f"rope: {name}: expected on {x.device} like x, got {t.device}")
+        if t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"rope: {name}: gets no gradient from this op; pass {name}.detach()")
     has_values = positions.device.type == "cpu" and not torch.compiler.is_compiling()
     if has_values and positions.numel() > 0:
         first, last = (int(v) for v in positions.aminmax())

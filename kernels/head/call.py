@@ -175,8 +175,7 @@ def compute(
         hidden_MD = own_MD.new_empty(own_MD.shape[0] * group.size(), own_MD.shape[1])
         dist.all_gather_into_tensor(hidden_MD, own_MD, group=group)
     wide = torch.promote_types(weight_VD.dtype, torch.float32)
-    is_narrow = weight_VD.dtype in (torch.bfloat16, torch.float16)
-    runs_triton = weight_VD.is_cuda and is_narrow
+    runs_triton = weight_VD.is_cuda and weight_VD.dtype == torch.bfloat16
     if options._backend is not None:
         runs_triton = options._backend == "triton"
     element_bytes = weight_VD.itemsize if runs_triton else wide.itemsize

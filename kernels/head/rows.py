@@ -18,7 +18,7 @@ CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1536 << 20}
 """Logits of one chunk. CPU: 32 MiB, so that the whole op stays near the size of dW. CUDA: 4,096 rows of a
 200,064-word vocabulary in bf16; at 256 rows (Liger's choice there) the dW GEMM moves 4.9 GB for 0.31 TFLOP."""
 NO_TARGET = -1
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 # --- checks --------------------------------------------------------------------------------------
@@ -33,13 +33,18 @@ def check_head(
 ) -> None:
     """Raise ValueError for what a caller can get wrong; reads no values of tensors. `rows`: tensors of shape (M,)."""
     op, group = options.op, options.group
-    check_tensor(op, "weight_VD", weight_VD, None)
-    for name, value in (("hidden_MD", hidden_MD), ("targets_M", targets_M)):
-        check_tensor(op, name, value, weight_VD.device)
+    check_tensor(op, "weight_VD", weight_VD, None, has_gradient=True)
+    check_tensor(op, "hidden_MD", hidden_MD, weight_VD.device, has_gradient=True)
+    check_tensor(op, "targets_M", targets_M, weight_VD.device)
     if hidden_MD.ndim != 2 or weight_VD.ndim != 2 or hidden_MD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"{op}: hidden_MD and weight_VD must be (M, D) and (V, D), "
             f"got {tuple(hidden_MD.shape)} and {tuple(weight_VD.shape)}"
+        )
+    if hidden_MD.dtype == weight_VD.dtype == torch.float16:
+        raise ValueError(
+            f"{op}: hidden_MD and weight_VD must not be torch.float16: dX is made in the forward, before a loss scale "
+            "could save its small values; use torch.bfloat16"
         )
     if hidden_MD.dtype not in FLOAT_DTYPES or hidden_MD.dtype != weight_VD.dtype:
         raise ValueError(
@@ -87,12 +92,18 @@ def check_tensor(
     value: object,
     device: torch.device | None,
     shape: tuple[int, ...] | None = None,
+    has_gradient: bool = False,
 ) -> None:
-    """Raise ValueError where `value` is no tensor, not on `device`, or not of `shape`, one per row."""
+    """Raise ValueError where `value` is no tensor, not on `device`, or not of `shape`, one per row.
+
+    Also where autograd expects a gradient, and the op gives none: silence would stop the training of `value`.
+    """
     if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if device is not None and value.device != device:
         raise ValueError(f"{op}: {name} must be on {device} like weight_VD, got {value.device}")
+    if value.requires_grad and torch.is_grad_enabled() and not has_gradient:
+        raise ValueError(f"{op}: {name} gets no gradient from this op; pass {name}.detach()")
     if shape is not None and value.shape != shape:
         raise ValueError(
             f"{op}: {name} must have shape {shape}, one per row, got {tuple(value.shape)}"

@@ -18,7 +18,6 @@ from phimini.kernels.backend.cpu_gemm import add_outer, matmul
 from phimini.kernels.head.chunked import ChunkedHead, LocalStats, LogitGrads
 from phimini.kernels.head.rows import HeadRows
 
-TINY = 1e-30
 SEVERAL_THREADS_ELEMENTS = 1 << 21
 ONE_THREAD_ELEMENTS = 1 << 17
 """Elements of a chunk in one block. One thread: 512 KiB of fp32, a quarter of a 2 MiB L2 cache, which also
@@ -83,8 +82,10 @@ class TorchHead(ChunkedHead):
         if self.entropy_gradient:
             scale_M = grads.scale_M
             self._entropy_pass(dz_MV, grads)
-        # dz = scale * (buffer + target / scale * onehot). Where rounding makes scale 0 (d logp = -d lse), TINY keeps the target.
-        scale_M = torch.where((scale_M.abs() < TINY) & (target_M != 0), TINY, scale_M)
+        # dz = scale * (buffer + target / scale * onehot). Where d logp = -d lse, scale is 0 or a rounding error: a least
+        # scale, far below the target's rounding, keeps the target.
+        least_M = target_M.abs() * torch.finfo(target_M.dtype).eps ** 2
+        scale_M = torch.where(scale_M.abs() < least_M, least_M, scale_M)
         at_target_M1 = (target_M / torch.where(scale_M == 0, 1, scale_M))[:, None]
         if self.is_here_M1 is not None:
             at_target_M1 = at_target_M1.where(self.is_here_M1, 0)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import interpreter  # noqa: F401  repairs Triton's interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from numerics import check_against_reference
 from torch import Tensor
 
 from phimini.kernels import linear_cross_entropy, linear_cross_entropy_reference
+from phimini.kernels.backend.launch import Backend
 from phimini.kernels.head.call import compute_compiled
 from phimini.kernels.head.options import ConstantOptions
 from phimini.kernels.linear_cross_entropy import CrossEntropy
@@ -158,6 +160,19 @@ def test_extreme_logits_stay_exact() -> None:
         lambda x, w: linear_cross_entropy_reference(x, w, targets), hidden.double(), weight.double()
     )
     assert_same(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("dtype", "gap"), [(torch.float32, 2**-22), (torch.bfloat16, 2**-7)])
+def test_accuracy_is_exact(backend: Backend, dtype: torch.dtype, gap: float) -> None:
+    """The second best class is the smallest step below the best; an equal one counts as right."""
+    hidden, weight = torch.zeros(4, 8, dtype=dtype), torch.zeros(300, 8, dtype=dtype)
+    hidden[:, 0] = 1
+    weight[[7, 290], 0], weight[299, 0] = 1 + gap, 1
+    assert weight[7, 0] > 1, "the step exists in this dtype"
+    targets = torch.tensor([7, 290, 299, 0])
+    _, metrics = linear_cross_entropy(hidden, weight, targets, _backend=backend)
+    assert int(metrics.accuracy_sum) == 2 and int(metrics.num_rows) == 4
 
 
 def test_backward_scales_and_repeats() -> None:
@@ -307,6 +322,16 @@ def with_target(value: int) -> Tensor:
             {"targets_M": torch.zeros(5, dtype=torch.int64)},
             r"targets_M must have shape \(6,\).*got \(5,\)",
         ),
+        (
+            {"hidden_MD": torch.zeros(6, 8).half(), "weight_VD": torch.zeros(20, 8).half()},
+            "must not be torch.float16.*use torch.bfloat16",
+        ),
+        (
+            {"row_weight_M": torch.ones(6, requires_grad=True)},
+            r"row_weight_M gets no gradient from this op; pass row_weight_M.detach\(\)",
+        ),
+        ({"temperature": torch.ones(6, requires_grad=True)}, "temperature gets no gradient"),
+        ({"main_grad": torch.zeros(20, 8, requires_grad=True)}, "main_grad gets no gradient"),
         ({"targets_M": torch.zeros(6)}, "targets_M must be int64, got torch.float32"),
         ({"targets_M": with_target(20)}, r"targets_M\[3\] is 20, expected a class in \[0, 20\)"),
         ({"targets_M": with_target(-1)}, r"targets_M\[3\] is -1"),

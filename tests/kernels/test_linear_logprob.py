@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import interpreter  # noqa: F401  repairs Triton's interpreter
 import pytest
 import torch
 from head_cases import IGNORE, SHAPES, chunk_bytes, gemm_flops, make_head
@@ -9,6 +10,7 @@ from numerics import check_against_reference
 from torch import Tensor
 
 from phimini.kernels import linear_logprob, linear_logprob_reference
+from phimini.kernels.backend.launch import Backend
 from phimini.kernels.head.call import compute_compiled
 from phimini.kernels.head.options import ConstantOptions
 from phimini.kernels.linear_logprob import Logprob
@@ -71,6 +73,24 @@ def test_extreme_logits_stay_exact() -> None:
     for name, value, expected in zip(OUTPUTS, got, want, strict=True):
         limit = 1e-5 * max(1.0, float(expected.abs().max()))
         assert float((value - expected).abs().max()) <= limit, name
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("rounding", [0.0, 1e-7, 1e-20, 1e-35])
+@pytest.mark.parametrize("size", [1.0, 1e-12])
+def test_gradient_of_the_raw_target_logit(backend: Backend, rounding: float, size: float) -> None:
+    """logp + lse is the target's logit: the softmax cancels, exactly or but for a rounding error."""
+    hidden, weight, targets = make_head(20, 8, 33, ignored=False)
+    hidden = (hidden * size).requires_grad_()
+    weight.requires_grad_()
+    out = linear_logprob(hidden, weight, targets, temperature=0.5, _backend=backend)
+    upstream_M = torch.randn(20)
+    loss = (out.logp_M * upstream_M + out.lse_M * (upstream_M + rounding)).sum()
+    dx, dw = torch.autograd.grad(loss, (hidden, weight))
+    want_dx = 2 * upstream_M[:, None] * weight[targets]
+    want_dw = torch.zeros_like(weight).index_add(0, targets, 2 * upstream_M[:, None] * hidden)
+    for got, want in ((dx, want_dx), (dw, want_dw)):
+        assert float((got - want).abs().max()) <= 2e-6 * float(want.abs().max())
 
 
 def test_ignored_rows_are_zero_and_not_computed() -> None:
@@ -153,9 +173,10 @@ def test_opcheck() -> None:
             {"targets_M": torch.full((6,), 20)},
             r"targets_M\[0\] is 20, expected a class in \[0, 20\)",
         ),
+        ({"temperature": torch.ones(6, requires_grad=True)}, "temperature gets no gradient"),
         ({"temperature": -1.0}, "temperature must be a finite number above 0.*got -1.0"),
     ],
-    ids=["shape", "dtype", "target", "temperature"],
+    ids=["shape", "dtype", "target", "temperature-gradient", "temperature"],
 )
 def test_bad_input_is_named(changes: dict, message: str) -> None:
     hidden, weight, targets = make_head(6, 8, 20, ignored=False)

@@ -211,6 +211,37 @@ def test_far_away_policies_give_no_infinities() -> None:
         assert all(bool(value.isfinite().all()) for value in got.values())
 
 
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kl_gradient", ["estimator", "reverse"])
+@pytest.mark.parametrize("far", ["ratio", "kl"])
+def test_gradients_beyond_the_clamp(far: str, kl: Any, kl_gradient: Any) -> None:
+    """Rows whose exponent is beyond +-20 have the clamped term's value and not its gradient; the others have both."""
+    hidden, weight, targets = make_head(12, 8, 30, torch.float64, ignored=False)
+    logp_M = linear_logprob_reference(hidden, weight, targets).logp_M
+    far_M = logp_M - torch.tensor([-25.0, 25.0, -20.5, 20.5, -19.5, 19.5, 0.1, -0.1] * 2)[:12]
+    near_M = logp_M + 0.05
+    old_M, reference_M = (far_M, near_M) if far == "ratio" else (near_M, far_M)
+    arguments: dict[str, Any] = {
+        "targets_M": targets, "old_logp_M": old_M, "reference_logp_M": reference_M, "kl_coef": 0.1,
+        "advantage_M": torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0, -1.0, -2.0, 2.0, 1.0, 1.0, -1.0, -1.0]),
+        "kl": kl, "kl_gradient": kl_gradient,
+    }  # fmt: skip
+    for row in range(12):  # alone: one row's e^20 would hide another's gradient
+        only_M = (torch.arange(12) == row).double()
+        got, want = (
+            value_and_grads(
+                lambda x, w, op=op, only_M=only_M: op(x, w, row_weight_M=only_M, **arguments),
+                hidden,
+                weight,
+            )
+            for op in (linear_policy_loss, linear_policy_loss_reference)
+        )
+        for name in ("loss", "dx", "dw"):
+            scale = max(1e-12, float(want[name].abs().max()))
+            error = float((got[name] - want[name]).abs().max())
+            assert error <= 1e-9 * scale, f"row {row}: {name}: {got[name]} vs {want[name]}"
+
+
 def test_costs_three_gemms_with_entropy_too() -> None:
     hidden, weight, arguments = policy_inputs(30, 8, 40, {"entropy_coef": 0.1}, torch.float32)
     kept = int((arguments["targets_M"] != IGNORE).sum())
@@ -257,12 +288,32 @@ def test_opcheck() -> None:
         ({"clip_low": 1.5}, r"expected clip_low in \[0, 1\]"),
         ({"targets_M": torch.full((6,), 20)}, r"targets_M\[0\] is 20"),
         ({"advantage_M": None}, "advantage_M must be a tensor, got NoneType"),
+        *(
+            ({name: torch.ones(6, requires_grad=True)}, f"{name} gets no gradient from this op")
+            for name in (
+                "old_logp_M",
+                "advantage_M",
+                "row_weight_M",
+                "reference_logp_M",
+                "importance_weight_M",
+            )  # fmt: skip
+        ),
         (
             {"entropy_coef": float("nan")},
             "kl_coef and entropy_coef must be finite, got 0.0 and nan",
         ),
     ],
-    ids=["old", "advantage", "kl", "reference", "clip", "target", "no-advantage", "coefficient"],
+    ids=[
+        "old",
+        "advantage",
+        "kl",
+        "reference",
+        "clip",
+        "target",
+        "no-advantage",
+        *(f"gradient-{i}" for i in range(5)),
+        "coefficient",
+    ],
 )
 def test_bad_input_is_named(changes: dict, message: str) -> None:
     hidden, weight, targets = make_head(6, 8, 20, ignored=False)

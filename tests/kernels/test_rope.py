@@ -156,6 +156,7 @@ def test_a_bad_argument_is_named() -> None:
         "rope: cos, sin: expected both .* at most K = 16": (x, *tables(8, 18), positions),
         "rope: cos, sin: expected rows": (x, cos.T.contiguous().T, sin, positions),
         "rope: sin: expected on": (x, cos, sin.to("meta"), positions),
+        "rope: cos: gets no gradient": (x, cos.clone().requires_grad_(), sin, positions),
     }
     for message, args in bad.items():
         with pytest.raises(ValueError, match=message):

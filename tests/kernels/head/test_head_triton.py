@@ -154,6 +154,29 @@ def test_forward_only_goes_through_many_tiles(rising: bool) -> None:
     assert float(metrics.entropy_sum) == pytest.approx(float(want.entropy_M.sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("generation", [80, 90])
+def test_targets_at_the_edges_of_tiles_and_splits(
+    generation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any order of the programs: a target that two programs take for theirs shows as a race or a wrong logit."""
+    monkeypatch.setattr(triton_backend, "generation", lambda device: generation)
+    monkeypatch.setattr(triton_backend, "num_sms", lambda device: 8)
+    V, block_n = 700, block_sizes.MATMUL[generation].block_n
+    edges = sorted({edge + d for edge in range(0, V, block_n) for d in (-1, 0, 1)} - {-1} | {V - 1})
+    hidden, weight, _ = make_head(len(edges), 8, V)
+    targets = torch.tensor(edges)
+    want = linear_logprob_reference(hidden.double(), weight.double(), targets)
+    reference = lambda x, w: linear_cross_entropy_reference(x, w, targets)
+    want_grads = value_and_grads(reference, hidden.double(), weight.double())
+    ours = lambda x, w: linear_cross_entropy(x, w, targets, _backend="triton")
+    for seed in (None, 1, 2):
+        with interpreter.observe(shuffle_seed=seed):
+            got = linear_logprob(hidden, weight, targets, _backend="triton")
+            got_grads = value_and_grads(ours, hidden, weight)
+        torch.testing.assert_close(tuple(got), tuple(v.float() for v in want), rtol=1e-5, atol=1e-5)
+        assert_same(got_grads, want_grads, 1e-5)
+
+
 def test_forward_only_writes_no_logits() -> None:
     hidden, weight, targets = make_head(130, 8, 2048)
     with interpreter.observe() as report:

@@ -53,6 +53,10 @@ CE = "test_linear_cross_entropy.py -k definition"
 LOGPROB = "test_linear_logprob.py -k definition"
 DPO = "test_linear_dpo.py -k definition"
 POLICY = "test_linear_policy_loss.py -k definition"
+EDGES = "test_head_triton.py -k edges"
+OFFSETS = "test_row_offsets.py -k 64_bit"
+RAW = "test_linear_logprob.py -k 'raw_target and torch'"
+CLAMP = "test_linear_policy_loss.py -k clamp"
 RANKS = "test_head_parallel.py -k 'one_rank and 2'"
 
 MUTATIONS = [
@@ -131,6 +135,42 @@ MUTATIONS = [
         "e = tl.load(at, mask=inside & counts[:, None], other=0.0).to(tl.float32)",
         "e = tl.load(at, mask=inside, other=0.0).to(tl.float32)", "test_head_triton.py -k 'equals_fp64 or counts'",
     ),
+    Mutation(
+        "forward-only: two splits write a target at their edge", "head/triton_kernels.py",
+        "is_here = (targets >= first) & (targets < last)", "is_here = (targets >= first) & (targets <= last)", EDGES,
+    ),
+    Mutation(
+        "forward-only: no split writes its first target", "head/triton_kernels.py",
+        "is_here = (targets >= first) & (targets < last)", "is_here = (targets > first) & (targets < last)", EDGES,
+    ),
+    Mutation(
+        "forward-only: a tile takes the next one's first target", "head/triton_kernels.py",
+        "        is_here = (targets >= col) & (targets < col + BLOCK_N)\n        if",
+        "        is_here = (targets > col) & (targets <= col + BLOCK_N)\n        if", EDGES,
+    ),
+    Mutation(
+        "logits: two tiles write a target at their edge", "head/triton_kernels.py",
+        "(targets < col + BLOCK_N) & (targets < V)", "(targets <= col + BLOCK_N) & (targets < V)", EDGES,
+    ),
+    Mutation(
+        "logits: row offsets in 32 bits", "head/triton_kernels.py",
+        "at = e + rows[:, None].to(tl.int64) * stride_e_m", "at = e + rows[:, None] * stride_e_m", OFFSETS,
+    ),
+    Mutation(
+        "gradient: row offsets in 32 bits", "head/triton_kernels.py",
+        "at = e_ptr + rows[:, None].to(tl.int64) * stride_e_m", "at = e_ptr + rows[:, None] * stride_e_m", OFFSETS,
+    ),
+    Mutation(
+        "swiglu: row offsets in 32 bits", "swiglu.py",
+        "    row = tl.program_id(0).to(tl.int64)\n    cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)\n"
+        "    inside = cols < F\n    gate_ptr = gate_up_ptr + row * stride_gate_up_m + cols\n"
+        "    gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)\n"
+        "    up = tl.load(gate_ptr + F, mask=inside, other=0.0).to(tl.float32)\n    tl.store(y_ptr",
+        "    row = tl.program_id(0)\n    cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)\n"
+        "    inside = cols < F\n    gate_ptr = gate_up_ptr + row * stride_gate_up_m + cols\n"
+        "    gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)\n"
+        "    up = tl.load(gate_ptr + F, mask=inside, other=0.0).to(tl.float32)\n    tl.store(y_ptr", OFFSETS,
+    ),
     # --- head: around the kernels
     Mutation(
         "temperature in the forward only (triton)", "head/triton_backend.py",
@@ -191,6 +231,22 @@ MUTATIONS = [
         "ranks: targets are taken for this rank's", "head/chunked.py",
         "rows.targets_M - V * group.rank()", "rows.targets_M", RANKS,
     ),
+    Mutation(
+        "accuracy: a class nearly as good counts as the best", "head/chunked.py",
+        "is_top_M=target_M >= 0,", "is_top_M=target_M >= -1e-6,", "test_linear_cross_entropy.py -k accuracy",
+    ),
+    Mutation(
+        "accuracy: an equal class is taken for a better one", "head/chunked.py",
+        "is_top_M=target_M >= 0,", "is_top_M=target_M > 0,", "test_linear_cross_entropy.py -k accuracy",
+    ),
+    Mutation(
+        "a raw target logit has no gradient", "head/torch_backend.py",
+        "scale_M = torch.where(scale_M.abs() < least_M, least_M, scale_M)", "pass", RAW,
+    ),
+    Mutation(
+        "the least scale underflows with small rows", "head/torch_backend.py",
+        "least_M = target_M.abs() * torch.finfo(target_M.dtype).eps ** 2", "least_M = target_M.abs() * 1e-35", RAW,
+    ),
     # --- losses
     Mutation(
         "label smoothing leaves the target's gradient alone", "linear_cross_entropy.py",
@@ -233,6 +289,18 @@ MUTATIONS = [
     Mutation(
         "policy: k3's derivative has the other sign", "linear_policy_loss.py",
         'return d_M if kl == "k2" else -torch.expm1(-d_M)', 'return d_M if kl == "k2" else torch.expm1(-d_M)', POLICY,
+    ),
+    Mutation(
+        "policy: a ratio beyond the clamp has a gradient", "linear_policy_loss.py",
+        "dlogp_M = -unclipped_M * inside_M * (1 - is_clipped_M)", "dlogp_M = -unclipped_M * (1 - is_clipped_M)", CLAMP,
+    ),
+    Mutation(
+        "policy: a KL beyond the clamp has a gradient", "linear_policy_loss.py",
+        "options.kl_coef * dkl_M * inside_M", "options.kl_coef * dkl_M", CLAMP,
+    ),
+    Mutation(
+        "policy: the clamp is at 19", "linear_policy_loss.py",
+        "clamped_M = d_M.clamp(-MAX_EXPONENT, MAX_EXPONENT)", "clamped_M = d_M.clamp(-19, 19)", CLAMP,
     ),
     # --- the other ops
     Mutation(
