@@ -240,7 +240,7 @@ def scaling(path: Path) -> str:
 
 
 def speeds(rows: Sequence[Row]) -> str:
-    """Return the rows of ours on one device as a table below a line with its environment."""
+    """Return our rows on one device as a table below a line with its environment."""
     ours = [row for row in rows if row.provider == "phimini" and row.value is not None]
     ours.sort(key=lambda row: (BENCHES.index(row.bench), row.key))
     head = "bench | case | median (p20 to p80) | relative to | memory"

@@ -35,7 +35,7 @@ WITHOUT = {
 
 
 def controls(run: RunConfig, world: World, *, redo: bool = False) -> None:
-    """Run what is missing. Raises ValueError when the run's four stages are not complete, or stage 3 sampled nothing."""
+    """Run the missing arms. Raises ValueError if one of the four stages is incomplete, or stage 3 has no sampled rollouts."""
     sampled = Path(run.out) / "rollout_dpo" / "rollouts.jsonl"
     if (sampled.parent / "summary.json").exists() and not sampled.exists():
         raise ValueError(

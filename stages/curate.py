@@ -76,7 +76,7 @@ def level_weight(config: CurateConfig, level: int) -> float:
 
 
 def water_fill(sizes: dict, weights: dict, total: int) -> dict:
-    """Whole-number quotas, in proportion to weight, none above its size, that add up to min(total, all)."""
+    """Whole-number quotas in proportion to weight, at most each group's size, that add up to min(total, all)."""
     quotas = dict.fromkeys(sizes, 0)
     left = min(total, sum(size for cell, size in sizes.items() if weights[cell] > 0))
     while left:

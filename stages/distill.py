@@ -212,7 +212,7 @@ def _verified(row: dict, id: str) -> dict:
 
 
 def has_ended(row: dict) -> bool:
-    """Whether a rollout is whole. Its `finish_reason` tells; without one, a closed box and no open <think>."""
+    """Return True if a rollout is whole, by its `finish_reason`; without one, by a closed box and no open <think>."""
     if row.get("finish_reason") is not None:
         return row["finish_reason"] == "stop"
     response = row["response"]

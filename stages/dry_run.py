@@ -94,7 +94,7 @@ def dry_run(run: RunConfig, gpu: str = "h100", gpus: int = 8) -> int:
 
 
 def is_ready(run: RunConfig, gpu: str | None, gpus: int) -> bool:
-    """What `dry_run` refuses is refused here, in the same words on stderr; silent if there is nothing."""
+    """Return False for a run that `dry_run` refuses, and print the same words on stderr."""
     problems, _ = examine(run, gpus, gpu or gpu_at_hand())
     for problem in problems:
         print(f"NOT READY: {problem}", file=sys.stderr)
@@ -143,7 +143,7 @@ def gpu_at_hand() -> str | None:
 
 # --- inputs --------------------------------------------------------------------------------------
 def check_inputs(run: RunConfig, config: ModelConfig) -> list[str]:
-    """What is missing or wrong, each with its file or field; all of it, not just the first."""
+    """Return every missing or wrong thing, each with its file or field."""
     found: list[str] = []
     tokenizer = None
     if run.base != "random":

@@ -54,7 +54,7 @@ def output_file(text: str) -> Path:
 def finish(
     path: Path | None, rows: Sequence[Row], plain: Sequence[Mapping[str, Any]] | None = None
 ) -> int:
-    """Write the rows of a bench and return its status: 1 where a result of ours is wrong.
+    """Write the rows of a bench and return its status: 1 if one of our results is wrong.
 
     A *.jsonl path gets `rows`. Any other path gets `plain`, one JSON list for the users' own gates, where the bench has
     such rows.

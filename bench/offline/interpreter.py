@@ -346,7 +346,7 @@ def _patch(owner: object, name: str, value: Any) -> None:
 
 
 def install() -> None:
-    """Repair triton's interpreter in this process. A second call does nothing.
+    """Repair triton's interpreter in this process, once.
 
     Raises RuntimeError where triton was imported without TRITON_INTERPRET=1, which is read when a kernel is
     decorated, or where triton's version is not one whose interpreter this file knows.

@@ -275,7 +275,7 @@ def run_case(case: Case, timing: Timing) -> list[Row]:
 
 
 class _Calls:
-    """The calls of one case and pass, made anew for each round on inputs at other addresses."""
+    """The calls of one case and pass, built again for each round on inputs at other addresses."""
 
     def __init__(self, case: Case, which: str, providers: list[str]) -> None:
         self.case, self.which, self.providers = case, which, providers

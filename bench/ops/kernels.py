@@ -1,4 +1,4 @@
-"""Time every op on the GPU, or on the CPU where there is none.
+"""Time every op on the GPU, or on the CPU of a machine without one.
 
 `--static` compiles the kernels for GPUs that are not there, `--traffic` counts bytes in the interpreter. Both run in a
 process of their own, because Triton reads TRITON_INTERPRET when a kernel is decorated.
@@ -67,7 +67,7 @@ def _time(ops: list[str], quick: bool, path: Path | None) -> int:
 
 
 def rows_of(results: list[Row]) -> list[rows.Row]:
-    """Return the results of `run_case` as comparable rows; the reference of ours is eager.
+    """Return the results of `run_case` as comparable rows; our reference provider is eager.
 
     The unit is device time on a GPU and CPU time elsewhere.
     """

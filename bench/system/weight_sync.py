@@ -167,7 +167,7 @@ def measure(
 
 
 class NullReceiver:
-    """A receiver that accepts every tensor and loads none."""
+    """A receiver that accepts every tensor and drops it."""
 
     name = "null"
 

@@ -15,7 +15,7 @@ pending: deque[tuple[torch.cuda.Event, Tensor, str]] = deque()
 
 
 def first_bad(bad_M: Tensor, value_M: Tensor) -> Tensor:
-    """Return (2,) fp64: the index of the first bad row, -1 if there is none, and its value; both exact."""
+    """Return (2,) fp64: the index of the first bad row (-1 without one) and its value, both exact."""
     at_1 = bad_M.to(torch.int8).argmax()[None]  # one element: to index with a scalar waits for it
     index_1 = torch.where(bad_M.index_select(0, at_1), at_1, -1)
     return torch.cat([index_1.double(), value_M.index_select(0, at_1).double()])

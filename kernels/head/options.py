@@ -52,7 +52,7 @@ class HeadOptions:
 
 @dataclass(frozen=True)
 class ConstantOptions:
-    """Options as a constant of a graph of torch.compile, which guards on them and compiles anew for others."""
+    """Options as a constant of a torch.compile graph, which guards on them and recompiles for others."""
 
     kind: type[Any]
     """The class of the options."""

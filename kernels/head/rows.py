@@ -150,7 +150,7 @@ class HeadRows:
         return value_M if self.active_M is None else value_M.where(self.active_M, 0)
 
     def weights(self, weight_M: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return row weights, 1 where none are given; 0 for rows that do not count."""
+        """Return row weights: 1 by default, 0 for rows that do not count."""
         if weight_M is not None:
             selected_M = self.select(weight_M, dtype)
             assert selected_M is not None, "selected from a tensor"
@@ -174,7 +174,7 @@ class HeadRows:
 
 
 def keep_counting_rows(hidden_MD: Tensor, targets_M: Tensor, counts_M: Tensor) -> HeadRows:
-    """Return the rows that `counts_M` names, on a CPU; the others cost nothing from here on."""
+    """Return the rows that `counts_M` names, on a CPU; later work skips the others."""
     if bool(counts_M.all()):
         return HeadRows(
             x_MD=hidden_MD.contiguous(), targets_M=targets_M, kept_M=None, num_total=len(targets_M)

@@ -95,7 +95,7 @@ def read_pointer(directory: Path) -> Path | None:
 
 
 def find_step(directory: Path, step: int) -> Path:
-    """Return the newest complete checkpoint of `step`. Raises ValueError if there is none."""
+    """Return the newest complete checkpoint of `step`. Raises ValueError if it is missing."""
     found = (
         [d for d in step_directories(directory) if step_of(d) == step] if directory.is_dir() else []
     )

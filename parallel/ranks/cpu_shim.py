@@ -80,7 +80,7 @@ class _CpuFinder:
 
 
 class _NoStream:
-    """A stand-in for a CUDA stream, whose methods do nothing: the CPU runs in order."""
+    """A stand-in for a CUDA stream with empty methods: the CPU runs in order."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
@@ -92,7 +92,7 @@ def is_installed() -> bool:
 
 
 def install() -> None:
-    """Make this process's megatron-core run on the CPU. Does nothing where CUDA is available, or the second time."""
+    """Make this process's megatron-core run on the CPU, once, where CUDA is not available."""
     global _installed
     if _installed or torch.cuda.is_available():
         return

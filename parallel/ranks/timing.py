@@ -1,4 +1,4 @@
-"""Time and work of each phase of a step, from marks in the code that cost almost nothing without a recorder.
+"""Time and work of each phase of a step, from marks in the code that are nearly free without a recorder.
 
     with Recorder(device) as recorder:
         midtrain(run, world)

@@ -98,7 +98,7 @@ def text_of(value: Any) -> str:
 
 
 def paths(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield path and type of every field at any depth; a field that tyro calls "" adds nothing to the path."""
+    """Yield path and type of every field at any depth; a field that tyro calls "" leaves the path as it is."""
     for name, annotated in fields_of(kind).items():
         inner = bare(annotated)
         if dataclasses.is_dataclass(inner):
@@ -138,7 +138,7 @@ def _rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 
 def _value(text: str, kind: Any) -> Any:
-    """Return `text` as a value of the type, or as it is if it is none: `check` then names field and value."""
+    """Return `text` as a value of the type; a text of another type stays, and `check` names field and value."""
     kind = bare(kind)
     if is_union(kind):
         return None if text == "none" else _value(text, get_args(kind)[0])

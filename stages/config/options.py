@@ -90,7 +90,7 @@ R = TypeVar("R", bound=RunOptions)
 
 
 def recipe_of(words: Words) -> RunConfig:
-    """Return the config of the recipe that the words name; for a page of help `tiny` if they name none."""
+    """Return the config of the recipe that the words name; a page of help takes `tiny` by default."""
     if not words.names and not words.help:
         raise ValueError(f"{words.command}: name a recipe, e.g. `phimini {words.command} tiny`")
     return recipe_config(words.names[0] if words.names else "tiny")

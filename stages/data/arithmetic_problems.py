@@ -168,7 +168,7 @@ def generate_problems(
     exclude_keys: Collection[str] = frozenset(),
     balanced: bool = False,
 ) -> list[Problem]:
-    """`count` problems with different keys, none of them in `exclude_keys`; the same for the same arguments.
+    """Return `count` problems with different keys outside `exclude_keys`; the same for the same arguments.
 
     Families are equally likely and levels as `level_weights` say; `balanced` instead goes round all families and
     levels, so that none of their pairs has more than one problem more than another.

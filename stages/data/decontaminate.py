@@ -44,7 +44,7 @@ Numbers = tuple[str, ...]
 
 
 class Fingerprint(NamedTuple):
-    """What a question is compared by."""
+    """The features by which questions are compared."""
 
     readings: frozenset[Numbers]
     """its numbers in ascending order; a second reading leaves out those in words (`the two trains`)"""
@@ -89,7 +89,7 @@ def _terms(formula: list[str]) -> set[str]:
 
 
 def same_question(one: Fingerprint, other: Fingerprint) -> bool:
-    """Whether two questions count as one: equal numbers, and words that overlap by `MIN_OVERLAP`.
+    """Return True if two questions count as one: equal numbers, and words that overlap by `MIN_OVERLAP`.
 
     The overlap is the Dice coefficient 2 |A & B| / (|A| + |B|) of the sets of words. It ignores their order because a
     paraphrase moves clauses, and counts both sizes because a short question's words all occur in some long one.

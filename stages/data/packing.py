@@ -125,7 +125,7 @@ def micro_batches(
 
 @dataclass(frozen=True, slots=True)
 class EpochSampler:
-    """Which items make up step `step`'s global batch: each epoch is its own seeded shuffle.
+    """Return the items of a step's global batch; each epoch is its own seeded shuffle.
 
     An item stands once in a batch, also where two epochs meet in it, unless there are fewer items than `batch_size`.
     A function of (seed, step) alone, so a resumed run needs only its step.
@@ -161,7 +161,7 @@ class EpochSampler:
 
 @lru_cache(maxsize=4)
 def _orders(num_items: int, batch_size: int, seed: int) -> list[list[int]]:
-    """The epochs so far, each of which depends on the one before. Kept from step to step: shuffling 64,000 items anew
+    """The epochs so far, each of which depends on the one before. Kept from step to step: shuffling 64,000 items again
     takes 20 ms, a quarter of a small model's step."""
     return []
 

@@ -41,7 +41,7 @@ def _file(name: str) -> Markup:
 
 
 def _policy(scripts: list[Markup]) -> str:
-    """Return a content security policy: the browser fetches nothing and runs only these scripts."""
+    """Return a content security policy: the browser makes no request and runs only these scripts."""
     hashes = " ".join(f"'sha256-{_hash(script)}'" for script in scripts)
     return (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"

@@ -80,7 +80,7 @@ class Mismatch:
 
 
 class MismatchMeter:
-    """Filled by the loss head, micro-batch by micro-batch; `take` gives the step's numbers and starts anew."""
+    """Sums that the loss head adds to in each micro-batch; `take` returns the step's numbers and resets them."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
@@ -167,7 +167,7 @@ def importance_of(run: Any) -> str:
 
 
 def precision_of(rollout: Any, on_gpu: bool) -> str:
-    """What the sampler of a RolloutConfig computes in."""
+    """Return the precision in which the sampler of a RolloutConfig computes."""
     if rollout.quantization == "fp8":
         return "fp8"
     if rollout.dtype != "auto":

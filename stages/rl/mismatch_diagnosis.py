@@ -275,7 +275,7 @@ def _predictions(
 
 
 def _other_weights(engine: RolloutEngine, arbiter: Arbiter) -> str:
-    """What the engine was last sent against what the trainer has now, by checksum."""
+    """Compare the weights last sent to the engine with the trainer's present ones, by checksum."""
     if not isinstance(engine, VllmEngine) or engine.last_sync is None:
         return ""
     last = engine.last_sync

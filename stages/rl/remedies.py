@@ -34,7 +34,7 @@ def select_uniform_length(lengths: Mapping[T, Sequence[int]], keep_share: float)
 
 
 def is_hard(rewards: Sequence[float], rollouts_per_prompt: int, max_accuracy: float) -> bool:
-    """Whether a group, oversampled or not, has fewer positives than `max_accuracy` of its first `rollouts_per_prompt`."""
+    """Return True if a group has fewer positives than `max_accuracy` of its first `rollouts_per_prompt`, oversampled or not."""
     return sum(reward > 0 for reward in rewards) / rollouts_per_prompt < max_accuracy
 
 
@@ -49,7 +49,7 @@ def is_too_easy(rewards: Sequence[float], max_accuracy: float) -> bool:
 
 
 def keeps_prompt(rewards: Sequence[float], max_accuracy: float) -> bool:
-    """Between none right (nothing to learn from) and at most `max_accuracy` right (not too easy)."""
+    """Return True if some answers are right (a signal to learn from) and at most `max_accuracy` of them (not too easy)."""
     return 0 < accuracy(rewards) <= max_accuracy
 
 

@@ -106,7 +106,7 @@ class EngineClient:
             self.process.kill()
 
     def close(self) -> None:
-        """Ends a connection; an engine of ours then ends too, any other waits for its next trainer."""
+        """End a connection. An engine that this run started then ends; any other waits for its next trainer."""
         self._lose("closed")
         self._socket.close()
         if self.process is not None:

@@ -1,4 +1,4 @@
-"""Requests to engine processes and back: nothing lost, nothing counted twice, whatever happens to an engine.
+"""Dispatch of requests to engine processes: each is answered and counted once, even if an engine dies.
 
 A request has an id, and its seed belongs to it: what it returns does not depend on which engine or which batch it
 met. An engine that ends, or says nothing for the deadline, is given up and its requests go to the others. A request
@@ -77,7 +77,7 @@ class _Progress:
 
 @dataclass(slots=True)
 class ServiceReport:
-    """What one `run` did beyond sampling."""
+    """Counts of one `run`: requests sent again, continued and called back."""
 
     requeued: int = 0
     """requests sent again because their engine went away"""

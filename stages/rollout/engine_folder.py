@@ -39,7 +39,7 @@ def remove_abandoned() -> None:
 
 
 def _locked(folder: Path) -> int | None:
-    """An open file that has the folder's lock; None if it is another's, or has no locks: then nobody removes it."""
+    """Return an open file that holds the folder's lock; None if another process holds it or the file system has no locks."""
     try:
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError:

@@ -222,7 +222,7 @@ class SeparateVllm:
         self.last_sync = self._run_on_main(lambda: self._send_to_engines(tensors, version))
 
     def _gave_up_lost(self, error: WeightSyncError) -> bool:
-        """Give up the engines that died or fell silent. Return False if there are none such, or no others are left."""
+        """Give up the engines that died or fell silent. Return False if all are well, or no other engine is left."""
         assert self._sync is not None, "rank 0 has the sync"
         half = self.service.deadline_s / 2
         asked = [engine for engine in self.service.engines if engine in self._sync.receivers]

@@ -190,7 +190,7 @@ class _Server:
             self.send({"beat": number})
 
     def beats_ended(self, task: asyncio.Task) -> None:
-        """The engine died while nobody was asking it for anything."""
+        """End the server when its engine dies between requests."""
         if not task.cancelled() and not self.stop.is_set():
             print(f"phimini: the vLLM engine died: {task.exception()}", file=sys.stderr, flush=True)
             self.stop.set()
@@ -268,7 +268,7 @@ class _Server:
         return {"workers": workers}
 
     async def aborted(self, whole: bool) -> None:
-        """After a failed sync: on with the old weights if they are whole, otherwise nothing is sampled."""
+        """After a failed sync, continue with the old weights if they are whole; otherwise refuse to sample."""
         if whole and self.version is None:
             self.version = self.old_version
         self.old_version = None

@@ -49,7 +49,7 @@ STEP_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """What one vLLM engine is started with; JSON's types, so that it can travel to another node."""
+    """Settings with which one vLLM engine is started; of JSON's types, so that they can travel to another node."""
 
     max_model_len: int
     """tokens of the longest prompt and answer together"""
@@ -246,7 +246,7 @@ def as_sent(
 def outgoing(
     model: Model, settings: EngineSettings, *, every_rank: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
-    """What a sync sends of the trainer's model. Collective."""
+    """Return the tensors of the trainer's model that a sync sends. Collective."""
     # The gather is in the engine's precision already: half the bytes.
     return as_sent(to_hf(model, every_rank=every_rank, dtype=dtype_of(settings)), settings)
 

@@ -1,4 +1,4 @@
-"""What trainer and engine processes say to each other: JSON messages over TCP, each after its length in 4 bytes.
+"""Messages between trainer and engine processes: JSON over TCP, each after its length in 4 bytes.
 
     trainer -> engine   {"id": 7, "op": "generate", ...}
     engine -> trainer   {"id": 7, ...} or {"id": 7, "error": "..."}, in any order

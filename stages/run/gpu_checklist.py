@@ -1,4 +1,4 @@
-"""What to run on the first GPU: what only a GPU can show, the command, and how it was checked without one"""
+"""Checks for the first GPU: each with its command, and how it was checked without one"""
 
 from dataclasses import dataclass
 

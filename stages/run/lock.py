@@ -29,7 +29,7 @@ class RunLock:
     """
 
     def __init__(self, out: str | Path, *, make: bool = False) -> None:
-        """make: the folder, where there is none; else a folder that is not there is not locked, and nothing to protect."""
+        """make: create a missing folder; without it a missing folder is not locked."""
         self._make = make
         self.path = Path(out) / LOCK_FILE
         self._file: int | None = None

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 
 class LastingStream:
-    """A text stream that goes on: a character that its encoding lacks becomes `?`, and once a write has failed the rest is dropped.
+    """A text stream that never raises: a character that its encoding lacks becomes `?`, and after a failed write the rest is dropped.
 
     `lost` is that failure. It is told to `told`, and the descriptor then leads to the null device, or the interpreter would fail
     at its end on what is still in the buffer. Everything else is the stream's own.

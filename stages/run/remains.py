@@ -1,4 +1,4 @@
-"""What a killed command leaves in a run's folder, removed by the next one."""
+"""Removal of the files that a killed command left in a run's folder."""
 
 import os
 import re

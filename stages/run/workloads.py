@@ -1,4 +1,4 @@
-"""What each training stage of a run asks of its GPUs, for the plan: rows, lengths, forwards, sequences in flight"""
+"""Work of each training stage for the plan: rows, lengths, forwards, sequences in flight"""
 
 import math
 from functools import partial
@@ -51,6 +51,6 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
 
 
 def most_rollouts(run: RunConfig) -> int:
-    """Answers that stage 4 samples of one prompt in one step if none of them is right."""
+    """Return the answers that stage 4 samples of one prompt in one step if all of them are wrong."""
     first = math.ceil(run.rlvr.rollouts_per_prompt * run.rollout.oversample)
     return max(first, run.rlvr.oversample_to) if run.rlvr.rebalance else first

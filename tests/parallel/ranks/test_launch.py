@@ -157,7 +157,7 @@ def test_ranks_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Return False for a zombie too: where nothing reaps orphans they stay in the table."""
+    """Return False for a zombie too: without a reaper orphans stay in the process table."""
     stat = Path(f"/proc/{pid}/stat")
     try:
         return stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
