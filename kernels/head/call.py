@@ -20,10 +20,10 @@ from phimini.kernels.head.chunked import ChunkedHead
 from phimini.kernels.head.deferred_checks import check_later, pending, raise_pending
 from phimini.kernels.head.options import ConstantOptions, HeadOptions
 from phimini.kernels.head.rows import (
-    CHUNK_BYTES,
     HeadRows,
-    keep_counting_rows,
+    chunk_rows,
     move_counting_rows_first,
+    rows_at,
 )
 from phimini.kernels.head.torch_backend import TorchHead
 from phimini.kernels.head.triton_backend import TritonHead
@@ -52,7 +52,7 @@ class HeadCall:
     is_counted_on_device: bool
     """Whether the host does not learn how many rows count: it would have to wait for the GPU."""
     chunk_rows: int
-    """Rows of logits within the byte budget: at least 16, and whole row blocks of 128 for the kernels."""
+    """The most rows of a chunk, see `chunk_rows` in head/rows.py."""
 
     def counts(self, weights_M: Tensor | None) -> Tensor:
         """Return (M,) bool: rows whose target is not `ignore_index` and whose weight is not 0.
@@ -87,7 +87,8 @@ class HeadCall:
         """Return the rows that count, see `counts`."""
         counts_M = self.counts(weights_M)
         if not self.is_counted_on_device:
-            return keep_counting_rows(self.hidden_MD, self.targets_M, counts_M)
+            kept_M = None if bool(counts_M.all()) else counts_M.nonzero()[:, 0]
+            return rows_at(self.hidden_MD, self.targets_M, kept_M)
         return move_counting_rows_first(
             self.hidden_MD, self.targets_M, counts_M, None, self.options.max_rows
         )
@@ -179,17 +180,15 @@ def compute(
     if options._backend is not None:
         runs_triton = options._backend == "triton"
     element_bytes = weight_VD.itemsize if runs_triton else wide.itemsize
-    budget = options.chunk_bytes or CHUNK_BYTES["cpu" if kind == "cpu" else "cuda"]
-    chunk_rows = max(16, budget // (weight_VD.shape[0] * element_bytes))
-    if runs_triton and chunk_rows > 128:
-        chunk_rows = chunk_rows // 128 * 128
+    row_bytes = weight_VD.shape[0] * element_bytes
     dw_VD = main_grad if needs_dw else None
     if needs_dw and main_grad is None:
         dw_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device)
     call = HeadCall(
         options=options, hidden_MD=hidden_MD, weight_VD=weight_VD, targets_M=targets_M, temperature=temperature,
         needs_dx=needs_dx, dw_VD=dw_VD, needs_gradient=needs_dx or needs_dw, group=group, dtype=wide, runs_triton=runs_triton,
-        is_counted_on_device=runs_triton or kind != "cpu", chunk_rows=chunk_rows,
+        is_counted_on_device=runs_triton or kind != "cpu",
+        chunk_rows=chunk_rows(kind, runs_triton, row_bytes, options.chunk_bytes),
     )  # fmt: skip
     has_autocast = torch.amp.is_autocast_available(kind)  # a meta device has none
     # The op decides what is fp32; autocast would narrow the products inside it.

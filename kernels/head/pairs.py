@@ -106,15 +106,7 @@ def _sorted_plan(
         kept_M = kept_M[order_M]
     elif len(kept_M) == len(counts_M):
         kept_M = None
-    if kept_M is None:
-        rows = HeadRows(
-            x_MD=call.hidden_MD.contiguous(),
-            targets_M=call.targets_M,
-            kept_M=None,
-            num_total=len(counts_M),
-        )
-    else:
-        rows = rows_at(call.hidden_MD, call.targets_M, kept_M)
+    rows = rows_at(call.hidden_MD, call.targets_M, kept_M)
     length_S = torch.bincount(sequence_M, minlength=num_sequences)
     largest_S = length_S
     if sequence_group is not None:

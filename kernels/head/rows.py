@@ -173,20 +173,15 @@ class HeadRows:
         return out.index_copy_(0, self.kept_M, value_M)
 
 
-def keep_counting_rows(hidden_MD: Tensor, targets_M: Tensor, counts_M: Tensor) -> HeadRows:
-    """Return the rows that `counts_M` names, on a CPU; later work skips the others."""
-    if bool(counts_M.all()):
-        return HeadRows(
-            x_MD=hidden_MD.contiguous(), targets_M=targets_M, kept_M=None, num_total=len(targets_M)
-        )
-    return rows_at(hidden_MD, targets_M, counts_M.nonzero()[:, 0])
-
-
-def rows_at(hidden_MD: Tensor, targets_M: Tensor, kept_M: Tensor) -> HeadRows:
-    """Return the rows of the indices `kept_M`."""
+def rows_at(hidden_MD: Tensor, targets_M: Tensor, kept_M: Tensor | None) -> HeadRows:
+    """Return the rows of the indices `kept_M`, or all rows; later work skips the others."""
+    if kept_M is None:
+        hidden_MD = hidden_MD.contiguous()
+    else:
+        hidden_MD = hidden_MD.index_select(0, kept_M)
     return HeadRows(
-        x_MD=hidden_MD.index_select(0, kept_M),
-        targets_M=targets_M.index_select(0, kept_M),
+        x_MD=hidden_MD,
+        targets_M=targets_M if kept_M is None else targets_M.index_select(0, kept_M),
         kept_M=kept_M,
         num_total=len(targets_M),
     )
@@ -220,6 +215,16 @@ def move_counting_rows_first(
         num_total=M,
         active_M=active_M,
     )
+
+
+def chunk_rows(kind: str, runs_triton: bool, row_bytes: int, chunk_bytes: int | None) -> int:
+    """Return the rows of logits, `row_bytes` each, that a budget holds, on a device of this kind ("cpu", "cuda").
+
+    At least 16; whole row blocks of 128 for the kernels.
+    """
+    kind = "cpu" if kind == "cpu" else "cuda"
+    rows = max(16, (chunk_bytes or CHUNK_BYTES[kind]) // row_bytes)
+    return rows // 128 * 128 if rows > 128 and runs_triton else rows
 
 
 def chunk_slices(num_rows: int, rows_at_most: int, multiple: int = 32) -> list[slice]:
