@@ -175,6 +175,9 @@ def test_targets_at_the_edges_of_tiles_and_splits(
             got_grads = value_and_grads(ours, hidden, weight)
         torch.testing.assert_close(tuple(got), tuple(v.float() for v in want), rtol=1e-5, atol=1e-5)
         assert_same(got_grads, want_grads, 1e-5)
+    for i in range(len(edges)):  # alone: a tile is looked at only where a row's target lies in it
+        got = linear_logprob(hidden[i : i + 1], weight, targets[i : i + 1], _backend="triton")
+        assert abs(float(got.logp_M) - float(want.logp_M[i])) < 1e-5, edges[i]
 
 
 def test_forward_only_writes_no_logits() -> None:
