@@ -18,7 +18,7 @@ from phimini.model.io.json_files import read_object, read_rows
 from phimini.model.io.tokenizer import Tokenizer, train_tiny_tokenizer
 from phimini.model.reference import Phi4Mini
 from phimini.stages.config.schema import RunConfig
-from phimini.stages.config.seeds import derive
+from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import ROLLOUT_FIELDS
 from phimini.stages.run.stage_folder import Stage
 

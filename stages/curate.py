@@ -11,7 +11,7 @@ from pathlib import Path
 
 from phimini.model.io.json_files import read_rows, write_rows
 from phimini.stages.config.schema import CurateConfig, RunConfig
-from phimini.stages.config.seeds import derive
+from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import ROLLOUT_FIELDS
 from phimini.stages.distill import has_ended
 from phimini.stages.run.stage_folder import Stage

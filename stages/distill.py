@@ -11,7 +11,6 @@ from pathlib import Path
 
 from phimini.model.io.json_files import read_rows, write_rows
 from phimini.stages.config.schema import RunConfig
-from phimini.stages.config.seeds import derive
 from phimini.stages.data.arithmetic_problems import Problem, generate_problems, teach
 from phimini.stages.data.decontaminate import (
     Questions,
@@ -20,6 +19,7 @@ from phimini.stages.data.decontaminate import (
     same_question,
 )
 from phimini.stages.data.gym_prompts import gym_prompts
+from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import GIVEN_FIELDS, PROBLEM_FIELDS
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.verify.verdict import extract_answer, verify

@@ -19,11 +19,11 @@ from phimini.model.sampler import Completion, SamplingParams
 from phimini.parallel.ranks.collective_errors import on_main
 from phimini.parallel.ranks.world import World
 from phimini.stages.config.schema import RunConfig, to_dict
-from phimini.stages.config.seeds import derive
+from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import PROBLEM_FIELDS
 from phimini.stages.report.intervals import mean_interval, pass_at_k, wilson_interval
+from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import Sampler, release_memory
-from phimini.stages.rollout.local import build_engine
 from phimini.stages.verify.verdict import verify
 
 SHOWN_PER_CELL = 1

@@ -22,13 +22,11 @@ from phimini.model.io.tokenizer import Tokenizer
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.ranks.timing import phase
 from phimini.parallel.ranks.world import World
-from phimini.parallel.training.batch import Document, PackedBatch, pack
+from phimini.parallel.training.batch import Document, PackedBatch, check_same_data, pack
 from phimini.parallel.training.optimizer import StepInfo
-from phimini.parallel.training.same_data import check_same_data
 from phimini.parallel.training.step import StepMetrics, forward_backward, forward_only
 from phimini.stages.config.schema import RlvrConfig, RunConfig
-from phimini.stages.config.seeds import derive
-from phimini.stages.data.packing import Example, flops_of, micro_batches
+from phimini.stages.data.packing import Example, derive, flops_of, micro_batches
 from phimini.stages.data.row_fields import PROBLEM_FIELDS
 from phimini.stages.rl.groups import GroupSampler, Rollout, RolloutSource
 from phimini.stages.rl.loss import logps, policy_head, with_reference_logps
@@ -44,8 +42,8 @@ from phimini.stages.rl.mismatch import (
 from phimini.stages.rl.mismatch_diagnosis import EXAMINED, Case, diagnose
 from phimini.stages.rl.prompt_pool import select_prompts
 from phimini.stages.rl.remedies import advantages, is_too_easy, keeps_prompt, rebalance
+from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import RolloutEngine, release_memory
-from phimini.stages.rollout.local import build_engine
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import Row, load_model, start_optimizer, training_steps
 

@@ -28,25 +28,24 @@ from phimini.parallel.megatron.builder import Model
 from phimini.parallel.ranks.collective_errors import on_main
 from phimini.parallel.ranks.timing import phase
 from phimini.parallel.ranks.world import World
-from phimini.parallel.training.batch import Document, PackedBatch, pack
-from phimini.parallel.training.same_data import check_same_data
+from phimini.parallel.training.batch import Document, PackedBatch, check_same_data, pack
 from phimini.parallel.training.step import StepMetrics, forward_backward, forward_only
 from phimini.stages.config.schema import RolloutDpoConfig, RunConfig
-from phimini.stages.config.seeds import derive
 from phimini.stages.curate import distinct
 from phimini.stages.data.packing import (
     EpochSampler,
     Example,
     check_lengths,
     chunks,
+    derive,
     flops_of,
     micro_batches,
 )
 from phimini.stages.data.row_fields import PROBLEM_FIELDS
 from phimini.stages.evaluate import judge
 from phimini.stages.rl.groups import check_room
+from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import release_memory
-from phimini.stages.rollout.local import build_engine
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import (
     fp8_of,

@@ -9,14 +9,13 @@ import math
 from pathlib import Path
 
 from phimini.parallel.ranks.world import World
-from phimini.parallel.training.batch import PackedBatch, pack
-from phimini.parallel.training.same_data import check_same_data
+from phimini.parallel.training.batch import PackedBatch, check_same_data, pack
 from phimini.parallel.training.step import forward_backward
 from phimini.stages.config.schema import RunConfig
-from phimini.stages.config.seeds import derive
 from phimini.stages.data.packing import (
     EpochSampler,
     Example,
+    derive,
     documents,
     flops_of,
     micro_batches,

@@ -26,8 +26,7 @@ from phimini.parallel.ranks.world import initialize
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
 from phimini.stages.rollout.colocated_vllm import ColocatedVllm
-from phimini.stages.rollout.engine import RolloutEngine, Sampled
-from phimini.stages.rollout.local import LocalEngine
+from phimini.stages.rollout.engine import LocalEngine, RolloutEngine, Sampled
 from phimini.stages.rollout.vllm_settings import engine_settings, require_vllm
 
 LIMIT = {"float32": 1e-4, "bfloat16": 0.5}

@@ -23,8 +23,7 @@ from phimini.bench.gate.options import finish, parser
 from phimini.bench.gate.peak_memory import peak_allocated_bytes
 from phimini.bench.gate.rows import Row
 from phimini.bench.gate.yardsticks import gemm_factors, gemm_flops, python_rate, seconds
-from phimini.model.config import ModelConfig, preset
-from phimini.model.flops import training_flops
+from phimini.model.config import ModelConfig, preset, training_flops
 from phimini.parallel.megatron.builder import Model, build_model
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.local_launch import run_ranks

@@ -7,7 +7,7 @@ has. Layout and sizes are the recipe's fields, e.g. `processes=2 tensor_parallel
 With `--run` the stages start from the models of a finished run, which is only read. Without it they start from a new
 model, whose answers in stage 4 get a random reward (after the verifier's real work).
 
-FLOPs are counted as in `model/flops.py` (multiply-add is 2, causal attention within the real documents, recomputation
+FLOPs are counted as in `model/config.py` (multiply-add is 2, causal attention within the real documents, recomputation
 and rollouts not counted), over all phases but rollout, verify and sync. MFU is relative to the device's dense bf16 peak,
 whatever the precision, and is left out for a device without a known peak. On a CPU the yardstick is an fp32 matrix
 product of 1024, measured between the steps. Seconds are wall time on a GPU (the marks synchronise) and the ranks' CPU
@@ -41,7 +41,7 @@ from phimini.parallel.ranks.world import World, initialize
 from phimini.stages.base import base_config
 from phimini.stages.config.recipes import recipe_config
 from phimini.stages.config.schema import RunConfig, override
-from phimini.stages.config.seeds import derive
+from phimini.stages.data.packing import derive
 from phimini.stages.recipe import DATA, TRAINING
 from phimini.stages.rl import groups as rollout_groups
 from phimini.stages.run.stage_folder import INPUTS

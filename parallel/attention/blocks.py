@@ -10,13 +10,13 @@ exp(scale q k^T - lse) and the term sum(dout * out) are then those of the whole 
 block's part.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from phimini.parallel.attention.context_parallel import Block
+from phimini.parallel.attention.context_parallel import Block, joined
 
 try:
     from flash_attn.flash_attn_interface import (  # pyright: ignore[reportMissingImports]
@@ -93,11 +93,6 @@ def _parts(block: Block, *tensors: Tensor) -> list[list[Tensor]]:
     return list(
         map(list, zip(*([x] if split is None else x.split(split, 2) for x in heads_first), strict=True))
     )  # fmt: skip
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate parts (1, H, length, K) into (sum of lengths, H, K)."""
-    return torch.cat([x.transpose(1, 2) for x in parts], 1)[0]
 
 
 def _forward_on_cpu(

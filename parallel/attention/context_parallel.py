@@ -8,6 +8,7 @@ either gathered over the ranks and their gradients reduce-scattered (this module
 3.3.2), or passed around a ring of ranks block by block (`ring.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -65,6 +66,11 @@ def pieces_of_rank(cuts: list[int], rank: int, size: int) -> tuple[Piece, ...]:
                 pieces.append(Piece(start, start + last - first, a, last))
         row += end - begin
     return tuple(pieces)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate parts (1, H, length, K) into (sum of lengths, H, K)."""
+    return torch.cat([x.transpose(1, 2) for x in parts], 1)[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,16 +21,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from phimini.model.config import ModelConfig
-from phimini.parallel.attention.blocks import cpu_backward, cpu_forward, joined, kernel_for
+from phimini.model.rope import apply_rotary, rotary_tables, rotate
+from phimini.parallel.attention.blocks import cpu_backward, cpu_forward, kernel_for
 from phimini.parallel.attention.context_parallel import (
     Piece,
     blocks_of_hop,
     gather_keys,
+    joined,
     pieces_of_rank,
     rows_of_rank,
 )
 from phimini.parallel.attention.ring import Hops, ring_attention
-from phimini.parallel.attention.rotary import apply_rotary, rotary_tables, rotate
 
 try:
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]

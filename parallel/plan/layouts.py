@@ -14,8 +14,12 @@ from typing import Any, get_args
 
 import torch
 
-from phimini.model.config import ModelConfig
-from phimini.model.flops import attention_flops, head_flops_per_token, layer_flops_per_token
+from phimini.model.config import (
+    ModelConfig,
+    attention_flops,
+    head_flops_per_token,
+    layer_flops_per_token,
+)
 from phimini.parallel.megatron import fp8
 from phimini.parallel.plan.memory import (
     CUDA_BYTES,

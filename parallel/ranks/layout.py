@@ -3,8 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from phimini.model.config import ModelConfig
-from phimini.model.flops import head_flops_per_token, layer_flops_per_token
+from phimini.model.config import ModelConfig, head_flops_per_token, layer_flops_per_token
 
 ContextKeys = Literal["auto", "gathered", "ring"]
 

@@ -14,7 +14,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from phimini.model.flops import training_flops
+from phimini.model.config import training_flops
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.ranks.timing import count as count_work
 from phimini.parallel.ranks.timing import phase, recording

@@ -1,4 +1,4 @@
-"""A run as one frozen config, the recipes that build it, its seeds, and the words of a command that override it.
+"""A run as one frozen config, the recipes that build it, and the words of a command that override it.
 
 May import: model.
 """

@@ -1,4 +1,4 @@
-"""Problems, prompts and rows, and the packing of examples into micro-batches.
+"""Problems, prompts and rows, and their way into micro-batches: seeds, order and packing.
 
 May import: model, parallel/ranks, parallel/training, stages/config, stages/verify.
 """

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Sequence
 
-from phimini.stages.config.seeds import derive
+from phimini.stages.data.packing import derive
 from phimini.stages.verify.verdict import verify
 
 

@@ -1,10 +1,11 @@
-"""Examples into rows and batches: best-fit packing, equal shares for the data-parallel ranks.
+"""Examples in rows and batches: best-fit packing, seeded order, equal shares for the data-parallel ranks.
 
-An example is laid down as its tokens but the last, each with the token that follows it as its target;
-positions before `loss_from` carry no loss. Documents never attend to one another, packed or not.
+An example becomes its tokens without the last one, each with the next token as its target; positions before
+`loss_from` carry no loss. Documents never attend to one another, packed or not.
 """
 
 import bisect
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,10 @@ from functools import lru_cache
 from itertools import accumulate, islice
 from typing import TypeVar
 
-from phimini.model.config import ModelConfig
-from phimini.model.flops import forward_flops
+from phimini.model.config import ModelConfig, forward_flops
 from phimini.parallel.ranks.timing import phase
 from phimini.parallel.ranks.world import World
-from phimini.parallel.training.batch import IGNORE, Document, PackedBatch, idle
-from phimini.parallel.training.same_data import digest
-from phimini.stages.config.seeds import derive
+from phimini.parallel.training.batch import IGNORE, Document, PackedBatch, digest, idle
 
 T = TypeVar("T")
 
@@ -121,6 +119,15 @@ def micro_batches(
         make([items[i] for i in part]) if part else idle(make([items[cheapest]]))
         for part in parts(mine, number)
     ]
+
+
+def derive(seed: int, *names: str | int) -> int:
+    """Return the 63-bit seed of the random stream `names` of run `seed`; equal inputs give equal seeds everywhere.
+
+    Every random choice of a run has a stream of its own, so a new one changes no other.
+    """
+    text = "/".join(str(part) for part in (seed, *names))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,9 @@ from phimini.model.sampler import Completion, SamplingParams
 from phimini.parallel.ranks.collective_errors import on_main
 from phimini.parallel.ranks.timing import count, phase
 from phimini.parallel.ranks.world import World
-from phimini.parallel.training.same_data import digest
+from phimini.parallel.training.batch import digest
 from phimini.stages.config.schema import RlvrConfig, RolloutDpoConfig, RunConfig
-from phimini.stages.config.seeds import derive
-from phimini.stages.data.packing import EpochSampler
+from phimini.stages.data.packing import EpochSampler, derive
 from phimini.stages.rl.mismatch_diagnosis import EXAMINED
 from phimini.stages.rl.remedies import is_hard, next_size, temperature_at
 from phimini.stages.rollout.engine import OversamplingSampler, PrefetchingEngine, RolloutEngine

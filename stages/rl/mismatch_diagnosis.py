@@ -26,11 +26,11 @@ from phimini.parallel.training.batch import IGNORE, Document, PackedBatch, pack
 from phimini.parallel.training.step import forward_only
 from phimini.parallel.weight_sync.fp8_blocks import dequantise_blocks, is_quantised, quantise_blocks
 from phimini.stages.config.schema import RunConfig
-from phimini.stages.config.seeds import derive
+from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import PROBLEM_FIELDS
 from phimini.stages.rl.mismatch import alarm_level, precision_of
+from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import RolloutEngine, SleepingEngine, VllmEngine
-from phimini.stages.rollout.local import build_engine
 from phimini.stages.run.training import load_model
 
 TEMPERATURES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0)

@@ -1,4 +1,4 @@
 """Engines that sample rollouts: local, colocated vLLM and separate vLLM.
 
-May import: model, model/io, parallel/megatron, parallel/ranks, parallel/weight_sync, stages/config.
+May import: model, model/io, parallel/megatron, parallel/ranks, parallel/weight_sync, stages/config, stages/data.
 """

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from phimini.model.sampler import SamplingParams
-from phimini.stages.config.seeds import derive
+from phimini.stages.data.packing import derive
 from phimini.stages.rollout.client import EngineClient
 from phimini.stages.rollout.engine import Sampled, Span
 from phimini.stages.rollout.wire import Message

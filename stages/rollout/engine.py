@@ -1,4 +1,10 @@
-"""Protocols of rollout engines: token ids in; sampled token ids, their log-probs and the weights' version out."""
+"""Rollout engines: their protocols, and the local engine.
+
+Token ids go in; sampled token ids, their log-probs and the weights' version come out. The local engine samples with
+the reference model; each rank samples its share of the prompts. A completion depends only on its prompt, seed and the
+weights, so the number of ranks does not change it. The vLLM engines are in `colocated_vllm.py` (inside the training
+ranks) and `separate_vllm.py` (in processes of their own).
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,9 +13,14 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from phimini.model.sampler import Completion, SamplingParams
+from phimini.model.config import ModelConfig
+from phimini.model.io.huggingface import load_reference
+from phimini.model.reference import Phi4Mini
+from phimini.model.sampler import Completion, SamplingParams, sample
 from phimini.parallel.megatron.builder import Model
+from phimini.parallel.megatron.hf_weights import to_hf
 from phimini.parallel.ranks.timing import phase
+from phimini.parallel.ranks.world import World
 from phimini.parallel.weight_sync.sync import SyncReport
 
 LOADED = -1
@@ -158,3 +169,61 @@ def check_prompts(
                 f"prompt {i}: {len(prompt)} tokens and {params.max_new_tokens} new ones exceed the engine's "
                 f"{max_model_len}; raise rollout.max_model_len"
             )
+
+
+class LocalEngine:
+    """The reference model's sampler inside the training ranks.
+
+    max_batch: prompts that are sampled together. max_model_len: tokens of prompt and answer; default: the model's limit.
+    """
+
+    def __init__(
+        self, config: ModelConfig, world: World, max_batch: int, max_model_len: int | None = None
+    ) -> None:
+        self._vocab_size = config.vocab_size
+        self._max_model_len = max_model_len or config.max_positions
+        self._model = Phi4Mini(config).to(world.device).eval()
+        self._world = world
+        self._max_batch = max_batch
+        self._version = LOADED
+
+    def load(self, directory: Path) -> None:
+        self._model.load_state_dict(load_reference(directory).state_dict())
+        self._version = LOADED
+
+    def sync(self, model: Model) -> None:
+        own = self._model.state_dict()
+        seen = set()
+        for name, tensor in to_hf(model):
+            own[name].copy_(tensor)
+            seen.add(name)
+        missing = own.keys() - seen - {"lm_head.weight"}
+        assert not missing, f"weight sync left out {sorted(missing)}"
+        self._version = model.num_updates
+
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
+    ) -> list[Sampled]:
+        check_prompts(prompts, seeds, params, self._vocab_size, self._max_model_len)
+        # Sorted by length, so that every rank gets as much work.
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+        mine = order[self._world.rank :: self._world.world_size]
+        done = sample(
+            self._model,
+            [prompts[i] for i in mine],
+            params,
+            [seeds[i] for i in mine],
+            max_batch=self._max_batch,
+        )
+        tagged = [
+            Sampled(
+                tokens=c.tokens,
+                logprobs=c.logprobs,
+                finish_reason=c.finish_reason,
+                versions=(Span(self._version, 0, len(c.tokens)),),
+            )
+            for c in done
+        ]
+        parts = self._world.all_gather_objects(dict(zip(mine, tagged, strict=True)))
+        everyone = {index: completion for part in parts for index, completion in part.items()}
+        return [everyone[i] for i in range(len(prompts))]

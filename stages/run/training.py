@@ -30,14 +30,13 @@ from phimini.parallel.megatron.fp8 import Fp8, choose
 from phimini.parallel.megatron.hf_weights import export_hf, load_hf
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.world import World
-from phimini.parallel.training.batch import PackedBatch
+from phimini.parallel.training.batch import PackedBatch, check_same_data
 from phimini.parallel.training.optimizer import (
     Optimizer,
     OptimizerConfig,
     StepInfo,
     build_optimizer,
 )
-from phimini.parallel.training.same_data import check_same_data
 from phimini.parallel.training.step import StepMetrics, forward_only
 from phimini.stages.config.schema import OptimizerSettings, RunConfig
 from phimini.stages.data.packing import Example, check_lengths

@@ -7,12 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from phimini.model import reference
-from phimini.model.config import preset
-from phimini.model.flops import (
+from phimini.model.config import (
     attention_flops,
     forward_flops,
     head_flops_per_token,
     layer_flops_per_token,
+    preset,
     training_flops,
 )
 from phimini.model.reference import Phi4Mini

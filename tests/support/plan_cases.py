@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phimini.model.config import ModelConfig, preset
-from phimini.parallel.attention.rotary import rotary_tables
+from phimini.model.rope import rotary_tables
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.plan.layouts import Workload
 from phimini.parallel.plan.memory import (

@@ -29,7 +29,7 @@ from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
 from phimini.stages.rl import groups as rollout_groups
 from phimini.stages.rl import loss as policy_head
-from phimini.stages.rollout import local as rollout
+from phimini.stages.rollout import engine as rollout
 
 SMALL = [
     "processes=2", "distill.num_problems=60", "distill.num_prompts=30", "distill.num_heldout=24",

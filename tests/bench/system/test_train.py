@@ -14,8 +14,7 @@ from forked_ranks import run_ranks
 from phimini.bench.gate.rows import Row, read
 from phimini.bench.system.train import STAGES, bench, main, timed_collectives
 from phimini.bench.system.train_rows import RankResult, describe, job_steps, make_row
-from phimini.model.config import preset
-from phimini.model.flops import head_flops_per_token, layer_flops_per_token
+from phimini.model.config import head_flops_per_token, layer_flops_per_token, preset
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.timing import PHASES, Recorder, Step, step_done
 from phimini.stages.config.recipes import tiny

@@ -13,11 +13,10 @@ from numerics import DEVICE
 from torch import Tensor
 
 from phimini.model.config import ModelConfig, preset
-from phimini.model.rope import apply_rope, rope_at
+from phimini.model.rope import apply_rope, apply_rotary, rope_at, rotary_tables
 from phimini.parallel.attention import core as attention
 from phimini.parallel.attention.context_parallel import rows_of_rank
 from phimini.parallel.attention.core import PackedDocuments, packed_documents, rotate_and_attend
-from phimini.parallel.attention.rotary import apply_rotary, rotary_tables
 
 CONFIG = dataclasses.replace(preset("tiny"), num_heads=6, num_kv_heads=2)
 LENGTHS = {

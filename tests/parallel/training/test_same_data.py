@@ -15,7 +15,7 @@ from rl_run import make_run, reinforce, run_config
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.local_launch import RankFailure
 from phimini.parallel.ranks.world import initialize
-from phimini.parallel.training.same_data import DivergedError, check_same_data, digest
+from phimini.parallel.training.batch import DivergedError, check_same_data, digest
 from phimini.stages import evaluate, midtrain, rlvr, rollout_dpo, sft
 from phimini.stages.cli import dispatch, main
 from phimini.stages.data import packing

@@ -45,7 +45,7 @@ from phimini.parallel.weight_sync.fp8_blocks import (
 from phimini.parallel.weight_sync.sync import smallest_bucket
 from phimini.stages.rl.mismatch import ALARM_LEVELS
 from phimini.stages.rl.mismatch_diagnosis import Verdict, diagnose
-from phimini.stages.rollout.local import LocalEngine
+from phimini.stages.rollout.engine import LocalEngine
 from phimini.stages.rollout.vllm_settings import write_engine_config
 
 # Every part of every linear is whole blocks.

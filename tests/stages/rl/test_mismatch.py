@@ -22,7 +22,7 @@ from phimini.stages.rl.mismatch import (
     importance_weights,
 )
 from phimini.stages.rl.mismatch_diagnosis import Verdict, diagnose
-from phimini.stages.rollout.local import LocalEngine
+from phimini.stages.rollout.engine import LocalEngine
 
 
 # --- the measure -----------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from phimini.parallel.ranks.world import initialize
 from phimini.stages import evaluate, rollout_dpo
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
-from phimini.stages.rollout.local import LocalEngine, build_engine
+from phimini.stages.rollout.build import build_engine
+from phimini.stages.rollout.engine import LocalEngine
 
 CONFIG = preset("tiny")
 PARAMS = SamplingParams(temperature=1.0, max_new_tokens=4, stop_ids=())

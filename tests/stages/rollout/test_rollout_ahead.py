@@ -11,7 +11,7 @@ from phimini.stages import rlvr
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.rl import groups
 from phimini.stages.rl import loss as policy_head
-from phimini.stages.rollout.local import LocalEngine
+from phimini.stages.rollout.engine import LocalEngine
 
 AHEAD = ("rollout.asynchronous=true", "rlvr.steps=4")
 

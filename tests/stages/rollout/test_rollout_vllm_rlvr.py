@@ -11,8 +11,7 @@ from vllm_process import in_vllm
 
 from phimini.model.io.json_files import read_rows
 from phimini.parallel.ranks.layout import Layout
-from phimini.stages.rollout.engine import Sampled, Span
-from phimini.stages.rollout.local import LocalEngine
+from phimini.stages.rollout.engine import LocalEngine, Sampled, Span
 
 VLLM = "rollout.engine=vllm"
 SEPARATE = (VLLM, "rollout.placement=separate")
