@@ -27,6 +27,7 @@ import json, sys
 import triton
 import triton.language as tl
 from phimini.bench.offline.static_report import compile_case, violations
+from phimini.bench.ops.cases import StaticCase
 
 @triton.jit
 def copy(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
