@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from forked_ranks import run_ranks
-from recipe_cases import MICRO, command
+from recipe_cases import MICRO, command, finished  # noqa: F401
 
 from phimini.model.io.json_files import read_json
 from phimini.parallel.ranks.world import World
