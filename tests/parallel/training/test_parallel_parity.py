@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from forked_ranks import run_ranks
-from parity_cases import (
+from parity_cases import (  # noqa: F401
     GROUPS,
     LAYOUTS,
     LIMIT,
@@ -21,6 +21,7 @@ from parity_cases import (
     reference,
     share_of,
     worst_error,
+    want,
 )
 from torch import Tensor
 
