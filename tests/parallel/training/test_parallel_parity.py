@@ -20,8 +20,8 @@ from parity_cases import (  # noqa: F401
     documents,
     reference,
     share_of,
-    worst_error,
     want,
+    worst_error,
 )
 from torch import Tensor
 
