@@ -1,4 +1,4 @@
-"""Base: what stage 1 starts from. A Hugging Face folder, or (for the demo) a new model and tokenizer."""
+"""The start model of stage 1: a Hugging Face folder or, for the demo, a new model and tokenizer."""
 
 import dataclasses
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Control arms: what else could have made the accuracy rise after stage 2, and what do stage 4's remedies add?
+"""Control arms: other explanations for the gain after stage 2, and the share of stage 4's remedies in it.
 
-Three start from the stage-2 model and get the processor time of stages 3 and 4 together, sampling included:
+Three arms start from the stage-2 model and get the processor time of stages 3 and 4 together, sampling included:
 
 - `sft_continued`: stage 2 goes on, on its own data;
 - `rejection_sft`: fine-tuning on the stage-2 model's own verified-correct rollouts (those of stage 3);
@@ -9,7 +9,7 @@ Three start from the stage-2 model and get the processor time of stages 3 and 4 
 Four are stage 4 again, from the stage-3 model and with as many steps, without one of the paper's three remedies or
 without all of them.
 
-Written to `controls/`: a folder per arm and `controls.json`, each arm's evaluation beside stages 2, 3 and 4.
+Writes `controls/`: a folder per arm, and `controls.json` with each arm's evaluation beside stages 2, 3 and 4.
 """
 
 import dataclasses
@@ -35,7 +35,10 @@ WITHOUT = {
 
 
 def controls(run: RunConfig, world: World, *, redo: bool = False) -> None:
-    """Run the missing arms. Raises ValueError if one of the four stages is incomplete, or stage 3 has no sampled rollouts."""
+    """Run the arms that are not complete, and write `controls.json`. Collective.
+
+    Raises ValueError if the run's four stages are not complete, or stage 3 sampled no rollouts.
+    """
     sampled = Path(run.out) / "rollout_dpo" / "rollouts.jsonl"
     if (sampled.parent / "summary.json").exists() and not sampled.exists():
         raise ValueError(
@@ -57,7 +60,7 @@ def controls(run: RunConfig, world: World, *, redo: bool = False) -> None:
 
 
 def train_from_stage_2(run: RunConfig, world: World, stage: Stage, arm: str) -> None:
-    """As many steps as the processor time of stages 3 and 4 buys."""
+    """Train an arm for as many steps as the processor time of stages 3 and 4 buys. Collective."""
     out = Path(run.out)
     spent = {s: read_json(out / s / "summary.json") for s in ("sft", "rollout_dpo", "rlvr")}
     budget = spent["rollout_dpo"]["cpu_seconds"] + spent["rlvr"]["cpu_seconds"]
@@ -78,12 +81,12 @@ def train_from_stage_2(run: RunConfig, world: World, stage: Stage, arm: str) -> 
 
 
 def plain(rollout: dict) -> dict:
-    """The rollout's text without its end token (either stops the sampler): the training example adds both."""
+    """Return the rollout without the end token of its text (either stops the sampler): training examples add both."""
     return rollout | {"response": rollout["response"].removesuffix(END).removesuffix(EOS)}
 
 
 def summary(run: RunConfig) -> dict:
-    """Each arm and stages 2 to 4: mean@8, greedy, the paired gains over the stage-2 model and against stage 4."""
+    """Return rows of each arm and of stages 2 to 4: accuracies, and paired gains over stage 2 and against stage 4."""
     out = Path(run.out)
     read = lambda name: read_json(out / "evaluate" / f"{name}.json")
     before, whole = read("sft"), read("rlvr")

@@ -1,8 +1,8 @@
-"""Curate: what each stage trains on, out of the verified rollouts.
+"""Curation: the training sets of the stages, chosen from the verified rollouts.
 
 Writes `curate/`: `midtrain.jsonl` (all verified-correct rollouts, repeated texts once), `sft.jsonl` (a compact subset of
 it, balanced over families and levels) and `pairs.jsonl` (a correct and a rejected teacher rollout of
-the same question, for the paper's way of building stage 3's pairs).
+the same question, for stage 3's pairs as in the paper).
 """
 
 import random
@@ -18,6 +18,10 @@ from phimini.stages.run.stage_folder import Stage
 
 
 def curate(run: RunConfig, *, redo: bool = False) -> Path:
+    """Write the training sets into curate/ and return the folder. Not collective: one process calls it.
+
+    Raises ValueError if no rollout is correct.
+    """
     stage = Stage.open(run, "curate", redo=redo)
     if stage.complete:
         return stage.path
@@ -36,15 +40,16 @@ def curate(run: RunConfig, *, redo: bool = False) -> Path:
 
 
 def distinct(rows: list[dict]) -> list[dict]:
-    """The rows without a second copy of the same response to the same question."""
+    """Return the rows without later copies of the same response to the same question."""
     first = {(row["problem_id"], row["response"]): row for row in reversed(rows)}
     return [row for row in rows if first[row["problem_id"], row["response"]] is row]
 
 
 def balanced_subset(rows: list[dict], config: CurateConfig, seed: int) -> list[dict]:
-    """`sft_examples` rows: equal over families, by `level_weights` over levels, many questions before many rollouts.
+    """Return `sft_examples` rows: equal over families, by `level_weights` over levels, with many different questions.
 
-    A cell with too few rows gives all it has; the others make up for it in proportion to their weight.
+    A cell of family and level with too few rows gives all it has; the others add the difference in proportion to their
+    weight. seed: of the random choice within a cell.
     """
     rng = random.Random(seed)
     cells: dict[tuple, list[dict]] = defaultdict(list)
@@ -68,6 +73,7 @@ def balanced_subset(rows: list[dict], config: CurateConfig, seed: int) -> list[d
 
 
 def level_weight(config: CurateConfig, level: int) -> float:
+    """Return the weight of a level. Raises ValueError for a level without one."""
     if not 0 <= level < len(config.level_weights):
         raise ValueError(
             f"curate.level_weights has {len(config.level_weights)} values; a rollout has level {level}"
@@ -76,7 +82,7 @@ def level_weight(config: CurateConfig, level: int) -> float:
 
 
 def water_fill(sizes: dict, weights: dict, total: int) -> dict:
-    """Whole-number quotas in proportion to weight, at most each group's size, that add up to min(total, all)."""
+    """Return whole-number quotas in proportion to weight, at most each group's size, that add up to min(total, all)."""
     quotas = dict.fromkeys(sizes, 0)
     left = min(total, sum(size for cell, size in sizes.items() if weights[cell] > 0))
     while left:
@@ -96,9 +102,9 @@ def water_fill(sizes: dict, weights: dict, total: int) -> dict:
 
 
 def teacher_pairs(rollouts: list[dict]) -> list[dict]:
-    """Per question: its correct rollouts against its rejected ones, each text used once.
+    """Return rows of pairs per question, a correct and a rejected rollout each; no text is used twice.
 
-    `rejected_ended` is false of an answer that was cut off. One that was cut off before its first word is left out.
+    `rejected_ended` is False for an answer that was cut off. An answer that was cut off before its first word is left out.
     """
     questions: dict[str, dict[bool, list[dict]]] = defaultdict(lambda: {True: [], False: []})
     for row in distinct(rollouts):

@@ -1,8 +1,8 @@
-"""Distill: questions, the teacher's rollouts of them, and a verdict on each.
+"""Distillation data: questions, the teacher's rollouts, and a verdict on each rollout.
 
 Writes `distill/`: `rollouts.jsonl` (every rollout, right or wrong), `prompts.jsonl` (questions for
 stages 3 and 4), `validation.jsonl` (verified rollouts that no stage trains on) and `heldout.jsonl`
-(the evaluation). No held-out question occurs in any other set, also not in other words (`decontaminate`).
+(the evaluation). No held-out question occurs in any other set, not even in other words (`data/decontaminate.py`).
 """
 
 import random
@@ -26,6 +26,11 @@ from phimini.stages.verify.verdict import extract_answer, verify
 
 
 def distill(run: RunConfig, *, redo: bool = False) -> Path:
+    """Write the data sets into distill/ and return the folder. Not collective: one process calls it.
+
+    The source is the demo's generator, a folder, or a file of rollouts (`distill.source`).
+    Raises ValueError that names the file and line of a bad row, ImportError without a package that `gym_tasks` needs.
+    """
     stage = Stage.open(run, "distill", redo=redo)
     if stage.complete:
         return stage.path
@@ -55,7 +60,10 @@ def distill(run: RunConfig, *, redo: bool = False) -> Path:
 
 
 def check_ids(rollouts: list[dict], prompts: list[dict], heldout: list[dict]) -> None:
-    """Pairs, groups and seeds go by the problem's id: ValueError where one stands for two questions, or twice in a set."""
+    """Raise ValueError for a problem id that stands for two questions, or twice in a set.
+
+    Pairs, groups and seeds are keyed by the problem's id.
+    """
     first: dict[str, dict] = {}
     for row in rollouts:
         one = first.setdefault(row["problem_id"], row)
@@ -73,7 +81,7 @@ def check_ids(rollouts: list[dict], prompts: list[dict], heldout: list[dict]) ->
 
 
 def _without(heldout: list[dict], rows: list[dict]) -> list[dict]:
-    """The rows whose question is no held-out one in the same or other words."""
+    """Return the rows whose question is not held out, in the same or other words."""
     held = Questions(row["question"] for row in heldout)
     found = {question: question in held for question in {row["question"] for row in rows}}
     return [row for row in rows if not found[row["question"]]]
@@ -131,7 +139,7 @@ def _rollout_row(run: RunConfig, problem: Problem, k: int) -> dict:
 
 
 def _read(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
-    """A folder with rollouts.jsonl, prompts.jsonl, validation.jsonl, heldout.jsonl of the user's own, or a file."""
+    """Read the user's own rollouts: a file, or a folder with rollouts, prompts, validation and heldout.jsonl."""
     source = Path(run.distill.source)
     if not source.exists():
         raise ValueError(
@@ -156,9 +164,10 @@ def _read(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict
 def _divide(
     run: RunConfig, rollouts: list[dict]
 ) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
-    """Rollouts of one file, by question: held out, validation, and the rest to train on, prompts among them.
+    """Divide the rollouts of one file by question into training, prompts, validation and held-out sets.
 
-    The same questions are held out for every seed of the run; paraphrases stay together.
+    Prompts are among the training questions. The held-out questions are the same for every seed of the run; paraphrases
+    are in one set.
     """
     config = run.distill
     questions: dict[str, list[dict]] = {}
@@ -191,7 +200,7 @@ def _divide(
 
 
 def _read_rollouts(path: Path, name: str) -> list[dict]:
-    """Ids and errors name the line of the file `name`."""
+    """Read and verify rollouts; ids and errors name the line of the file `name`."""
     rows = read_rows(path, GIVEN_FIELDS)
     return [_verified(row, f"{name}:{line}") for line, row in enumerate(rows, 1)]
 

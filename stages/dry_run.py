@@ -54,7 +54,7 @@ CHECKPOINT_BYTES = 12
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """The steps, tokens and samples of a stage; lengths are limits."""
+    """The steps, tokens and samples of a stage, and its plan; lengths are the configured limits."""
 
     stage: str
     steps: int
@@ -65,21 +65,25 @@ class StageCost:
 
     @property
     def samples(self) -> int:
-        """Answers, in the whole stage"""
+        """Answers that are sampled in the whole stage."""
         workload = self.plan.workload
         return workload.samples_before + self.steps * workload.samples_per_step
 
     @property
     def sampled_tokens(self) -> int:
-        """Of the answers and their questions"""
+        """Tokens of the sampled answers and their questions, at most."""
         return self.samples * self.plan.workload.sequence_length
 
     def gpu_hours(self, mfu: float) -> float:
+        """Return the GPU hours of the stage at a share `mfu` of the peak FLOP/s."""
         return self.tokens / self.plan.tokens_per_second_per_gpu(mfu) / 3600
 
 
 def dry_run(run: RunConfig, gpu: str = "h100", gpus: int = 8) -> int:
-    """Prints what was found and planned. Returns 0 if the run can start, 1 if not."""
+    """Print the problems and the plan of a run. Return 0 if it can start, 1 if not.
+
+    gpu: a name of `plan.memory.GPUS`. Raises as `examine`.
+    """
     problems, costs = examine(run, gpus, gpu)
     print(
         f"{run.name}: {run.model}, {preset(run.model).num_parameters:,} parameters, on {gpus} x {gpu}"
@@ -102,9 +106,9 @@ def is_ready(run: RunConfig, gpu: str | None, gpus: int) -> bool:
 
 
 def examine(run: RunConfig, gpus: int, gpu: str | None) -> tuple[list[str], list[StageCost]]:
-    """Everything that stands in the run's way and, on a `gpu`, what its stages cost.
+    """Return the problems that prevent the run from starting and, for a `gpu`, the costs of its stages.
 
-    ValueError for what leaves nothing to examine: a GPU, preset or layout that is none, a stage without a budget.
+    Raises ValueError for an unknown GPU or preset, an impossible layout, or a stage without a budget.
     """
     if gpu is not None and gpu not in GPUS:
         raise ValueError(f"dry run: gpu={gpu}: {nearest(gpu, GPUS)}")
@@ -125,7 +129,7 @@ def examine(run: RunConfig, gpus: int, gpu: str | None) -> tuple[list[str], list
 
 
 def gpu_at_hand() -> str | None:
-    """The GPU of this machine as the plan calls it; None without one, and (with a word) for one it does not know."""
+    """Return the plan's name of this machine's GPU, or None without a GPU or, with a line on stderr, for an unknown one."""
     if not torch.cuda.is_available():
         return None
     ask = torch.cuda.get_device_name
@@ -168,7 +172,7 @@ def check_inputs(run: RunConfig, config: ModelConfig) -> list[str]:
 
 
 def _check_base(run: RunConfig, base: Path, want: ModelConfig) -> None:
-    """Headers only: no tensor is read."""
+    """Raise ValueError unless the base model fits the preset; only headers are read."""
     config = base_config(run)
     for name in ("num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size"):  # fmt: skip
         if getattr(config, name) != getattr(want, name):
@@ -203,7 +207,7 @@ def _check_rows(
 
 
 def _check_out(run: RunConfig, config: ModelConfig) -> list[str]:
-    """The nearest folder that exists must be writable and have room for two checkpoints."""
+    """Return problems with the run's folder: it must be writable and have room for two checkpoints."""
     folder = Path(run.out).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -219,7 +223,7 @@ def _check_out(run: RunConfig, config: ModelConfig) -> list[str]:
 
 
 def check_lengths(run: RunConfig) -> list[str]:
-    """Answers that leave their question no room: memory is planned for rows of `sequence_length`."""
+    """Return problems with lengths: an answer must leave room for its question in rows of `sequence_length`."""
     samplers = {"rlvr": run.rlvr}
     if run.rollout_dpo.pairs == "policy":
         samplers |= {"rollout_dpo": run.rollout_dpo}
@@ -240,7 +244,7 @@ def _problems(check: Callable[[], None]) -> list[str]:
 
 
 def planned_layout(run: RunConfig) -> Layout:
-    """The run's, without what only the GPU at hand decides (FP8's padding)."""
+    """Return the run's layout for the plan, without the padding that FP8 needs on the GPU at hand."""
     return layout_of(dataclasses.replace(run, fp8="none"))
 
 
@@ -248,6 +252,7 @@ def planned_layout(run: RunConfig) -> Layout:
 def stage_costs(
     run: RunConfig, config: ModelConfig, layout: Layout, gpu: Gpu, gpus: int
 ) -> list[StageCost]:
+    """Return the cost of each training stage on `gpus` GPUs."""
     costs = []
     for stage, workload in workloads(run).items():
         plan = plan_stage(
@@ -259,7 +264,7 @@ def stage_costs(
 
 
 def number_of_steps(run: RunConfig, stage: str) -> tuple[int, str]:
-    """(steps, where they come from), as far as the config decides; stage 1's epochs need the data's size."""
+    """Return (steps, origin of the number) as far as the config decides; stage 1's epochs assume the model card's tokens."""
     if stage == "midtrain":
         rows = math.ceil(CARD_EPOCH_TOKENS / run.midtrain.sequence_length)
         counted = "midtrain.steps"
@@ -279,6 +284,7 @@ def number_of_steps(run: RunConfig, stage: str) -> tuple[int, str]:
 
 
 def cost_table(costs: list[StageCost], gpus: int) -> str:
+    """Return the text about all stages' costs, and the model card's figure beside them."""
     hours = sum(cost.gpu_hours(MFUS[0]) for cost in costs)
     total = (
         f"all four stages: {hours:,.0f} GPU hours at {MFUS[0]:.0%} MFU, {hours / gpus / 24:.1f} days on {gpus} GPUs, "
@@ -288,6 +294,7 @@ def cost_table(costs: list[StageCost], gpus: int) -> str:
 
 
 def describe(cost: StageCost) -> str:
+    """Return three lines of text about one stage's cost."""
     planned, workload = cost.plan.layouts[0], cost.plan.workload
     parts = ", ".join(f"{n} {b / GIB:.1f}" for n, b in planned.memory_bytes.items() if b)
     hours = " / ".join(f"{cost.gpu_hours(mfu):,.0f}" for mfu in MFUS)
@@ -306,7 +313,7 @@ def describe(cost: StageCost) -> str:
 
 
 def card(costs: Iterable[StageCost]) -> str:
-    """The model card's figure beside ours, as the MFU that it would mean."""
+    """Return a line with the model card's GPU hours, as the MFU that they imply."""
     first = next(iter(costs))
     flops = CARD_TOKENS * first.plan.flops_per_token
     mfu = flops / (CARD_GPU_HOURS * 3600 * first.plan.gpu.peak_flops)

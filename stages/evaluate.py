@@ -1,7 +1,7 @@
-"""Evaluate: held-out problems, greedy and sampled, with intervals.
+"""Evaluation of a stage's model: held-out problems, greedy and sampled, with intervals.
 
 The paper's setting (RECIPE: temperature 0.6, top-p 0.95): mean@k is the mean over problems of the
-share of k samples that verify; pass@k the unbiased estimate of Chen et al. (arXiv 2107.03374).
+share of k samples that verify; pass@k is the unbiased estimate of Chen et al. (arXiv 2107.03374).
 """
 
 import time
@@ -30,9 +30,10 @@ SHOWN_PER_CELL = 1
 
 
 def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) -> dict:
-    """Evaluate `stage`'s model, write `evaluate/STAGE.json` and return it; on every rank.
+    """Evaluate the model of `stage`, write `evaluate/STAGE.json` and return its content on every rank. Collective.
 
-    What is there already of this model with these settings is returned as it is.
+    An existing file of this model and these settings is returned as it is, unless `redo`.
+    Raises ValueError if the stage is not complete, or the held-out set has bad rows.
     """
     path = Path(run.out) / "evaluate" / f"{stage}.json"
     directory = Path(run.out) / stage / "model"
@@ -59,7 +60,11 @@ def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) ->
 def evaluate_problems(
     run: RunConfig, world: World, engine: Sampler, tokenizer: Tokenizer, problems: list[dict]
 ) -> dict:
-    """Sample, judge on rank 0 alone (verdicts have a time limit), and return the result on every rank. Collective."""
+    """Sample answers, judge them on rank 0, and return the result on every rank. Collective.
+
+    Only one rank judges: verdicts have a time limit, so ranks could differ.
+    Raises ValueError for fewer than 8 `evaluate.samples`.
+    """
     config, started = run.evaluate, time.perf_counter()
     prompts = [encode_prompt(tokenizer, p["question"], run.chat_template) for p in problems]
     greedy_params = SamplingParams(
@@ -94,7 +99,10 @@ def evaluate_problems(
 def shown_samples(
     tokenizer: Tokenizer, problems: list[dict], greedy: Sequence[Completion], greedy_ok: np.ndarray
 ) -> list[dict]:
-    """The greedy answers to the first problems of each family and level, for the report."""
+    """Return the greedy answers to the first problems of each family and level, for the report.
+
+    greedy_ok: (P,) bool, a verdict per problem.
+    """
     shown: dict[tuple, list[dict]] = defaultdict(list)
     for problem, completion, correct in zip(problems, greedy, greedy_ok, strict=True):
         family, level = problem.get("family", ""), problem.get("level", 0)
@@ -113,14 +121,17 @@ def shown_samples(
 
 
 def judge(tokenizer: Tokenizer, completion: Completion, problem: dict) -> bool:
-    """A completion counts when it ended by itself and its last box holds the answer."""
+    """Return True if a completion ended by itself and its last box holds the problem's answer."""
     return completion.finish_reason == "stop" and verify(
         tokenizer.decode(completion.tokens), problem["answer"]
     )
 
 
 def summarize(problems: list[dict], greedy_ok: np.ndarray, sampled_ok: np.ndarray) -> dict:
-    """greedy_ok (P,), sampled_ok (P, k), both bool."""
+    """Return accuracies with their 95 % intervals: over all problems, by family and by level.
+
+    greedy_ok: (P,) bool. sampled_ok: (P, k) bool, the verdicts of k samples per problem.
+    """
     k = sampled_ok.shape[1]
     per_problem = sampled_ok.mean(1)
     per_problem_mean = [float(x) for x in per_problem]

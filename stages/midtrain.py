@@ -72,8 +72,8 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
         "epochs": steps * config.rows_per_step / len(rows),
     }
     state = {"best_validation_loss": None, "validations_since_best": 0}
-    with training_steps(stage, model, optimizer, tokenizer, steps, config.checkpoint_every, state, summary) as left:  # fmt: skip
-        for step in left:
+    with training_steps(stage, model, optimizer, tokenizer, steps, config.checkpoint_every, state, summary) as remaining:  # fmt: skip
+        for step in remaining:
             optimizer.zero_grad()
             some = [[examples[i] for i in rows[r]] for r in sampler.batch(step.index)]
             microbatches = batches(some)

@@ -1,4 +1,4 @@
-"""The whole pipeline: data, four stages, an evaluation after each, results.json and report.html."""
+"""The recipe: data, four stages, an evaluation after each, results.json and report.html."""
 
 import datetime
 import importlib.metadata
@@ -57,6 +57,7 @@ def recipe(run: RunConfig, world: World, *, redo: bool = False) -> None:
 
 
 def ladder_line(before: dict, after: dict) -> str:
+    """Return a line about an evaluation, with the gain over the one `before`."""
     gain, low, high = paired_gain(before["per_problem_mean"], after["per_problem_mean"])
     return (
         f"{after['stage']}: mean@8 {after['mean_at_8']:.3f} ({gain:+.3f} [{low:+.3f}, {high:+.3f}]), "
@@ -65,9 +66,9 @@ def ladder_line(before: dict, after: dict) -> str:
 
 
 def write_results(run: RunConfig, evaluations: list[dict], peak_rss: int, seconds: float) -> None:
-    """results.json and report.html from what the stages left in the run directory.
+    """Write results.json and report.html from the stages' files in the run's folder. One rank calls it.
 
-    A call that went on with stages of earlier ones counts their time too, and takes over the earlier peak.
+    evaluations: of the start model and each stage, in order. peak_rss: bytes over all ranks. seconds: wall clock.
     """
     out = Path(run.out)
     rows = []
@@ -128,5 +129,5 @@ def write_results(run: RunConfig, evaluations: list[dict], peak_rss: int, second
 
 
 def machine() -> str:
-    """Processor model and number of cores, as far as the system tells."""
+    """Return the processor's model and the number of cores."""
     return f"{cpu_name()}, {os.cpu_count()} cores"

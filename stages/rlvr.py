@@ -77,10 +77,10 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
     head = policy_head(config, meter, rounding, importance_of(run))
     state = {"sampled_tokens": 0, "waiting": [], "unused": {}}
     summary = lambda _: {"updates": model.num_updates, "pool": len(source.pool)}
-    with training_steps(stage, model, optimizer, tokenizer, config.steps, config.checkpoint_every, state, summary) as left:  # fmt: skip
+    with training_steps(stage, model, optimizer, tokenizer, config.steps, config.checkpoint_every, state, summary) as remaining:  # fmt: skip
         if model.num_updates:  # resumed
             engine.sync(model)
-        for step in left:
+        for step in remaining:
             groups = source.groups(step.index)
             waiting = [Rollout(**row) for row in state["waiting"]]
             usable = waiting + choose(
@@ -204,7 +204,7 @@ def check_mismatch(
     if run.rollout.asynchronous:
         measured = source.on_policy()
         measure(measured, model, config, meter)
-    mismatch = meter.take(world)
+    mismatch = meter.collect(world)
     precision = precision_of(run.rollout, world.device.type == "cuda")
     if mismatch.exceeds(alarm_level(config.max_mismatch, precision)):
         source.wait()  # the diagnosis samples too

@@ -110,8 +110,8 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
         return micro_batches(indices, costs, config.micro_pairs, world, make)
 
     summary = lambda _: {"pairs": len(pairs), "pairs_from": config.pairs}
-    with training_steps(stage, model, optimizer, tokenizer, steps, config.checkpoint_every, {}, summary) as left:  # fmt: skip
-        for step in left:
+    with training_steps(stage, model, optimizer, tokenizer, steps, config.checkpoint_every, {}, summary) as remaining:  # fmt: skip
+        for step in remaining:
             optimizer.zero_grad()
             indices = sampler.batch(step.index)
             microbatches = batches(indices)
@@ -231,10 +231,10 @@ def read_pairs(
     Sampled answers keep the tokens that were sampled; texts are encoded, with an end token unless `*_ended` is false.
     Raises ValueError that names file and line.
     """
-    pairs, taken = [], Counter()
+    pairs, seen = [], Counter()
     for line, row in enumerate(read_rows(path, PAIR_FIELDS), 1):
-        taken[row["problem_id"]] += 1
-        if pairs_per_prompt is not None and taken[row["problem_id"]] > pairs_per_prompt:
+        seen[row["problem_id"]] += 1
+        if pairs_per_prompt is not None and seen[row["problem_id"]] > pairs_per_prompt:
             continue
         prompt = encode_prompt(tokenizer, row["question"], template)
         sides = []

@@ -75,8 +75,8 @@ def fine_tune(
         "examples": len(examples),
         "epochs": steps * config.examples_per_step / len(examples),
     }
-    with training_steps(stage, model, optimizer, tokenizer, steps, config.checkpoint_every, {}, summary) as left:  # fmt: skip
-        for step in left:
+    with training_steps(stage, model, optimizer, tokenizer, steps, config.checkpoint_every, {}, summary) as remaining:  # fmt: skip
+        for step in remaining:
             optimizer.zero_grad()
             some = [examples[i] for i in sampler.batch(step.index)]
             microbatches = batches(some)

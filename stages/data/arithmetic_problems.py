@@ -20,6 +20,8 @@ MAX_DRAWS = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
+    """An arithmetic problem with its answer and the plan that computes it."""
+
     id: str
     """unique over seeds and over the problems of one seed"""
     family: str
@@ -156,7 +158,7 @@ FAMILIES = tuple(_DRAW)
 
 
 def number_key(question: str) -> str:
-    """The numbers of a question, ascending: equal for the same numbers in any order and wording."""
+    """Return the numbers of a question in ascending order: equal for the same numbers in any order and wording."""
     return ",".join(map(str, sorted(int(n) for n in re.findall(r"\d+", question))))
 
 
@@ -213,9 +215,9 @@ def generate_problems(
 
 
 def teach(problem: Problem, seed: int, *, quick: float, slip: float) -> str:
-    """One rollout of the teacher: `<think>`, a line per operation, `</think>`, the boxed answer, right or not.
+    """Return one rollout of the teacher: `<think>`, a line per operation, `</think>`, the boxed answer, right or not.
 
-    `quick` and `slip` as in `work_aloud`; the same rollout for the same problem, seed and shares.
+    quick, slip: see `work_aloud`. Equal arguments give equal rollouts. Raises ValueError for a share outside [0, 1].
     """
     for name, share in (("quick", quick), ("slip", slip)):
         if not 0 <= share <= 1:

@@ -1,12 +1,12 @@
-"""Plans of arithmetic, and the demo's teacher, who carries them out aloud and is sometimes wrong.
+"""Plans of arithmetic, and the demo's teacher, who writes them out and sometimes makes a mistake.
 
-A plan is a tuple of steps on numbers and on results of earlier steps. Aloud, every operation is a line, done
+A plan is a tuple of steps on numbers and on results of earlier steps. The teacher writes each operation as a line, done
 
     in the head   47+38=85
     in columns    47+38:7+8=15,4+3+1=8;85      (units first, carries added, the result after the semicolon)
 
-Only what is done in the head goes wrong, as with people, and the later lines go on from the wrong result. So a
-problem's rollouts differ, some are wrong, and a long-winded one is more often right.
+Mistakes happen only in the head, and later lines continue from the wrong result. So a problem's rollouts differ, some
+are wrong, and a long one is more often right.
 """
 
 import random
@@ -24,6 +24,8 @@ class Ref(NamedTuple):
 
 
 class Step(NamedTuple):
+    """One operation of a plan."""
+
     op: Op
     left: int | Ref
     right: int | Ref
@@ -33,7 +35,7 @@ Plan = tuple[Step, ...]
 
 
 def carry_out(plan: Plan) -> int:
-    """The plan's last result, exactly."""
+    """Return the plan's last result, exactly."""
     results: list[int] = []
     for op, left, right in plan:
         results.append(_apply(op, _resolve(left, results), _resolve(right, results)))
@@ -43,10 +45,10 @@ def carry_out(plan: Plan) -> int:
 def work_aloud(
     plan: Plan, rng: random.Random, *, quick: float, slip: float
 ) -> tuple[list[str], int]:
-    """The lines that the teacher writes and the result that she arrives at, right or not.
+    """Return the lines that the teacher writes and the result that she arrives at, right or not.
 
-    quick  the share of operations done in the head, drawn for each; facts of one digit always are
-    slip   the share of those in the head (facts excepted) that come out wrong
+    quick: the share of operations done in the head, drawn for each; facts of one digit always are.
+    slip: the share of those in the head (facts excepted) that come out wrong.
     """
     lines: list[str] = []
     results: list[int] = []
@@ -77,7 +79,7 @@ def _resolve(operand: int | Ref, results: list[int]) -> int:
 def _work_out(
     op: Op, a: int, b: int, lines: list[str], rng: random.Random, quick: float, slip: float
 ) -> int:
-    """Appends the lines of one operation; returns its result as the teacher believes it to be."""
+    """Append the lines of one operation to `lines`; return its result as the teacher computes it."""
     if op == "*" and a < b:
         a, b = b, a
     in_head = _is_fact(op, a, b) or rng.random() < quick
@@ -100,22 +102,24 @@ def _work_out(
 
 
 def _is_fact(op: Op, a: int, b: int) -> bool:
-    """Known by heart: one digit each, or the times table backwards. Also what has no columns: negative
-    numbers, which only an earlier slip brings about."""
+    """Return True for an operation known by heart: one digit each, or the times table backwards.
+
+    Also for negative numbers, which have no columns; only an earlier slip produces them.
+    """
     if min(a, b) < 0 or (op == "-" and a < b):
         return True
     return a < 10 * b if op in ("quotient", "remainder") else max(a, b) < 10
 
 
 def _slip(op: Op, result: int, b: int, rng: random.Random) -> int:
-    """A wrong result near the right one; at least 1 (or a possible remainder), so that the plan can go on."""
+    """Return a wrong result near the right one, at least 1 (or a possible remainder), so that the plan can continue."""
     if op == "remainder":
         return rng.choice([r for r in range(b) if r != result])
     return rng.choice([result + d for d in SLIPS if result + d >= 1])
 
 
 def _columns(op: Op, a: int, b: int) -> list[str]:
-    """The digit-by-digit sums of one written operation; every one of them is true."""
+    """Return the digit-by-digit sums of one written operation, all of them true."""
     match op:
         case "+":
             return _add_columns(a, b)

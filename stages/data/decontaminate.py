@@ -1,8 +1,8 @@
-"""Decontamination: does a training row ask a held-out question, perhaps in other words?
+"""Decontamination: detection of training rows that ask a held-out question, perhaps in other words.
 
-Two questions count as one when their numbers are equal and their words overlap by half. Numbers alone throw away what
-shares nothing else: 10 % of GSM8K's training set has some test question's numbers, and no copy is among it. Words
-alone keep no templates apart, where the numbers are what differs. See `same_question` for the measure.
+Two questions count as one when their numbers are equal and their words overlap by half. Numbers alone would reject too
+much: 10 % of GSM8K's training set has the numbers of some test question, and none of those rows is a copy. Words
+alone would confuse questions of one template, which differ in their numbers. See `same_question` for the measure.
 """
 
 import re
@@ -82,7 +82,7 @@ def fingerprint(question: str) -> Fingerprint:
 
 
 def _terms(formula: list[str]) -> set[str]:
-    """A formula's operators, and each three symbols of it in a row."""
+    """Return a formula's operators, and each three adjacent symbols of it."""
     rows = {"".join(symbols) for symbols in zip(formula, formula[1:], formula[2:], strict=False)}
     operators = {symbol for symbol in formula if symbol != "#" and not symbol.isalpha()}
     return operators | (rows - {"###"})
@@ -109,13 +109,14 @@ class Questions:
             self.add(question)
 
     def add(self, question: str) -> None:
+        """Add a question to the index."""
         new = fingerprint(question)
         for numbers in new.readings:
             self._by_numbers[numbers].append(len(self._added))
         self._added.append(new)
 
     def matches(self, question: str) -> Iterator[int]:
-        """The places, in order of addition, of the questions that count as this one."""
+        """Return the indices, in order of addition, of the questions that count as this one."""
         asked = fingerprint(question)
         near = {i for numbers in asked.readings for i in self._by_numbers.get(numbers, ())}
         return (i for i in sorted(near) if same_question(asked, self._added[i]))
@@ -125,7 +126,7 @@ class Questions:
 
 
 def paraphrase_groups(questions: Iterable[str]) -> list[list[str]]:
-    """The different questions, in groups no two of which hold one question in different words."""
+    """Return the different questions in groups; no two groups hold one question in different words."""
     texts = list(dict.fromkeys(questions))
     group = list(range(len(texts)))
 
@@ -146,7 +147,7 @@ def paraphrase_groups(questions: Iterable[str]) -> list[list[str]]:
 
 
 def _plain(question: str) -> str:
-    """Lower case, one spelling of each character, no layout commands, no separators within a number or word."""
+    """Return lower case text with one spelling of each character, no layout commands, no separators within numbers or words."""
     text = unicodedata.normalize("NFKC", question).lower().replace("’", "'")
     text = text.replace(">=", "≥").replace("<=", "≤").replace("!=", "≠")
     text = re.sub(r"([(\[{]\d+)((?:,\d+)+)(?=\\?[)\]}])", lambda m: m[1] + m[2].replace(",", ", "), text)  # fmt: skip

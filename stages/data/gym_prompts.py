@@ -8,11 +8,11 @@ from phimini.stages.verify.verdict import verify
 
 
 def gym_prompts(tasks: Sequence[str], count: int, seed: int) -> list[dict]:
-    """`count` different questions, the tasks taking turns (with fewer questions than tasks the first ones), as rows of `prompts.jsonl`.
+    """Return `count` different questions as rows of `prompts.jsonl`, from each of `tasks` in turn.
 
-    Only questions whose reference answer our verifier accepts as an answer: a task whose answers it cannot read
-    (grids, free text) would never be rewarded. ValueError names a task that does not exist or has too few of them;
-    ImportError says what to install.
+    With fewer questions than tasks only the first tasks are used. Each question has a reference answer that our verifier
+    accepts: a task whose answers it cannot read (grids, free text) would never be rewarded. Raises ValueError that names a
+    task that does not exist or has too few such questions, ImportError that says what to install.
     """
     try:
         gym = importlib.import_module("reasoning_gym")

@@ -31,11 +31,12 @@ class Example:
 
     @property
     def inputs(self) -> list[int]:
+        """The tokens without the last one."""
         return self.tokens[:-1]
 
     @property
     def targets(self) -> list[int]:
-        """The next token at each input position, IGNORE where it belongs to the prompt."""
+        """The next token at each input position, IGNORE in the prompt."""
         skipped = max(self.loss_from - 1, 0)
         return [IGNORE] * skipped + self.tokens[skipped + 1 :]
 
@@ -44,11 +45,12 @@ class Example:
         return digest(self.tokens, self.loss_from)
 
     def __len__(self) -> int:
-        """Input positions, one fewer than tokens."""
+        """Return the number of input positions: one fewer than tokens."""
         return len(self.tokens) - 1
 
 
 def check_lengths(examples: Sequence[Example], limit: int, field: str) -> None:
+    """Raise ValueError for an example longer than `limit` positions; `field` is the setting that the limit comes from."""
     for example in examples:
         if len(example) > limit:
             raise ValueError(
@@ -57,9 +59,9 @@ def check_lengths(examples: Sequence[Example], limit: int, field: str) -> None:
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices grouped into rows of at most `capacity`, longest first into the fullest row that fits.
+    """Return indices in rows of at most `capacity` tokens: longest first, into the fullest row that fits.
 
-    No document is cut. Best-fit decreasing, O(n log n) but for list insertion (arXiv 2404.10830).
+    No document is cut. Best-fit decreasing (arXiv 2404.10830); O(n log n) but for list insertion.
     """
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # (free space, row), sorted
@@ -80,7 +82,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def shares(costs: Sequence[float], num_shares: int) -> list[list[int]]:
-    """Indices dealt into shares of equal count (within one) and nearly equal cost, heaviest first, back and forth."""
+    """Return indices dealt into shares of equal count (within one) and nearly equal cost, heaviest first, back and forth."""
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     dealt: list[list[int]] = [[] for _ in range(num_shares)]
     for start in range(0, len(order), num_shares):
@@ -93,7 +95,7 @@ def shares(costs: Sequence[float], num_shares: int) -> list[list[int]]:
 
 
 def flops_of(lengths: Sequence[int], config: ModelConfig) -> int:
-    """Of these documents in one row: products grow with their lengths, causal attention with the squares."""
+    """Return the forward FLOPs of these documents in one row; the attention part grows with the squares of the lengths."""
     return forward_flops(config, list(accumulate(lengths, initial=0)))
 
 
@@ -144,45 +146,53 @@ class EpochSampler:
 
     @phase("data")
     def batch(self, step: int) -> list[int]:
+        """Return the item indices of step `step`, counted from 0."""
         first = step * self.batch_size
-        wanted = range(first, first + self.batch_size)
+        positions = range(first, first + self.batch_size)
         orders = _orders(self.num_items, self.batch_size, self.seed)
-        while len(orders) * self.num_items < wanted.stop:
+        while len(orders) * self.num_items < positions.stop:
             orders.append(self._order(len(orders), orders[-1] if orders else []))
         return [
-            orders[position // self.num_items][position % self.num_items] for position in wanted
+            orders[position // self.num_items][position % self.num_items] for position in positions
         ]
 
     def _order(self, epoch: int, before: list[int]) -> list[int]:
-        """The shuffle of `epoch`; items that the batch has already, from the end of the epoch `before`, stand after it."""
+        """Return the shuffle of `epoch`.
+
+        Items that the first batch has already, from the end of the epoch `before`, stand after that batch.
+        """
         order = list(range(self.num_items))
         random.Random(derive(self.seed, "epoch", epoch)).shuffle(order)
         missing = -epoch * self.num_items % self.batch_size
         if not missing or self.num_items < self.batch_size:
             return order
-        taken = set(before[missing - self.batch_size :])
-        head = list(islice((item for item in order if item not in taken), missing))
+        repeated = set(before[missing - self.batch_size :])
+        head = list(islice((item for item in order if item not in repeated), missing))
         first = set(head)
         return head + [item for item in order if item not in first]
 
 
 @lru_cache(maxsize=4)
 def _orders(num_items: int, batch_size: int, seed: int) -> list[list[int]]:
-    """The epochs so far, each of which depends on the one before. Kept from step to step: shuffling 64,000 items again
-    takes 20 ms, a quarter of a small model's step."""
+    """Return the list of epochs so far, each of which depends on the one before.
+
+    Kept from step to step: shuffling 64,000 items again takes 20 ms, a quarter of a small model's step.
+    """
     return []
 
 
 def chunks(items: Sequence, size: int) -> list[list]:
+    """Return `items` in lists of at most `size`."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def parts(items: Sequence, number: int) -> list[list]:
-    """`items` in order, in `number` parts of equal count (within one)."""
+    """Return `items` in order, in `number` parts of equal count (within one)."""
     cuts = [len(items) * i // number for i in range(number + 1)]
     return [list(items[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
 @phase("data")
 def documents(examples: Sequence[Example]) -> list[Document]:
+    """Return the examples as documents for `pack`."""
     return [Document(tokens=example.inputs, targets=example.targets) for example in examples]

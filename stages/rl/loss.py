@@ -15,7 +15,7 @@ from phimini.stages.rl.mismatch import MismatchMeter, importance_weights
 
 
 def with_reference_logps(frozen: Model, microbatches: list[PackedBatch]) -> list[PackedBatch]:
-    """The batches with the frozen stage-3 model's log-probs of their tokens, at the rollouts' temperatures."""
+    """Return the batches with the log-probs of the frozen stage-3 model, at the rollouts' temperatures. Collective."""
 
     def logp(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
         return linear_logprob(
@@ -36,7 +36,7 @@ def with_reference_logps(frozen: Model, microbatches: list[PackedBatch]) -> list
 def logps(
     hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """(M,): the trainer's log-probs of the sampled tokens, at the temperatures of their sampling."""
+    """Return (M,): the trainer's log-probs of the sampled tokens, at the temperatures of their sampling."""
     temperature = batch.fields["temperature"]
     return linear_logprob(
         hidden_MD, weight_VD, batch.targets_T, temperature=temperature, group=group, with_entropy=False
@@ -44,12 +44,11 @@ def logps(
 
 
 def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float, importance: str):
-    """The clipped policy loss; the count is trained tokens, or rollouts where each weighs the same.
+    """Return the head of the clipped policy loss; the count is trained tokens, or rollouts where each weighs the same.
 
-    importance: as `config.importance`, but not auto.
-
-    The trainer's log-probs of the sampled tokens come with the loss, for the mismatch; importance weights need them
-    first, which is a product more.
+    importance: as `config.importance`, but not auto. rounding: |difference of log-probs| that counts as 0. The loss gives the
+    trainer's log-probs of the sampled tokens, which the meter adds up; importance weights need them before the loss,
+    which costs another matrix product.
     """
 
     def head(

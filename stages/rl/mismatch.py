@@ -1,4 +1,4 @@
-"""Do the sampler and the trainer mean the same policy? Measured at every RL step, on every trained token that can tell.
+"""Measure of the difference between sampler and trainer at every RL step, on every trained token of the present weights.
 
 With d = trainer's log-prob - sampler's log-prob of a sampled token, both from the same weights:
 
@@ -9,15 +9,15 @@ Rounding gives d around 1e-6 in float32 and 1e-2 in bfloat16. More than `alarm_l
 different functions (stale weights, another rope table, another temperature, ...): the run stops before the update,
 and `mismatch_diagnosis.py` finds out which.
 
-Tokens from older weights than the trainer's are left out of the measure: their d is the policy's own movement. One
-step off that is all of them; there the measure is of answers of the present weights that are not trained on: those for
-the next step or, where these are still under way (`rollout.partial`) or there is no next step, a few short ones.
+Tokens of older weights than the trainer's are left out: their d includes the change of the policy. With
+rollout.asynchronous those are all trained tokens. Then the measure is taken on answers of the present weights that are
+not trained on: the next step's or, if those are not complete (`rollout.partial`) or there is no next step, short ones.
 
-What is left after the causes are gone (bfloat16, FP8, stale tokens) importance weights w = e^d can correct:
+Importance weights w = e^d correct the differences that cannot be removed (bfloat16, FP8, stale tokens):
     truncated   min(w, cap)                      (TIS)
     masked      w within [low, cap], else 0      (IcePop)
 per token, or per sequence with d summed over the sequence. They multiply the policy loss; the clipped ratio is then
-against the trainer's own log-probs. A |d| that is rounding counts as 0.
+against the trainer's own log-probs. A |d| of the size of rounding counts as 0.
 """
 
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ from phimini.parallel.ranks.world import World
 
 THRESHOLDS = (0.01, 0.1)
 ALARM_LEVELS = {"float32": 1e-3, "bfloat16": 0.02, "fp8": 0.06}
-"""mean |d|, by what the sampler computes in. A trained tiny model's rounding: 1e-7, 2e-4 (bfloat16), 2.4e-3 (FP8 weights)"""
+"""mean |d|, by the sampler's precision. A trained tiny model's rounding: 1e-7, 2e-4 (bfloat16), 2.4e-3 (FP8 weights)"""
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.02, "fp8": 0.05}
-"""|d| of a token up to this is no difference, and gets importance weight 1"""
+"""a |d| up to this counts as 0, so the token gets importance weight 1"""
 MAX_EXPONENT = 20.0
 
 
 class MismatchError(RuntimeError):
-    """Sampler and trainer are different policies. `report` is a page, if the doctor has seen the case."""
+    """Error for a sampler and a trainer that are different policies. `report` is the page of the diagnosis, if any."""
 
     def __init__(self, message: str, report: str = "") -> None:
         super().__init__(f"{message}\n{report}" if report else message)
@@ -47,7 +47,7 @@ class MismatchError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """Of one step's tokens that were sampled from the trainer's present weights."""
+    """Differences over one step's tokens that were sampled from the trainer's present weights."""
 
     tokens: int
     mean_abs: float
@@ -61,7 +61,7 @@ class Mismatch:
     """updates between sampling and now, of the oldest token"""
 
     def row(self) -> dict[str, float]:
-        """For the log; without a difference where no token could tell."""
+        """Return the fields for the log; without a difference if no token was sampled from the present weights."""
         age: dict[str, float] = {"stale_tokens": self.stale_tokens, "max_age": self.max_age}
         if not self.tokens:
             return age
@@ -75,19 +75,19 @@ class Mismatch:
         }
 
     def exceeds(self, alarm: float) -> bool:
-        """True too when it is not a number."""
+        """Return True if the mean difference is above `alarm`, or not a number."""
         return self.tokens > 0 and not self.mean_abs <= alarm
 
 
 class MismatchMeter:
-    """Sums that the loss head adds to in each micro-batch; `take` returns the step's numbers and resets them."""
+    """Sums that the loss head adds to in each micro-batch; `collect` returns the step's numbers and resets them."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
 
     @torch.no_grad()
     def add(self, d_M: Tensor, age_M: Tensor, counts_M: Tensor) -> None:
-        """d_M: trainer's minus sampler's log-prob. age_M: updates since sampling. counts_M: rows that are trained on."""
+        """Add a micro-batch. d_M: trainer's minus sampler's log-prob; age_M: staleness; counts_M: rows that are trained on."""
         fresh_M = counts_M & (age_M == 0)
         d_M = d_M.double().where(fresh_M, 0.0)
         size_M = d_M.abs()
@@ -99,8 +99,8 @@ class MismatchMeter:
         peaks = [size_M.amax(), age_M.where(counts_M, 0).amax()] if len(d_M) else [d_M.sum()] * 2
         self._parts.append(torch.stack([x.double() for x in (*sums, *peaks)]))
 
-    def take(self, world: World) -> Mismatch:
-        """Over all ranks, on every rank. Collective."""
+    def collect(self, world: World) -> Mismatch:
+        """Return the step's differences over all ranks, on every rank, and reset. Collective."""
         mine = None
         if world.is_last_stage and world.tensor_rank == 0 and self._parts:
             parts = torch.stack(self._parts)
@@ -124,7 +124,7 @@ class MismatchMeter:
 
 
 def alarm_level(chosen: float | None, precision: str) -> float:
-    """`rlvr.max_mismatch`, or what rounding never reaches in the sampler's precision."""
+    """Return `rlvr.max_mismatch` or, for None, a mean |d| that rounding in the sampler's `precision` never reaches."""
     return ALARM_LEVELS[precision] if chosen is None else chosen
 
 
@@ -141,7 +141,10 @@ def importance_weights(
     context_group: dist.ProcessGroup | None = None,  # ranks that hold the sequences' other rows
     rounding: float,  # |d| up to this counts as 0
 ) -> Tensor:
-    """(M,) factors of the policy loss: `level_kind` with level token or sequence, kind truncated or masked."""
+    """Return (M,) factors of the policy loss. `mode` is level_kind: token or sequence, truncated or masked.
+
+    Raises ValueError for another mode. The formulas are in the module's docstring.
+    """
     level, _, kind = mode.partition("_")
     if level not in ("token", "sequence") or kind not in ("truncated", "masked"):
         raise ValueError(
@@ -160,7 +163,7 @@ def importance_weights(
 
 
 def importance_of(run: Any) -> str:
-    """The mode of a RunConfig's importance weights: `rlvr.importance`, or what fits how it samples."""
+    """Return the mode of a RunConfig's importance weights: `rlvr.importance`, or for auto the one that fits its sampling."""
     if run.rlvr.importance == "auto":
         return "token_truncated" if run.rollout.asynchronous else "off"
     return run.rlvr.importance

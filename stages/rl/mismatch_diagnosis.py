@@ -1,9 +1,9 @@
-"""Why do sampler and trainer differ? Asks one question after the other until one explains the difference.
+"""Diagnosis of a difference between sampler and trainer: one hypothesis after the other, until one explains it.
 
-The arbiter is the reference model with the trainer's present weights: it is the definition of the policy, so
-whoever differs from it is wrong. Each hypothesis is a prediction of the sampler's log-probs; the one that predicts
-them is the cause. What can only be seen by sampling again (prefix cache, stale weights) is tried in the order
-that destroys least: as it is, after a prefix cache reset, after a new sync.
+The arbiter is the reference model with the trainer's present weights. It defines the policy, so the side that differs
+from it is wrong. Each hypothesis predicts the sampler's log-probs; the one whose prediction is right
+is the cause. Hypotheses that need new samples (prefix cache, stale weights) are tried in the order that destroys
+least: as it is, after a prefix cache reset, after a new sync.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,6 +53,8 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
+    """A hypothesis and the difference that it leaves."""
+
     hypothesis: str
     mean_abs: float
     """mean |predicted - reported| log-prob if the hypothesis is true"""
@@ -60,15 +62,18 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`cause` is one of: none, trainer kernel, weights, temperature, top-p, rope table, precision,
-    prefix cache, stale weights, engine."""
+    """The cause of a difference, with the evidence.
+
+    `cause` is one of: none, trainer kernel, weights, temperature, top-p, rope table, precision, prefix cache, stale
+    weights, engine.
+    """
 
     cause: str
     detail: str
     evidence: list[Evidence]
 
     def page(self) -> str:
-        """One page for a person."""
+        """Return the text of one page about the cause and the evidence."""
         lines = [
             f"phimini doctor --mismatch: {self.cause}",
             self.detail,
@@ -81,7 +86,7 @@ class Verdict:
 
 
 class Arbiter:
-    """The reference model with the trainer's weights, asked for log-probs under changed circumstances. Collective."""
+    """The reference model with the trainer's weights, for log-probs under changed circumstances. Collective."""
 
     def __init__(self, model: Model) -> None:
         self.weights = {name: tensor.clone() for name, tensor in to_hf(model)}
@@ -97,7 +102,7 @@ class Arbiter:
         temperature: float | None = None,
         top_p: float = 1.0,
     ) -> Tensor:
-        """Of all cases' response tokens, one after the other."""
+        """Return the log-probs of all cases' response tokens, concatenated, on the CPU."""
         model = model or self.model
         device = model.head_weight_VD.device
         values = []
@@ -117,16 +122,17 @@ class Arbiter:
         return torch.cat(values).cpu()
 
     def with_other_table(self) -> Phi4Mini:
+        """Return the model with the other rope table, short or long."""
         config = self.model.config
         other = replace(config, rope_factors="short" if config.rope_factors == "long" else "long")
         return self._variant(other, lambda name, t: t)
 
     def in_bf16(self) -> Phi4Mini:
-        """With weights rounded to bfloat16; a matrix product in bfloat16 is 40 times slower on a CPU."""
+        """Return the model with weights rounded to bfloat16; bfloat16 matrix products are 40 times slower on a CPU."""
         return self._variant(self.model.config, lambda name, t: t.bfloat16().to(t.dtype))
 
     def in_fp8(self) -> Phi4Mini:
-        """With the numbers of `fp8_blocks.py`, as far as weights go."""
+        """Return the model with weights rounded as `fp8_blocks.py` does."""
 
         def rounded(name: str, t: Tensor) -> Tensor:
             return dequantise_blocks(*quantise_blocks(t)).to(t.dtype) if is_quantised(name) else t
@@ -148,7 +154,11 @@ def diagnose(
     tolerance: float = 1e-4,
     max_new_tokens: int = 32,
 ) -> Verdict:
-    """Bisects. Collective; the engine is sampled from and, if need be, synced. ValueError without cases."""
+    """Return the cause of the difference between the sampler's log-probs in `cases` and the trainer's. Collective.
+
+    tolerance: mean |difference| that is none. Samples from the engine and, if need be, syncs it. Raises ValueError without
+    cases.
+    """
     if not cases:
         raise ValueError("doctor: expected at least one sampled answer, got none")
     arbiter = Arbiter(model)
@@ -195,7 +205,7 @@ def diagnose(
 
 
 def trainer_logprobs(model: Model, cases: Sequence[Case]) -> Tensor:
-    """Of all cases' response tokens, one after the other, by the trainer at its layout. Collective."""
+    """Return the trainer's log-probs of all cases' response tokens, concatenated, on the CPU. Collective."""
     documents = [
         Document(
             tokens=(case.prompt + case.response)[:-1],
@@ -216,10 +226,10 @@ def trainer_logprobs(model: Model, cases: Sequence[Case]) -> Tensor:
 
 
 def doctor(run: RunConfig, world: World, *, samples: int = EXAMINED) -> Verdict:
-    """`phimini doctor NAME --mismatch`: this run's latest model, a fresh sync, new answers; prints and returns.
+    """Diagnose this run's latest model after a fresh sync, on new answers; print and return the verdict. Collective.
 
-    Collective. What only lived in an engine that has ended since (stale weights, its prefix cache) was written to
-    the stage's `mismatch.txt` when the run stopped.
+    For `phimini doctor NAME --mismatch`. A cause that existed only in an engine that has ended (stale weights, its prefix
+    cache) is in the stage's `mismatch.txt`, written when the run stopped. Raises ValueError without a trained model.
     """
     out = Path(run.out)
     stages = [s for s in ("rlvr", "rollout_dpo", "sft", "midtrain") if (out / s / "model").exists()]
@@ -253,7 +263,7 @@ def doctor(run: RunConfig, world: World, *, samples: int = EXAMINED) -> Verdict:
 def _predictions(
     arbiter: Arbiter, cases: Sequence[Case]
 ) -> dict[str, dict[str, Callable[[], Tensor]]]:
-    """cause -> hypothesis -> the sampler's log-probs if it is true."""
+    """Return, by cause and hypothesis, functions that compute the sampler's log-probs if the hypothesis is true."""
     predictions: dict[str, dict[str, Callable[[], Tensor]]] = {}
     if arbiter.model.config.long_factor is not None:
         other = arbiter.with_other_table()

@@ -1,4 +1,4 @@
-"""The prompts that stage 4 trains on: chosen once, before the first step, by sampling answers to candidates."""
+"""The pool of prompts that stage 4 trains on, chosen before the first step by sampling answers to candidates."""
 
 from collections import defaultdict
 from typing import Any

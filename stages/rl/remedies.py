@@ -19,12 +19,15 @@ T = TypeVar("T")
 
 
 def length_variation(lengths: Sequence[int]) -> float:
-    """Coefficient of variation: population standard deviation over mean."""
+    """Return the coefficient of variation: population standard deviation over mean."""
     return float(np.std(lengths) / np.mean(lengths))
 
 
 def select_uniform_length(lengths: Mapping[T, Sequence[int]], keep_share: float) -> list[T]:
-    """The `keep_share` of the prompts whose response lengths, over all rounds, vary least (at least one)."""
+    """Return the `keep_share` of the prompts whose response lengths vary least over all rounds, at least one.
+
+    Raises ValueError for a share outside (0, 1].
+    """
     if not 0 < keep_share <= 1:
         raise ValueError(f"keep_share: expected a share in (0, 1], got {keep_share}")
     by_variation = sorted(
@@ -39,12 +42,12 @@ def is_hard(rewards: Sequence[float], rollouts_per_prompt: int, max_accuracy: fl
 
 
 def next_size(size: int, limit: int) -> int:
-    """The size to which a hard group of `size` rollouts grows: double, at most `limit`."""
+    """Return the size to which a hard group of `size` rollouts grows: double, at most `limit`."""
     return min(2 * size, limit)
 
 
 def is_too_easy(rewards: Sequence[float], max_accuracy: float) -> bool:
-    """More than `max_accuracy` right, or all."""
+    """Return True if more than `max_accuracy` of the answers are right, or all."""
     return accuracy(rewards) > max_accuracy or accuracy(rewards) == 1
 
 
@@ -54,20 +57,21 @@ def keeps_prompt(rewards: Sequence[float], max_accuracy: float) -> bool:
 
 
 def rebalance(rewards: Sequence[float], rng: random.Random) -> list[int]:
-    """Indices of all positives and of an equal number of random negatives (all, where there are fewer)."""
+    """Return the indices of all positives and of as many random negatives, or all if there are fewer."""
     positives = [i for i, reward in enumerate(rewards) if reward > 0]
     negatives = [i for i, reward in enumerate(rewards) if reward <= 0]
     return sorted(positives + rng.sample(negatives, min(len(positives), len(negatives))))
 
 
 def accuracy(rewards: Sequence[float]) -> float:
+    """Return the share of positive rewards."""
     return sum(reward > 0 for reward in rewards) / len(rewards)
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
-    """(r - mean) / std over the group (GRPO, arXiv 2402.03300; population std); zeros for equal rewards.
+    """Return (r - mean) / std over the group, with the population std; zeros for equal rewards.
 
-    A rebalanced group of +1/-1 rewards has mean 0 and std 1, so each advantage is its reward.
+    GRPO, arXiv 2402.03300. A rebalanced group of +1/-1 rewards has mean 0 and std 1, so each advantage is its reward.
     """
     std = float(np.std(rewards))
     if std == 0:
@@ -77,5 +81,5 @@ def advantages(rewards: Sequence[float]) -> list[float]:
 
 
 def temperature_at(step: int, num_steps: int, start: float, end: float) -> float:
-    """start + (end - start) * min(1, step / (num_steps / 2)); `step` counts from 0."""
+    """Return start + (end - start) * min(1, step / (num_steps / 2)); `step` counts from 0."""
     return start + (end - start) * min(1.0, step / (0.5 * num_steps))

@@ -1,4 +1,4 @@
-"""The trainer's end of an engine process: a connection, what is outstanding on it, and whether it still lives."""
+"""Connection of the trainer to one engine process: requests, answers, and the time of the last sign of life."""
 
 import contextlib
 import dataclasses
@@ -20,10 +20,10 @@ from phimini.stages.rollout.wire import Message, encode, receive, split_address
 
 
 class EngineClient:
-    """One engine process. Every call returns a future; all of them fail with ConnectionError when the engine goes.
+    """A connection to one engine process; also a receiver of `WeightSync`.
 
-    No call waits for the engine: one that stopped reading is as silent as any other, and whoever waits has a deadline.
-    It is also what `WeightSync` calls a receiver.
+    Calls never block: sends are queued, and each call returns a future, on which callers wait with a timeout. All futures
+    fail with ConnectionError when the engine is lost.
     """
 
     def __init__(
@@ -49,24 +49,25 @@ class EngineClient:
 
     @property
     def alive(self) -> bool:
+        """True until the engine is known to be lost."""
         return self._gone is None
 
     @property
     def outstanding(self) -> int:
-        """Calls without an answer yet."""
+        """Number of calls without an answer."""
         return len(self._futures)
 
     def silent_s(self) -> float:
-        """Seconds since the engine last said anything; it beats every second while its model answers.
+        """Return the seconds since the engine last sent anything; it sends a beat every second while its model answers.
 
-        What has come and was not listened to yet counts: this process may itself have been stopped.
+        Data that has arrived but was not read yet counts as a sign of life: this process may itself have been stopped.
         """
         arrived = select.poll()
         arrived.register(self._socket, select.POLLIN)
         return 0.0 if arrived.poll(0) else time.monotonic() - self.heard
 
     def ask(self, op: str, **fields: Any) -> "Future[Message]":
-        """Raises ConnectionError if the engine is known to be gone."""
+        """Send a request and return the future of its answer. Raises ConnectionError if the engine is lost."""
         future: Future[Message] = Future()
         with self._lock:
             if self._gone is not None:
@@ -77,7 +78,7 @@ class EngineClient:
         return future
 
     def hello(self, config: ModelConfig, settings: EngineSettings, timeout_s: float) -> Message:
-        """The engine's process ids and version. Raises RuntimeError if it was started for another model or settings."""
+        """Return the engine's process ids and version. Raises RuntimeError if it has another model or settings."""
         fields = {"config": dataclasses.asdict(config), "settings": dataclasses.asdict(settings)}
         try:
             return self.ask("hello", **fields).result(timeout_s)
@@ -87,6 +88,7 @@ class EngineClient:
             ) from error
 
     def call(self, phase: str, info: dict[str, Any]) -> "Future[list[dict[str, Any]]]":
+        """Send one phase of a weight sync; the future's result is a row per worker."""
         workers: Future[list[dict[str, Any]]] = Future()
 
         def done(answer: "Future[Message]") -> None:
@@ -100,7 +102,7 @@ class EngineClient:
         return workers
 
     def kill(self, why: str) -> None:
-        """Gives up on the engine: its requests fail now, and its process, if it is ours, ends."""
+        """Give up the engine: its requests fail now, and its process ends if this run started it."""
         self._lose(why)
         if self.process is not None:
             self.process.kill()
@@ -160,7 +162,10 @@ def launch_engine(
     devices: str = "",
     context: Any = None,
 ) -> tuple[Any, Callable[[float], int]]:
-    """(process, wait): the engine starts while the caller does other things; `wait(seconds)` gives its port."""
+    """Start an engine process and return (process, wait), where `wait(seconds)` returns the engine's port.
+
+    The engine starts up while the caller does other things. `wait` raises RuntimeError if it ended or is not up in time.
+    """
     require_vllm()
     context = context or multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)

@@ -1,4 +1,4 @@
-"""The vLLM engine that lives in the training ranks. Its settings are in `vllm_settings.py`."""
+"""vLLM engine inside the training ranks. Its settings are in `vllm_settings.py`."""
 
 import contextlib
 import random
@@ -76,13 +76,15 @@ class ColocatedVllm:
         )
 
     def load(self, directory: Path) -> None:
+        """Load the weights of a Hugging Face folder. Raises WeightSyncError on every rank."""
         self._receive(files_of(directory, self.config, self.settings), LOADED)
 
     def sync(self, model: Model) -> None:
+        """Copy the trainer's weights, and verify them. Raises WeightSyncError on every rank."""
         self._receive(outgoing(model, self.settings), model.num_updates)
 
     def as_sent(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """A model's tensors as a sync sends them."""
+        """Return a model's tensors as a sync sends them."""
         return as_sent(tensors, self.settings)
 
     def sleep(self) -> None:
@@ -92,12 +94,17 @@ class ColocatedVllm:
             self.version, self.asleep = None, True
 
     def reset_prefix_cache(self) -> None:
+        """Drop cached keys and values. Raises RuntimeError if the cache is in use."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vllm: the prefix cache is in use and was not reset")
 
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> list[Sampled]:
+        """Return one completion per prompt, on every rank; see `Sampler`.
+
+        Raises ValueError for prompts, seeds or a temperature that cannot be sampled, RuntimeError without a whole set of weights.
+        """
         check_temperature("temperature", params.temperature)
         check_prompts(prompts, seeds, params, self.config.vocab_size, self.settings.max_model_len)
         if self.version is None:
@@ -132,13 +139,13 @@ class ColocatedVllm:
         except WeightSyncError as e:
             error = e
             self.version = old if e.whole else None
-        # One rank's engine on other weights than the rest is as bad as none: all ranks hear of it.
+        # Engines with different weights on different ranks are useless, so the error is raised on all ranks.
         for other in self._world.all_gather_objects(error):
             if other is not None:
                 raise other from error
 
     def call(self, phase: str, info: dict[str, Any]) -> list[dict[str, Any]]:
-        """One phase of a sync, for the trainer's side of it in this very process."""
+        """Run one phase of a sync in this process and return the workers' answers; see `_InprocReceiver`."""
         if phase in ("pause", "resume"):  # nothing is being sampled while its caller is here
             return []
         answers = self._llm.collective_rpc("phimini_sync", args=(phase, info))
@@ -179,10 +186,10 @@ def _llm(arguments: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _own_shared_memory(settings: EngineSettings, world: World) -> Iterator[None]:
-    """On a CPU, ranks of one engine meet in shared memory whose name vLLM 0.32 makes from `env://`.
+    """Give the shared memory in which a CPU engine's ranks meet a name of this job's own.
 
-    It is the same for every job of the machine and never removed: a second job, or one after a crash, fails to
-    start. Here it has a name of this job's own, which goes once the ranks have met.
+    vLLM 0.32 makes the name from `env://`, which is the same for every job of the machine, and never removes the memory: a
+    second job, or one after a crash, would fail to start. The memory is removed once the ranks have met.
     """
     if settings.tensor_parallel == 1 or torch.cuda.is_available():
         yield
@@ -204,7 +211,7 @@ def _own_shared_memory(settings: EngineSettings, world: World) -> Iterator[None]
 
 
 def _undisturbed(action: Callable[[], Any]) -> Any:
-    """`action()`, with what an engine does to its process undone: seeds, and torch.set_num_threads made a no-op."""
+    """Run `action` and undo the changes that an engine makes to its process: seeds, and torch.set_num_threads disabled."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     try:
@@ -221,7 +228,7 @@ _engine: ColocatedVllm | None = None
 
 
 def colocated_vllm(run: RunConfig, config: ModelConfig, world: World) -> ColocatedVllm:
-    """This process's engine, started by the first call. ValueError if a later one asks for another."""
+    """Return this process's engine, which the first call starts. Raises ValueError if a later call asks for another."""
     global _engine
     settings = engine_settings(run, config, "inproc")
     if _engine is None:

@@ -24,11 +24,13 @@ from phimini.stages.rollout.wire import Message
 
 
 class RolloutError(RuntimeError):
-    """No engine is left that could answer."""
+    """Error: all engines are lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
+    """A prompt to sample, with its own id and seed."""
+
     id: str
     prompt: list[int]
     params: SamplingParams
@@ -39,7 +41,7 @@ class Request:
 
 @dataclass(slots=True)
 class _Progress:
-    """A request and what it has so far."""
+    """A request and the tokens sampled for it so far."""
 
     request: Request
     tokens: list[int] = field(default_factory=list)
@@ -49,6 +51,7 @@ class _Progress:
     parts: int = 0
 
     def add(self, answer: Message) -> None:
+        """Append an engine's answer; spans of the same version that meet become one."""
         start = len(self.tokens)
         self.tokens += answer["tokens"]
         self.logprobs += answer["logprobs"]
@@ -60,7 +63,7 @@ class _Progress:
             self.versions.append(span)
 
     def fields(self) -> Message:
-        """The request as it goes out: what is there already is part of the prompt."""
+        """Return the request as it is sent: tokens that are sampled already are part of the prompt."""
         request, seed = self.request, self.request.seed
         if self.tokens:
             seed = derive(seed, "continued", len(self.tokens))
@@ -77,18 +80,21 @@ class _Progress:
 
 @dataclass(slots=True)
 class ServiceReport:
-    """Counts of one `run`: requests sent again, continued and called back."""
+    """Counts of one `run`: requests sent again, continued and aborted."""
 
     requeued: int = 0
     """requests sent again because their engine went away"""
     continued: int = 0
     """requests cut short by a sync and continued"""
-    called_back: int = 0
+    aborted: int = 0
     """requests whose group was filled without them"""
 
 
 class RolloutService:
-    """Sends requests to engines and collects what they return; one thread at a time may call `run`."""
+    """Dispatcher of requests to engines; one thread at a time may call `run`.
+
+    deadline_s: silence after which an engine is given up. per_engine: most requests that one engine has at a time.
+    """
 
     def __init__(
         self, engines: Sequence[EngineClient], *, deadline_s: float, per_engine: int
@@ -98,6 +104,7 @@ class RolloutService:
 
     @property
     def alive(self) -> list[EngineClient]:
+        """Engines that are not lost."""
         return [engine for engine in self.engines if engine.alive]
 
     def run(
@@ -133,10 +140,11 @@ class _Batch:
 
     @property
     def complete(self) -> bool:
+        """True once every request is answered, or aborted, and no engine works on one."""
         return not self.open and not sum(self.load.values())
 
     def send(self) -> None:
-        """Hands waiting requests to the engine with the least to do."""
+        """Send waiting requests, each to the engine with the fewest."""
         while self.waiting:
             engines = self.service.alive
             if not engines:
@@ -162,7 +170,7 @@ class _Batch:
             )
 
     def receive(self) -> None:
-        """Takes one answer, if one comes soon."""
+        """Wait a moment for an answer and record it."""
         try:
             progress, engine, future = self.events.get(
                 timeout=min(0.2, self.service.deadline_s / 4)
@@ -173,7 +181,7 @@ class _Batch:
         progress.engine = None
         progress.parts += 1
         error = future.exception()
-        if progress.request.id not in self.open:  # called back
+        if progress.request.id not in self.open:  # aborted
             if error is not None and not isinstance(error, ConnectionError):
                 raise error
             return
@@ -200,11 +208,13 @@ class _Batch:
         )
 
     def give_up_silent(self) -> None:
+        """Give up engines that have work and were silent for the deadline; their requests are sent again."""
         for engine in self.service.alive:
             if self.load[engine] and engine.silent_s() > self.service.deadline_s:
                 engine.kill(f"silent for {engine.silent_s():.1f} s")
 
     def finish(self, progress: _Progress, reason) -> None:
+        """Record a complete request, and abort the others of its group if the group is full."""
         request = progress.request
         assert request.id not in self.done, f"request {request.id} was answered twice"
         del self.open[request.id]
@@ -216,14 +226,14 @@ class _Batch:
         )
         self.filled[request.group] += 1
         if self.group_size is not None and self.filled[request.group] == self.group_size:
-            self.call_back(request.group)
+            self.abort_group(request.group)
 
-    def call_back(self, group: str) -> None:
-        """The group is filled: what is still open of it is not needed."""
-        rest = [p for p in self.open.values() if p.request.group == group]
-        self.service.report.called_back += len(rest)
+    def abort_group(self, group: str) -> None:
+        """Abort the requests of a full group that are still open."""
+        others = [p for p in self.open.values() if p.request.group == group]
+        self.service.report.aborted += len(others)
         running: dict[EngineClient, list[str]] = defaultdict(list)
-        for progress in rest:
+        for progress in others:
             del self.open[progress.request.id]
             if progress.engine is not None:
                 running[progress.engine].append(f"{progress.request.id}#{progress.parts}")

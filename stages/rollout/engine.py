@@ -28,7 +28,7 @@ LOADED = -1
 
 
 class Span(NamedTuple):
-    """Tokens start to end - 1 of a completion were sampled from the weights of `version`."""
+    """A range of a completion's tokens, start to end - 1, that were sampled from the weights of `version`."""
 
     version: int
     """how many updates the trainer had made; LOADED for weights from a folder"""
@@ -188,10 +188,12 @@ class LocalEngine:
         self._version = LOADED
 
     def load(self, directory: Path) -> None:
+        """Load the weights of a Hugging Face folder. Raises ValueError that names file and tensor."""
         self._model.load_state_dict(load_reference(directory).state_dict())
         self._version = LOADED
 
     def sync(self, model: Model) -> None:
+        """Copy the trainer's weights. Collective."""
         own = self._model.state_dict()
         seen = set()
         for name, tensor in to_hf(model):
@@ -204,6 +206,7 @@ class LocalEngine:
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> list[Sampled]:
+        """Return one completion per prompt, on every rank; see `Sampler`. Collective."""
         check_prompts(prompts, seeds, params, self._vocab_size, self._max_model_len)
         # Sorted by length, so that every rank gets as much work.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))

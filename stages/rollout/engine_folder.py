@@ -1,4 +1,4 @@
-"""A vLLM engine's folder of temporary files: removed at its end, or by the next engine if it was killed."""
+"""Temporary folder of a vLLM engine, removed at its end or, if it was killed, by the next engine."""
 
 import fcntl
 import os
@@ -13,10 +13,10 @@ _PREFIX = "phimini-vllm-"
 
 @contextmanager
 def engine_folder() -> Iterator[Path]:
-    """A folder among the machine's temporary files, for the engine's config and, as VLLM_RPC_BASE_PATH, its sockets.
+    """Make a temporary folder for the engine's config and, as VLLM_RPC_BASE_PATH, its sockets; remove it at the end.
 
-    Its owner holds a lock on it, which the kernel takes back from a process that was killed: unlike a process id, that
-    is also right between containers.
+    Its owner holds a lock on it, which the kernel releases when the process is killed. Unlike a process id, that
+    works between containers too.
     """
     remove_abandoned()
     new = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
@@ -31,6 +31,7 @@ def engine_folder() -> Iterator[Path]:
 
 
 def remove_abandoned() -> None:
+    """Remove the folders of engines that were killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         lock = _locked(folder)
         if lock is not None:
@@ -39,7 +40,7 @@ def remove_abandoned() -> None:
 
 
 def _locked(folder: Path) -> int | None:
-    """Return an open file that holds the folder's lock; None if another process holds it or the file system has no locks."""
+    """Return an open file that holds the folder's lock, or None if another process holds it or it has no locks."""
     try:
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError:

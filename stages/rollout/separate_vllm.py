@@ -1,6 +1,6 @@
-"""vLLM engines in processes of their own, as one rollout engine: rank 0 talks to them, every rank gets the result.
+"""vLLM engines in processes of their own, as one rollout engine: rank 0 talks to them, every rank gets the results.
 
-rollout.addresses names engines that run somewhere (`phimini serve`); without it rank 0 starts `rollout.num_engines`
+rollout.addresses names running engines (`phimini serve`); without it rank 0 starts `rollout.num_engines`
 on its machine. Weights travel by rollout.transport: shm and gloo on a CPU, ipc and nccl on GPUs.
 """
 
@@ -56,6 +56,7 @@ class EngineSampler:
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> list[Sampled]:
+        """Return one completion per prompt; see `Sampler`. Raises RolloutError if all engines are lost."""
         requests = self._requests(prompts, params, seeds, [""] * len(prompts))
         done = self._engine.service.run(requests)
         return [done[request.id] for request in requests]
@@ -68,6 +69,7 @@ class EngineSampler:
         groups: list[str],
         group_size: int,
     ) -> list[Sampled | None]:
+        """Return the first completions of each group; see `OversamplingSampler`."""
         requests = self._requests(prompts, params, seeds, groups)
         done = self._engine.service.run(requests, group_size=group_size)
         return [done.get(request.id) for request in requests]
@@ -108,6 +110,7 @@ class SeparateVllm:
         self._run_on_main(lambda: self._open(run, context))
 
     def load(self, directory: Path) -> None:
+        """Send the weights of a Hugging Face folder. Raises WeightSyncError."""
         self._send(files_of(directory, self.config, self.settings), LOADED)
 
     def sync(self, model: Model) -> None:
@@ -121,9 +124,12 @@ class SeparateVllm:
                     raise
 
     def as_sent(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Return a model's tensors as a sync sends them."""
         return as_sent(tensors, self.settings)
 
     def reset_prefix_cache(self) -> None:
+        """Drop cached keys and values in every engine."""
+
         def reset() -> None:
             for engine in self.service.alive:
                 engine.ask("reset").result(self.service.deadline_s)
@@ -133,6 +139,7 @@ class SeparateVllm:
     def generate(
         self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
     ) -> list[Sampled]:
+        """Return one completion per prompt, on every rank; see `Sampler`."""
         return self._run_on_main(lambda: self.on_main.generate(prompts, params, seeds))
 
     def generate_first(
@@ -143,17 +150,20 @@ class SeparateVllm:
         groups: list[str],
         group_size: int,
     ) -> list[Sampled | None]:
+        """Return the first completions of each group, on every rank; see `OversamplingSampler`."""
         return self._run_on_main(
             lambda: self.on_main.generate_first(prompts, params, seeds, groups, group_size)
         )
 
     def close(self) -> None:
+        """End the connections; engines that this run started end too."""
         if self._service is not None:
             for engine in self._service.engines:
                 engine.close()
 
     @property
     def service(self) -> RolloutService:
+        """The dispatcher of requests; only rank 0 has it."""
         assert self._service is not None, "rank 0 has the service"
         return self._service
 
@@ -276,10 +286,10 @@ def _transport(run: RunConfig, config: ModelConfig, settings: EngineSettings) ->
 
 
 def transport_of(run: RunConfig) -> str:
-    """`rollout.transport`, or what fits.
+    """Return `rollout.transport`, or for auto the transport that fits.
 
     On a CPU shm on one machine and gloo between several; on GPUs nccl, but ipc where an engine has rank 0's GPU,
-    which NCCL refuses: an engine that rank 0 starts with no `rollout.devices` of its own.
+    which NCCL refuses: an engine that rank 0 starts without `rollout.devices`. Raises ValueError for a GPU transport on a CPU.
     """
     rollout, on_gpu = run.rollout, torch.cuda.is_available()
     if rollout.transport == "auto":
@@ -313,7 +323,7 @@ _engines: SeparateVllm | None = None
 
 
 def separate_vllm(run: RunConfig, config: ModelConfig, world: World) -> SeparateVllm:
-    """This job's engines, started or connected by the first call. ValueError if a later one asks for others."""
+    """Return this job's engines, which the first call starts or connects. Raises ValueError if a later one asks for others."""
     global _engines
     settings = engine_settings(run, config, transport_of(run))
     if _engines is None:

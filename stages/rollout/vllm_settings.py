@@ -1,6 +1,6 @@
-"""vLLM's settings from the recipe, and requests, answers and weights between its terms and ours.
+"""vLLM's settings from the recipe, and the conversion of requests, answers and weights between vLLM and us.
 
-vLLM is imported inside functions only: whoever samples with the local engine does not need it.
+vLLM is imported inside functions only: the local engine does not need it.
 
 The rope table agrees with the trainer's by construction: the engine reads the config.json of an export, which has the
 run's table under both of vLLM's names (`model/io/huggingface.py`). max_model_len always comes from the recipe.
@@ -44,12 +44,12 @@ CPU_ENVIRONMENT = {
 }  # a helper that is compiled even in eager mode: 20 s of g++
 
 STEP_TOKENS = 4096
-"""that an engine on a CPU computes at once, prompts and answers together"""
+"""tokens of prompts and answers in one forward pass of an engine on a CPU"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """Settings with which one vLLM engine is started; of JSON's types, so that they can travel to another node."""
+    """Settings of one vLLM engine, as JSON values: they travel to other nodes."""
 
     max_model_len: int
     """tokens of the longest prompt and answer together"""
@@ -67,7 +67,7 @@ class EngineSettings:
 
 
 def require_vllm() -> None:
-    """Raises ValueError, saying how to get it, where vLLM is not installed. Sets what it reads at import."""
+    """Set the environment that vLLM reads at import. Raises ValueError, with the way to install it, without vLLM."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(
             "rollout.engine=vllm: the package vllm is not installed; `make test` sets up its CPU engine, "
@@ -80,7 +80,10 @@ def require_vllm() -> None:
 
 
 def engine_settings(run: RunConfig, config: ModelConfig, transport: str) -> EngineSettings:
-    """Raises ValueError if the recipe's sequences do not fit the model, or vLLM does not do what it asks for."""
+    """Return the settings of an engine for the run.
+
+    Raises ValueError if the recipe's sequences do not fit the model, or vLLM does not support a setting.
+    """
     rollout, on_gpu = run.rollout, torch.cuda.is_available()
     length = rollout.max_model_len or max(run.rlvr.sequence_length, run.rollout_dpo.sequence_length)
     if length > config.max_positions:
@@ -131,7 +134,7 @@ def engine_settings(run: RunConfig, config: ModelConfig, transport: str) -> Engi
 
 
 def engine_arguments(settings: EngineSettings, folder: str) -> dict[str, Any]:
-    """Keyword arguments of vLLM's `LLM` and `AsyncEngineArgs` alike; `folder` holds config.json."""
+    """Return keyword arguments of vLLM's `LLM` and `AsyncEngineArgs` alike; `folder` holds config.json."""
     require_vllm()
     from vllm.config import WeightTransferConfig
 
@@ -168,8 +171,11 @@ def engine_arguments(settings: EngineSettings, folder: str) -> dict[str, Any]:
 
 
 def _without_custom_all_reduce(settings: EngineSettings) -> bool:
-    """vLLM 0.32's own all-reduce shares its CUDA graphs' memory by IPC handles, and ends the process where
-    torch's allocator gives it expandable segments (vllm issue 42609). NCCL's does not."""
+    """Return True, with a line on stderr, where vLLM's own all-reduce must be replaced by NCCL's.
+
+    vLLM 0.32's own all-reduce shares its CUDA graphs' memory by IPC handles, and ends the process where torch's allocator
+    has expandable segments (vllm issue 42609).
+    """
     off = settings.tensor_parallel > 1 and bool(expandable_segments())
     if off:
         print(
@@ -192,7 +198,7 @@ def write_engine_config(config: ModelConfig, settings: EngineSettings, folder: s
 
 
 def vllm_params(params: SamplingParams, seed: int) -> Any:
-    """The request's own temperature and seed, and the log-prob of each token under what it was drawn from."""
+    """Return vLLM's parameters of a request, with its seed; each token's log-prob comes from the sampled distribution."""
     from vllm import SamplingParams as VllmSamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -209,7 +215,7 @@ def vllm_params(params: SamplingParams, seed: int) -> Any:
 
 
 def sampled(output: Any) -> Sampled:
-    """Of one finished vLLM CompletionOutput."""
+    """Convert one finished vLLM CompletionOutput."""
     tokens = list(output.token_ids)
     return Sampled(
         tokens=tokens,
@@ -222,7 +228,7 @@ def sampled(output: Any) -> Sampled:
 
 
 def bucket_bytes(run: RunConfig, config: ModelConfig, settings: EngineSettings) -> int:
-    """`rollout.bucket_mib`, or what the largest tensor needs, at least 64 MiB."""
+    """Return `rollout.bucket_mib` in bytes or, without it, the size of the largest tensor, at least 64 MiB."""
     if run.rollout.bucket_mib is not None:
         return run.rollout.bucket_mib << 20
     needed = smallest_bucket(
@@ -232,13 +238,14 @@ def bucket_bytes(run: RunConfig, config: ModelConfig, settings: EngineSettings) 
 
 
 def dtype_of(settings: EngineSettings) -> torch.dtype:
+    """Return the engine's data type."""
     return getattr(torch, settings.dtype)
 
 
 def as_sent(
     tensors: Iterable[tuple[str, Tensor]], settings: EngineSettings
 ) -> Iterator[tuple[str, Tensor]]:
-    """A model's tensors in the engine's precision."""
+    """Return a model's tensors in the engine's precision."""
     cast = ((name, tensor.to(dtype_of(settings))) for name, tensor in tensors)
     return quantise_stream(cast) if settings.fp8 else cast
 
@@ -254,7 +261,7 @@ def outgoing(
 def files_of(
     directory: Path, config: ModelConfig, settings: EngineSettings
 ) -> Iterator[tuple[str, Tensor]]:
-    """A Hugging Face folder's tensors as a sync sends them. ValueError names file and tensor."""
+    """Return a Hugging Face folder's tensors as a sync sends them. Raises ValueError that names file and tensor."""
     files = read_tensors(directory)
     check_tensors(config, files)
     return as_sent(((name, files[name]) for name in hf_names(config)), settings)

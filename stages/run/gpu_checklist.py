@@ -1,10 +1,12 @@
-"""Checks for the first GPU: each with its command, and how it was checked without one"""
+"""Checks for the first GPU, each with its command and its substitute on a CPU"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
+    """One check of a feature that needs a GPU."""
+
     what: str
     command: str
     without_a_gpu: str
@@ -74,7 +76,7 @@ CHECKS = (
 
 
 def checklist() -> str:
-    """For a person, in the order to run it."""
+    """Return the text of all checks for a person, in the order to run them."""
     lines = ["Nothing below has run on a GPU yet. In this order:"]
     for number, check in enumerate(CHECKS, start=1):
         lines += [

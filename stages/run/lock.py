@@ -1,4 +1,4 @@
-"""One command at a time in a run's folder: a lock that the kernel takes back when its process ends, however it ends."""
+"""Lock on a run's folder: one command at a time. The kernel releases it when the process ends, however it ends."""
 
 import errno
 import fcntl
@@ -35,9 +35,12 @@ class RunLock:
         self._file: int | None = None
         _locks.add(self)
 
-    def take(self, wait_s: float = WAIT_S) -> None:
-        """Raises OSError that names process and host if another has it for `wait_s` seconds on, or if the folder is not ours to
-        write. Removes what a killed command left there."""
+    def acquire(self, wait_s: float = WAIT_S) -> None:
+        """Lock the folder, and remove the files that a killed command left there.
+
+        Raises OSError that names process and host if another process still holds the lock after `wait_s` seconds, or if the
+        folder is not writable.
+        """
         if self._make:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.parent.exists():
@@ -73,12 +76,13 @@ class RunLock:
             time.sleep(0.05)
 
     def release(self) -> None:
+        """Release the lock."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def __enter__(self) -> "RunLock":
-        self.take()
+        self.acquire()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,7 +104,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 def held_by_main(world: World, out: str | Path, *, make: bool = False) -> Iterator[None]:
     """Hold the lock in rank 0; a refusal is raised on every rank. Collective."""
     lock = RunLock(out, make=make)
-    on_main(world, lock.take)
+    on_main(world, lock.acquire)
     try:
         yield
     finally:

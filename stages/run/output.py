@@ -1,4 +1,4 @@
-"""Output never ends a run: a terminal that is not UTF-8, a closed pipe, a full disk behind it, no standard output at all."""
+"""Output streams that never end a run: not for a terminal that is not UTF-8, a closed pipe, or a full disk."""
 
 import contextlib
 import os
@@ -8,10 +8,10 @@ from typing import Any, TextIO
 
 
 class LastingStream:
-    """A text stream that never raises: a character that its encoding lacks becomes `?`, and after a failed write the rest is dropped.
+    """A text stream that never raises. A character that its encoding lacks becomes `?`; after a failed write it drops text.
 
-    `lost` is that failure. It is told to `told`, and the descriptor then leads to the null device, or the interpreter would fail
-    at its end on what is still in the buffer. Everything else is the stream's own.
+    `lost` is the error of the failed write. `told` gets a line about it, and the descriptor then leads to the null device:
+    otherwise the interpreter would fail at its end when it flushes the buffer.
     """
 
     def __init__(self, stream: TextIO, name: str, told: TextIO | None = None) -> None:
@@ -19,6 +19,7 @@ class LastingStream:
         self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
+        """Write `text`, or drop it after a failure; return its length."""
         try:
             self._stream.write(text)
         except UnicodeEncodeError:
@@ -29,6 +30,7 @@ class LastingStream:
         return len(text)
 
     def flush(self) -> None:
+        """Flush the stream; an error counts as a failed write."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -51,7 +53,10 @@ class LastingStream:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[LastingStream]:
-    """Standard output and error as `LastingStream`; yields the first. A stream that was closed at the start is the null device."""
+    """Replace standard output and error by `LastingStream`s; yield the first.
+
+    A stream that was closed at the start becomes the null device.
+    """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

@@ -16,12 +16,7 @@ _REDRAW_EVERY_S = 0.1
 
 
 class StepProgress:
-    """Shows how many of `total` steps are done, the latest values and the time left.
-
-    On a terminal rich draws a bar, and other prints appear above it. Elsewhere (a file, a pipe, TERM=dumb) the first
-    step gives a line, later ones at most one line per `LINE_EVERY_S`, and `close` prints the last. Everything goes to
-    `stream`, by default standard output. If `enabled` is false, nothing is shown.
-    """
+    """A display of how many of `total` steps are done, with the latest values and the time left."""
 
     def __init__(
         self, total: int, label: str, enabled: bool = True, stream: IO[str] | None = None

@@ -16,10 +16,10 @@ _TEMPORARY = re.compile(
 
 
 def remove_remains(out: Path) -> None:
-    """Delete temporary files, and what a complete stage needed to get there. For who has the run's lock: no other writes.
+    """Delete temporary files, and the files that a complete stage needed only on its way.
 
-    Links are not followed: they lead to another run's folder. Cut-off checkpoints go with the next save
-    (`checkpoint.files.remove_cut_off`).
+    The caller holds the run's lock, so no other process writes. Links are not followed: they lead to another run's folder.
+    Cut-off checkpoints are removed by the next save (`checkpoint.files.remove_cut_off`).
     """
     for folder, folders, files in os.walk(out):
         if "summary.json" in files:

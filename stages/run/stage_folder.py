@@ -47,9 +47,9 @@ INPUTS = {
     "controls/rl_without_anneal": ["distill", "rollout_dpo", "rlvr"],
     "controls/rl_without_remedies": ["distill", "rollout_dpo", "rlvr"],
 }
-# Settings that decide what every stage computes, beside its own.
+# Settings that decide the result of every stage, in addition to its own.
 SHARED = ("seed", "model", "base", "chat_template", "rope_factors")
-# Settings of a stage that do not: an unfinished one may go on with others, and a complete one stays what it is.
+# Settings of a stage that do not change its result: an unfinished stage may resume with others.
 FREE = ("micro_rows", "micro_examples", "micro_pairs", "micro_rollouts", "checkpoint_every")
 
 
@@ -67,7 +67,7 @@ class Stage:
 
     @classmethod
     def open(cls, run: RunConfig, name: str, *, redo: bool = False) -> "Stage":
-        """Raises ValueError when the stage is complete with other settings or inputs, or its inputs are missing."""
+        """Return the stage with its state. Raises ValueError if it is complete with other settings or inputs, or inputs are missing."""
         out = Path(run.out)
         path = out / name
         for earlier in INPUTS[name]:
@@ -82,22 +82,24 @@ class Stage:
 
     @classmethod
     def begin(cls, run: RunConfig, name: str, world: World, *, redo: bool = False) -> "Stage":
-        """`open` and `prepare` on all ranks together. ValueError also when the stage would go on from what was begun with
-        other settings or inputs."""
+        """Open and prepare the stage on all ranks together. Collective.
+
+        Raises ValueError as `open`, and if the stage would resume from a start with other settings or inputs.
+        """
         stage = cls.open(run, name, redo=redo)
         begun = stage.path / "begun.json"
         if begun.exists() and not redo:
             made = {path.name for path in stage.path.iterdir()} - {"begun.json", "metrics.jsonl"}
             if made:
                 _check_origin(stage.path, read_json(begun), _origin(run, name))
-        world.barrier()  # nobody removes or finishes anything before everybody has looked
+        world.barrier()  # every rank has looked before any removes or finishes something
         if world.is_main and not stage.complete:
             stage.prepare(redo=redo)
         world.barrier()
         return stage
 
     def prepare(self, *, redo: bool) -> None:
-        """Make the folder; with `redo`, without what was in it. One rank calls it."""
+        """Make the folder; with `redo`, delete its content first. One rank calls it."""
         if redo and self.path.exists():
             # First out of the way: half a removal would leave a summary without its model, or checkpoints to go on from.
             old = self.path.with_name(f".{self.path.name}{REMOVED}")
@@ -116,10 +118,12 @@ class Stage:
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
     def summary(self) -> dict[str, Any]:
+        """Return the content of summary.json."""
         return read_json(self.path / "summary.json")
 
 
 def settings(run: RunConfig, name: str) -> dict[str, Any]:
+    """Return the settings that decide the result of stage `name`, as JSON values."""
     config_of = {c: "rlvr" if "/rl_" in c else "sft" for c in INPUTS if c.startswith("controls/")}
     own = getattr(run, config_of.get(name, name), None)
     shared = {key: getattr(run, key) for key in SHARED}
@@ -155,7 +159,7 @@ def _same_settings(then: dict, now: dict, path: Path, prefix: str = "") -> None:
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM as a question asked between steps: `interrupt.requested(world)`.
+    """A handler of Ctrl-C and SIGTERM, as a context manager: the loop asks `requested` between steps.
 
     A second Ctrl-C ends the process at once.
     """
@@ -184,9 +188,9 @@ class Interrupt:
         )
 
     def requested(self, world: World) -> bool:
-        """True on every rank as soon as one rank was asked to stop; a collective call."""
+        """Return True on every rank as soon as one rank was asked to stop. Collective."""
         return any(world.all_gather_objects(self._flag)) if world.world_size > 1 else self._flag
 
 
 class Stopped(Exception):
-    """The stage was interrupted and saved; the message says how to go on."""
+    """Exception for a stage that was interrupted and saved; the message says how to resume."""

@@ -239,8 +239,8 @@ def training_steps(
 ) -> Iterator[Iterator[Step]]:
     """Resume the stage, and give the steps that are left; log and save after each; export after the last. Collective.
 
-        with training_steps(...) as left:
-            for step in left:
+        with training_steps(...) as remaining:
+            for step in remaining:
                 ...
                 step.row = update_row(metrics, info, num_tokens)
 
@@ -254,7 +254,7 @@ def training_steps(
     log = MetricsLog(path, steps, stage.name, model.world.is_main, stage.run)
     with log, Interrupt() as interrupt:
 
-        def left() -> Iterator[Step]:
+        def remaining() -> Iterator[Step]:
             nonlocal done
             is_last = done >= steps
             while not is_last:
@@ -265,7 +265,7 @@ def training_steps(
                 log.write(step.index, **step.row)
                 progress.after_step(done, is_last, interrupt)
 
-        yield left()
+        yield remaining()
         progress.finish(tokenizer, {"steps": done} | summary(done), interrupt)
 
 

@@ -8,7 +8,10 @@ from phimini.stages.config.schema import RunConfig
 
 
 def workloads(run: RunConfig) -> dict[str, Workload]:
-    """By stage. Lengths are the configured limits: real answers are shorter, so memory is an upper bound."""
+    """Return each training stage's workload for the plan.
+
+    Lengths are the configured limits. Real answers are shorter, so the planned memory is an upper bound.
+    """
     dpo, rl = run.rollout_dpo, run.rlvr
     shares_gpu = run.rollout.placement == "colocated"
     fp8 = run.fp8_recipe if run.fp8 == "te" else "none"

@@ -36,7 +36,7 @@ def measured(layout: Layout, d_M: Tensor, age_M: Tensor, counts_M: Tensor) -> Mi
     if world.is_last_stage:
         for part in range(2):
             meter.add(d_M[mine][part::2], age_M[mine][part::2], counts_M[mine][part::2])
-    result = meter.take(world)
+    result = meter.collect(world)
     return result
 
 

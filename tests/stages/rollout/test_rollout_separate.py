@@ -127,7 +127,7 @@ def test_oversampled_groups_stop_once_filled(
     done = service.run([*late, *short], group_size=3)
     groups = [r.group for r in [*late, *short] if r.id in done]
     assert {group: groups.count(group) for group in groups} == {str(g): 3 for g in range(4)}
-    assert service.report.called_back == len(late) and not any(id.startswith("late") for id in done)
+    assert service.report.aborted == len(late) and not any(id.startswith("late") for id in done)
     again = service.run(short)
     assert len(again) == len(short), "the engine is free again"
 

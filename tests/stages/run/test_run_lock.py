@@ -19,7 +19,7 @@ HOLDER = """
 import os, subprocess, sys, time
 from phimini.stages.run.lock import RunLock
 lock = RunLock(sys.argv[1])
-lock.take()
+lock.acquire()
 if sys.argv[2] == "fork" and os.fork() == 0:
     os.close(1)
     time.sleep(60)
@@ -47,7 +47,7 @@ def test_it_is_held_while_its_process_lives_and_not_by_its_children(
     try:
         refusal = rf"{tmp_path} is in use by process {process.pid} on {socket.gethostname()}: "
         with pytest.raises(OSError, match=refusal):
-            RunLock(tmp_path).take(wait_s=0.2)
+            RunLock(tmp_path).acquire(wait_s=0.2)
         process.kill()
         process.wait()
         if child in ("fork", "exec"):
@@ -62,7 +62,7 @@ def test_it_is_held_while_its_process_lives_and_not_by_its_children(
 
 def test_a_run_that_is_ending_is_waited_for(tmp_path: Path) -> None:
     first = RunLock(tmp_path)
-    first.take()
+    first.acquire()
     timer = threading.Timer(0.3, first.release)
     timer.start()
     began = time.monotonic()
@@ -74,7 +74,7 @@ def test_a_fork_of_rank_0_does_not_end_the_lock(tmp_path: Path) -> None:
     with RunLock(tmp_path):
         assert run_ranks(lambda: os.getpid(), 2)
         with pytest.raises(OSError, match=f"in use by process {os.getpid()} "):
-            RunLock(tmp_path).take(wait_s=0.0)
+            RunLock(tmp_path).acquire(wait_s=0.0)
 
 
 @pytest.mark.parametrize("verb", ["recipe", "distill", "curate", "base", "midtrain", "sft", "rollout_dpo", "rlvr", "controls", "report", "evaluate"])  # fmt: skip
@@ -86,7 +86,7 @@ def test_every_command_that_writes_is_refused(
     capfd: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(RunLock.take, "__defaults__", (0.1,))
+    monkeypatch.setattr(RunLock.acquire, "__defaults__", (0.1,))
     words = [verb, "tiny", f"out={tmp_path}", f"processes={processes}", *(["stage=sft"] if verb == "evaluate" else [])]  # fmt: skip
     with RunLock(tmp_path):
         assert run_ranks(main, 1, words, timeout_s=60) == [1] if processes == 1 else main(words) == 1  # fmt: skip
