@@ -59,6 +59,8 @@ def check(settings: Any, prefix: str = "") -> None:
     for name, kind in fields_of(type(settings)).items():
         value = getattr(settings, name)
         if not _fits(value, kind):
+            if isinstance(value, tuple) and get_origin(get_args(kind)[0]) is Literal:
+                value = next(word for word in value if not _fits(word, get_args(kind)[0]))
             got = _SHORT.repr(value)
             raise ValueError(f"{prefix}{name}: {_expected(kind, str(value))}, got {got}")
         if dataclasses.is_dataclass(value):

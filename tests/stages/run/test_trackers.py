@@ -161,8 +161,8 @@ def test_installed_packages_are_found() -> None:
 
 
 def test_an_unknown_tracker_is_refused() -> None:
-    with pytest.raises(ValueError, match="log.to: expected one of tensorboard, wandb, trackio; got 'mlflow'"):  # fmt: skip
-        run_config(Path("x"), "mlflow")
+    with pytest.raises(ValueError, match="log.to: expected one of tensorboard, wandb, trackio, got 'mlflow'"):  # fmt: skip
+        run_config(Path("x"), "wandb,mlflow")
 
 
 def test_a_tracker_that_cannot_start_ends_the_stage_before_its_first_step(tmp_path: Path) -> None:
