@@ -30,7 +30,9 @@ def poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def nan_filled(*args, _allocate=allocate, **kwargs):
             t = _allocate(*args, **kwargs)
-            return t.fill_(float("nan")) if t.is_floating_point() and not t.is_meta else t
+            if t.is_floating_point() and not t.is_meta:
+                t.detach().fill_(float("nan"))  # detached: a leaf that requires a gradient too
+            return t
 
         monkeypatch.setattr(torch, name, nan_filled)
 
