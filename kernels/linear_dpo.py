@@ -5,6 +5,10 @@
     loss = sum over pairs of weight * (-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)      e = label_smoothing
                                        + nll_weight * mean over chosen tokens of -logp)
 
+Variants, each off by default: `length_normalized` takes mean log-probs instead of sums in h; `loss="ipo"` takes
+(h - 1 / (2 beta))^2 instead of the sigmoid's terms (arXiv 2310.12036, eq. 17); `nll_scale_P` takes the given factor of
+the chosen tokens' summed -logp instead of 1 / their number.
+
 All rows of a pair share one factor, the derivative by h. It is known when the pair's last logit is computed. So rows are
 sorted by sequence and chunks hold whole pairs: the logits are still in memory when the factor is known. A pair too long
 for a chunk is computed in several chunks with factor 1 into a separate dW, which is scaled and added afterwards. That is
@@ -21,7 +25,7 @@ Letters: M rows (tokens), D model width, V vocabulary (or this rank's V/TP rows)
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Unpack
+from typing import Literal, NamedTuple, Unpack
 
 import torch
 import torch.distributed as dist
@@ -65,7 +69,10 @@ def linear_dpo_reference(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     nll_weight: float = 0.0,
+    loss: Literal["dpo", "ipo"] = "dpo",
+    length_normalized: bool = False,
     pair_weight_P: Tensor | None = None,
+    nll_scale_P: Tensor | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, DpoMetrics]:
     """The definition: full log-softmax, plain torch, gradients by autograd."""
@@ -80,26 +87,33 @@ def linear_dpo_reference(
     weight_P = (
         torch.ones_like(zeros_S[::2]) if pair_weight_P is None else pair_weight_P.to(logp_M.dtype)
     )
-    return _loss_of_pairs(
-        logp_S,
-        reference_logp_S.to(logp_M.dtype),
-        length_S,
-        weight_P,
-        beta,
-        label_smoothing,
-        nll_weight,
-    )
+    if nll_scale_P is not None:
+        nll_scale_P = nll_scale_P.to(logp_M.dtype)
+    options = Dpo(
+        beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight, loss=loss,
+        length_normalized=length_normalized, sequence_group=None,
+    )  # fmt: skip
+    reference_S = reference_logp_S.to(logp_M.dtype)
+    return _loss_of_pairs(logp_S, reference_S, length_S, weight_P, nll_scale_P, options)
 
 
 def _loss_of_pairs(
-    logp_S: Tensor, reference_S: Tensor, length_S: Tensor, weight_P: Tensor, beta: float, smoothing: float,
-    nll_weight: float,
+    logp_S: Tensor, reference_S: Tensor, length_S: Tensor, weight_P: Tensor, nll_scale_P: Tensor | None, options: "Dpo"
 ) -> tuple[Tensor, DpoMetrics]:  # fmt: skip
-    reward_P2 = beta * (logp_S - reference_S).view(-1, 2)
-    margin_P = reward_P2[:, 0] - reward_P2[:, 1]
-    preference_P = -(1 - smoothing) * F.logsigmoid(margin_P) - smoothing * F.logsigmoid(-margin_P)
-    nll_P = -logp_S[::2] / length_S[::2].clamp_min(1)
-    loss = (weight_P * (preference_P + nll_weight * nll_P)).sum()
+    score_S = logp_S - reference_S
+    if options.length_normalized:
+        score_S = score_S / length_S.clamp_min(1)
+    reward_P2 = options.beta * score_S.view(-1, 2)
+    margin_P, smoothing = reward_P2[:, 0] - reward_P2[:, 1], options.label_smoothing
+    if options.loss == "ipo":
+        preference_P = ((margin_P - 0.5) / options.beta).square()
+    else:
+        preference_P = -(1 - smoothing) * F.logsigmoid(margin_P) - smoothing * F.logsigmoid(-margin_P)  # fmt: skip
+    if nll_scale_P is None:
+        nll_P = -logp_S[::2] / length_S[::2].clamp_min(1)
+    else:
+        nll_P = -logp_S[::2] * nll_scale_P
+    loss = (weight_P * (preference_P + options.nll_weight * nll_P)).sum()
     counts_P = weight_P != 0
     values = (preference_P, reward_P2[:, 0], reward_P2[:, 1], margin_P, (margin_P > 0).to(loss.dtype), logp_S[::2],
               logp_S[1::2], nll_P, torch.ones_like(nll_P))  # fmt: skip
@@ -117,6 +131,8 @@ class Dpo(LossOptions):
     beta: float
     label_smoothing: float
     nll_weight: float
+    loss: Literal["dpo", "ipo"]
+    length_normalized: bool
     sequence_group: dist.ProcessGroup | None
 
     def run(self, call: HeadCall, values: Sequence[Tensor | None]) -> LossResult:
@@ -127,13 +143,12 @@ class _DpoRun:
     """One computation of the loss: log-probs of sequences, and the coefficients that follow from them."""
 
     def __init__(self, options: Dpo, call: HeadCall, values: Sequence[Tensor | None]) -> None:
-        self.call = call
-        self.beta, self.smoothing = options.beta, options.label_smoothing
+        self.call, self.options = call, options
         self.nll_weight = options.nll_weight
         self.sequence_group = options.sequence_group
         if self.sequence_group is not None and self.sequence_group.size() == 1:
             self.sequence_group = None
-        sequence_M, reference_S, weight_P = values
+        sequence_M, reference_S, weight_P, nll_scale_P = values
         assert sequence_M is not None and reference_S is not None, "not optional"
         self.plan = plan_pairs(call, sequence_M, weight_P, len(reference_S), self.sequence_group)
         self.rows, self.sequence_M = self.plan.rows, self.plan.sequence_M
@@ -141,6 +156,7 @@ class _DpoRun:
         self.weight_P = (
             torch.ones_like(self.reference_S[::2]) if weight_P is None else weight_P.to(call.dtype)
         )
+        self.nll_scale_P = None if nll_scale_P is None else nll_scale_P.to(call.dtype)
         # sums of ones are exact in any order
         ones_M = self.rows.weights(None, call.dtype)
         self.length_S = torch.zeros_like(self.reference_S).index_add_(0, self.sequence_M, ones_M)
@@ -163,9 +179,8 @@ class _DpoRun:
             self.reference_S,
             self.length_S,
             self.weight_P,
-            self.beta,
-            self.smoothing,
-            self.nll_weight,
+            self.nll_scale_P,
+            self.options,
         )
         return LossResult(loss, torch.stack(metrics), head.finish(), None)
 
@@ -190,15 +205,28 @@ class _DpoRun:
 
     def _coefficients(self, sequences: slice) -> Tensor:
         """Return d loss / d logp of a token of each of these sequences."""
-        reward_P2 = self.beta * (self.logp_S - self.reference_S)[sequences].view(-1, 2)
+        beta, smoothing = self.options.beta, self.options.label_smoothing
+        pairs = slice(sequences.start // 2, sequences.stop // 2)
+        score_S = (self.logp_S - self.reference_S)[sequences]
+        length_S = self.length_S[sequences].clamp_min(1)
+        if self.options.length_normalized:
+            score_S = score_S / length_S
+        reward_P2 = beta * score_S.view(-1, 2)
         margin_P = reward_P2[:, 0] - reward_P2[:, 1]
-        dh_P = self.beta * (
-            self.smoothing * torch.sigmoid(margin_P)
-            - (1 - self.smoothing) * torch.sigmoid(-margin_P)
-        )
-        chosen_P = dh_P - self.nll_weight / self.length_S[sequences][::2].clamp_min(1)
-        weight_P1 = self.weight_P[sequences.start // 2 : sequences.stop // 2, None]
-        return (weight_P1 * torch.stack([chosen_P, -dh_P], 1)).flatten()
+        if self.options.loss == "ipo":
+            dh_P = 2 * (margin_P - 0.5) / beta
+        else:
+            dh_P = beta * (
+                smoothing * torch.sigmoid(margin_P) - (1 - smoothing) * torch.sigmoid(-margin_P)
+            )
+        chosen_P, rejected_P = dh_P, -dh_P
+        if self.options.length_normalized:
+            chosen_P, rejected_P = chosen_P / length_S[::2], rejected_P / length_S[1::2]
+        if self.nll_scale_P is None:
+            chosen_P = chosen_P - self.nll_weight / length_S[::2]
+        else:
+            chosen_P = chosen_P - self.nll_weight * self.nll_scale_P[pairs]
+        return (self.weight_P[pairs, None] * torch.stack([chosen_P, rejected_P], 1)).flatten()
 
     def _whole_pairs(self, head: ChunkedHead, group: PairGroup) -> None:
         rows, sequences = group.rows, slice(2 * group.first, 2 * group.last)
@@ -213,9 +241,10 @@ class _DpoRun:
         """Compute unit gradients into scratch dWs, and scale them when the pair's coefficient is known."""
         middle = group.rows.start + group.chosen_rows
         halves = (slice(group.rows.start, middle), slice(middle, group.rows.stop))
-        # Without an nll term the coefficients of the two halves differ in sign only: one scratch is enough.
-        signs = (1.0, 1.0) if self.nll_weight else (1.0, -1.0)
-        dw_VD, scratch_VD = head.dw_VD, self._scratch(head, 2 if self.nll_weight else 1)
+        # Where the coefficients of the two halves differ in sign only, one scratch is enough.
+        is_antisymmetric = not self.nll_weight and not self.options.length_normalized
+        signs = (1.0, -1.0) if is_antisymmetric else (1.0, 1.0)
+        dw_VD, scratch_VD = head.dw_VD, self._scratch(head, 1 if is_antisymmetric else 2)
         logps = [self.logp_S[:0]]
         for half, sign, head.dw_VD in zip(
             halves, signs, (scratch_VD[0], scratch_VD[-1]), strict=True
@@ -270,7 +299,10 @@ def linear_dpo(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     nll_weight: float = 0.0,
+    loss: Literal["dpo", "ipo"] = "dpo",
+    length_normalized: bool = False,
     pair_weight_P: Tensor | None = None,
+    nll_scale_P: Tensor | None = None,
     sequence_group: dist.ProcessGroup | None = None,
     main_grad: Tensor | None = None,
     **head: Unpack[HeadKeywords],
@@ -281,13 +313,15 @@ def linear_dpo(
     Best on the CPU, whatever the device of the others, because the host plans chunks of whole pairs with it.
     reference_logp_S (2P,): the reference model's sums. pair_weight_P (P,): rows of a pair of weight 0 are not computed.
     nll_weight: factor of the mean token nll of the chosen answer, which is added to the loss.
+    nll_scale_P (P,): factor of the summed token nll of the chosen answer, instead of 1 / its tokens.
+    loss, length_normalized: the variants of the file's docstring; IPO has no label_smoothing.
     sequence_group: context parallel, each rank has some rows of each sequence: log-probs are summed over the group,
     every rank returns the whole loss, and the ranks' gradients add up to the loss's gradient.
     The other arguments, and the errors raised: as in `linear_cross_entropy`.
     """
     options = Dpo(
-        beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight, sequence_group=sequence_group,
-        with_entropy=False, **head,
+        beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight, loss=loss,
+        length_normalized=length_normalized, sequence_group=sequence_group, with_entropy=False, **head,
     )  # fmt: skip
     op = options.op
     check_head(options, hidden_MD, weight_VD, targets_M, main_grad=main_grad)
@@ -303,18 +337,25 @@ def linear_dpo(
         raise ValueError(
             f"{op}: reference_logp_S must be (2P,), one per sequence, got {tuple(reference_logp_S.shape)}"
         )
-    if pair_weight_P is not None:
-        check_tensor(op, "pair_weight_P", pair_weight_P, weight_VD.device)
-    if pair_weight_P is not None and pair_weight_P.shape != (reference_logp_S.shape[0] // 2,):
+    for name, value_P in (("pair_weight_P", pair_weight_P), ("nll_scale_P", nll_scale_P)):
+        num_pairs = reference_logp_S.shape[0] // 2
+        if value_P is not None:
+            check_tensor(op, name, value_P, weight_VD.device)
+        if value_P is not None and value_P.shape != (num_pairs,):
+            raise ValueError(
+                f"{op}: {name} must be ({num_pairs},), one per pair, got {tuple(value_P.shape)}"
+            )
+    if loss not in ("dpo", "ipo") or (loss == "ipo" and label_smoothing):
         raise ValueError(
-            f"{op}: pair_weight_P must be ({reference_logp_S.shape[0] // 2},), one per pair, got {tuple(pair_weight_P.shape)}"
+            f"{op}: expected loss in dpo, ipo, and label_smoothing with dpo only, got {loss!r} with {label_smoothing}"
         )
     if not (0 <= label_smoothing < 0.5 and 0 <= nll_weight < math.inf and 0 < beta < math.inf):
         raise ValueError(
             f"{op}: expected beta > 0, label_smoothing in [0, 0.5), nll_weight >= 0, "
             f"got {beta}, {label_smoothing}, {nll_weight}"
         )
-    loss, metrics_9, _ = head_loss(
-        options, hidden_MD, weight_VD, targets_M, [sequence_M, reference_logp_S, pair_weight_P], main_grad=main_grad
-    )  # fmt: skip
-    return loss, DpoMetrics(*metrics_9.unbind())
+    values = [sequence_M, reference_logp_S, pair_weight_P, nll_scale_P]
+    total, metrics_9, _ = head_loss(
+        options, hidden_MD, weight_VD, targets_M, values, main_grad=main_grad
+    )
+    return total, DpoMetrics(*metrics_9.unbind())

@@ -4,6 +4,12 @@
     pg = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) * importance_weight
     loss = sum over rows of row_weight * (pg + kl_coef * KL - entropy_coef * H)
 
+Variants of pg, before the importance weight; those of r and of the limits combine:
+    dual_clip c    where A < 0: -max(min(...), c A), so that a large r of a bad answer is bounded (arXiv 1912.09729)
+    cispo          -stop_gradient(clip(r, ...)) A logp: every token keeps a gradient (MiniMax-M1, arXiv 2506.13585)
+    GSPO           r is one number per sequence, exp(mean over its tokens of logp - old_logp), given as
+                   sequence_log_ratio_M; a token's derivative by its logp is that of a factor r (arXiv 2507.18071, eq. 14)
+
 KL to a reference, with d = logp - reference_logp, per sampled token (Schulman, "Approximating KL divergence"):
     k1 = d               unbiased value; as a loss its gradient has mean zero on-policy and only adds noise
     k2 = d^2 / 2         biased value; its gradient is, on-policy, the gradient of the reverse KL
@@ -46,7 +52,7 @@ class PolicyMetrics(NamedTuple):
     entropy_sum: Tensor
     ratio_sum: Tensor
     clipped_sum: Tensor
-    """Rows whose clipped branch is the smaller, so that the policy term has no gradient."""
+    """Rows where a limit holds: no gradient of the policy term or, in CISPO, a bounded factor."""
     logp_diff_sum: Tensor
     """logp - old_logp. Its negative is the k1 estimate of KL(old, new)."""
     logp_sum: Tensor
@@ -74,6 +80,9 @@ def linear_policy_loss_reference(
     kl_gradient: Literal["estimator", "reverse"] = "estimator",
     entropy_coef: float = 0.0,
     importance_weight_M: Tensor | None = None,
+    objective: Literal["clip", "cispo"] = "clip",
+    dual_clip: float | None = None,
+    sequence_log_ratio_M: Tensor | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, PolicyMetrics]:
     """The definition: full log-softmax, plain torch, gradients by autograd."""
@@ -84,11 +93,23 @@ def linear_policy_loss_reference(
     logp_M, entropy_M, _ = linear_logprob_reference(
         hidden_MD, weight_VD, targets_M, temperature=temperature, ignore_index=ignore_index
     )
-    log_ratio_M = (logp_M - old_logp_M.to(dtype)).clamp(-MAX_EXPONENT, MAX_EXPONENT)
-    ratio_M, advantage_M = log_ratio_M.exp(), advantage_M.to(dtype)
+    log_ratio_M = logp_M - old_logp_M.to(dtype)
+    if sequence_log_ratio_M is not None:  # its value, and a token's own derivative
+        log_ratio_M = sequence_log_ratio_M.to(dtype) + logp_M - logp_M.detach()
+    ratio_M = log_ratio_M.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+    advantage_M = advantage_M.to(dtype)
     unclipped_M = ratio_M * advantage_M
-    clipped_M = ratio_M.clamp(1 - clip_low, 1 + clip_high) * advantage_M
-    policy_M = -torch.minimum(unclipped_M, clipped_M)
+    bounded_M = ratio_M.clamp(1 - clip_low, 1 + clip_high)
+    objective_M = torch.minimum(unclipped_M, bounded_M * advantage_M)
+    if dual_clip is not None:
+        objective_M = objective_M.maximum(dual_clip * advantage_M).where(
+            advantage_M < 0, objective_M
+        )
+    is_limited_M = objective_M != unclipped_M
+    if objective == "cispo":
+        objective_M = bounded_M.detach() * advantage_M * logp_M
+        is_limited_M = bounded_M != ratio_M
+    policy_M = -objective_M
     if importance_weight_M is not None:
         policy_M = policy_M * importance_weight_M.to(dtype)
     kl_M = torch.zeros_like(logp_M)
@@ -103,7 +124,7 @@ def linear_policy_loss_reference(
     with torch.no_grad():
         z_MV = hidden_MD.to(dtype) @ weight_VD.to(dtype).T
         is_top_M = z_MV.gather(1, targets_M.where(counts_M, 0)[:, None])[:, 0] >= z_MV.amax(-1)
-        rows = (policy_M, kl_M, entropy_M, ratio_M, (clipped_M < unclipped_M).to(dtype), logp_M - old_logp_M.to(dtype),
+        rows = (policy_M, kl_M, entropy_M, ratio_M, is_limited_M.to(dtype), logp_M - old_logp_M.to(dtype),
                 logp_M, is_top_M.to(dtype), torch.ones_like(logp_M))  # fmt: skip
         sums = (value_M.where(counts_M, 0).sum() for value_M in rows)
         metrics = PolicyMetrics(*sums, logp_M=logp_M.where(counts_M, 0))
@@ -117,6 +138,7 @@ class _RowInputs(NamedTuple):
     advantage_M: Tensor
     reference_logp_M: Tensor | None
     importance_weight_M: Tensor | None
+    sequence_log_ratio_M: Tensor | None
 
 
 def _clamped(d_M: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,13 +152,7 @@ def _policy_rows(
 ) -> tuple[Tensor, RowGrads]:
     """Return (10, M), the weighted loss and then the metrics, and the gradients of the weighted loss."""
     difference_M = stats.logp_M - inputs.old_logp_M
-    log_ratio_M, inside_M = _clamped(difference_M)
-    ratio_M = log_ratio_M.exp()
-    unclipped_M = ratio_M * inputs.advantage_M
-    clipped_M = ratio_M.clamp(1 - options.clip_low, 1 + options.clip_high) * inputs.advantage_M
-    is_clipped_M = (clipped_M < unclipped_M).to(ratio_M.dtype)
-    policy_M = -torch.minimum(unclipped_M, clipped_M)
-    dlogp_M = -unclipped_M * inside_M * (1 - is_clipped_M)
+    ratio_M, policy_M, dlogp_M, is_limited_M = _policy_term(difference_M, stats, inputs, options)
     if inputs.importance_weight_M is not None:
         policy_M, dlogp_M = (
             policy_M * inputs.importance_weight_M,
@@ -159,10 +175,31 @@ def _policy_rows(
             -options.entropy_coef * inputs.weight_M,
         )
     values_10M = torch.stack(
-        [loss_M * inputs.weight_M, policy_M, kl_M, entropy_M, ratio_M, is_clipped_M, difference_M, stats.logp_M,
+        [loss_M * inputs.weight_M, policy_M, kl_M, entropy_M, ratio_M, is_limited_M, difference_M, stats.logp_M,
          stats.is_top_M.to(policy_M.dtype), torch.ones_like(policy_M)]
     )  # fmt: skip
     return values_10M, RowGrads(dlogp_M * inputs.weight_M, entropy_M=dentropy_M)
+
+
+def _policy_term(
+    difference_M: Tensor, stats: RowStats, inputs: _RowInputs, options: "PolicyLoss"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the ratio, the policy term, its derivative by logp, and 1 where a limit holds; (M,) each."""
+    if inputs.sequence_log_ratio_M is not None:
+        difference_M = inputs.sequence_log_ratio_M.to(stats.logp_M.dtype)
+    log_ratio_M, inside_M = _clamped(difference_M)
+    ratio_M, advantage_M = log_ratio_M.exp(), inputs.advantage_M
+    bounded_M = ratio_M.clamp(1 - options.clip_low, 1 + options.clip_high)
+    if options.objective == "cispo":
+        dlogp_M = -bounded_M * advantage_M
+        return ratio_M, dlogp_M * stats.logp_M, dlogp_M, (bounded_M != ratio_M).to(ratio_M.dtype)
+    unclipped_M = ratio_M * advantage_M
+    objective_M = torch.minimum(unclipped_M, bounded_M * advantage_M)
+    if options.dual_clip is not None:
+        least_M = (options.dual_clip * advantage_M).where(advantage_M < 0, -math.inf)
+        objective_M = torch.maximum(objective_M, least_M)
+    is_limited_M = (objective_M != unclipped_M).to(ratio_M.dtype)
+    return ratio_M, -objective_M, -unclipped_M * inside_M * (1 - is_limited_M), is_limited_M
 
 
 def _kl_value(d_M: Tensor, kl: str) -> Tensor:
@@ -192,6 +229,8 @@ class PolicyLoss(LossOptions):
     kl: Literal["k1", "k2", "k3"]
     kl_gradient: Literal["estimator", "reverse"]
     entropy_coef: float
+    objective: Literal["clip", "cispo"]
+    dual_clip: float | None
 
     def run(self, call: HeadCall, values: Sequence[Tensor | None]) -> LossResult:
         """`values`: the fields of `_RowInputs`, in order, of all rows."""
@@ -239,24 +278,30 @@ def linear_policy_loss(
     kl_gradient: Literal["estimator", "reverse"] = "estimator",
     entropy_coef: float = 0.0,
     importance_weight_M: Tensor | None = None,
+    objective: Literal["clip", "cispo"] = "clip",
+    dual_clip: float | None = None,
+    sequence_log_ratio_M: Tensor | None = None,
     main_grad: Tensor | None = None,
     with_entropy: bool = True,
     **head: Unpack[HeadKeywords],
 ) -> tuple[Tensor, PolicyMetrics]:
     """Return (sum over rows of row_weight * token loss, metrics); fp32 scalars (fp64 for fp64 input).
 
-    old_logp_M, advantage_M, reference_logp_M, importance_weight_M: (M,), one per row, constants of the loss.
+    old_logp_M, advantage_M, reference_logp_M, importance_weight_M, sequence_log_ratio_M: (M,), one per row, constants of
+    the loss.
     importance_weight_M: min(exp(trainer's old_logp - rollout engine's logp), cap); multiplies the policy term only.
+    objective, dual_clip, sequence_log_ratio_M: the variants CISPO, dual clip and GSPO of the file's docstring.
     The other arguments, and the errors raised: as in `linear_cross_entropy`.
     """
     options = PolicyLoss(
         clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef, kl=kl, kl_gradient=kl_gradient,
-        entropy_coef=entropy_coef, with_entropy=with_entropy, **head,
+        entropy_coef=entropy_coef, objective=objective, dual_clip=dual_clip, with_entropy=with_entropy, **head,
     )  # fmt: skip
     op = options.op
     row_values = {
         "row_weight_M": row_weight_M, "old_logp_M": old_logp_M, "advantage_M": advantage_M,
         "reference_logp_M": reference_logp_M, "importance_weight_M": importance_weight_M,
+        "sequence_log_ratio_M": sequence_log_ratio_M,
     }  # fmt: skip
     check_head(options, hidden_MD, weight_VD, targets_M, temperature, main_grad, row_values)
     for name in ("old_logp_M", "advantage_M"):
@@ -272,6 +317,12 @@ def linear_policy_loss(
     if not (abs(kl_coef) < math.inf and abs(entropy_coef) < math.inf):
         raise ValueError(
             f"{op}: kl_coef and entropy_coef must be finite, got {kl_coef} and {entropy_coef}"
+        )
+    if objective not in ("clip", "cispo"):
+        raise ValueError(f"{op}: expected objective in clip, cispo, got {objective!r}")
+    if dual_clip is not None and (objective == "cispo" or not 1 < dual_clip < math.inf):
+        raise ValueError(
+            f"{op}: expected dual_clip above 1, with objective clip, got {dual_clip} with {objective}"
         )
     if kl_coef and reference_logp_M is None:
         raise ValueError(f"{op}: kl_coef {kl_coef} needs reference_logp_M, got None")

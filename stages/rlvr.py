@@ -144,7 +144,7 @@ def choose(groups: list[list[Rollout]], config: RlvrConfig, seed: int) -> list[R
                 continue
             group = [group[i] for i in rebalance(rewards, rng)]
             rewards = [rollout.reward for rollout in group]
-        for rollout, advantage in zip(group, advantages(rewards), strict=True):
+        for rollout, advantage in zip(group, advantages(rewards, config.advantage), strict=True):
             chosen.append(dataclasses.replace(rollout, advantage=advantage))
     return chosen
 
@@ -162,13 +162,16 @@ def rollout_batch(
 ) -> PackedBatch:
     """Return a micro-batch; its fields per position, of the token that the position predicts, are:
 
-    old_logp, advantage, weight (of the row in the loss; 0 in the prompt), temperature, age (staleness at `version`).
+    old_logp, advantage, weight (of the row in the loss; 0 in the prompt), share (of the rollout, in the count that the
+    loss is divided by), temperature, age (staleness at `version`).
     """
     pieces = []
     for rollout in rollouts:
         example = Example(rollout.id, rollout.prompt + rollout.response, len(rollout.prompt))
         before, length = len(rollout.prompt) - 1, len(rollout.response)
-        weight = 1.0 if config.normalizer == "token" else 1.0 / length
+        weights = {"token": 1.0, "sequence": 1.0 / length, "constant": 1.0 / config.max_new_tokens}
+        weight = weights[config.normalizer]
+        share = 1.0 if config.normalizer == "token" else 1.0 / length
         pieces.append(
             Document(
                 tokens=example.inputs,
@@ -177,6 +180,7 @@ def rollout_batch(
                     "old_logp": [0.0] * before + rollout.logprobs,
                     "advantage": [0.0] * before + [rollout.advantage] * length,
                     "weight": [0.0] * before + [weight] * length,
+                    "share": [0.0] * before + [share] * length,
                     "temperature": [1.0] * before + [rollout.temperature] * length,
                     "age": [0] * before + rollout.ages(version),
                 },

@@ -106,7 +106,9 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
     def batches(indices: list[int]) -> list[PackedBatch]:
         """Return this rank's micro-batches of whole pairs."""
         costs = [flops_of(pairs[i].lengths, model.config) for i in indices]
-        make = lambda part: pair_batch([pairs[i] for i in part], reference[part], world)
+        answer_tokens = sum(pairs[i].chosen.num_targets for i in indices)
+        nll_scale = len(indices) / answer_tokens if config.nll_mean == "tokens" else None
+        make = lambda part: pair_batch([pairs[i] for i in part], reference[part], world, nll_scale)
         return micro_batches(indices, costs, config.micro_pairs, world, make)
 
     summary = lambda _: {"pairs": len(pairs), "pairs_from": config.pairs}
@@ -118,7 +120,7 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
             check_same_data(world, step.name, [pairs[i].digest() for i in indices], microbatches)
             metrics = forward_backward(model, microbatches, head)
             if step.index == 0:
-                check_first_step(metrics, exact=logps_are_exact(run, model))
+                check_first_step(metrics, config, exact=logps_are_exact(run, model))
             num_tokens = sum(sum(pairs[i].lengths) for i in indices)
             step.row = update_row(metrics, optimizer.step(), num_tokens)
 
@@ -252,17 +254,21 @@ def read_pairs(
 
 
 @phase("data")
-def pair_batch(pairs: Sequence[Pair], reference_P2: Tensor, world: World) -> PackedBatch:
+def pair_batch(
+    pairs: Sequence[Pair], reference_P2: Tensor, world: World, nll_scale: float | None = None
+) -> PackedBatch:
     """Return a micro-batch of the documents chosen, rejected, chosen, rejected, ...
 
     reference_P2: log-probs of each pair's answers. The field `sequence` is the document index of each position.
+    nll_scale: factor of the chosen answers' summed negative log-likelihood; None for 1 / each one's tokens.
     """
+    of_documents = {"weight": 1.0} | ({} if nll_scale is None else {"nll_scale": nll_scale})
     pieces = [
         Document(
             tokens=example.inputs,
             targets=example.targets,
             token_fields={"sequence": [2 * p + side] * len(example)},
-            document_fields={"reference_logp": float(reference_P2[p, side]), "weight": 1.0},
+            document_fields={"reference_logp": float(reference_P2[p, side])} | of_documents,
         )
         for p, pair in enumerate(pairs)
         for side, example in enumerate((pair.chosen, pair.rejected))
@@ -313,6 +319,7 @@ def dpo_head(config: RolloutDpoConfig):
         hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         sequence_T, reference_S, weight_P = sequences_of(batch)
+        nll_scale_N = batch.document_fields.get("nll_scale")
         loss, metrics = linear_dpo(
             hidden_MD,
             weight_VD,
@@ -321,7 +328,10 @@ def dpo_head(config: RolloutDpoConfig):
             reference_S,
             beta=config.beta,
             nll_weight=config.nll_weight,
+            loss=config.loss,
+            length_normalized=config.length_normalized,
             pair_weight_P=weight_P,
+            nll_scale_P=None if nll_scale_N is None else nll_scale_N[: len(reference_S) : 2],
             group=group,
             sequence_group=batch.context_group,
         )
@@ -351,14 +361,19 @@ def logps_are_exact(run: RunConfig, model: Model) -> bool:
     return in_fp32 and (fp8 is None or fp8.recipe != "tensorwise")
 
 
-def check_first_step(metrics: StepMetrics, *, exact: bool) -> None:
-    """Raise RuntimeError unless the preference loss before the first update is ln 2: policy and reference are one model.
+def check_first_step(metrics: StepMetrics, config: RolloutDpoConfig, *, exact: bool) -> None:
+    """Raise RuntimeError unless the preference loss before the first update is that of margin 0: one model on both sides.
 
-    exact: see `logps_are_exact`. If False the tolerance is wider: the reference's log-probs are from other micro-batches.
+    That is ln 2 for DPO and 1 / (2 beta)^2 for IPO. exact: see `logps_are_exact`. If False the tolerance is wider: the
+    reference's log-probs are from other micro-batches.
     """
     loss = means(metrics)["preference_loss"]
-    if not abs(loss - math.log(2)) <= (LN2_TOLERANCE if exact else LN2_TOLERANCE_ROUNDED):
+    expected, text, steepness = math.log(2), "ln 2", 1.0
+    if config.loss == "ipo":  # its slope at margin 0 is so much that of DPO
+        expected, text, steepness = 0.25 / config.beta**2, "1 / (2 beta)^2", 2 / config.beta**2
+    tolerance = steepness * (LN2_TOLERANCE if exact else LN2_TOLERANCE_ROUNDED)
+    if not abs(loss - expected) <= tolerance:
         raise RuntimeError(
-            f"rollout_dpo: the preference loss before the first update is {loss:.6f}, expected ln 2 = "
-            f"{math.log(2):.6f}: policy and reference differ (other weights, rope table, or tokens)"
+            f"rollout_dpo: the preference loss before the first update is {loss:.6f}, expected {text} = "
+            f"{expected:.6f}: policy and reference differ (other weights, rope table, or tokens)"
         )

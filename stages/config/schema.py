@@ -22,6 +22,7 @@ Share = Annotated[float, Range(0, 1)]
 PositiveShare = Annotated[float, Range(0, 1, "(]")]
 BelowOne = Annotated[float, Range(0, 1, "[)")]
 Positive = Annotated[float, Range(0, 1_000_000, "(]")]
+AboveOne = Annotated[float, Range(1, 1_000_000, "(]")]
 NotNegative = Annotated[float, Range(0, 1_000_000)]
 Seconds = Annotated[float, Range(1, 1_000_000)]
 
@@ -159,8 +160,14 @@ class RolloutDpoConfig:
     """longest question and answer together, in tokens"""
     beta: Positive = 0.1
     """DPO's beta: strength of the pull towards the reference model"""
+    loss: Literal["dpo", "ipo"] = "dpo"
+    """log-sigmoid of the margin (DPO), or its squared distance from 1 / (2 beta) (IPO)"""
+    length_normalized: bool = False
+    """the margin is of mean log-probs per token, not of sums"""
     nll_weight: NotNegative = 0.0
     """weight of the mean log-likelihood per token of the chosen answer; 0 is plain DPO"""
+    nll_mean: Literal["pair", "tokens"] = "pair"
+    """that mean is over each chosen answer's tokens, or over all chosen tokens of the step"""
     pairs_per_step: Count = 32
     """pairs in the global batch"""
     micro_pairs: Count = 8
@@ -195,8 +202,16 @@ class RlvrConfig:
     """upper clip of the policy ratio: 1 + clip_high"""
     kl_coef: NotNegative = 0.0
     """weight of the k3 estimate of KL(policy || stage-3 model)"""
-    normalizer: Literal["token", "sequence"] = "token"
-    """a batch's loss is averaged over its tokens (DAPO), or per rollout first (GRPO)"""
+    objective: Literal["clip", "cispo", "gspo"] = "clip"
+    """clipped policy ratio of each token (PPO, GRPO), clipped factor with a gradient for every token (CISPO), or
+    one clipped ratio for each rollout (GSPO: set the clips to about 3e-4 and 4e-4)"""
+    dual_clip: AboveOne | None = None
+    """upper limit of the ratio of a rollout with a negative advantage; not with cispo"""
+    advantage: Literal["normalized", "centered"] = "normalized"
+    """reward minus the group's mean, over its standard deviation (GRPO) or not (Dr. GRPO)"""
+    normalizer: Literal["token", "sequence", "constant"] = "token"
+    """a batch's loss is averaged over its tokens (DAPO), per rollout first (GRPO), or each rollout's sum over
+    max_new_tokens, whatever its length (Dr. GRPO)"""
     truncated: Literal["negative", "masked"] = "negative"
     """treatment of a rollout without an end token: counted as wrong, or left out of the loss"""
     min_rollouts: Count = 64
@@ -239,6 +254,12 @@ class RlvrConfig:
     """masked: tokens (or sequences) whose weight is outside [low, cap] are left out"""
     checkpoint_every: Count = 500
     """steps between two checkpoints"""
+
+    def __post_init__(self) -> None:
+        if self.dual_clip is not None and self.objective == "cispo":
+            raise ValueError(
+                f"rlvr.dual_clip: expected none with rlvr.objective=cispo, which has no ratio to limit, got {self.dual_clip}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

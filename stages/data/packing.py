@@ -40,6 +40,11 @@ class Example:
         skipped = max(self.loss_from - 1, 0)
         return [IGNORE] * skipped + self.tokens[skipped + 1 :]
 
+    @property
+    def num_targets(self) -> int:
+        """The number of positions with a target."""
+        return len(self.tokens) - max(self.loss_from, 1)
+
     def digest(self) -> int:
         """Return a checksum of all that training sees."""
         return digest(self.tokens, self.loss_from)

@@ -11,7 +11,7 @@ from phimini.parallel.megatron.builder import Model
 from phimini.parallel.training.batch import PackedBatch
 from phimini.parallel.training.step import forward_only
 from phimini.stages.config.schema import RlvrConfig
-from phimini.stages.rl.mismatch import MismatchMeter, importance_weights
+from phimini.stages.rl.mismatch import MismatchMeter, importance_weights, sums_of_documents
 
 
 def with_reference_logps(frozen: Model, microbatches: list[PackedBatch]) -> list[PackedBatch]:
@@ -43,22 +43,34 @@ def logps(
     ).logp_M  # fmt: skip
 
 
+def mean_of_documents(value_M: Tensor, counts_M: Tensor, batch: PackedBatch) -> Tensor:
+    """Return (M,): for each row the mean of `value_M` over the rows of its document that count."""
+    documents_M, num, group = batch.document_ids_T, batch.num_documents, batch.context_group
+    sums_N = sums_of_documents(value_M.where(counts_M, 0), documents_M, num, group)
+    rows_N = sums_of_documents(counts_M.to(value_M.dtype), documents_M, num, group)
+    return (sums_N / rows_N.clamp_min(1))[documents_M]
+
+
 def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float, importance: str):
-    """Return the head of the clipped policy loss; the count is trained tokens, or rollouts where each weighs the same.
+    """Return the head of the policy loss of `config.objective`; the count is trained tokens, or rollouts.
 
     importance: as `config.importance`, but not auto. rounding: |difference of log-probs| that counts as 0. The loss gives the
-    trainer's log-probs of the sampled tokens, which the meter adds up; importance weights need them before the loss,
-    which costs another matrix product.
+    trainer's log-probs of the sampled tokens, which the meter adds up; importance weights and GSPO need them before the
+    loss, which costs another matrix product.
     """
+    is_sequence_level = config.objective == "gspo"
 
     def head(
         hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         weight_M, sampled_logp_M = batch.fields["weight"], batch.fields["old_logp"]
         counts_M, old_logp_M, importance_M = weight_M != 0, sampled_logp_M, None
-        if importance != "off":
+        logp_M = log_ratio_M = None
+        if importance != "off" or is_sequence_level:
             with torch.no_grad():
-                old_logp_M = logps(hidden_MD, weight_VD, batch, group)
+                logp_M = logps(hidden_MD, weight_VD, batch, group)
+        if logp_M is not None and importance != "off":
+            old_logp_M = logp_M
             importance_M = importance_weights(
                 old_logp_M - sampled_logp_M,
                 counts_M,
@@ -70,6 +82,8 @@ def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float, impor
                 context_group=batch.context_group,
                 rounding=rounding,
             )
+        if logp_M is not None and is_sequence_level:
+            log_ratio_M = mean_of_documents(logp_M - old_logp_M, counts_M, batch)
         loss, metrics = linear_policy_loss(
             hidden_MD,
             weight_VD,
@@ -78,6 +92,9 @@ def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float, impor
             batch.fields["advantage"],
             row_weight_M=weight_M,
             importance_weight_M=importance_M,
+            objective="cispo" if config.objective == "cispo" else "clip",
+            dual_clip=config.dual_clip,
+            sequence_log_ratio_M=log_ratio_M,
             temperature=batch.fields["temperature"],
             clip_low=config.clip_low,
             clip_high=config.clip_high,
@@ -93,6 +110,6 @@ def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float, impor
         }
         if config.kl_coef:  # else there is no reference that it could be to
             sums["kl"] = metrics.kl_sum
-        return loss, weight_M.sum(), sums
+        return loss, batch.fields["share"].sum(), sums
 
     return head

@@ -152,14 +152,24 @@ def importance_weights(
         )
     d_M = d_M.float().where(counts_M & (d_M.abs() > rounding), 0.0)
     if level == "sequence":
-        sums_N = d_M.new_zeros(num_documents).index_add_(0, documents_M, d_M)
-        if context_group is not None:
-            dist.all_reduce(sums_N, group=context_group)
-        d_M = sums_N[documents_M]
+        d_M = sums_of_documents(d_M, documents_M, num_documents, context_group)[documents_M]
     w_M = d_M.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
     if kind == "truncated":
         return w_M.clamp(max=cap)
     return w_M.where((w_M >= low) & (w_M <= cap), 0.0)
+
+
+def sums_of_documents(
+    value_M: Tensor,
+    documents_M: Tensor,
+    num_documents: int,
+    context_group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Return (N,) sums over each document's rows, those that other context ranks hold included."""
+    sums_N = value_M.new_zeros(num_documents).index_add_(0, documents_M, value_M)
+    if context_group is not None:
+        dist.all_reduce(sums_N, group=context_group)
+    return sums_N
 
 
 def importance_of(run: Any) -> str:

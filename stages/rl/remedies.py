@@ -11,7 +11,7 @@ The thresholds, round counts and sizes of the rounds are ours; the paper gives "
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -68,12 +68,15 @@ def accuracy(rewards: Sequence[float]) -> float:
     return sum(reward > 0 for reward in rewards) / len(rewards)
 
 
-def advantages(rewards: Sequence[float]) -> list[float]:
-    """Return (r - mean) / std over the group, with the population std; zeros for equal rewards.
+def advantages(
+    rewards: Sequence[float], form: Literal["normalized", "centered"] = "normalized"
+) -> list[float]:
+    """Return (r - mean) / std over the group, with the population std, or `centered` r - mean; zeros for equal rewards.
 
-    GRPO, arXiv 2402.03300. A rebalanced group of +1/-1 rewards has mean 0 and std 1, so each advantage is its reward.
+    GRPO, arXiv 2402.03300, and Dr. GRPO, arXiv 2503.20783. A rebalanced group of +1/-1 rewards has mean 0 and std 1, so
+    each advantage is its reward.
     """
-    std = float(np.std(rewards))
+    std = 1.0 if form == "centered" else float(np.std(rewards))
     if std == 0:
         return [0.0] * len(rewards)
     mean = float(np.mean(rewards))

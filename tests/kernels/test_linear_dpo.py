@@ -26,6 +26,11 @@ OPTIONS = [
     pytest.param({"label_smoothing": 0.1, "beta": 0.5}, id="smoothing"),
     pytest.param({"nll_weight": 0.7}, id="nll"),
     pytest.param({"nll_weight": 0.3, "label_smoothing": 0.2, "pair_weight_P": True}, id="weights"),
+    pytest.param({"length_normalized": True, "beta": 2.0}, id="mean-logp"),
+    pytest.param({"loss": "ipo", "nll_weight": 0.5, "nll_scale_P": True}, id="ipo-nll-of-tokens"),
+    pytest.param(
+        {"loss": "ipo", "length_normalized": True, "pair_weight_P": True}, id="ipo-mean-logp"
+    ),  # fmt: skip
 ]
 
 
@@ -43,6 +48,8 @@ def dpo_inputs(
     if options.get("pair_weight_P") is True:
         options["pair_weight_P"] = torch.rand(len(lengths) // 2) + 0.5
         options["pair_weight_P"][len(lengths) // 4] = 0
+    if options.get("nll_scale_P") is True:
+        options["nll_scale_P"] = torch.rand(len(lengths) // 2) + 0.1
     reference_S = -4.0 * torch.tensor(lengths) + torch.randn(len(lengths))
     return hidden, weight, {
         "targets_M": targets, "sequence_M": sequence_M, "reference_logp_S": reference_S
@@ -107,6 +114,28 @@ def test_equals_trl() -> None:
     assert_same({name: got[name] for name in want}, want, 1e-11)
     rewards = beta * (logps.detach() - ref)
     torch.testing.assert_close(got["margin_sum"], (rewards[0::2] - rewards[1::2]).sum())
+
+
+def test_ipo_of_mean_logps_equals_trl() -> None:
+    """TRL 0.26 DPOTrainer, loss_type ipo: log-probs averaged over each answer, (logits - 1 / (2 beta))^2."""
+    hidden, weight, arguments = dpo_inputs([7, 5, 4, 9], 12, 50, {})
+    targets, sequence_M = arguments["targets_M"], arguments["sequence_M"]
+    beta, leaves = 0.3, (hidden.requires_grad_(), weight.requires_grad_())
+    logp_MV = torch.log_softmax(leaves[0] @ leaves[1].T, -1)
+    logp_M = logp_MV.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    mask_SM = (targets != IGNORE) & (sequence_M == torch.arange(4)[:, None])
+    means = (logp_M * mask_SM).sum(1) / mask_SM.sum(1)
+    reference = arguments["reference_logp_S"].double() / mask_SM.sum(1)
+    logits = (means[0::2] - means[1::2]) - (reference[0::2] - reference[1::2])
+    want = ((logits - 1 / (2 * beta)) ** 2).sum()
+    dx, dw = torch.autograd.grad(want, leaves)
+    got = value_and_grads(
+        lambda x, w: linear_dpo(x, w, beta=beta, loss="ipo", length_normalized=True, **arguments),
+        hidden,
+        weight,
+    )
+    expected = {"loss": want.detach(), "dx": dx, "dw": dw}
+    assert_same({name: got[name] for name in expected}, expected, 1e-11)
 
 
 def test_equals_liger() -> None:
@@ -216,8 +245,15 @@ def test_main_grad_takes_dw(lengths: list[int]) -> None:
 
 def test_opcheck() -> None:
     hidden, weight, arguments = dpo_inputs([5, 4, 3, 8], 12, 50, {}, torch.float32)
-    values = [arguments["sequence_M"], arguments["reference_logp_S"], None]
-    options = Dpo(beta=0.1, label_smoothing=0.0, nll_weight=0.2, sequence_group=None)
+    values = [arguments["sequence_M"], arguments["reference_logp_S"], None, None]
+    options = Dpo(
+        beta=0.1,
+        label_smoothing=0.0,
+        nll_weight=0.2,
+        loss="dpo",
+        length_normalized=False,
+        sequence_group=None,
+    )
     args = (ConstantOptions.of(options), hidden, weight, arguments["targets_M"], None, 1.0, values)
     torch.library.opcheck(compute_compiled, (*args, True, True))
 

@@ -42,6 +42,10 @@ OPTIONS = [
         },
         id="everything",
     ),
+    pytest.param({"objective": "cispo", "clip_low": 1.0, "row_weight_M": True}, id="cispo"),
+    pytest.param({"dual_clip": 1.2, "importance_weight_M": True, "kl_coef": 0.1}, id="dual-clip"),
+    pytest.param({"sequence_log_ratio_M": True, "dual_clip": 1.4}, id="gspo"),
+    pytest.param({"sequence_log_ratio_M": True, "objective": "cispo"}, id="gspo-cispo"),
 ]
 
 
@@ -57,6 +61,8 @@ def policy_inputs(
             options[name] = torch.rand(M) + 0.5
     if "row_weight_M" in options and M > 1:
         options["row_weight_M"][M // 2] = 0
+    if "sequence_log_ratio_M" in options:
+        options["sequence_log_ratio_M"] = 0.4 * torch.randn(M)
     if options.get("kl_coef"):
         options["reference_logp_M"] = logp_M + 0.2 * torch.randn(M)
     arguments = {
@@ -118,6 +124,43 @@ def grpo_batch(B: int, T: int, D: int, V: int) -> dict[str, Tensor]:
         "hidden": hidden, "weight": weight, "targets": targets, "mask": mask_BT, "advantage": torch.randn(B).double(),
         "old": logp_BT + 0.3 * torch.randn(B, T).double(), "ref": logp_BT + 0.3 * torch.randn(B, T).double(),
     }  # fmt: skip
+
+
+def test_gspo_is_the_objective_of_whole_sequences() -> None:
+    """Equation 5 of arXiv 2507.18071, differentiated by autograd: one ratio and one clip for each sequence."""
+    batch = grpo_batch(4, 9, 8, 30)
+    lengths_B, low, high = batch["mask"].sum(-1), 0.03, 0.04
+    advantage_B = batch["advantage"]
+
+    def ratios(logp_M: Tensor) -> Tensor:
+        difference_BT = (logp_M.view_as(batch["mask"]) - batch["old"]) * batch["mask"]
+        return difference_BT.sum(-1) / lengths_B
+
+    def paper(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        logp_M = linear_logprob_reference(hidden, weight, batch["targets"]).logp_M
+        s_B = ratios(logp_M).exp()
+        limited_B = s_B.clamp(1 - low, 1 + high)
+        return -torch.minimum(s_B * advantage_B, limited_B * advantage_B).mean(), logp_M.detach()
+
+    hidden, weight = (batch[name].clone().requires_grad_() for name in ("hidden", "weight"))
+    want, logp_M = paper(hidden, weight)
+    want.backward()
+    per_token_BT = batch["mask"] / lengths_B[:, None] / len(lengths_B)
+    T = batch["mask"].shape[1]
+    got = value_and_grads(
+        lambda x, w: linear_policy_loss(
+            x, w, batch["targets"], batch["old"].flatten(), advantage_B.repeat_interleave(T),
+            row_weight_M=per_token_BT.flatten(), clip_low=low, clip_high=high,
+            sequence_log_ratio_M=ratios(logp_M).repeat_interleave(T),
+        ),
+        batch["hidden"],
+        batch["weight"],
+    )  # fmt: skip
+    assert 0 < int(got["clipped_sum"]) < int(batch["mask"].sum())
+    torch.testing.assert_close(got["loss"], want.detach())
+    torch.testing.assert_close(
+        [got["dx"], got["dw"]], [hidden.grad, weight.grad], rtol=1e-9, atol=1e-12
+    )
 
 
 def ours_on_grpo_batch(batch: dict[str, Tensor], form: str) -> dict[str, Tensor]:
@@ -262,7 +305,7 @@ def test_main_grad_takes_dw() -> None:
 
 def test_opcheck() -> None:
     hidden, weight, targets = make_head(9, 8, 20)
-    values = [None, *(torch.rand(9) for _ in range(3)), None]
+    values = [None, *(torch.rand(9) for _ in range(3)), None, torch.rand(9)]
     options = PolicyLoss(
         clip_low=0.2,
         clip_high=0.28,
@@ -270,6 +313,8 @@ def test_opcheck() -> None:
         kl="k3",
         kl_gradient="estimator",
         entropy_coef=0.01,
+        objective="clip",
+        dual_clip=3.0,
     )
     args = (ConstantOptions.of(options), hidden, weight, targets, None, 1.0, values)
     torch.library.opcheck(compute_compiled, (*args, True, True))
@@ -286,6 +331,9 @@ def test_opcheck() -> None:
         ({"kl": "k4"}, "expected kl in k1, k2, k3.*got 'k4'"),
         ({"kl_coef": 0.1}, "kl_coef 0.1 needs reference_logp_M"),
         ({"clip_low": 1.5}, r"expected clip_low in \[0, 1\]"),
+        ({"objective": "ppo"}, "expected objective in clip, cispo, got 'ppo'"),
+        ({"dual_clip": 1.0}, "expected dual_clip above 1, with objective clip, got 1.0 with clip"),
+        ({"dual_clip": 3.0, "objective": "cispo"}, "got 3.0 with cispo"),
         ({"targets_M": torch.full((6,), 20)}, r"targets_M\[0\] is 20"),
         ({"advantage_M": None}, "advantage_M must be a tensor, got NoneType"),
         *(
@@ -296,6 +344,7 @@ def test_opcheck() -> None:
                 "row_weight_M",
                 "reference_logp_M",
                 "importance_weight_M",
+                "sequence_log_ratio_M",
             )  # fmt: skip
         ),
         (
@@ -309,9 +358,12 @@ def test_opcheck() -> None:
         "kl",
         "reference",
         "clip",
+        "objective",
+        "dual-clip",
+        "dual-clip-cispo",
         "target",
         "no-advantage",
-        *(f"gradient-{i}" for i in range(5)),
+        *(f"gradient-{i}" for i in range(6)),
         "coefficient",
     ],
 )

@@ -20,7 +20,7 @@ from phimini.model.io.tokenizer import train_tiny_tokenizer
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.step import StepMetrics
 from phimini.stages.config.recipes import tiny
-from phimini.stages.config.schema import override
+from phimini.stages.config.schema import OptimizerSettings, RolloutDpoConfig, override
 from phimini.stages.curate import teacher_pairs
 from phimini.stages.rollout_dpo import (
     check_first_step,
@@ -131,11 +131,23 @@ def test_another_reference_is_seen_in_every_precision() -> None:
     def metrics(off: float) -> StepMetrics:
         return StepMetrics(loss_sum=0.0, count=2.0, metrics={"preference_loss": 2 * (math.log(2) + off)})  # fmt: skip
 
-    check_first_step(metrics(9e-4), exact=True)
-    check_first_step(metrics(-0.04), exact=False)
+    dpo = RolloutDpoConfig(optimizer=OptimizerSettings(lr=1e-3))
+    check_first_step(metrics(9e-4), dpo, exact=True)
+    check_first_step(metrics(-0.04), dpo, exact=False)
     for off, exact in ((2e-3, True), (-2e-3, True), (0.06, False), (math.nan, False)):
         with pytest.raises(RuntimeError, match="expected ln 2"):
-            check_first_step(metrics(off), exact=exact)
+            check_first_step(metrics(off), dpo, exact=exact)
+
+
+def test_another_reference_is_seen_with_ipo() -> None:
+    ipo = RolloutDpoConfig(optimizer=OptimizerSettings(lr=1e-3), loss="ipo", beta=0.5)
+    metrics = lambda margin: StepMetrics(
+        loss_sum=0.0, count=2.0, metrics={"preference_loss": 2 * ((margin - 0.5) / 0.5) ** 2}
+    )
+    check_first_step(metrics(0.0), ipo, exact=True)
+    for margin in (3e-3, -3e-3):
+        with pytest.raises(RuntimeError, match=r"expected 1 / \(2 beta\)\^2 = 1\.000000"):
+            check_first_step(metrics(margin), ipo, exact=True)
 
 
 @pytest.mark.parametrize(

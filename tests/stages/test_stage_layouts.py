@@ -3,6 +3,7 @@
 Pairs stay pairs when their tokens are split; a data rank with fewer items than the others adds nothing of its own.
 """
 
+import dataclasses
 import random
 from typing import Any
 
@@ -33,6 +34,7 @@ from phimini.stages.rollout_dpo import Pair, dpo_head, pair_batch, reference_log
 from phimini.stages.run.training import cross_entropy_head
 
 DPO = RolloutDpoConfig(optimizer=OptimizerSettings(lr=1e-3), micro_pairs=2, nll_weight=0.5)
+IPO = dataclasses.replace(DPO, loss="ipo", length_normalized=True, nll_mean="tokens")
 
 
 def pairs() -> list[Pair]:
@@ -41,15 +43,18 @@ def pairs() -> list[Pair]:
     return [Pair(example(rng.randint(4, 40)), example(rng.randint(4, 40))) for _ in range(4)]
 
 
-def dpo_rank(layout: Layout) -> tuple[float, float, dict[str, float], dict[str, Tensor]]:
+def dpo_rank(
+    layout: Layout, options: RolloutDpoConfig
+) -> tuple[float, float, dict[str, float], dict[str, Tensor]]:
     world = initialize(layout, config(), timeout_s=100)
     model = build_model(config(), world, seed=0)
     model.zero_grad()
     all_pairs, reference = pairs(), torch.full((2, 2), -60.0)
-    batches = [pair_batch(all_pairs[i : i + 2], reference, world) for i in (0, 2)]
+    scale = 0.05 if options.nll_mean == "tokens" else None
+    batches = [pair_batch(all_pairs[i : i + 2], reference, world, scale) for i in (0, 2)]
     share = len(batches) // world.data_size
     mine = batches[world.data_rank * share : (world.data_rank + 1) * share]
-    result = forward_backward(model, mine, dpo_head(DPO))
+    result = forward_backward(model, mine, dpo_head(options))
     gradients = {name: g.clone() for name, g in gradients_to_hf(model)}
     return result.loss, result.count, result.metrics, gradients
 
@@ -59,13 +64,16 @@ def dpo_rank(layout: Layout) -> tuple[float, float, dict[str, float], dict[str, 
     [(Layout(context=2), 2), (Layout(pipeline=2, context=2), 4), (Layout(tensor=2, sequence_parallel=True), 4)],
     ids=["cp2", "cp2-pp2", "tp2-sp-dp2"],
 )  # fmt: skip
-def test_preferences_are_the_same(layout: Layout, world_size: int) -> None:
-    ((loss, count, metrics, gradients),) = run_ranks(dpo_rank, 1, Layout(), timeout_s=150)
+@pytest.mark.parametrize("options", [DPO, IPO], ids=["dpo", "ipo"])
+def test_preferences_are_the_same(
+    layout: Layout, world_size: int, options: RolloutDpoConfig
+) -> None:
+    ((loss, count, metrics, gradients),) = run_ranks(dpo_rank, 1, Layout(), options, timeout_s=150)
     assert count == 4 and metrics["margin"] != 0
     for got_loss, got_count, got, got_gradients in run_ranks(
-        dpo_rank, world_size, layout, timeout_s=150
+        dpo_rank, world_size, layout, options, timeout_s=150
     ):
-        assert got_count == count and got_loss == pytest.approx(loss, rel=LIMIT)
+        assert got_count == pytest.approx(count) and got_loss == pytest.approx(loss, rel=LIMIT)
         assert got == pytest.approx(metrics, rel=1e-5)
         error, name = worst_error(got_gradients, gradients)
         assert error <= 2 * LIMIT, f"{name} is off by {error:.1e}"
@@ -85,6 +93,9 @@ def test_data_ranks_get_equal_flops_and_not_equal_tokens() -> None:
 
 RLVR = RlvrConfig(
     optimizer=OptimizerSettings(lr=1e-3), steps=1, importance="sequence_truncated", kl_coef=0.1
+)
+GSPO = dataclasses.replace(
+    RLVR, objective="gspo", normalizer="constant", max_new_tokens=32, dual_clip=3.0
 )
 
 
@@ -108,9 +119,10 @@ def stage_items(stage: str, world: World) -> tuple[list, Any, Any]:
     if stage == "dpo":
         pair = lambda part: pair_batch(part, torch.full((len(part), 2), -60.0), world)
         return pairs(), pair, dpo_head(DPO)
-    if stage == "rlvr":
-        made = lambda part: with_reference(rollout_batch(part, 0, RLVR, world))
-        return rollouts(), made, policy_head(RLVR, MismatchMeter(), 1e-4, "off")
+    if stage in ("rlvr", "gspo"):
+        options = RLVR if stage == "rlvr" else GSPO
+        made = lambda part: with_reference(rollout_batch(part, 0, options, world))
+        return rollouts(), made, policy_head(options, MismatchMeter(), 1e-4, "off")
     examples = [e for p in pairs() for e in (p.chosen, p.rejected)]
     return examples, lambda part: pack(documents(part), multiple_of=multiple), cross_entropy_head
 
@@ -133,7 +145,7 @@ def uneven_rank(stage: str, number: int, layout: Layout) -> tuple[float, float, 
     [(Layout(), 3, 4), (Layout(), 3, 1), (Layout(pipeline=2), 4, 3), (Layout(context=2), 4, 1)],
     ids=["dp3-4", "dp3-1", "pp2-dp2-3", "cp2-dp2-1"],
 )
-@pytest.mark.parametrize("stage", ["sft", "dpo", "rlvr"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "rlvr", "gspo"])
 def test_a_data_rank_without_an_item_changes_nothing(
     stage: str, layout: Layout, world_size: int, number: int
 ) -> None:
@@ -143,7 +155,7 @@ def test_a_data_rank_without_an_item_changes_nothing(
     results = run_ranks(uneven_rank, world_size, stage, number, layout, timeout_s=150)
     assert sum(used for *_, used in results) == number * layout.model_size
     for got_loss, got_count, got, got_gradients, _ in results:
-        assert got_count == count and got_loss == pytest.approx(loss, rel=LIMIT)
+        assert got_count == pytest.approx(count) and got_loss == pytest.approx(loss, rel=LIMIT)
         assert got == pytest.approx(metrics, rel=1e-5, abs=1e-5)
         error, name = worst_error(got_gradients, gradients)
         assert error <= 2 * LIMIT, f"{name} is off by {error:.1e}"

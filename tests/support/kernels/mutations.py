@@ -259,15 +259,27 @@ MUTATIONS = [
     ),
     Mutation(
         "DPO: chosen and rejected swapped", "linear_dpo.py",
-        "weight_P1 * torch.stack([chosen_P, -dh_P], 1)", "weight_P1 * torch.stack([-dh_P, chosen_P], 1)", DPO,
+        "torch.stack([chosen_P, rejected_P], 1)).flatten()", "torch.stack([rejected_P, chosen_P], 1)).flatten()", DPO,
     ),
     Mutation(
         "DPO: beta once instead of twice", "linear_dpo.py",
-        "        dh_P = self.beta * (\n", "        dh_P = 1.0 * (\n", DPO,
+        "            dh_P = beta * (\n", "            dh_P = 1.0 * (\n", DPO,
     ),
     Mutation(
         "DPO: a long pair's rejected half keeps its sign", "linear_dpo.py",
-        "signs = (1.0, 1.0) if self.nll_weight else (1.0, -1.0)", "signs = (1.0, 1.0)", PAIRS,
+        "signs = (1.0, -1.0) if is_antisymmetric else (1.0, 1.0)", "signs = (1.0, 1.0)", PAIRS,
+    ),
+    Mutation(
+        "DPO: a long pair of mean log-probs has one scratch", "linear_dpo.py",
+        "not self.nll_weight and not self.options.length_normalized", "not self.nll_weight", DPO,
+    ),
+    Mutation(
+        "DPO: the rejected mean has the chosen answer's length", "linear_dpo.py",
+        "rejected_P / length_S[1::2]", "rejected_P / length_S[::2]", DPO,
+    ),
+    Mutation(
+        "DPO: IPO's derivative lacks its factor 2", "linear_dpo.py",
+        "dh_P = 2 * (margin_P - 0.5) / beta", "dh_P = (margin_P - 0.5) / beta", DPO,
     ),
     Mutation(
         "DPO: a long pair is cut in the wrong place", "head/pairs.py",
@@ -275,12 +287,24 @@ MUTATIONS = [
     ),
     Mutation(
         "policy: the clip is symmetric", "linear_policy_loss.py",
-        "clipped_M = ratio_M.clamp(1 - options.clip_low, 1 + options.clip_high) * inputs.advantage_M",
-        "clipped_M = ratio_M.clamp(1 - options.clip_low, 1 + options.clip_low) * inputs.advantage_M", POLICY,
+        "bounded_M = ratio_M.clamp(1 - options.clip_low, 1 + options.clip_high)\n    if",
+        "bounded_M = ratio_M.clamp(1 - options.clip_low, 1 + options.clip_low)\n    if", POLICY,
     ),
     Mutation(
         "policy: a clipped row still has a gradient", "linear_policy_loss.py",
-        "dlogp_M = -unclipped_M * inside_M * (1 - is_clipped_M)", "dlogp_M = -unclipped_M * inside_M", POLICY,
+        "-unclipped_M * inside_M * (1 - is_limited_M), is_limited_M", "-unclipped_M * inside_M, is_limited_M", POLICY,
+    ),
+    Mutation(
+        "policy: the dual clip holds for good answers too", "linear_policy_loss.py",
+        ".where(advantage_M < 0, -math.inf)", ".where(advantage_M < math.inf, -math.inf)", POLICY,
+    ),
+    Mutation(
+        "policy: CISPO's factor is not limited", "linear_policy_loss.py",
+        "dlogp_M = -bounded_M * advantage_M", "dlogp_M = -ratio_M * advantage_M", POLICY,
+    ),
+    Mutation(
+        "policy: GSPO's ratio is the token's", "linear_policy_loss.py",
+        "difference_M = inputs.sequence_log_ratio_M.to(stats.logp_M.dtype)", "pass", POLICY,
     ),
     Mutation(
         "policy: the importance weight is not in the gradient", "linear_policy_loss.py",
@@ -292,7 +316,7 @@ MUTATIONS = [
     ),
     Mutation(
         "policy: a ratio beyond the clamp has a gradient", "linear_policy_loss.py",
-        "dlogp_M = -unclipped_M * inside_M * (1 - is_clipped_M)", "dlogp_M = -unclipped_M * (1 - is_clipped_M)", CLAMP,
+        "-unclipped_M * inside_M * (1 - is_limited_M), is_limited_M", "-unclipped_M * (1 - is_limited_M), is_limited_M", CLAMP,
     ),
     Mutation(
         "policy: a KL beyond the clamp has a gradient", "linear_policy_loss.py",
