@@ -24,6 +24,7 @@ from phimini.model.io.huggingface import check_tensors, read_tensors
 from phimini.model.io.json_files import read_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.suggest import nearest
+from phimini.model.user_file import function_of
 from phimini.parallel.plan.layouts import MFUS, Plan, plan_stage
 from phimini.parallel.plan.memory import GIB, GPUS, Gpu
 from phimini.parallel.ranks.layout import Layout
@@ -166,9 +167,16 @@ def check_inputs(run: RunConfig, config: ModelConfig) -> list[str]:
                         f"{base}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is "
                         f"{config.vocab_size}"
                     )
+    for field, name in (("rlvr.reward", run.rlvr.reward), ("evaluate.judge", run.evaluate.judge)):
+        if name is not None:
+            found += _problems(partial(_check_function, name, field))
     if run.distill.source != "generator":
         found += _check_data(run, Path(run.distill.source), tokenizer)
     return found + _check_out(run, config)
+
+
+def _check_function(name: str, field: str) -> None:
+    function_of(name, field)
 
 
 def _check_base(run: RunConfig, base: Path, want: ModelConfig) -> None:

@@ -24,7 +24,7 @@ from phimini.stages.data.row_fields import PROBLEM_FIELDS
 from phimini.stages.report.intervals import mean_interval, pass_at_k, wilson_interval
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import Sampler, release_memory
-from phimini.stages.verify.verdict import verify
+from phimini.stages.verify.scorer import Answered, Scorer
 
 SHOWN_PER_CELL = 1
 
@@ -66,6 +66,7 @@ def evaluate_problems(
     Raises ValueError for fewer than 8 `evaluate.samples`.
     """
     config, started = run.evaluate, time.perf_counter()
+    judge = Scorer("evaluate.judge", config.judge, run.rollout.judges if world.is_main else 0)
     prompts = [encode_prompt(tokenizer, p["question"], run.chat_template) for p in problems]
     greedy_params = SamplingParams(
         temperature=0.0, max_new_tokens=config.max_new_tokens, stop_ids=tokenizer.stop_ids
@@ -83,8 +84,9 @@ def evaluate_problems(
     seeds = [derive(config.seed, p["id"], j) for p in problems for j in range(k)]
     sampled = engine.generate([prompt for prompt in prompts for _ in range(k)], params, seeds)
     asked = [*problems, *(p for p in problems for _ in range(k))]
-    completions = zip([*greedy, *sampled], asked, strict=True)
-    verdicts = on_main(world, lambda: [judge(tokenizer, c, p) for c, p in completions])
+    pairs = zip([*greedy, *sampled], asked, strict=True)
+    verdicts = on_main(world, lambda: judge.scores([answered(tokenizer, c, p) for c, p in pairs]))
+    verdicts = [score > 0 for score in verdicts]
     greedy_ok = np.array(verdicts[: len(problems)])
     sampled_ok = np.array(verdicts[len(problems) :]).reshape(len(problems), k)
     return summarize(problems, greedy_ok, sampled_ok) | {
@@ -120,11 +122,10 @@ def shown_samples(
     return [sample for cell in shown.values() for sample in cell]
 
 
-def judge(tokenizer: Tokenizer, completion: Completion, problem: dict) -> bool:
-    """Return True if a completion ended by itself and its last box holds the problem's answer."""
-    return completion.finish_reason == "stop" and verify(
-        tokenizer.decode(completion.tokens), problem["answer"]
-    )
+def answered(tokenizer: Tokenizer, completion: Completion, problem: dict) -> Answered:
+    """Return a completion's text with its problem, for a `Scorer`."""
+    text = tokenizer.decode(completion.tokens)
+    return Answered(problem["question"], problem["answer"], text, completion.finish_reason)
 
 
 def summarize(problems: list[dict], greedy_ok: np.ndarray, sampled_ok: np.ndarray) -> dict:

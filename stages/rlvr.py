@@ -299,7 +299,7 @@ def count_unused(
     for name, number in {
         "groups": len(groups),
         "all_cut_off": sum(not group for group in rewards),
-        "all_wrong": sum(bool(group) and max(group) < 0 for group in rewards),
+        "all_wrong": sum(bool(group) and max(group) <= 0 for group in rewards),
         "too_easy": sum(bool(group) and is_too_easy(group, most) for group in rewards),
         "too_stale": row["too_stale"],
     }.items():

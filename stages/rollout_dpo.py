@@ -42,7 +42,7 @@ from phimini.stages.data.packing import (
     micro_batches,
 )
 from phimini.stages.data.row_fields import PROBLEM_FIELDS
-from phimini.stages.evaluate import judge
+from phimini.stages.evaluate import answered
 from phimini.stages.rl.groups import check_room
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import release_memory
@@ -56,6 +56,7 @@ from phimini.stages.run.training import (
     training_steps,
     update_row,
 )
+from phimini.stages.verify.scorer import is_right
 
 PAIR_FIELDS = {"problem_id": str, "question": str, "chosen": str, "rejected": str}
 LN2_TOLERANCE, LN2_TOLERANCE_ROUNDED = 1e-3, 5e-2
@@ -182,7 +183,7 @@ def write_pairs(
             "answer": problem["answer"],
             "response": tokenizer.decode(completion.tokens),
             "response_tokens": completion.tokens,
-            "correct": judge(tokenizer, completion, problem),
+            "correct": is_right(*answered(tokenizer, completion, problem)),
             "finish_reason": completion.finish_reason,
             "temperature": config.temperature,
         }

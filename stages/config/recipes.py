@@ -3,11 +3,10 @@
 NAME is one of `RECIPES`, or `path/to/mine.py:my_recipe` for a function in a file of the user's.
 """
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
 from phimini.model.suggest import nearest
+from phimini.model.user_file import function_of
 from phimini.stages.config.schema import (
     CurateConfig,
     DistillConfig,
@@ -181,9 +180,8 @@ PAPER = {
 
 def recipe_config(name: str) -> RunConfig:
     """Return the config of a recipe by name or by `FILE.py:FUNCTION`. Raises ValueError if there is no such recipe."""
-    file, colon, function = name.rpartition(":")
-    if colon:
-        return _from_file(name, Path(file), function)
+    if ":" in name:
+        return _from_file(name)
     if name not in RECIPES:
         raise ValueError(
             f"unknown recipe {name!r}; {nearest(name, [*RECIPES, 'FILE.py:FUNCTION'])}"
@@ -191,22 +189,10 @@ def recipe_config(name: str) -> RunConfig:
     return RECIPES[name]()
 
 
-def _from_file(name: str, file: Path, function: str) -> RunConfig:
-    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
-    if not file.is_file() or spec is None or spec.loader is None:
-        raise ValueError(f"recipe {name}: expected a Python file (*.py), found none at {file}")
-    module = importlib.util.module_from_spec(spec)
+def _from_file(name: str) -> RunConfig:
+    make = function_of(name, "recipe")
     try:
-        spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise ValueError(f"recipe {name}: {file} cannot be imported: {error}") from error
-    made = {key: value for key, value in vars(module).items() if callable(value)}
-    if function not in made:
-        raise ValueError(
-            f"recipe {name}: no function {function!r} in {file}; {nearest(function, made)}"
-        )
-    try:
-        run = made[function]()
+        run = make()
     except TypeError as error:  # a field that does not exist or is missing
         raise ValueError(f"recipe {name}: {error}") from error
     if not isinstance(run, RunConfig):

@@ -240,6 +240,9 @@ class RlvrConfig:
     """temperature of the first step"""
     end_temperature: Positive = 0.6
     """temperature of the second half of the steps"""
+    reward: str | None = None
+    """a function of yours, FILE.py:FUNCTION, called with question, answer, response and finish reason, that returns
+    the reward, above 0 for a right answer; none: +1 for an answer that ended and verifies, else -1"""
     max_mismatch: Positive | None = None
     """the run stops when sampler and trainer differ by more than this in mean |log-prob|; none: 1e-3 for a sampler
     in float32, 0.02 in bfloat16, 0.06 in FP8"""
@@ -276,6 +279,8 @@ class EvaluateConfig:
     """longest answer, in tokens"""
     seed: Seed = 123
     """seed of every random choice"""
+    judge: str | None = None
+    """a function of yours, as rlvr.reward, whose numbers above 0 mean a right answer; none: the verifier"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,6 +291,8 @@ class RolloutConfig:
     """`local`: the reference model's sampler, embedded in the training ranks"""
     max_batch: Count = 256
     """sequences decoded at once by one engine"""
+    judges: CountOrZero = 0
+    """processes that score answers, beside the first rank; 0: that rank itself"""
     placement: Literal["colocated", "separate"] = "colocated"
     """vLLM in the training ranks, or in processes of its own"""
     addresses: tuple[str, ...] = ()

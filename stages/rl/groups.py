@@ -18,7 +18,7 @@ from phimini.stages.rl.remedies import is_hard, next_size, temperature_at
 from phimini.stages.rollout.engine import OversamplingSampler, PrefetchingEngine, RolloutEngine
 from phimini.stages.rollout.engine import Sampler as EngineSampler
 from phimini.stages.rollout.prefetch import Background
-from phimini.stages.verify.verdict import verify
+from phimini.stages.verify.scorer import Answered, Scorer
 
 SHORT_TOKENS = 64
 """longest answer that is sampled for the mismatch measure only"""
@@ -94,9 +94,13 @@ class GroupSampler:
         problems: dict[str, dict],
         *,
         collective: bool = True,
+        scorer: Scorer | None = None,
     ) -> None:
         self.run, self.config, self.world, self.collective = run, run.rlvr, world, collective
         self.engine, self.tokenizer, self.problems = engine, tokenizer, problems
+        self.scorer = scorer or Scorer(
+            "rlvr.reward", run.rlvr.reward, run.rollout.judges if world.is_main else 0
+        )
         self.prompts = {
             id: encode_prompt(tokenizer, p["question"], run.chat_template)
             for id, p in problems.items()
@@ -158,10 +162,19 @@ class GroupSampler:
 
         Rank 0 judges for all: a verdict has a time limit, so ranks that judged for themselves could differ.
         """
-        judge = lambda: [
-            reward(self.tokenizer.decode(c.tokens), c.finish_reason, self.problems[id])
-            for id, c in zip(ids, completions, strict=True)
-        ]
+
+        def judge() -> list[float]:
+            asked = zip(map(self.problems.__getitem__, ids), completions, strict=True)
+            scores = self.scorer.scores(
+                [
+                    Answered(p["question"], p["answer"], self.tokenizer.decode(c.tokens), c.finish_reason)
+                    for p, c in asked
+                ]
+            )  # fmt: skip
+            if self.config.reward is not None:
+                return scores
+            return [1.0 if score else -1.0 for score in scores]
+
         return on_main(self.world, judge) if self.collective else judge()
 
     def sample_groups(self, ids: list[str], step: int, temperature: float) -> list[list[Rollout]]:
@@ -212,7 +225,7 @@ class RolloutSource:
         if self._run.rollout.asynchronous:
             assert isinstance(engine, PrefetchingEngine), "build_engine allows no other"
             s = sampler
-            self._on_main = GroupSampler(s.run, s.world, engine.on_main, s.tokenizer, s.problems, collective=False)  # fmt: skip
+            self._on_main = GroupSampler(s.run, s.world, engine.on_main, s.tokenizer, s.problems, collective=False, scorer=s.scorer)  # fmt: skip
 
     def temperature(self, step: int) -> float:
         """Return remedy 3's temperature. Like the learning rate it follows the steps, not the updates."""
@@ -260,9 +273,3 @@ class RolloutSource:
         if not is_last:
             plan = self._plan(step + 1)
             self._prefetched = Background(self._world, lambda: self._on_main.sample_groups(*plan))
-
-
-@phase("verify")
-def reward(response: str, finish_reason: str, problem: dict) -> float:
-    """Return +1 for a response that ended by itself with the right answer, -1 for any other."""
-    return 1.0 if finish_reason == "stop" and verify(response, problem["answer"]) else -1.0

@@ -32,10 +32,10 @@ from phimini.stages.config.schema import override
 from phimini.stages.curate import curate
 from phimini.stages.distill import distill
 from phimini.stages.midtrain import midtrain
-from phimini.stages.rl import groups as rollout_groups
 from phimini.stages.rl import loss as policy_loss
 from phimini.stages.run import training
 from phimini.stages.run.stage_folder import Stage
+from phimini.stages.verify import scorer
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("kernels", "model", "parallel", "stages")
@@ -115,13 +115,13 @@ def rollout(folder: Path) -> dict[str, list[str]]:
     run = run_config(make_run(folder / "run"), "rlvr.steps=1")
     loss: Any = policy_loss
     loss.linear_policy_loss = functools.partial(loss.linear_policy_loss, _backend="triton")
-    judge = rollout_groups.reward
+    judge = scorer.is_right
 
-    def reward(response: str, finish_reason: str, problem: dict) -> float:
-        judge(response, finish_reason, problem)
-        return 1.0 - 2.0 * (len(response) % 2)
+    def is_right(question: str, answer: str, response: str, finish_reason: str) -> bool:
+        judge(question, answer, response, finish_reason)
+        return len(response) % 2 == 0
 
-    rollout_groups.reward = reward
+    scorer.is_right = is_right
     world = initialize(Layout(), LONG)
     stage = Stage.begin(run, "rlvr", world)
     with Trace("RolloutSource.groups", "Optimizer.step") as trace:

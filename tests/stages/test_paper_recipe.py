@@ -16,7 +16,7 @@ from phimini.stages.config.recipes import RECIPES
 from phimini.stages.config.schema import to_dict
 from phimini.stages.data.arithmetic_problems import generate_problems, teach
 from phimini.stages.recipe import TRAINING
-from phimini.stages.rl import groups as rollout_groups
+from phimini.stages.verify import scorer
 
 MINIATURE = [
     "model=tiny", "context_parallel=1",
@@ -65,7 +65,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def command(words: list[str]) -> int:
     """Run the command in another process, with a coin as reward, because an untrained model has no right answer."""
-    rollout_groups.reward = lambda response, finish_reason, problem: 1.0 - 2.0 * (len(response) % 2)
+    scorer.is_right = lambda question, answer, response, finish_reason: len(response) % 2 == 0
     return main(words)
 
 

@@ -9,7 +9,7 @@ from rl_run import make_run, reinforce, run_config
 from phimini.model.io.json_files import read_json
 from phimini.stages import rlvr
 from phimini.stages.config.schema import RunConfig
-from phimini.stages.rl import groups as rollout_groups
+from phimini.stages.verify import scorer
 
 
 def rewarded(run: RunConfig, value: float) -> list[dict]:
@@ -18,7 +18,7 @@ def rewarded(run: RunConfig, value: float) -> list[dict]:
 
     def then_equal(*args):
         pool = select(*args)
-        rollout_groups.reward = lambda response, finish_reason, problem: value
+        scorer.is_right = lambda *answered: value > 0
         return pool
 
     rlvr.select_prompts = then_equal

@@ -16,8 +16,8 @@ from phimini.parallel.ranks.world import initialize
 from phimini.stages import rlvr
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
-from phimini.stages.rl import groups as rollout_groups
 from phimini.stages.run.stage_folder import Stage
+from phimini.stages.verify import scorer
 
 SETTINGS = [
     "rlvr.steps=3", "rlvr.prompts_per_step=4", "rlvr.rollouts_per_prompt=4", "rlvr.probe_prompts=8",
@@ -47,18 +47,18 @@ def run_config(folder: Path, *more: str) -> RunConfig:
     return override(tiny(), [f"out={folder}", *SETTINGS, *more])
 
 
-def even_length(response: str, finish_reason: str, problem: dict) -> float:
-    """Return +1 for answers whose text has an even length."""
-    return 1.0 - 2.0 * (len(response) % 2)
+def even_length(question: str, answer: str, response: str, finish_reason: str) -> bool:
+    """Return True for answers whose text has an even length."""
+    return len(response) % 2 == 0
 
 
 def reinforce(
     run: RunConfig,
     layout: Layout | None = None,
-    reward: Callable[[str, str, dict], float] = even_length,
+    is_right: Callable[[str, str, str, str], bool] = even_length,
 ) -> list[dict]:
-    """Run stage 4 in this rank, with this reward; return the log's rows."""
-    rollout_groups.reward = reward
+    """Run stage 4 in this rank, with this verdict; return the log's rows."""
+    scorer.is_right = is_right
     config = dataclasses.replace(LONG)
     world = initialize(layout or Layout(), config)
     stage = Stage.begin(run, "rlvr", world)

@@ -69,7 +69,10 @@ def fake_rank(lengths: list[int], layout: Layout, world_size: int, rank: int) ->
             # As one operation: the number of rows that count is a value, which fake tensors do not have.
             with mock.patch("torch.compiler.is_compiling", return_value=True):
                 loss, _ = linear_cross_entropy(
-                    hidden_MD, model.head_weight_VD, prepared.batch.targets_T, group=world.tensor_group
+                    hidden_MD,
+                    model.head_weight_VD,
+                    prepared.batch.targets_T,
+                    group=world.tensor_group,
                 )
             return loss, torch.zeros((), dtype=torch.int32), {}
 

@@ -16,10 +16,11 @@ from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.local_launch import RankFailure
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.batch import DivergedError, check_same_data, digest
-from phimini.stages import evaluate, midtrain, rlvr, rollout_dpo, sft
+from phimini.stages import midtrain, rlvr, rollout_dpo, sft
 from phimini.stages.cli import dispatch, main
 from phimini.stages.data import packing
 from phimini.stages.run.training import read_examples
+from phimini.stages.verify import scorer
 
 Plant = Callable[[], None]
 
@@ -213,11 +214,11 @@ def test_one_rank_judges_stage_4_s_rollouts_for_all(tmp_path: Path) -> None:
     def rank(run: Any) -> tuple[list[dict], int]:
         asked = []
 
-        def reward(response: str, finish_reason: str, problem: dict) -> float:
-            asked.append(problem)
-            return (1.0 - 2.0 * (len(response) % 2)) * (1 if os.environ["RANK"] == "0" else -1)
+        def is_right(question: str, answer: str, response: str, finish_reason: str) -> bool:
+            asked.append(question)
+            return (len(response) % 2 == 0) == (os.environ["RANK"] == "0")
 
-        return reinforce(run, reward=reward), len(asked)
+        return reinforce(run, is_right=is_right), len(asked)
 
     run = run_config(make_run(tmp_path / "run"))
     (rows, of_main), (_, of_other) = run_ranks(rank, 2, run, timeout_s=200)
@@ -234,7 +235,7 @@ def test_one_rank_judges_the_evaluation_for_all(
         def refuse(*_: Any) -> bool:
             raise AssertionError("rank 1 was asked for a verdict")
 
-        evaluate.judge = refuse
+        scorer.is_right = refuse
 
     words = ["evaluate", "tiny", "stage=sft", f"out={tmp_path}", *MICRO]
     assert run_ranks(on_rank_1, 2, plant, main, words, timeout_s=200) == [0, 0]
@@ -242,11 +243,11 @@ def test_one_rank_judges_the_evaluation_for_all(
 
 def test_a_verdict_that_cannot_be_had_is_an_error_on_every_rank(tmp_path: Path) -> None:
     def rank(run: Any) -> str:
-        def refuse(*_: Any) -> float:
+        def refuse(*_: Any) -> bool:
             raise ImportError("math-verify is not installed")
 
         try:
-            reinforce(run, reward=refuse)
+            reinforce(run, is_right=refuse)
         except ImportError as error:
             return str(error)
         return "no error"

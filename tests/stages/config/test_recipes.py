@@ -101,17 +101,20 @@ def test_a_recipe_may_live_in_a_file_of_the_user_s(
     ("name", "message"),
     [
         ("tinny", "unknown recipe 'tinny'; did you mean tiny? expected one of tiny, phi"),
-        ("nowhere.py:mine", "expected a Python file (*.py), found none at "),
-        (":mine", "expected a Python file (*.py), found none at "),
-        ("text.txt:mine", "expected a Python file (*.py), found none at "),
+        ("nowhere.py:mine", "expected FILE.py:FUNCTION, found no Python file at "),
+        (":mine", "expected FILE.py:FUNCTION, found no Python file at "),
+        ("text.txt:mine", "expected FILE.py:FUNCTION, found no Python file at "),
         ("mine.py:min", "no function 'min' in "),
         ("mine.py:min", "did you mean mine?"),
         ("mine.py:calls", "no function 'calls' in "),
         ("mine.py:number", "expected a RunConfig, got int"),
         ("mine.py:misspelt", "unexpected keyword argument 'sede'"),
         ("mine.py:outside", "processes: expected a whole number from 1 to 1000000000, got 0"),
-        ("lacks.py:mine", "cannot be imported: No module named 'no_such_package'"),
-        ("broken.py:mine", "cannot be imported: invalid syntax"),
+        (
+            "lacks.py:mine",
+            "cannot be imported: ModuleNotFoundError: No module named 'no_such_package'",
+        ),
+        ("broken.py:mine", "cannot be imported: SyntaxError: invalid syntax"),
     ],
 )
 def test_a_recipe_that_cannot_be_used_is_named(

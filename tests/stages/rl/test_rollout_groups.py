@@ -14,11 +14,11 @@ from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.world import initialize
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
-from phimini.stages.rl import groups as rollout_groups
 from phimini.stages.rl.groups import GroupSampler, Rollout
 from phimini.stages.rl.prompt_pool import pool_of
 from phimini.stages.rollout.engine import Sampled, Span
 from phimini.stages.run.workloads import most_rollouts
+from phimini.stages.verify import scorer
 
 
 class Seeded:
@@ -47,11 +47,12 @@ def sampled(
     run = override(tiny(), words)
     asked: Counter[str] = Counter()
 
-    def reward(response: str, finish_reason: str, problem: dict) -> float:
-        asked[problem["id"]] += 1
-        return 1.0 if asked[problem["id"]] - 1 in right.get(problem["id"], ()) else -1.0
+    def is_right(question: str, *_) -> bool:
+        id = question.removeprefix("What is ").removesuffix("?")
+        asked[id] += 1
+        return asked[id] - 1 in right.get(id, ())
 
-    rollout_groups.reward = reward
+    scorer.is_right = is_right
     tokenizer = train_tiny_tokenizer(["What is 1 + 1?"] * 3, vocab_size=256)
     problems = {id: {"id": id, "question": f"What is {id}?", "answer": "1"} for id in ids}
     engine: Any = Seeded()

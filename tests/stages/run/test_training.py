@@ -71,7 +71,7 @@ def test_a_stage_resumed_after_a_skipped_update_has_the_same_steps(tmp_path: Pat
     whole, broken = (run_config(make_run(tmp_path / name), *settings) for name in "ab")
     (want,) = run_ranks(reinforce, 1, whole, timeout_s=200)
 
-    def stop_in_step_3(*arguments: Any) -> float:
+    def stop_in_step_3(*arguments: Any) -> bool:
         asked.append(1)
         if len(asked) > 32 + 2 * 16:  # the probe's and two steps'
             raise ValueError("stopped")

@@ -1,0 +1,110 @@
+"""Scores by the verifier and by a user's function: in this process and in others, and each fault of the function."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from forked_ranks import run_ranks
+from rl_run import make_run, reinforce, run_config
+
+from phimini.stages.verify.scorer import Answered, Scorer
+
+FUNCTIONS = """
+import os
+def length(question, answer, response, finish_reason):
+    return len(response) * (0.5 if finish_reason == "length" else 1) + len(question) * 100
+def even(question, answer, response, finish_reason):
+    return 1.5 if len(response) % 2 == 0 else -0.25
+def raises(question, answer, response, finish_reason):
+    raise KeyError(answer)
+def text(question, answer, response, finish_reason):
+    return "right"
+def infinite(question, answer, response, finish_reason):
+    return float("inf")
+def dies(question, answer, response, finish_reason):
+    os._exit(9)
+def three(question, answer, response):
+    return 1
+"""
+ITEMS = [
+    Answered("1 + 1?", "2", r"\boxed{2}", "stop"),
+    Answered("1 + 1?", "2", r"\boxed{3}", "stop"),
+    Answered("1 + 1?", "2", r"\boxed{2}", "length"),
+] * 7
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    return str(tmp_path / "mine.py")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_scores_come_in_order(workers: int, file: str) -> None:
+    assert Scorer("rlvr.reward", workers=workers).scores(ITEMS) == [1.0, 0.0, 0.0] * 7
+    scores = Scorer("rlvr.reward", f"{file}:length", workers).scores(ITEMS)
+    assert scores == [609.0, 609.0, 604.5] * 7
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("function", "got"),
+    [
+        ("raises", "the function raised KeyError('2')"),
+        ("text", "the function returned 'right'"),
+        ("infinite", "the function returned inf"),
+        ("three", "takes 3 positional arguments but 4 were given"),
+    ],
+)
+def test_a_function_that_fails_is_named_with_its_question(
+    function: str, got: str, workers: int, file: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        Scorer("rlvr.reward", f"{file}:{function}", workers).scores(ITEMS)
+    text = str(caught.value)
+    assert text.startswith(f"rlvr.reward {file}:{function}: expected a finite number")
+    assert "'1 + 1?'" in text and got in text
+
+
+def test_a_worker_that_dies_is_an_error(file: str) -> None:
+    with pytest.raises(RuntimeError, match=r"rlvr\.reward: a process that scores answers died"):
+        Scorer("rlvr.reward", f"{file}:dies", 1).scores(ITEMS)
+
+
+def test_workers_end_with_a_parent_that_is_killed(file: str) -> None:
+    code = (
+        "from phimini.stages.verify.scorer import *\n"
+        "import os\n"
+        "if __name__ == '__main__':\n"
+        f"    scorer = Scorer('rlvr.reward', {file + ':length'!r}, 1)\n"
+        "    scorer.scores([Answered('q', 'a', 'r', 'stop')])\n"
+        "    print(*scorer._pool._processes, flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    script = Path(file).with_name("killed.py")
+    script.write_text(code)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    (worker,) = map(int, done.stdout.split())
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"worker {worker} still runs 10 s after its parent was killed")
+
+
+def test_stage_4_trains_on_a_reward_of_the_users(file: str, tmp_path: Path) -> None:
+
+    words = [f"rlvr.reward={file}:even", "rollout.judges=1"]
+    run = run_config(make_run(tmp_path / "run"), *words)
+    (rows,) = run_ranks(reinforce, 1, run, timeout_s=200)
+    assert len(rows) == 3
+    written = (tmp_path / "run" / "rlvr" / "rollouts").glob("*.jsonl")
+    rewards = {json.loads(line)["reward"] for file in written for line in file.open()}
+    assert rewards == {1.5, -0.25}, "the verifier gives +1 and -1"
+    assert all(row["used_rollouts"] > 0 for row in rows)
