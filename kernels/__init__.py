@@ -29,12 +29,14 @@ from phimini.kernels.rms_norm import (
 )
 from phimini.kernels.rope import rope, rope_reference
 from phimini.kernels.swiglu import swiglu, swiglu_reference
+from phimini.kernels.transformers_model import apply_to
 
 __all__ = [
     "CrossEntropyMetrics",
     "DpoMetrics",
     "LinearLogprob",
     "PolicyMetrics",
+    "apply_to",
     "checksum",
     "checksum_reference",
     "checksums",

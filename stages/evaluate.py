@@ -16,8 +16,7 @@ from phimini.model.io.huggingface import load_config
 from phimini.model.io.json_files import read_json, read_rows, write_json
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.sampler import Completion, SamplingParams
-from phimini.parallel.ranks.collective_errors import on_main
-from phimini.parallel.ranks.world import World
+from phimini.parallel.ranks.world import World, on_main
 from phimini.stages.config.schema import RunConfig, to_dict
 from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import PROBLEM_FIELDS

@@ -25,9 +25,8 @@ from phimini.model.io.json_files import read_rows, write_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.sampler import Completion, SamplingParams
 from phimini.parallel.megatron.builder import Model
-from phimini.parallel.ranks.collective_errors import on_main
 from phimini.parallel.ranks.timing import phase
-from phimini.parallel.ranks.world import World
+from phimini.parallel.ranks.world import World, on_main
 from phimini.parallel.training.batch import Document, PackedBatch, check_same_data, pack
 from phimini.parallel.training.step import StepMetrics, forward_backward, forward_only
 from phimini.stages.config.schema import RolloutDpoConfig, RunConfig

@@ -47,9 +47,8 @@ from phimini.parallel.checkpoint import sharded_state as state
 from phimini.parallel.checkpoint.manifest import check_fits, new_manifest
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.megatron.hf_weights import gather_parameters
-from phimini.parallel.ranks.collective_errors import on_every, on_main
 from phimini.parallel.ranks.process import end_with_parent
-from phimini.parallel.ranks.world import World
+from phimini.parallel.ranks.world import World, on_every, on_main
 from phimini.parallel.training.optimizer import Optimizer
 
 _BALLAST = "ballast"

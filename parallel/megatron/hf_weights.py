@@ -29,8 +29,7 @@ from phimini.parallel.megatron.weight_names import (
     merge_shards,
     take_shard,
 )
-from phimini.parallel.ranks.collective_errors import on_main
-from phimini.parallel.ranks.world import World
+from phimini.parallel.ranks.world import World, on_main
 
 __all__ = [
     "export_hf",

@@ -1,6 +1,7 @@
 """The ranks of this job: process groups, this rank's place in them, and the exchange of small objects."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from phimini.parallel.ranks import process
 from phimini.parallel.ranks.layout import Layout
 
 T = TypeVar("T")
+_RAISED_ON_ALL = (ValueError, OSError, ImportError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,3 +143,31 @@ def initialize(
             parallel_state.get_data_parallel_group(with_context_parallel=True)
         ),
     )
+
+
+# --- errors of one rank on every rank, so that no rank waits for another -----------------------------
+def on_every(world: World, action: Callable[[], T]) -> T:
+    """Run `action` on every rank and return its result; raise an OSError, ValueError or ImportError of any rank on all. Collective.
+
+    `action` must not communicate: a rank that fails in it leaves early.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except _RAISED_ON_ALL as e:
+        error = e
+    mine = None
+    if error is not None:
+        kind = next(i for i, kind in enumerate(_RAISED_ON_ALL) if isinstance(error, kind))
+        mine = kind, str(error)
+    for report in world.all_gather_objects(mine):
+        if report is not None:
+            kind, message = report
+            raise _RAISED_ON_ALL[kind](message) from error
+    return result  # pyright: ignore[reportReturnType]
+
+
+def on_main(world: World, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and return its result on every rank. Raises as `on_every`. Collective."""
+    result = on_every(world, action) if world.is_main else on_every(world, lambda: None)
+    return world.broadcast_object(result)  # pyright: ignore[reportReturnType]

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from phimini.model.io.chat import encode_prompt
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.sampler import Completion, SamplingParams
-from phimini.parallel.ranks.collective_errors import on_main
 from phimini.parallel.ranks.timing import count, phase
-from phimini.parallel.ranks.world import World
+from phimini.parallel.ranks.world import World, on_main
 from phimini.parallel.training.batch import digest
 from phimini.stages.config.schema import RlvrConfig, RolloutDpoConfig, RunConfig
 from phimini.stages.data.packing import EpochSampler, derive

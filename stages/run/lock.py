@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from phimini.parallel.ranks.collective_errors import on_main
-from phimini.parallel.ranks.world import World
+from phimini.parallel.ranks.world import World, on_main
 from phimini.stages.run.remains import remove_remains
 
 LOCK_FILE = ".lock"

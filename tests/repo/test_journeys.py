@@ -153,7 +153,7 @@ WAYPOINTS = {
 
 def check(name: str, files: dict[str, list[str]]) -> None:
     functions = sum(map(len, files.values()))
-    print(f"{name}: {len(files)} files, {functions} functions")
+    print(f"{name}: {len(files)} files, {functions} functions", *files, sep="\n  ")
     most_files, most_functions = LIMITS[name]
     assert WAYPOINTS[name] <= files.keys(), sorted(WAYPOINTS[name] - files.keys())
     assert len(files) <= most_files, list(files)

@@ -312,7 +312,10 @@ def test_tensor_parallel_under_torchrun_gives_the_same_first_losses(
         (["recipe", "tinny"], "unknown recipe 'tinny'"),
         (["recipe", "tiny", "--force"], "unknown '--force'"),
         (["recipe", "tiny", "sed=1"], "unknown 'sed=1'; did you mean seed?"),
-        (["recipe", "tiny", "collective_deadline_s=0"], "collective_deadline_s: expected a number from 1 to 1000000, got 0.0"),
+        (
+            ["recipe", "tiny", "collective_deadline_s=0"],
+            "collective_deadline_s: expected a number from 1 to 1000000, got 0.0",
+        ),
         (["evaluate", "tiny"], "evaluate: expected stage=NAME"),
         (
             ["midtrain", "tiny", "processes=1", "tensor_parallel=3"],
