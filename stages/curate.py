@@ -20,23 +20,35 @@ from phimini.stages.run.stage_folder import Stage
 def curate(run: RunConfig, *, redo: bool = False) -> Path:
     """Write the training sets into curate/ and return the folder. Not collective: one process calls it.
 
-    Raises ValueError if no rollout is correct.
+    Raises ValueError if stage 2 or 3 would find no row to train on.
     """
     stage = Stage.open(run, "curate", redo=redo)
     if stage.complete:
+        _check_pairs(run, stage.summary()["pairs"])
         return stage.path
     stage.prepare(redo=redo)
     rollouts = read_rows(Path(run.out) / "distill" / "rollouts.jsonl", ROLLOUT_FIELDS)
     correct = distinct([row for row in rollouts if row["correct"]])
-    if not correct:
-        raise ValueError(f"curate: none of the {len(rollouts)} rollouts is correct")
     subset = balanced_subset(correct, run.curate, derive(run.seed, "curate"))
+    if not subset:
+        raise ValueError(
+            f"curate.level_weights: no level of the {len(correct)} correct rollouts has a weight above 0"
+        )
     pairs = teacher_pairs(rollouts)
+    _check_pairs(run, len(pairs))
     write_rows(stage.path / "midtrain.jsonl", correct)
     write_rows(stage.path / "sft.jsonl", subset)
     write_rows(stage.path / "pairs.jsonl", pairs)
     stage.finish({"midtrain": len(correct), "sft": len(subset), "pairs": len(pairs)})
     return stage.path
+
+
+def _check_pairs(run: RunConfig, num_pairs: int) -> None:
+    if run.rollout_dpo.pairs == "teacher" and not num_pairs:
+        raise ValueError(
+            "rollout_dpo.pairs=teacher: no question has a correct and an incorrect rollout, e.g. because the rollouts "
+            "were filtered; add incorrect ones, or sample the pairs with rollout_dpo.pairs=policy"
+        )
 
 
 def distinct(rows: list[dict]) -> list[dict]:

@@ -6,21 +6,15 @@ stages 3 and 4), `validation.jsonl` (verified rollouts that no stage trains on) 
 """
 
 import random
-from collections import Counter
 from pathlib import Path
 
-from phimini.model.io.json_files import read_rows, write_rows
+from phimini.model.io.json_files import write_rows
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.arithmetic_problems import Problem, generate_problems, teach
-from phimini.stages.data.decontaminate import (
-    Questions,
-    fingerprint,
-    paraphrase_groups,
-    same_question,
-)
+from phimini.stages.data.decontaminate import Questions, paraphrase_groups
 from phimini.stages.data.gym_prompts import gym_prompts
+from phimini.stages.data.own_rows import own_problems, own_rollouts
 from phimini.stages.data.packing import derive
-from phimini.stages.data.row_fields import GIVEN_FIELDS, PROBLEM_FIELDS
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.verify.verdict import extract_answer, verify
 
@@ -29,7 +23,7 @@ def distill(run: RunConfig, *, redo: bool = False) -> Path:
     """Write the data sets into distill/ and return the folder. Not collective: one process calls it.
 
     The source is the demo's generator, a folder, or a file of rollouts (`distill.source`).
-    Raises ValueError that names the file and line of a bad row, ImportError without a package that `gym_tasks` needs.
+    Raises ValueError that names file and line of bad rows or a set that is too small, ImportError without a package that `gym_tasks` needs.
     """
     stage = Stage.open(run, "distill", redo=redo)
     if stage.complete:
@@ -41,7 +35,7 @@ def distill(run: RunConfig, *, redo: bool = False) -> Path:
         rollouts, prompts, validation, heldout = _read(run)
     if run.distill.gym_tasks:
         prompts = _without(heldout, gym_prompts(run.distill.gym_tasks, run.distill.num_prompts, run.seed))  # fmt: skip
-    check_ids(rollouts, prompts, heldout)
+    _check_sets(rollouts, validation, prompts=prompts, heldout=heldout)
     write_rows(stage.path / "rollouts.jsonl", rollouts)
     write_rows(stage.path / "prompts.jsonl", prompts)
     write_rows(stage.path / "validation.jsonl", validation)
@@ -59,25 +53,18 @@ def distill(run: RunConfig, *, redo: bool = False) -> Path:
     return stage.path
 
 
-def check_ids(rollouts: list[dict], prompts: list[dict], heldout: list[dict]) -> None:
-    """Raise ValueError for a problem id that stands for two questions, or twice in a set.
-
-    Pairs, groups and seeds are keyed by the problem's id.
-    """
-    first: dict[str, dict] = {}
-    for row in rollouts:
-        one = first.setdefault(row["problem_id"], row)
-        same = one["question"] == row["question"] or same_question(
-            fingerprint(one["question"]), fingerprint(row["question"])
-        )
-        if not same or one["answer"] != row["answer"]:
+def _check_sets(rollouts: list[dict], validation: list[dict], **problems: list[dict]) -> None:
+    """Raise ValueError for a set that is too small for the stage that reads it."""
+    if not any(row["correct"] for row in rollouts):
+        raise ValueError(f"distill: rollouts: none of the {len(rollouts)} that are left is correct")
+    if not validation:
+        raise ValueError("distill: validation: no correct rollout is left to measure the loss on")
+    for name, rows in problems.items():
+        least = 2 if name == "heldout" else 1  # no interval has one question
+        if len(rows) < least:
             raise ValueError(
-                f"distill: rollouts: problem_id {row['problem_id']!r:.60} stands for two questions: "
-                f"{one['question']!r:.60} and {row['question']!r:.60}"
+                f"distill: {name}: expected at least {least} questions, {len(rows)} are left"
             )
-    for name, rows in (("prompts", prompts), ("heldout", heldout)):
-        if twice := [id for id, n in Counter(row["id"] for row in rows).items() if n > 1]:
-            raise ValueError(f"distill: {name}: expected one row per id, got several of {twice[0]!r:.60}")  # fmt: skip
 
 
 def _without(heldout: list[dict], rows: list[dict]) -> list[dict]:
@@ -146,12 +133,13 @@ def _read(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict
             f"distill.source: expected `generator`, a folder or a file of rollouts, got {source}"
         )
     if source.is_file():
-        return _divide(run, _read_rollouts(source, str(source)))
+        return _divide(run, _read_rollouts(run, source, str(source)))
     rollouts, validation = (
-        _read_rollouts(source / name, name) for name in ("rollouts.jsonl", "validation.jsonl")
+        _read_rollouts(run, source / name, name) for name in ("rollouts.jsonl", "validation.jsonl")
     )
-    prompts = read_rows(source / "prompts.jsonl", PROBLEM_FIELDS)
-    heldout = read_rows(source / "heldout.jsonl", PROBLEM_FIELDS)
+    prompts, heldout = (
+        list(own_problems(source / name)) for name in ("prompts.jsonl", "heldout.jsonl")
+    )
     kept = [_without(heldout, rows) for rows in (rollouts, prompts, validation)]
     dropped = len(rollouts) + len(prompts) + len(validation) - sum(map(len, kept))
     if dropped:
@@ -199,25 +187,17 @@ def _divide(
     )
 
 
-def _read_rollouts(path: Path, name: str) -> list[dict]:
+def _read_rollouts(run: RunConfig, path: Path, name: str) -> list[dict]:
     """Read and verify rollouts; ids and errors name the line of the file `name`."""
-    rows = read_rows(path, GIVEN_FIELDS)
-    return [_verified(row, f"{name}:{line}") for line, row in enumerate(rows, 1)]
+    return [
+        row | {"correct": is_correct(row)}
+        for row in own_rollouts(path, name, len(run.curate.level_weights))
+    ]
 
 
-def _verified(row: dict, id: str) -> dict:
-    if not row["answer"].strip():
-        raise ValueError(f"{id}: the question has no answer")
-    if (reason := row.get("finish_reason")) not in (None, "stop", "length"):
-        raise ValueError(
-            f"{id}, field 'finish_reason': expected stop or length, got {reason!r:.60}"
-        )
-    question = row["question"]
-    return (
-        {"id": id, "problem_id": question, "family": "", "level": 0, "source": "file"}
-        | row
-        | {"correct": has_ended(row) and verify(row["response"], row["answer"])}
-    )
+def is_correct(row: dict) -> bool:
+    """Return the verdict on a rollout: whole, and its answer right."""
+    return has_ended(row) and verify(row["response"], row["answer"])
 
 
 def has_ended(row: dict) -> bool:

@@ -11,17 +11,14 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from phimini.model.config import ModelConfig, preset
-from phimini.model.io.chat import encode_example
 from phimini.model.io.huggingface import check_tensors, read_tensors
-from phimini.model.io.json_files import read_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.suggest import nearest
 from phimini.model.user_file import function_of
@@ -30,8 +27,8 @@ from phimini.parallel.plan.memory import GIB, GPUS, Gpu
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages.base import base_config
+from phimini.stages.check_rows import check_files, problems_of
 from phimini.stages.config.schema import RunConfig
-from phimini.stages.data.row_fields import GIVEN_FIELDS, PROBLEM_FIELDS
 from phimini.stages.midtrain import step_budget
 from phimini.stages.run.trackers import missing_packages
 from phimini.stages.run.training import layout_of
@@ -41,14 +38,6 @@ from phimini.stages.run.workloads import workloads
 CARD_TOKENS, CARD_GPU_HOURS, CARD_EPOCH_TOKENS = 150e9, 128 * 48.0, 30e9
 ASSUMED_PAIRS = 300_000
 """of a teacher's rollouts, before there are any: the preference samples of the March report (arXiv 2503.01743)"""
-SAMPLED_ROWS = 200
-"""rows of each data file that are read, checked and tokenised"""
-DATA_FILES = {
-    "rollouts.jsonl": GIVEN_FIELDS,
-    "validation.jsonl": GIVEN_FIELDS,
-    "prompts.jsonl": PROBLEM_FIELDS,
-    "heldout.jsonl": PROBLEM_FIELDS,
-}
 CHECKPOINT_BYTES = 12
 """per parameter: fp32 master, two moments"""
 
@@ -156,7 +145,7 @@ def check_inputs(run: RunConfig, config: ModelConfig) -> list[str]:
         if not base.is_dir():
             found.append(f"base={run.base}: expected a Hugging Face folder, found none")
         else:
-            found += _problems(lambda: _check_base(run, base, config))
+            found += problems_of(lambda: _check_base(run, base, config))
             try:
                 tokenizer = Tokenizer.load(base)
             except (ValueError, OSError) as error:
@@ -171,7 +160,7 @@ def check_inputs(run: RunConfig, config: ModelConfig) -> list[str]:
         if name is not None:
             found += _problems(partial(_check_function, name, field))
     if run.distill.source != "generator":
-        found += _check_data(run, Path(run.distill.source), tokenizer)
+        found += check_files(run, Path(run.distill.source), tokenizer)
     return found + _check_out(run, config)
 
 
@@ -188,30 +177,6 @@ def _check_base(run: RunConfig, base: Path, want: ModelConfig) -> None:
                 f"{base / 'config.json'}: {name} is {getattr(config, name)}, but model={run.model} has {getattr(want, name)}"
             )
     check_tensors(config, read_tensors(base))
-
-
-def _check_data(run: RunConfig, source: Path, tokenizer: Tokenizer | None) -> list[str]:
-    if source.is_file():
-        return _problems(partial(_check_rows, run, source, DATA_FILES["rollouts.jsonl"], tokenizer))
-    if not source.is_dir():
-        return [
-            f"distill.source={source}: expected a file of rollouts, or a folder with {', '.join(DATA_FILES)}, found none"
-        ]
-    found: list[str] = []
-    for name, fields in DATA_FILES.items():
-        if not (source / name).is_file():
-            found.append(f"{source / name}: missing")
-            continue
-        found += _problems(partial(_check_rows, run, source / name, fields, tokenizer))
-    return found
-
-
-def _check_rows(
-    run: RunConfig, path: Path, fields: dict[str, type], tokenizer: Tokenizer | None
-) -> None:
-    for row in read_rows(path, fields, limit=SAMPLED_ROWS):
-        if tokenizer is not None:
-            encode_example(tokenizer, row["question"], row.get("response", ""), run.chat_template)
 
 
 def _check_out(run: RunConfig, config: ModelConfig) -> list[str]:
@@ -241,14 +206,6 @@ def check_lengths(run: RunConfig) -> list[str]:
         for stage, config in samplers.items()
         if config.max_new_tokens >= config.sequence_length
     ]
-
-
-def _problems(check: Callable[[], None]) -> list[str]:
-    try:
-        check()
-    except (ValueError, OSError) as error:
-        return [str(error)]
-    return []
 
 
 def planned_layout(run: RunConfig) -> Layout:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from phimini.model.io.chat import encode_prompt
 from phimini.model.io.huggingface import load_config
 from phimini.model.io.json_files import read_json, read_rows, write_json
 from phimini.model.io.tokenizer import Tokenizer
@@ -19,7 +18,7 @@ from phimini.model.sampler import Completion, SamplingParams
 from phimini.parallel.ranks.world import World, on_main
 from phimini.stages.config.schema import RunConfig, to_dict
 from phimini.stages.data.packing import derive
-from phimini.stages.data.row_fields import PROBLEM_FIELDS
+from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
 from phimini.stages.report.intervals import mean_interval, pass_at_k, wilson_interval
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import Sampler, release_memory
@@ -66,7 +65,7 @@ def evaluate_problems(
     """
     config, started = run.evaluate, time.perf_counter()
     judge = Scorer("evaluate.judge", config.judge, run.rollout.judges if world.is_main else 0)
-    prompts = [encode_prompt(tokenizer, p["question"], run.chat_template) for p in problems]
+    prompts = list(encode_problems(tokenizer, problems, run.chat_template).values())
     greedy_params = SamplingParams(
         temperature=0.0, max_new_tokens=config.max_new_tokens, stop_ids=tokenizer.stop_ids
     )

@@ -40,7 +40,7 @@ from phimini.stages.data.packing import (
     flops_of,
     micro_batches,
 )
-from phimini.stages.data.row_fields import PROBLEM_FIELDS
+from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
 from phimini.stages.evaluate import answered
 from phimini.stages.rl.groups import check_room
 from phimini.stages.rollout.build import build_engine
@@ -139,9 +139,7 @@ def sample_pairs(
     problems = read_rows(Path(run.out) / "distill" / "prompts.jsonl", PROBLEM_FIELDS)[
         : config.num_prompts
     ]
-    prompts = {
-        p["id"]: encode_prompt(tokenizer, p["question"], run.chat_template) for p in problems
-    }
+    prompts = encode_problems(tokenizer, problems, run.chat_template)
     check_room(prompts, config, "rollout_dpo")
     engine = build_engine(run, model.config, world)
     engine.sync(model)
@@ -238,19 +236,25 @@ def read_pairs(
         seen[row["problem_id"]] += 1
         if pairs_per_prompt is not None and seen[row["problem_id"]] > pairs_per_prompt:
             continue
-        prompt = encode_prompt(tokenizer, row["question"], template)
         sides = []
         for side in ("chosen", "rejected"):
-            if f"{side}_tokens" in row:
-                tokens, loss_from = prompt + row[f"{side}_tokens"], len(prompt)
-            else:
-                ended = row.get(f"{side}_ended", True)
-                tokens, loss_from = encode_example(
-                    tokenizer, row["question"], row[side], template, ended=ended
-                )
+            try:
+                tokens, loss_from = _encode_side(tokenizer, row, side, template)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {line} ({side}), {error}") from error
             sides.append(Example(f"{path}:{line} ({side})", tokens, loss_from))
         pairs.append(Pair(*sides))
     return pairs
+
+
+def _encode_side(
+    tokenizer: Tokenizer, row: dict, side: str, template: TemplateName
+) -> tuple[list[int], int]:
+    if f"{side}_tokens" in row:
+        prompt = encode_prompt(tokenizer, row["question"], template)
+        return prompt + row[f"{side}_tokens"], len(prompt)
+    ended = row.get(f"{side}_ended", True)
+    return encode_example(tokenizer, row["question"], row[side], template, ended=ended)
 
 
 @phase("data")

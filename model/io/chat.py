@@ -5,12 +5,12 @@ The loss covers everything after `<|assistant|>`, with both end tokens. It is ma
 id, so a mask made from ids would drop the loss on the last token, and the model would never learn to stop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from phimini.model.io.tokenizer import EOS, Tokenizer
+from phimini.model.io.tokenizer import EOS, Tokenizer, around
 
 TemplateName = Literal["instruct", "reasoning"]
 
@@ -66,7 +66,7 @@ def encode_prompt(
     tokenizer: Tokenizer, question: str, template: TemplateName = "instruct"
 ) -> list[int]:
     """Return the ids of the prompt, up to and with `<|assistant|>`."""
-    _check_plain(tokenizer, "question", question)
+    check_plain(tokenizer.special_tokens, "question", question)
     messages = [{"role": "user", "content": question}]
     return tokenizer.encode(render(messages, template, add_generation_prompt=True))
 
@@ -87,15 +87,16 @@ def encode_example(
     swallow its leading white space. Raises ValueError for text that contains a control token.
     """
     prompt = encode_prompt(tokenizer, question, template)
-    _check_plain(tokenizer, "response", response)
+    check_plain(tokenizer.special_tokens, "response", response)
     end = [tokenizer.end_id, tokenizer.eos_id] if ended else []
     return prompt + tokenizer.encode(response) + end, len(prompt)
 
 
-def _check_plain(tokenizer: Tokenizer, what: str, text: str) -> None:
+def check_plain(special_tokens: Collection[str], field: str, text: str) -> None:
+    """Raise ValueError that names the field if its text contains a control token."""
     if "<|" in text:
-        for token in sorted(tokenizer.special_tokens):
+        for token in sorted(special_tokens):
             if token in text:
                 raise ValueError(
-                    f"{what}: expected plain text, got the control token {token} in {text[:80]!r}"
+                    f"{field}: expected plain text, got the control token {token} in {around(text, token)!r}"
                 )

@@ -9,9 +9,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,19 +26,43 @@ def read_rows(
     path: str | Path,
     required: Mapping[str, type],  # field -> str, int, float, bool, list or dict
     non_blank: Collection[str] = ("question", "answer"),
-    limit: int | None = None,
 ) -> list[Row]:
-    """Return the rows of a JSON-lines file (the first `limit`), each an object that has the `required` fields.
+    """Return the rows of a JSON-lines file; see `numbered_rows`."""
+    return [row for _, row in numbered_rows(path, required, non_blank)]
+
+
+def numbered_rows(
+    path: str | Path,
+    required: Mapping[str, type],
+    non_blank: Collection[str] = ("question", "answer"),
+    completed: Callable[[Row, str], Row] = lambda row, at: row,
+) -> Iterator[tuple[int, Row]]:
+    """Yield (line, row) of a JSON-lines file, each row an object that has the `required` fields.
 
     Required fields named in `non_blank` must hold more than white space. A float field takes integers too; an integer
-    field does not take true or false. Empty lines are skipped. Raises ValueError that names file, line, field, the
-    expected type and the value; OSError if the file is unreadable.
+    field does not take true or false. Empty lines are skipped. `completed(row, "file, line N")` returns the row that is
+    yielded, or raises ValueError that names both. Raises, after the last line, one ValueError for all bad rows: it names
+    file, line, field, the expected type and the value of the first bad row of each field, and counts the others; raises
+    OSError if the file is unreadable.
     """
-    lines = islice(parsed_lines(Path(path)), limit)
-    rows = [_checked(row, required, non_blank, at) for at, row in lines]
-    if not rows:
+    found, refused = False, {}
+    for line, text in _lines(Path(path)):
+        found, at = True, f"{path}, line {line}"
+        try:
+            row = completed(_checked(_parsed(text, at), required, non_blank, at), at)
+        except ValueError as error:
+            field = str(error).removeprefix(at).partition(":")[0]
+            refused.setdefault(field, []).append(str(error))
+        else:
+            yield line, row
+    if not found:
         raise ValueError(f"{path}: expected at least one row, got an empty file")
-    return rows
+    if refused:
+        firsts = [
+            f"{first} (the first of {1 + len(others):,} such rows)" if others else first
+            for first, *others in refused.values()
+        ]
+        raise ValueError("; ".join(firsts))
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -71,7 +94,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON's and UTF-8's
+    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -92,18 +115,24 @@ def dump(value: Any, where: str, indent: int | None = None) -> str:
     """Return the JSON text of `value`. Raises ValueError that starts with `where` if JSON cannot hold it."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not writable as JSON: {error}") from error
 
 
 def parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield pairs of `file, line N` and the parsed line."""
+    for number, line in _lines(path):
+        at = f"{path}, line {number}"
+        yield at, _parsed(line, at)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that are not empty, numbered from 1."""
     # Split at \n only: text mode would also break at U+2028, which JSON strings may contain.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                at = f"{path}, line {number}"
-                yield at, _parsed(line, at)
+                yield number, line
 
 
 def _parsed(data: bytes, at: str) -> Any:

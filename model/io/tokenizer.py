@@ -112,7 +112,7 @@ class Tokenizer:
 
         Raises ValueError for a character that the vocabulary cannot encode; a byte-level one encodes all.
         """
-        self._check(text)
+        self.check(text)
         return self.inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
@@ -127,7 +127,8 @@ class Tokenizer:
             )
         return token_id
 
-    def _check(self, text: str) -> None:
+    def check(self, text: str) -> None:
+        """Raise ValueError for a character that the vocabulary cannot encode."""
         if self._alphabet is None or self._alphabet.issuperset(text):
             return
         normalise = self.inner.normalizer.normalize_str if self.inner.normalizer else str
@@ -135,11 +136,16 @@ class Tokenizer:
         wrong = {c for c in plain if not self._alphabet.issuperset(normalise(c))}
         if wrong:
             c = min(wrong, key=text.index)
-            start = text.index(c)
             raise ValueError(
-                f"tokenizer: cannot encode {c!r} (U+{ord(c):04X}) at character {start} of "
-                f"{text[max(0, start - 20) : start + 20]!r}; the vocabulary has no token for it"
+                f"tokenizer: cannot encode {c!r} (U+{ord(c):04X}) at character {text.index(c)} of "
+                f"{around(text, c)!r}; the vocabulary has no token for it"
             )
+
+
+def around(text: str, part: str) -> str:
+    """Return a short excerpt of `text` with its first `part`."""
+    start = text.index(part)
+    return text[max(0, start - 20) : start + len(part) + 20]
 
 
 def _check_settings(

@@ -1,6 +1,25 @@
-"""The fields of the rows that stages read and write."""
+"""The fields of the rows that stages read and write, and the prompts of such rows."""
 
-GIVEN_FIELDS = {"question": str, "answer": str, "response": str}
-"""of a user's own rollout; what else our own have is worked out"""
+from phimini.model.io.chat import TemplateName, encode_prompt
+from phimini.model.io.json_files import Row
+from phimini.model.io.tokenizer import Tokenizer
+
+ASKED_FIELDS = {"question": str, "answer": str}
+"""of a user's own question; what else our own have is worked out"""
+GIVEN_FIELDS = {**ASKED_FIELDS, "response": str}
+"""of a user's own rollout"""
 ROLLOUT_FIELDS = {"problem_id": str, **GIVEN_FIELDS, "correct": bool}
-PROBLEM_FIELDS = {"id": str, "question": str, "answer": str}
+PROBLEM_FIELDS = {"id": str, **ASKED_FIELDS}
+
+
+def encode_problems(
+    tokenizer: Tokenizer, problems: list[Row], template: TemplateName
+) -> dict[str, list[int]]:
+    """Return the prompt of each problem by its id. Raises ValueError that names the problem, as `encode_prompt`."""
+    prompts = {}
+    for row in problems:
+        try:
+            prompts[row["id"]] = encode_prompt(tokenizer, row["question"], template)
+        except ValueError as error:
+            raise ValueError(f"problem {row['id']!r:.60}: {error}") from error
+    return prompts

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from phimini.model.io.chat import encode_prompt
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.sampler import Completion, SamplingParams
 from phimini.parallel.ranks.timing import count, phase
@@ -12,6 +11,7 @@ from phimini.parallel.ranks.world import World, on_main
 from phimini.parallel.training.batch import digest
 from phimini.stages.config.schema import RlvrConfig, RolloutDpoConfig, RunConfig
 from phimini.stages.data.packing import EpochSampler, derive
+from phimini.stages.data.row_fields import encode_problems
 from phimini.stages.rl.mismatch_diagnosis import EXAMINED
 from phimini.stages.rl.remedies import is_hard, next_size, temperature_at
 from phimini.stages.rollout.engine import OversamplingSampler, PrefetchingEngine, RolloutEngine
@@ -100,10 +100,7 @@ class GroupSampler:
         self.scorer = scorer or Scorer(
             "rlvr.reward", run.rlvr.reward, run.rollout.judges if world.is_main else 0
         )
-        self.prompts = {
-            id: encode_prompt(tokenizer, p["question"], run.chat_template)
-            for id, p in problems.items()
-        }
+        self.prompts = encode_problems(tokenizer, list(problems.values()), run.chat_template)
 
     @phase("rollout")
     def sample(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from phimini.kernels import checksum, linear_logprob
 from phimini.model.config import ModelConfig
-from phimini.model.io.chat import encode_prompt
 from phimini.model.io.json_files import read_rows
 from phimini.model.reference import Phi4Mini
 from phimini.model.sampler import SamplingParams
@@ -27,7 +26,7 @@ from phimini.parallel.training.step import forward_only
 from phimini.parallel.weight_sync.fp8_blocks import dequantise_blocks, is_quantised, quantise_blocks
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.packing import derive
-from phimini.stages.data.row_fields import PROBLEM_FIELDS
+from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
 from phimini.stages.rl.mismatch import alarm_level, precision_of
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import RolloutEngine, SleepingEngine, VllmEngine
@@ -241,7 +240,7 @@ def doctor(run: RunConfig, world: World, *, samples: int = EXAMINED) -> Verdict:
     engine = build_engine(run, model.config, world)
     engine.sync(model)
     problems = read_rows(out / "distill" / "prompts.jsonl", PROBLEM_FIELDS)[:samples]
-    prompts = [encode_prompt(tokenizer, p["question"], run.chat_template) for p in problems]
+    prompts = list(encode_problems(tokenizer, problems, run.chat_template).values())
     params = SamplingParams(
         temperature=run.rlvr.start_temperature,
         max_new_tokens=run.rlvr.max_new_tokens,

@@ -56,7 +56,12 @@ def read_examples(
     rows = read_rows(path, {"question": str, "response": str})
     examples = []
     for line, row in enumerate(rows, 1):
-        tokens, loss_from = encode_example(tokenizer, row["question"], row["response"], template)
+        try:
+            tokens, loss_from = encode_example(
+                tokenizer, row["question"], row["response"], template
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}, {error}") from error
         examples.append(Example(f"{path}:{line}", tokens, 0 if loss_on_question else loss_from))
     return examples
 

@@ -92,14 +92,17 @@ def test_a_stage_without_its_input_is_named(run: RunConfig) -> None:
 
 def write_source(folder: Path, rollouts: list[dict]) -> None:
     folder.mkdir()
-    other = {"id": "h", "question": "What is 3 + 4?", "answer": "7", "response": r"\boxed{7}"}
+    held_out = [
+        {"id": "h", "question": "What is 3 + 4?", "answer": "7", "response": r"\boxed{7}"},
+        {"question": "What is 9 + 9?", "answer": "18"},
+    ]
     for name, content in {
         "rollouts.jsonl": rollouts,
         "prompts.jsonl": [{"id": "p", "question": "What is 30 + 40?", "answer": "70"}],
         "validation.jsonl": [
             {"question": "What is 5 + 5?", "answer": "10", "response": r"\boxed{10}"}
         ],
-        "heldout.jsonl": [other],
+        "heldout.jsonl": held_out,
     }.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content))
 
@@ -143,7 +146,7 @@ def test_an_answer_that_was_cut_off_is_not_correct(run: RunConfig, tmp_path: Pat
     [
         (
             {"question": "q", "answer": "1", "response": "r", "finish_reason": "eos"},
-            r"rollouts.jsonl:1, field 'finish_reason': expected stop or length, got 'eos'",
+            r"rollouts.jsonl, line 1, field 'finish_reason': expected stop or length, got 'eos'",
         ),
         ({"question": "q", "response": "r"}, r"rollouts.jsonl.*1.*answer"),
         ({"question": "q", "answer": " ", "response": "r"}, r"rollouts.jsonl.*1.*answer"),
@@ -166,9 +169,9 @@ def test_own_data_that_is_no_folder_is_named(run: RunConfig, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("prompts.jsonl", {"id": "p1", "question": "What is 77 + 88?", "answer": "165"}, "prompts: expected one row per id, got several of 'p1'"),
-        ("heldout.jsonl", {"id": "h1", "question": "What is 777 + 88?", "answer": "865"}, "heldout: expected one row per id, got several of 'h1'"),
-        ("rollouts.jsonl", {"problem_id": "r1", "question": "What is 7 + 88?", "answer": "95", "response": "96"}, "rollouts: problem_id 'r1' stands for two questions"),
+        ("prompts.jsonl", {"id": "p1", "question": "What is 77 + 88?", "answer": "165"}, "prompts.jsonl, line 2, field 'id': expected another one than in .*line 1, got 'p1'"),
+        ("heldout.jsonl", {"id": "h1", "question": "What is 777 + 88?", "answer": "865"}, "heldout.jsonl, line 3, field 'id': expected another one than in .*line 1, got 'h1'"),
+        ("rollouts.jsonl", {"problem_id": "r1", "question": "What is 7 + 88?", "answer": "95", "response": "96"}, "rollouts.jsonl, line 2, field 'problem_id': 'r1' stands for two questions"),
     ],
     ids=lambda x: x if isinstance(x, str) and x.endswith("l") else "",
 )  # fmt: skip
@@ -184,6 +187,8 @@ def test_an_id_of_two_questions_is_refused(
     }  # fmt: skip
     for file, first in sets.items():
         (tmp_path / file).write_text(json.dumps(first) + "\n")
+    with (tmp_path / "heldout.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "What is 16 + 2?", "answer": "18"}) + "\n")
     own = override(recipe_config("tiny"), [f"out={tmp_path / 'run'}", f"distill.source={tmp_path}"])
     distill(own)
     with (tmp_path / name).open("a") as file:

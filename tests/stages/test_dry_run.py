@@ -47,7 +47,7 @@ def test_the_papers_values(key: str, want: object) -> None:
 def small(tmp_path: Path) -> RunConfig:
     """Make the paper's recipe with a tiny base model and its data."""
     source = tmp_path / "data"
-    row = {"id": "a", "question": "What is 1 + 2?", "answer": "3", "response": "\\boxed{3}"}
+    row = {"question": "What is 1 + 2?", "answer": "3", "response": "\\boxed{3}"}
     for name in ("rollouts", "validation", "prompts", "heldout"):
         write_rows(source / f"{name}.jsonl", [row] * 3)
     tokenizer = train_tiny_tokenizer([row["question"]] * 50, vocab_size=256)

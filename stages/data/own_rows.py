@@ -1,0 +1,141 @@
+"""The rows of a user's own files: every known field is checked and completed where its row is read.
+
+A row has `question`, `answer` and, in a file of rollouts, `response`. It may have `id`, `problem_id`, `family`, `level`,
+`source` and `finish_reason`; null is as if the field were missing. Ids may be integers. A level may be a number or
+`Level 5`, as in the MATH data set. Other fields are kept as they are.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from phimini.model.io.json_files import Row, dump, numbered_rows
+from phimini.model.io.tokenizer import around
+from phimini.stages.data.decontaminate import fingerprint, same_question
+from phimini.stages.data.row_fields import ASKED_FIELDS, GIVEN_FIELDS
+from phimini.stages.verify.numerals import MAX_CHARACTERS
+
+RowCheck = Callable[[Row], None]
+
+_LEVEL = re.compile(r"\s*(?:level)?\s*([0-9]{1,3})\s*", re.IGNORECASE)
+_MAX_LEVELS = 1000
+
+
+def own_rollouts(
+    path: Path, name: str, num_levels: int, check: RowCheck | None = None
+) -> Iterator[Row]:
+    """Yield a file's rollouts with every field of ours but the verdict; rows without an id get `name:line`.
+
+    num_levels: of `curate.level_weights`. check: raises ValueError that names a field that it refuses.
+    Raises one ValueError for all bad rows; see `numbered_rows`.
+    """
+    asked: dict[str, tuple[str, str, str]] = {}
+
+    def completed(row: Row, at: str) -> Row:
+        row = _completed(row, at, num_levels)
+        if row.get("finish_reason") not in (None, "stop", "length"):
+            raise _refused(at, "finish_reason", "stop or length", row["finish_reason"])
+        row.setdefault("problem_id", row["question"])
+        _check_problem(asked, row, at)
+        _apply(check, row, at)
+        return row
+
+    for line, row in numbered_rows(path, GIVEN_FIELDS, completed=completed):
+        yield {"id": f"{name}:{line}"} | row
+
+
+def own_problems(path: Path, check: RowCheck | None = None) -> Iterator[Row]:
+    """Yield a file's questions; their ids are different. Other arguments and errors as in `own_rollouts`."""
+    first: dict[str, str] = {}
+
+    def completed(row: Row, at: str) -> Row:
+        row = _completed(row, at, _MAX_LEVELS)
+        if "id" in row and first.setdefault(row["id"], at) != at:
+            raise _refused(at, "id", f"another one than in {first[row['id']]}", row["id"])
+        _apply(check, row, at)
+        return row
+
+    for line, row in numbered_rows(path, ASKED_FIELDS, completed=completed):
+        yield {"id": f"{path.name}:{line}"} | row
+
+
+def _completed(row: Row, at: str, num_levels: int) -> Row:
+    _check_characters(row, at)
+    if len(row["answer"]) > MAX_CHARACTERS:
+        expected = f"at most {MAX_CHARACTERS} characters"
+        raise _refused(at, "answer", expected, f"{len(row['answer'])} characters")
+    row = {field: value for field, value in row.items() if value is not None}
+    for field in ("id", "problem_id"):
+        if field in row:
+            row[field] = _identifier(row[field], at, field)
+    for field, default in (("family", ""), ("source", "file")):
+        if not isinstance(row.setdefault(field, default), str):
+            raise _refused(at, field, "a string", row[field])
+    return row | {"level": _level(row.get("level", 0), at, num_levels)}
+
+
+def _check_characters(row: Row, at: str) -> None:
+    """Raise ValueError for a half of a UTF-16 pair, which JSON can escape and UTF-8 cannot hold."""
+    for field, value in row.items():
+        written = value if isinstance(value, str) else dump(value, f"{at}, field {field!r}")
+        for text in (field, written):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                lone = text[error.start]
+                raise ValueError(
+                    f"{at}, field {field!r}: expected whole characters, got the lone surrogate {lone!r} in "
+                    f"{around(text, lone)!r}"
+                ) from error
+
+
+def _identifier(value: Any, at: str, field: str) -> str:
+    if type(value) is int:
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise _refused(at, field, "text or an integer", value)
+    return value
+
+
+def _level(value: Any, at: str, num_levels: int) -> int:
+    """Return the level that a number or a text such as `Level 5` denotes."""
+    if isinstance(value, str) and (match := _LEVEL.fullmatch(value)):
+        level = int(match[1])
+    elif type(value) is int or isinstance(value, float) and value.is_integer():
+        level = int(value)
+    else:
+        raise _refused(at, "level", "a whole number or a text such as 'Level 3'", value)
+    if not 0 <= level < num_levels:
+        raise _refused(at, "level", f"0 to {num_levels - 1}, a weight of curate.level_weights for each", value)  # fmt: skip
+    return level
+
+
+def _check_problem(asked: dict[str, tuple[str, str, str]], row: Row, at: str) -> None:
+    """Raise ValueError if a problem id, by which pairs are found, stands for two questions or two answers."""
+    place, question, answer = asked.setdefault(
+        row["problem_id"], (at, row["question"], row["answer"])
+    )
+    is_same = question == row["question"] or same_question(
+        fingerprint(question), fingerprint(row["question"])
+    )
+    if not is_same:
+        raise ValueError(
+            f"{at}, field 'problem_id': {row['problem_id']!r:.60} stands for two questions: {question!r:.60} "
+            f"in {place} and {row['question']!r:.60}"
+        )
+    if answer != row["answer"]:
+        expected = f"{answer!r:.60}, the answer to this question in {place}"
+        raise _refused(at, "answer", expected, row["answer"])
+
+
+def _apply(check: RowCheck | None, row: Row, at: str) -> None:
+    if check is not None:
+        try:
+            check(row)
+        except ValueError as error:
+            raise ValueError(f"{at}, {error}") from error
+
+
+def _refused(at: str, field: str, expected: str, got: Any) -> ValueError:
+    return ValueError(f"{at}, field {field!r}: expected {expected}, got {got!r:.60}")
