@@ -17,6 +17,7 @@ from phimini.model.suggest import nearest
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = 100
+_SHORT.maxtuple = 3
 _NAMES = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text that is not empty", NoneType: "none"
 }  # fmt: skip

@@ -14,13 +14,18 @@ For Phi-4-mini: 7.67 GFLOP per token with the head, and 3.22 GFLOP per token of 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
+from phimini.model.checked_fields import Range, check
 from phimini.model.suggest import nearest
 
 RopeFactors = Literal["short", "long"]
+Width = Annotated[int, Range(1, 2**20)]
+Heads = Annotated[int, Range(1, 2**14)]
+Positions = Annotated[int, Range(1, 2**31 - 1)]
+Positive = Annotated[float, Range(0, 1e15, "(]")]
 
 # microsoft/Phi-4-mini-instruct config.json; entries 0 to 31 are exactly 32.03^(i/31).
 PHI4_MINI_LONG_FACTOR = (
@@ -37,48 +42,36 @@ PHI4_MINI_LONG_FACTOR = (
 class ModelConfig:
     """The shape of a Phi-3-family decoder (`Phi3ForCausalLM`)."""
 
-    num_layers: int
-    model_dim: int
+    num_layers: Annotated[int, Range(1, 1000)]
+    model_dim: Width
     """D"""
-    num_heads: int
+    num_heads: Heads
     """H, query heads"""
-    num_kv_heads: int
+    num_kv_heads: Heads
     """G, key/value heads; H is a multiple of G"""
-    head_dim: int
+    head_dim: Heads
     """K"""
-    mlp_dim: int
+    mlp_dim: Width
     """F, the width of gate and of up each"""
-    vocab_size: int
-    max_positions: int
+    vocab_size: Annotated[int, Range(1, 10**8)]
+    max_positions: Positions
     """the longest sequence the long rope table is made for, in tokens"""
-    original_max_positions: int
+    original_max_positions: Positions
     """the length at which Hugging Face and vLLM change from the short to the long table, in tokens"""
-    partial_rotary_factor: float = 0.75
+    partial_rotary_factor: Annotated[float, Range(0, 1, "(]")] = 0.75
     """share of each head that is rotated; the other dimensions carry no position"""
-    rope_theta: float = 10000.0
-    short_factor: tuple[float, ...] | None = None
+    rope_theta: Positive = 10000.0
+    short_factor: tuple[Positive, ...] | None = None
     """LongRoPE divisors of the R/2 frequencies; None for both factors means plain RoPE"""
-    long_factor: tuple[float, ...] | None = None
+    long_factor: tuple[Positive, ...] | None = None
     rope_factors: RopeFactors = "long"
     """the table that this run uses for every token of every batch; stored in checkpoints"""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     tie_embeddings: bool = True
-    initializer_range: float = 0.02
+    initializer_range: Positive = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
-                     "vocab_size", "max_positions", "original_max_positions"):  # fmt: skip
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"ModelConfig.{name}: expected a positive integer, got {value!r}")
-        for name in ("partial_rotary_factor", "rope_theta", "norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise ValueError(f"ModelConfig.{name}: expected a positive number, got {value!r}")
-        if not isinstance(self.tie_embeddings, bool):
-            raise ValueError(
-                f"ModelConfig.tie_embeddings: expected True or False, got {self.tie_embeddings!r}"
-            )
+        check(self, "ModelConfig.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"ModelConfig.num_heads: {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
@@ -99,17 +92,9 @@ class ModelConfig:
                     f"ModelConfig.{name}: expected {self.rotary_dim // 2} values (half of the rotated "
                     f"dimensions), got {len(factor)}"
                 )
-            if factor is not None and not all(0 < divisor < math.inf for divisor in factor):
-                raise ValueError(
-                    f"ModelConfig.{name}: expected positive numbers, got {list(factor)}"
-                )
         if self.long_factor is not None and self.original_max_positions == 1:
             raise ValueError(
                 "ModelConfig.original_max_positions: expected at least 2 with LongRoPE, got 1"
-            )
-        if self.rope_factors not in ("short", "long"):
-            raise ValueError(
-                f"ModelConfig.rope_factors: expected 'short' or 'long', got {self.rope_factors!r}"
             )
 
     @property

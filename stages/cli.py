@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from phimini.model.suggest import nearest
 from phimini.stages.config import options
 from phimini.stages.config.dialect import build, read_words
+from phimini.stages.run.limits import limit_behind
 from phimini.stages.run.output import lasting_output
 
 # Errors by name, with the exit status of each: their classes would import torch, which a bad word does not need.
@@ -129,13 +130,15 @@ def exit_status(arguments: list[str]) -> tuple[int, bool]:
             kind = "ValueError"
         elif kind == "RankFailure":  # a rank that died without an error is lost
             kind, message = getattr(error, "error", None) or ("LostRanks", message)
-        if kind not in EXPECTED:
+        limit = limit_behind(kind, message)
+        if kind not in EXPECTED and limit is None:
             raise
-        print(f"phimini: {message or 'stopped'}", file=sys.stderr, flush=True)
+        words = message or ("stopped" if limit is None else kind)
+        print(f"phimini: {words}{f'; {limit}' if limit else ''}", file=sys.stderr, flush=True)
         if type(error).__name__ == "LostRanks":
             # Without the interpreter's end: threads of gloo or NCCL may still wait for the missing ranks.
             os._exit(1)
-        return EXPECTED[kind], False
+        return 1 if limit else EXPECTED[kind], False
 
 
 def dispatch(arguments: list[str]) -> tuple[int, bool]:

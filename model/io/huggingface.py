@@ -86,24 +86,20 @@ def load_config(
     path = Path(directory) / "config.json"
     raw = read_object(path)
     if raw.get("model_type") != "phi3":
-        raise ValueError(f"{path}: model_type: expected 'phi3', got {raw.get('model_type')!r}")
-    missing = [key for key in _REQUIRED if type(raw.get(key)) is not int]
-    if missing:
-        raise ValueError(
-            f"{path}: expected an integer under {missing[0]!r}, got {raw.get(missing[0])!r}"
-        )
+        raise _refused(path, "model_type", "'phi3'", raw.get("model_type"))
+    for key in _REQUIRED:
+        if type(raw.get(key)) is not int or raw[key] < 1:
+            raise _refused(path, key, "a positive integer", raw.get(key))
     for key in _MUST_BE_OFF:
         if raw.get(key):
-            raise ValueError(f"{path}: {key}: expected it off, got {raw[key]!r}")
+            raise _refused(path, key, "it off", raw[key])
     if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: hidden_act: expected 'silu', got {raw['hidden_act']!r}")
+        raise _refused(path, "hidden_act", "'silu'", raw["hidden_act"])
     window = raw.get("sliding_window")
     if window is not None and not (
         isinstance(window, int) and window >= raw["max_position_embeddings"]
     ):
-        raise ValueError(
-            f"{path}: sliding_window: expected none below max_position_embeddings, got {window!r}"
-        )
+        raise _refused(path, "sliding_window", "none below max_position_embeddings", window)
     fields = {ours: raw[theirs] for theirs, ours in _REQUIRED.items()}
     fields["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     fields["num_kv_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
@@ -124,21 +120,26 @@ def load_config(
     return asked
 
 
-def _rope_dict(raw: dict) -> dict:
-    return raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
+def _refused(path: Path, key: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"{path}: {key}: expected {expected}, got {got!r:.100}")
+
+
+def _rope_dict(path: Path, raw: dict) -> dict:
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
+    if not isinstance(rope, dict):
+        raise _refused(path, "rope parameters", "an object", rope)
+    return rope
 
 
 def _rope_fields(path: Path, raw: dict) -> dict:
-    rope = _rope_dict(raw)
-    if not isinstance(rope, dict):
-        raise ValueError(f"{path}: rope parameters: expected an object, got {rope!r}")
+    rope = _rope_dict(path, raw)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "longrope", "su"):  # su: the first name of longrope
-        raise ValueError(f"{path}: rope type: expected 'default' or 'longrope', got {rope_type!r}")
+        raise _refused(path, "rope type", "'default' or 'longrope'", rope_type)
     unknown = sorted(rope.keys() - _ROPE_KEYS)
     if unknown:
         raise ValueError(
-            f"{path}: rope parameters: unknown key {unknown[0]!r}; expected {sorted(_ROPE_KEYS)}"
+            f"{path}: rope parameters: unknown key {unknown[0]!r:.100}; expected {sorted(_ROPE_KEYS)}"
         )
 
     def either(key: str, default: object) -> object:
@@ -156,9 +157,10 @@ def _rope_fields(path: Path, raw: dict) -> dict:
         return fields
     for key in ("short_factor", "long_factor"):
         values = rope.get(key)
-        if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
-            raise ValueError(f"{path}: {key}: expected a list of numbers, got {values!r}")
-        fields[key] = tuple(float(v) for v in values)
+        if not isinstance(values, list):
+            raise _refused(path, key, "a list of numbers", values)
+        # An integer stays one if no float holds it, and is refused for its size.
+        fields[key] = tuple(float(v) if type(v) is int and v < 2**53 else v for v in values)
     return fields
 
 
@@ -168,21 +170,19 @@ def _before_export(path: Path, raw: dict) -> dict:
         return raw
     kept = raw[_ROPE_SCALING_KEY]
     if not isinstance(kept, dict) or kept.keys() != set(_KEPT):
-        raise ValueError(
-            f"{path}: {_ROPE_SCALING_KEY}: expected an object with {', '.join(_KEPT)}, got {kept!r}"
-        )
-    rope = {key: kept.get(key, value) for key, value in _rope_dict(raw).items()}
+        raise _refused(path, _ROPE_SCALING_KEY, f"an object with {', '.join(_KEPT)}", kept)
+    rope = {key: kept.get(key, value) for key, value in _rope_dict(path, raw).items()}
     return raw | {"rope_scaling": rope, _KEPT[2]: kept[_KEPT[2]]}
 
 
 def _check_export(path: Path, raw: dict, config: ModelConfig) -> None:
     """Raise ValueError if an export's public rope fields are no longer those of the trained table."""
-    given = raw | _rope_dict(raw)
+    given = raw | _rope_dict(path, raw)
     for key, value in _exported_rope(config).items():
         if key != "type" and given.get(key) != value:
             raise ValueError(
                 f"{path}: {key}: expected {value} (the {config.rope_factors} table that the model was trained "
-                f"with, see {_ROPE_SCALING_KEY}), got {given.get(key)}"
+                f"with, see {_ROPE_SCALING_KEY}), got {given.get(key)!r:.100}"
             )
 
 
@@ -200,19 +200,18 @@ def _exported_rope(config: ModelConfig) -> dict:
 
 def _check_attention_factor(path: Path, raw: dict, config: ModelConfig) -> None:
     """Raise ValueError if a file overrides the attention factor, which must follow from the two lengths."""
-    rope = _rope_dict(raw)
+    rope = _rope_dict(path, raw)
     implied_by: dict[str, float] = dict.fromkeys(_ATTENTION_FACTORS, config.attention_factor)
     implied_by["factor"] = config.max_positions / config.original_max_positions
     for key, implied in implied_by.items():
         given = rope.get(key)
+        low, high = implied * (1 - 1e-6), implied * (1 + 1e-6)
         if (
             config.long_factor is not None
             and given is not None
-            and not (isinstance(given, int | float) and abs(given - implied) <= 1e-6 * implied)
+            and not (type(given) in (int, float) and low <= given <= high)
         ):
-            raise ValueError(
-                f"{path}: {key}: expected {implied} (from the two maximum lengths), got {given}"
-            )
+            raise _refused(path, key, f"{implied} (from the two maximum lengths)", given)
 
 
 def save_config(

@@ -53,20 +53,35 @@ def test_untied_head_is_counted() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_layers": 0}, "num_layers: expected a positive integer, got 0"),
-        ({"model_dim": 128.0}, "model_dim: expected a positive integer, got 128.0"),
+        ({"num_layers": 0}, "num_layers: expected a whole number from 1 to 1000, got 0"),
+        ({"model_dim": 128.0}, "model_dim: expected a whole number from 1 to 1048576, got 128.0"),
         ({"num_kv_heads": 3}, "num_heads: 4 is not a multiple of num_kv_heads 3"),
         ({"partial_rotary_factor": 0.4, "head_dim": 33}, "gives 13 rotated dimensions"),
-        ({"partial_rotary_factor": 1.5}, "expected an even number up to head_dim"),
+        (
+            {"partial_rotary_factor": 1.5},
+            "partial_rotary_factor: expected a number above 0 and up to 1, got 1.5",
+        ),
+        (
+            {"partial_rotary_factor": 1e308},
+            "partial_rotary_factor: expected a number above 0 and up to 1, got 1e.308",
+        ),
+        ({"num_layers": 10**6}, "num_layers: expected a whole number from 1 to 1000, got 1000000"),
+        (
+            {"vocab_size": 2**63},
+            "vocab_size: expected a whole number from 1 to 100000000, got 9223372036854775808",
+        ),
         ({"long_factor": None}, "given together or not at all"),
         ({"long_factor": (1.0,) * 11}, "long_factor: expected 12 values .* got 11"),
-        ({"long_factor": (0.0,) * 12}, "long_factor: expected positive numbers, got .0.0"),
+        (
+            {"long_factor": (0.0,) * 12},
+            "long_factor: expected a list in which each is a number above 0 .*, got .0.0",
+        ),
         (
             {"short_factor": (float("nan"),) * 12},
-            "short_factor: expected positive numbers, got .nan",
+            "short_factor: expected a list in which each is a number above 0 .*, got .nan",
         ),
         ({"original_max_positions": 1}, "original_max_positions: expected at least 2"),
-        ({"rope_factors": "auto"}, "rope_factors: expected 'short' or 'long', got 'auto'"),
+        ({"rope_factors": "auto"}, "rope_factors: expected one of short, long, got 'auto'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
