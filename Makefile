@@ -9,13 +9,17 @@ TE_VERSION := 2.20.2
 TE := $(VENV)/transformer-engine-$(TE_VERSION)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-mcore-next test-te bench-peers lint clean
+.PHONY: demo test faults test-mcore-next test-te bench-peers lint clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/phimini recipe tiny
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+# Kills, damages and fuzzing at full length, with the counts printed.
+faults: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -m faults -s
 
 # The parallel tests on the newer megatron-core. Its wheel asks for Python 3.12 and runs on 3.11 too.
 # Its __version__ has the commit of the git repository around it, which is ours, at the end.

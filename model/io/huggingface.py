@@ -282,7 +282,7 @@ def check_tensors(config: ModelConfig, files: TensorFiles) -> None:
             raise ValueError(f"{files.directory}: tensor {name} is missing; expected shape {shape}")
         if files.shape(name) != shape:
             raise ValueError(
-                f"{files.directory / files.file_of[name]}: {name}: expected shape {shape}, got {files.shape(name)}"
+                f"{files.directory / files.file_of[name]}: {name}: expected shape {shape}, got {files.shape(name)!s:.100}"
             )
         if files.dtype(name) not in _WEIGHT_DTYPES:
             raise ValueError(
@@ -300,7 +300,7 @@ def check_tensors(config: ModelConfig, files: TensorFiles) -> None:
     extra = sorted(files.keys() - expected.keys())
     if extra:
         raise ValueError(
-            f"{files.directory / files.file_of[extra[0]]}: tensor {extra[0]} is none of this model's "
+            f"{files.directory / files.file_of[extra[0]]}: tensor {extra[0]!r:.100} is none of this model's "
             f"({len(extra)} too many)"
         )
 

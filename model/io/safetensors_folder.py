@@ -45,11 +45,11 @@ class TensorFiles(Mapping[str, Tensor]):
         self.file_of: dict[str, str] = weight_map
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file:
-                raise ValueError(f"{index}: expected file names in this folder, got {file!r}")
+                raise ValueError(f"{index}: expected file names in this folder, got {file!r:.100}")
             absent = {n for n, f in weight_map.items() if f == file} - set(self._open(file).keys())
             if absent:
                 raise ValueError(
-                    f"{self.directory / file}: has no tensor {min(absent)}, which {INDEX_FILE} promises"
+                    f"{self.directory / file}: has no tensor {min(absent)!r:.100}, which {INDEX_FILE} promises"
                 )
 
     def _open(self, file: str):
@@ -60,7 +60,7 @@ class TensorFiles(Mapping[str, Tensor]):
             try:
                 self._opened[file] = safe_open(path, framework="pt")
             except SafetensorError as error:
-                raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+                raise ValueError(f"{path}: not a whole safetensors file: {error!s:.200}") from error
         return self._opened[file]
 
     def __getitem__(self, name: str) -> Tensor:

@@ -84,7 +84,7 @@ class Tokenizer:
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises no narrower class; its message is kept
-            raise ValueError(f"{path}: not a tokenizer: {error}") from error
+            raise ValueError(f"{path}: not a tokenizer: {error!s:.200}") from error
         _check_settings(path, config_path, inner, config)
         _add_tokens_of(config_path, inner, config)
         _check_named_tokens(Path(directory), inner, config)
@@ -153,11 +153,11 @@ def _check_settings(
 ) -> None:
     if dropout := getattr(inner.model, "dropout", None):
         raise ValueError(
-            f"{path}: model.dropout: expected none, got {dropout}: a text would have other ids each time"
+            f"{path}: model.dropout: expected none, got {dropout!r:.60}: a text would have other ids each time"
         )
     if config.get("split_special_tokens"):
         raise ValueError(
-            f"{config_path}: split_special_tokens: expected false, got {config['split_special_tokens']!r}: the "
+            f"{config_path}: split_special_tokens: expected false, got {config['split_special_tokens']!r:.60}: the "
             f"chat template's {END} would be read as plain text"
         )
 
@@ -170,7 +170,7 @@ def _add_tokens_of(path: Path, inner: tokenizers.Tokenizer, config: dict) -> Non
         tokens = [AddedToken(**fields) for _, fields in by_id]
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path}: added_tokens_decoder: expected an object of tokens by id, got {str(listed)[:80]}: {error}"
+            f"{path}: added_tokens_decoder: expected an object of tokens by id, got {listed!r:.80}: {error}"
         ) from error
     there = {repr(token) for token in inner.get_added_tokens_decoder().values()}
     inner.add_tokens([token for token in tokens if repr(token) not in there])
@@ -193,7 +193,7 @@ def _check_named_tokens(directory: Path, inner: tokenizers.Tokenizer, config: di
             for token in tokens:
                 if token not in there:
                     raise ValueError(
-                        f"{directory / name}: {field}: expected one of tokenizer.json's added tokens, got {token!r}; "
+                        f"{directory / name}: {field}: expected one of tokenizer.json's added tokens, got {token!r:.60}; "
                         "load the folder with transformers and save it again, which writes all tokens into that file"
                     )
 
@@ -213,7 +213,7 @@ def _named_tokens(path: Path, config: dict) -> dict[str, list[str]]:
         try:
             texts[key] = [t["content"] if isinstance(t, dict) else str(t) for t in tokens]
         except (TypeError, KeyError) as error:
-            raise ValueError(f"{path}: {key}: expected tokens, got {config[key]!r}") from error
+            raise ValueError(f"{path}: {key}: expected tokens, got {config[key]!r:.60}") from error
     return texts
 
 

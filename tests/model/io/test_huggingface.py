@@ -329,7 +329,7 @@ def edit_index(directory: Path, edit: Callable[[dict], object]) -> None:
 
 def test_missing_tensor(saved: Path) -> None:
     file = edit_shard(saved, NORM, lambda t: (t.pop(NORM), t.update(other=torch.ones(1))))
-    with pytest.raises(ValueError, match=f"{file}: has no tensor {NORM}, which"):
+    with pytest.raises(ValueError, match=f"{file}: has no tensor '{NORM}', which"):
         load_reference(saved)
     edit_index(saved, lambda m: m.pop(NORM))
     with pytest.raises(ValueError, match=rf"tensor {NORM} is missing; expected shape \(128,\)"):
@@ -340,7 +340,7 @@ def test_extra_tensor(saved: Path) -> None:
     file = edit_shard(saved, NORM, lambda t: t.update({"model.layers.9.bias": torch.ones(2)}))
     edit_index(saved, lambda m: m.update({"model.layers.9.bias": file}))
     with pytest.raises(
-        ValueError, match=f"{file}: tensor model.layers.9.bias is none of this model's"
+        ValueError, match=f"{file}: tensor 'model.layers.9.bias' is none of this model's"
     ):
         load_reference(saved)
 
