@@ -14,7 +14,7 @@ from typing import Any
 LIMIT_S = 10
 MAX_CHARACTERS = 2000
 """of an error's message, beside the paths in it"""
-ROOT = str(Path(__file__).resolve().parents[2])
+ROOT = str(Path(__file__).resolve().parents[3])
 
 TEXTS = [
     "", " ", "a", "What is 1+1?", "What is 2+3?", r"\boxed{2}", r"x \boxed{1/2}", r"\boxed{", "\u2028", "\x00", "\ud800", "😀" * 50,
