@@ -20,6 +20,7 @@ _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 AND = re.compile(
     r"\s*,?\s*(?:\\(?:text|mbox|mathrm)\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*"
 )
+_OR = re.compile(r"\\(?:text|mbox|mathrm)\s*\{\s*or\s*\}|(?<![A-Za-z\\])or(?![A-Za-z])")
 _CHOICE = re.compile(r"\([A-Za-z]\)")
 _DOLLAR = re.compile(r"(?<!\\)\$")
 
@@ -55,6 +56,10 @@ _ARGUMENTS = re.compile(r"_\s*(?:\{[^{}]*\}|[A-Za-z0-9])|(?<=[A-Za-z}])\s*\([^()
 _UNDERLINED_NUMBER = re.compile(r"[0-9]\s*[_^]")
 
 RELATION = re.compile(r"\s*(<|>|\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z]))\s*")
+
+VARIABLE = re.compile(
+    r"(?<![A-Za-z\\])(?![eidI])[A-Za-z](?![A-Za-z])|\\(?!pi)(?:[a-z]*(?:eta|mu|alpha|amma|ambda|igma|rho|phi|psi|omega|tau))(?![a-z])"
+)
 
 # `x+y=3` is a line; `AB`, `f(2)`, `m/n`, `\angle A` and `m_{\max}` are names of a quantity.
 _OPERATOR = re.compile(r"[-+^]|\\(?:sqrt|pm)(?![A-Za-z])")
@@ -129,8 +134,14 @@ def trimmed(text: str) -> str:
 def split_name(text: str) -> tuple[str, str | None]:
     """Split `text` into the value and the name before `=`.
 
-    In `x = 1, x = 2` each `x =` is removed. Several different names stay in the value.
+    In `x = 1, x = 2` each `x =` is removed, also within set braces. `b = 3, a = 2` has the name (a,b) and the value (2,3).
+    Other texts with several different names have none.
     """
+    if (assigned := _assigned(text)) is not None:
+        return assigned
+    if text.startswith(r"\{") and text.endswith(r"\}") and "|" not in text and ":" not in text:
+        value, name = split_name(text[2:-2].strip())
+        return (text, None) if name is None else (rf"\{{{value}\}}", name)
     equals = EQUALS.search(text)
     if equals is None:
         return text, None
@@ -145,6 +156,38 @@ def split_name(text: str) -> tuple[str, str | None]:
     if re.search(r"[,;]|\\text|\b(?:and|or)\b", value[: max(value.rfind("="), 0)]):
         return text, None
     return value, name
+
+
+def _assigned(text: str) -> tuple[str, str] | None:
+    """Return value and name of assignments of constants to different names, in the order of the names."""
+    if text.count("=") < 2 or _OR.search(text):
+        return None
+    sides = [part.split("=") for part in top_parts(text)]
+    if len(sides) == 1:
+        size = 2 if text.startswith(r"\{") else 1
+        sides = [part.split("=") for part in top_parts(text[size:-size])]
+    values: dict[str, str] = {}
+    for left, *right in sides:
+        value = right[0].strip() if len(right) == 1 else ""
+        if not value or not SIMPLE_NAME.fullmatch(left) or VARIABLE.search(value) or RELATION.search(value):  # fmt: skip
+            return None
+        values[name_spelling(left)] = value
+    if len(values) != len(sides) or len(values) < 2:
+        return None
+    names = sorted(values)
+    return f"({','.join(values[name] for name in names)})", f"({','.join(names)})"
+
+
+def top_parts(text: str) -> list[str]:
+    """Return the parts of `text` between the commas, semicolons and `and` outside all brackets."""
+    parts, depth = [""], 0
+    for mark in re.findall(r"\\.|.", AND.sub(",", text), re.DOTALL):
+        depth += (mark in ("(", "[", "{", r"\{")) - (mark in (")", "]", "}", r"\}"))
+        if depth == 0 and mark in ",;":
+            parts.append("")
+        else:
+            parts[-1] += mark
+    return parts
 
 
 @lru_cache(maxsize=1024)  # problems share their few names
@@ -205,7 +248,10 @@ def _unwrapped(text: str) -> str:
 
 
 def _alone(text: str) -> str:
-    """Remove parentheses or set braces around all of `text`, unless it is a tuple, a choice or a condition."""
+    """Remove parentheses or set braces around all of `text`, unless it is a tuple, a choice or a condition.
+
+    `(7 or 8)` is a list.
+    """
     size = 2 if text.startswith(r"\{") and text.endswith(r"\}") else 1
     if size == 1 and not (text.startswith("(") and text.endswith(")")) or _CHOICE.fullmatch(text):
         return text
@@ -215,7 +261,7 @@ def _alone(text: str) -> str:
         depth += (mark in "([{") - (mark in ")]}")
         if depth < 0 or depth == 0 and (mark in ",;" or size == 2 and mark in "|:<>"):
             return text
-    return text if AND.search(inner) else inner.strip()
+    return text if size == 2 and AND.search(inner) else inner.strip()
 
 
 def closing_brace(text: str, start: int) -> int:

@@ -27,7 +27,7 @@ from phimini.stages.verify.numerals import (
     parse_number,
     parse_sequence,
 )
-from phimini.stages.verify.text import EQUALS, RELATION, Answer, read_answer
+from phimini.stages.verify.text import EQUALS, RELATION, VARIABLE, Answer, read_answer, top_parts
 
 Reason = Literal[
     "equal", "different", "no closed box", "empty box", "not a number", "not in lowest terms",
@@ -50,10 +50,7 @@ _UNDONE_ARITHMETIC = re.compile(
 # `101_2`, `3:30`, `2:3`: math-verify drops the base, and reads a time or a ratio as a division.
 _PAIR = re.compile(r"0*([0-9A-Z]+)\s*([_:])\s*\{?0*([0-9]+)\}?", re.IGNORECASE)
 # Each name in `x_1 = 1, x_2 = 2`, for a reference that is a bare list of numbers.
-_NAMES = re.compile(r"(^|,)\s*[A-Za-z](?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\}))?\s*=\s*")
-_VARIABLE = re.compile(
-    r"(?<![A-Za-z\\])(?![eidI])[A-Za-z](?![A-Za-z])|\\(?!pi)(?:[a-z]*(?:eta|mu|alpha|amma|ambda|igma|rho|phi|psi|omega|tau))(?![a-z])"
-)
+_NAMES = re.compile(r"(^|,|\\\{)\s*[A-Za-z](?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\}))?\s*=\s*")
 _MAX_SYMBOLIC_CHARACTERS = 1000
 
 
@@ -167,7 +164,7 @@ def _reference(answer: str) -> _Reference:
         read = Answer(read.text, interval[1], interval[0])
     number = parse_number(read.value)
     sequence = parse_sequence(read.value) if number is None else None
-    is_constant = number is not None or sequence is not None or not _VARIABLE.search(read.value)
+    is_constant = number is not None or sequence is not None or not VARIABLE.search(read.value)
     is_solved = interval is not None or not RELATION.search(read.value)
     is_equation = EQUALS.search(read.value) is not None and not re.search(r"[,;]", read.value)
     return _Reference(
@@ -192,13 +189,14 @@ def _compare(got: Answer, reference: _Reference) -> Reason:
     if interval is not None and reference.is_solved:
         got = Answer(got.text, interval[1], interval[0], got.unit)
     if got.name is not None and expected.name is not None and got.name != expected.name:
+        got = _in_order(got, expected.name)
+    if got.name is not None and expected.name is not None and got.name != expected.name:
         is_another = reference.is_constant or reference.interval is not None
         return "different" if is_another else _compare_expressions(got.text, expected.text)
     if reference.number is not None:
         return _compare_numbers(parse_number(got.value), got.unit, reference)
     if reference.sequence is not None:
-        value = parse_sequence(got.value) or parse_sequence(_NAMES.sub(r"\1", got.value))
-        return _compare_exactly(value, reference.sequence)
+        return _compare_sequences(got, reference.sequence, expected.name)
     if reference.word is not None:
         return "equal" if _word(got.value) == reference.word else "different"
     if EQUALS.search(got.value) or EQUALS.search(expected.value) or not reference.is_solved:
@@ -222,6 +220,27 @@ def _compare_numbers(got: Number | None, unit: str | None, reference: _Reference
         elif unit != "percent" and reference.answer.unit == "percent":
             expected = expected.divided_by(100)
     return _compare_exactly(got, expected)
+
+
+def _compare_sequences(got: Answer, expected: Sequence, name: str | None) -> Reason:
+    """Compare a sequence; in a bare list each element may have a name. For `(a,b)=(2,3)` a list is in order."""
+    value = parse_sequence(got.value)
+    if name is not None and name.startswith("(") and got.name is None and value is not None:
+        value = Sequence(expected.brackets, value.numbers) if value.brackets == "{}" else value
+    if got.name is not None and got.name.startswith("(") and expected.brackets == "{}":
+        value = parse_sequence(_NAMES.sub(r"\1", got.text))
+    return _compare_exactly(value, expected)
+
+
+def _in_order(got: Answer, names: str) -> Answer:
+    """Return `(b,a)=(3,2)` as `(a,b)=(2,3)` if these are the names of the reference; any other answer unchanged."""
+    assert got.name is not None, "an answer without a name has no order"
+    values = dict(zip(top_parts(got.name[1:-1]), top_parts(got.value[1:-1]), strict=False))
+    order = top_parts(names[1:-1])
+    is_same = got.name.startswith("(") and len(order) > 1 and values.keys() == set(order)
+    if not is_same:
+        return got
+    return Answer(got.text, f"({','.join(values[name] for name in order)})", names, got.unit)
 
 
 def _compare_expressions(text: str, expected: str) -> Reason:

@@ -81,7 +81,8 @@ def changed_header(rng: random.Random, header: dict) -> dict:
         elif kind < 0.5:
             entry["dtype"] = rng.choice(DTYPES)
         elif kind < 0.7:
-            entry["shape"] = rng.choice([*SHAPES, entry["shape"][::-1], entry["shape"] + [1]])
+            shape = entry["shape"] if isinstance(entry["shape"], list) else []
+            entry["shape"] = rng.choice([*SHAPES, shape[::-1], [*shape, 1]])
         else:
             a, b = entry["data_offsets"] if isinstance(entry["data_offsets"], list) else (0, 4)
             entry["data_offsets"] = rng.choice([[b, a], [0, 0], [a, b + 4], [a - 4, b], [2**63, 2**64], [-1, b], [a], "x", None, [a, b, 1]])  # fmt: skip
