@@ -12,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 LIMIT_S = 10
+"""of processor time, so that other load on the machine fails no case"""
+HANG_S = 120
 MAX_CHARACTERS = 2000
 """of an error's message, beside the paths in it"""
 ROOT = str(Path(__file__).resolve().parents[3])
@@ -25,7 +27,7 @@ OTHERS = [True, False, None, [], {}, [1], [1.0] * 3, ["a"] * 3, [None] * 3, {"a"
 
 
 class TooSlow(BaseException):
-    """Exception of a case that exceeds `LIMIT_S`; no handler in the product catches it."""
+    """Exception of a case that exceeds a limit; no handler in the product catches it."""
 
 
 def text(rng: random.Random) -> str:
@@ -54,29 +56,33 @@ def fuzz(name: str, number: int, case: Callable[[random.Random], str]) -> collec
     """Run `case` on `number` generators seeded by name and index; print and return the counts of what it returns.
 
     ValueError and OSError are counted too: their message must be one line that any terminal can show. Raises
-    AssertionError with the first seed of each other exception, and of each case that is slower than `LIMIT_S`.
+    AssertionError with the first seed of each other exception, and of each case that takes more than `LIMIT_S` of
+    processor time or `HANG_S` on the clock.
     """
     counts: collections.Counter = collections.Counter()
     faults: dict[str, str] = {}
     slowest, started = (0.0, -1), time.perf_counter()
-    before = signal.signal(signal.SIGALRM, _too_slow)
+    before = {sent: signal.signal(sent, _too_slow) for sent in (signal.SIGPROF, signal.SIGALRM)}
     try:
         for index in range(number):
-            begun = time.perf_counter()
-            signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+            begun = time.process_time()
+            signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
+            signal.setitimer(signal.ITIMER_REAL, HANG_S)
             try:
                 counts[_outcome(case, random.Random(f"{name} {index}"))] += 1
             except (Exception, TooSlow) as error:
                 place = _place(error.__cause__ or error)
                 faults.setdefault(place, f"case {index}: {error!r:.300}")
             finally:
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            slowest = max(slowest, (time.perf_counter() - begun, index))
+            slowest = max(slowest, (time.process_time() - begun, index))
     finally:
-        signal.signal(signal.SIGALRM, before)
+        for sent, handler in before.items():
+            signal.signal(sent, handler)
     seconds = time.perf_counter() - started
     print(
-        f"\n{name}: {number:,} cases in {seconds:.0f} s, slowest {slowest[0]:.2f} s (case {slowest[1]}), {len(faults)} faults: "
+        f"\n{name}: {number:,} cases in {seconds:.0f} s, slowest {slowest[0]:.2f} CPU s (case {slowest[1]}), {len(faults)} faults: "
         + ", ".join(f"{outcome} {count:,}" for outcome, count in sorted(counts.items()))
     )
     assert not faults, faults
