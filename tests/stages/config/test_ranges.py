@@ -5,8 +5,10 @@ from typing import Annotated, get_args, get_origin
 
 import pytest
 
+from phimini.model import config
 from phimini.model.checked_fields import Range, fields_of
-from phimini.stages.config import schema
+from phimini.parallel.cluster import job_scripts
+from phimini.stages.config import options, schema
 from phimini.stages.config.recipes import RECIPES, recipe_config
 from phimini.stages.config.schema import override
 
@@ -65,8 +67,14 @@ def test_the_ends_of_a_range_belong_to_it(assignment: str) -> None:
 
 
 def test_every_number_of_a_config_has_a_range() -> None:
-    kinds = [kind for name, kind in vars(schema).items() if name.endswith(("Config", "Settings"))]
-    assert len(kinds) == 11
+    ends = ("Config", "Settings", "Options")
+    kinds = [
+        kind
+        for module in (schema, options, job_scripts, config)
+        for name, kind in vars(module).items()
+        if name.endswith(ends)
+    ]
+    assert len(set(kinds)) == 21
     for kind in kinds:
         for name, annotated in fields_of(kind).items():
             assert ranged(annotated), f"{kind.__name__}.{name}: {annotated} has no Range beside it"
@@ -74,7 +82,8 @@ def test_every_number_of_a_config_has_a_range() -> None:
 
 def ranged(kind: object) -> bool:
     if get_origin(kind) is Annotated:
-        return any(isinstance(mark, Range) for mark in get_args(kind))
+        inner, *marks = get_args(kind)
+        return any(isinstance(mark, Range) for mark in marks) or ranged(inner)
     return kind not in (int, float) and all(map(ranged, get_args(kind)))
 
 
