@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -158,7 +159,7 @@ def check_inputs(run: RunConfig, config: ModelConfig) -> list[str]:
                     )
     for field, name in (("rlvr.reward", run.rlvr.reward), ("evaluate.judge", run.evaluate.judge)):
         if name is not None:
-            found += _problems(partial(_check_function, name, field))
+            found += problems_of(partial(_check_function, name, field))
     if run.distill.source != "generator":
         found += check_files(run, Path(run.distill.source), tokenizer)
     return found + _check_out(run, config)
