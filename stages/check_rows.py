@@ -4,7 +4,7 @@ Tokens are counted only in the longest rows of each file: to encode billions of 
 """
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -55,10 +55,9 @@ def problems_of(check: Callable[[], None]) -> list[str]:
 
 
 def _check_rollouts(run: RunConfig, path: Path, tokenizer: Tokenizer | None) -> None:
-    rows = own_rollouts(
-        path, path.name, len(run.curate.level_weights), partial(_check_texts, tokenizer)
-    )
-    longest = _longest(rows)
+    fields = ("question", "response")
+    check = partial(_check_texts, tokenizer, fields)
+    longest = _longest(own_rollouts(path, path.name, len(run.curate.level_weights), check), fields)
     if tokenizer is None:
         return
     # All correct rollouts are stage 1's; any of them may be chosen for stage 2.
@@ -78,21 +77,21 @@ def _check_rollouts(run: RunConfig, path: Path, tokenizer: Tokenizer | None) -> 
 
 
 def _check_problems(run: RunConfig, path: Path, tokenizer: Tokenizer | None) -> None:
-    longest = _longest(own_problems(path, partial(_check_texts, tokenizer)))
+    fields = ("question",)
+    longest = _longest(own_problems(path, partial(_check_texts, tokenizer, fields)), fields)
     if tokenizer is not None and path.name == "prompts.jsonl" and not run.distill.gym_tasks:
         prompts = encode_problems(tokenizer, longest, run.chat_template)
         check_room(prompts, run.rlvr, "rlvr")
 
 
-def _longest(rows: Iterable[Row]) -> list[Row]:
-    size = lambda row: len(row["question"]) + len(row.get("response", ""))
-    return heapq.nlargest(COUNTED_ROWS, rows, key=size)
+def _longest(rows: Iterable[Row], fields: Sequence[str]) -> list[Row]:
+    return heapq.nlargest(COUNTED_ROWS, rows, key=lambda row: sum(len(row[f]) for f in fields))
 
 
-def _check_texts(tokenizer: Tokenizer | None, row: Row) -> None:
+def _check_texts(tokenizer: Tokenizer | None, fields: Sequence[str], row: Row) -> None:
     """Raise ValueError for a text with a control token or a character that a vocabulary cannot encode."""
     special = {text for text, is_special, _ in PHI4_TOKENS if is_special}
-    for field in row.keys() & {"question", "response"}:
+    for field in fields:
         check_plain(tokenizer.special_tokens if tokenizer else special, field, row[field])
         if tokenizer is not None:
             tokenizer.check(row[field])

@@ -69,7 +69,7 @@ def test_rows_that_are_too_long_are_counted(run: RunConfig, tmp_path: Path) -> N
 
 
 def test_a_prompt_without_room_for_an_answer_is_found(run: RunConfig, tmp_path: Path) -> None:
-    asked = [{"question": "a" * n, "answer": "1"} for n in (4, 2000)]
+    asked = [{"question": "a" * n, "answer": "1", "response": 5} for n in (4, 2000)]
     for name in ("rollouts", "validation"):
         write(tmp_path / f"{name}.jsonl", rollouts(2))
     for name in ("prompts", "heldout"):

@@ -24,31 +24,32 @@ FIELDS = ["question", "answer", "response", "problem_id", "id", "family", "level
 LINES = [b"null", b"[]", b"1", b"NaN", b'{"question": NaN}', b"{}", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 3000, b"\xef\xbb\xbf{}", b"1" * 5000, b""]  # fmt: skip
 
 
-def row(rng: random.Random, number: int) -> dict[str, Any]:
+def row(rng: random.Random, number: int, share: float) -> dict[str, Any]:
     made = {
         "question": f"Ask {number} for {rng.randint(1, 99)}", "answer": str(rng.randint(1, 3)), "problem_id": f"p{number}",
         "response": f"so \\boxed{{{rng.choice('123')}}}", "id": f"q{number}", "family": "f", "level": rng.randint(0, 2),
     }  # fmt: skip
-    if rng.random() < 0.15:
+    if rng.random() < share:
         for field in rng.choices(FIELDS, k=rng.randint(1, 3)):
             if rng.random() < 0.2:
                 made.pop(field, None)
             else:
                 made[field] = value(rng)
-    if rng.random() < 0.05:
+    if rng.random() < share / 3:
         made[text(rng)] = value(rng)
     return made
 
 
-def line(rng: random.Random, number: int) -> bytes:
-    written = json.dumps(row(rng, number), ensure_ascii=rng.random() < 0.5)
+def line(rng: random.Random, number: int, share: float) -> bytes:
+    """Return a row as JSON, with a bad one at a probability of about `share`."""
+    written = json.dumps(row(rng, number, share), ensure_ascii=rng.random() < 0.5)
     data = written.encode("utf8", "surrogatepass")
-    kind = rng.random()
-    if kind < 0.01:
+    kind = rng.random() / max(share, 1e-9)
+    if kind < 0.05:
         return data[: rng.randrange(len(data) + 1)]
-    if kind < 0.02:
+    if kind < 0.1:
         return bytes(c ^ (1 << rng.randrange(8)) if rng.random() < 0.02 else c for c in data)
-    return rng.choice(LINES) if kind < 0.03 else data
+    return rng.choice(LINES) if kind < 0.15 else data
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,8 @@ def test_random_rows(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def file(rng: random.Random, path: Path, most: int) -> None:
         nonlocal rows
-        lines = [line(rng, i) for i in range(rng.randint(0, most))]
+        share = rng.choice((0, 0.02, 0.2))
+        lines = [line(rng, i, share) for i in range(rng.randint(0, most))]
         rows += len(lines)
         path.write_bytes(b"\n".join(lines) + rng.choice([b"", b"\n", b"\n\n", b"\r\n"]))
 
