@@ -39,10 +39,14 @@ def given(rng: random.Random) -> str:
     return "".join(chr(rng.randrange(1, 0x3000)) for _ in range(rng.randint(0, 20)))
 
 
-def case(rng: random.Random) -> str:
+def words_of(rng: random.Random) -> list[str]:
     words = [f"{rng.choice(PATHS)}={given(rng)}" for _ in range(rng.choice((1, 1, 1, 2, 3)))]
     if rng.random() < 0.02:
         words.append(rng.choice(WORDS))
+    return words
+
+
+def examined(rng: random.Random, words: list[str]) -> str:
     run = override(recipe_config(rng.choice(["tiny", *RECIPES])), words)
     gpus, gpu = rng.choice([1, 2, 8, 64]), rng.choice([None, None, "h100"])
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -58,5 +62,15 @@ def case(rng: random.Random) -> str:
 )
 def test_random_overrides(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    counts = fuzz("overrides", number, case)
-    assert counts["ready"] and counts["ValueError"] and not list(tmp_path.iterdir())
+    overrides = 0
+
+    def case(rng: random.Random) -> str:
+        nonlocal overrides
+        words = words_of(rng)
+        overrides += len(words)
+        return examined(rng, words)
+
+    counts = fuzz("overrides", 5 * number // 8, case)
+    print(f"{overrides:,} overrides")
+    assert overrides >= number * 0.9 and counts["ready"] and counts["ValueError"]
+    assert not list(tmp_path.iterdir()), "examined only"
