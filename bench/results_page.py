@@ -20,7 +20,8 @@ from phimini.bench.gate.environment import environment
 from phimini.bench.gate.options import parser
 from phimini.bench.gate.rows import Row, read
 from phimini.bench.peers.command import TARGETS
-from phimini.model.io.json_files import read_json, read_rows, write_rows, write_text
+from phimini.model.io.checked_files import read_sealed
+from phimini.model.io.json_files import read_rows, write_rows, write_text
 
 RESULTS = Path(__file__).parent / "results"
 PAGE, TEMPLATE = "README.md", "README.md.j2"
@@ -119,11 +120,11 @@ def collect(run: Path) -> dict[str, Any]:
         raise ValueError(
             f"{run}: no results.json; `phimini recipe` writes it when all stages are complete"
         )
-    results, arms = read_json(run / "results.json"), run / "controls" / "controls.json"
+    results, arms = read_sealed(run / "results.json"), run / "controls" / "controls.json"
     kept = (*LADDER_FIELDS, "num_problems", "num_samples", "peak_rss_bytes", "versions")
     return {key: results[key] for key in kept} | {
         "commit": (environment().commit or "unknown")[:7],
-        "controls": read_json(arms)["arms"] if arms.exists() else [],
+        "controls": read_sealed(arms)["arms"] if arms.exists() else [],
     }
 
 

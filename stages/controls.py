@@ -15,7 +15,8 @@ Writes `controls/`: a folder per arm, and `controls.json` with each arm's evalua
 import dataclasses
 from pathlib import Path
 
-from phimini.model.io.json_files import read_json, read_rows, write_json, write_rows
+from phimini.model.io.checked_files import read_sealed, write_sealed
+from phimini.model.io.json_files import read_rows, write_rows
 from phimini.model.io.tokenizer import END, EOS
 from phimini.parallel.ranks.world import World
 from phimini.stages.config.schema import RunConfig
@@ -56,13 +57,13 @@ def controls(run: RunConfig, world: World, *, redo: bool = False) -> None:
                 train_from_stage_2(run, world, stage, arm)
         evaluate(run, world, name, redo=redo)
     if world.is_main:
-        write_json(Path(run.out) / "controls" / "controls.json", summary(run))
+        write_sealed(Path(run.out) / "controls" / "controls.json", summary(run))
 
 
 def train_from_stage_2(run: RunConfig, world: World, stage: Stage, arm: str) -> None:
     """Train an arm for as many steps as the processor time of stages 3 and 4 buys. Collective."""
     out = Path(run.out)
-    spent = {s: read_json(out / s / "summary.json") for s in ("sft", "rollout_dpo", "rlvr")}
+    spent = {s: read_sealed(out / s / "summary.json") for s in ("sft", "rollout_dpo", "rlvr")}
     budget = spent["rollout_dpo"]["cpu_seconds"] + spent["rlvr"]["cpu_seconds"]
     if arm == "rl_without_dpo":
         steps = round(spent["rlvr"]["steps"] * budget / spent["rlvr"]["cpu_seconds"])
@@ -88,13 +89,13 @@ def plain(rollout: dict) -> dict:
 def summary(run: RunConfig) -> dict:
     """Return rows of each arm and of stages 2 to 4: accuracies, and paired gains over stage 2 and against stage 4."""
     out = Path(run.out)
-    read = lambda name: read_json(out / "evaluate" / f"{name}.json")
+    read = lambda name: read_sealed(out / "evaluate" / f"{name}.json")
     before, whole = read("sft"), read("rlvr")
     rows = []
     names = ("sft", "rollout_dpo", "rlvr", *(f"controls/{arm}" for arm in (*ARMS, *WITHOUT)))
     for name in names:
         after = read(name)
-        stage = read_json(out / name / "summary.json")
+        stage = read_sealed(out / name / "summary.json")
         gain, low, high = paired_gain(before["per_problem_mean"], after["per_problem_mean"])
         against, worst, best = paired_gain(whole["per_problem_mean"], after["per_problem_mean"])
         rows.append(

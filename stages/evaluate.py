@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from phimini.model.io.checked_files import read_sealed, write_sealed
 from phimini.model.io.huggingface import load_config
-from phimini.model.io.json_files import read_json, read_rows, write_json
+from phimini.model.io.json_files import read_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.sampler import Completion, SamplingParams
 from phimini.parallel.ranks.world import World, on_main
@@ -23,6 +24,7 @@ from phimini.stages.report.intervals import mean_interval, pass_at_k, wilson_int
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import Sampler, release_memory
 from phimini.stages.verify.scorer import Answered, Scorer
+from phimini.stages.run.outputs import SUMMARY, check_inputs
 
 SHOWN_PER_CELL = 1
 
@@ -31,17 +33,18 @@ def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) ->
     """Evaluate the model of `stage`, write `evaluate/STAGE.json` and return its content on every rank. Collective.
 
     An existing file of this model and these settings is returned as it is, unless `redo`.
-    Raises ValueError if the stage is not complete, or the held-out set has bad rows.
+    Raises ValueError if the stage is not complete, a file is damaged, or the held-out set has bad rows.
     """
     path = Path(run.out) / "evaluate" / f"{stage}.json"
     directory = Path(run.out) / stage / "model"
-    if not (summary := Path(run.out) / stage / "summary.json").exists():
+    if not (summary := Path(run.out) / stage / SUMMARY).exists():
         raise ValueError(f"evaluate: {summary.parent} is not complete; run `phimini {stage}` first")
-    made, settings = read_json(summary)["id"], to_dict(run.evaluate)
+    made, settings = read_sealed(summary)["id"], to_dict(run.evaluate)
     if path.exists() and not redo:
-        old = read_json(path)
+        old = read_sealed(path)
         if old["model_id"] == made and old.get("settings", settings) == settings:
             return old
+    check_inputs(run, world, "distill", stage)
     problems = read_rows(Path(run.out) / "distill" / "heldout.jsonl", PROBLEM_FIELDS)
     tokenizer = Tokenizer.load(directory)
     engine = build_engine(run, load_config(directory), world)
@@ -50,8 +53,7 @@ def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) ->
     release_memory(engine)
     result = {"stage": stage, "model_id": made, "settings": settings} | result
     if world.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, result)
+        write_sealed(path, result)
     return result
 
 

@@ -7,9 +7,12 @@ import platform
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from phimini.model.io.json_files import read_json, write_json
+from phimini.model.io.checked_files import read_sealed, write_sealed
+from phimini.model.io.json_files import write_json
+from phimini.parallel.ranks.collective_errors import on_main
 from phimini.parallel.ranks.machine import cpu_name
 from phimini.parallel.ranks.world import World
 from phimini.stages.base import base
@@ -36,24 +39,33 @@ VERSIONS = ("torch", "megatron-core", "triton", "numpy", "tokenizers", "safetens
 
 
 def recipe(run: RunConfig, world: World, *, redo: bool = False) -> None:
-    """Run what is not complete yet. With `redo`, everything again."""
+    """Run what is not complete yet. With `redo`, everything again. Collective.
+
+    results.json and report.html are written after each stage: one that ends the recipe leaves those of the stages before.
+    """
     started = time.perf_counter()
-    if world.is_main:
-        write_json(Path(run.out) / "config.json", to_dict(run))
+    out = Path(run.out)
+
+    def prepare() -> None:
+        write_json(out / "config.json", to_dict(run))
         for stage in DATA.values():
             stage(run, redo=redo)
-    world.barrier()
-    evaluations = [evaluate(run, world, "base")]
-    for name, stage in TRAINING.items():
-        stage(run, world, redo=redo)
+
+    on_main(world, prepare)
+    evaluations: list[dict] = []
+    for name in ("base", *TRAINING):
+        if name in TRAINING:
+            TRAINING[name](run, world, redo=redo)
         evaluations.append(evaluate(run, world, name))
-        if world.is_main:
-            print(ladder_line(evaluations[-2], evaluations[-1]), flush=True)
-    peak_rss = sum(
-        world.all_gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    )
+        peak_rss = sum(
+            world.all_gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        )
+        if world.is_main and len(evaluations) > 1:
+            print(ladder_line(*evaluations[-2:]), flush=True)
+        seconds = time.perf_counter() - started
+        on_main(world, partial(write_results, run, evaluations, peak_rss, seconds))
     if world.is_main:
-        write_results(run, evaluations, peak_rss, time.perf_counter() - started)
+        print(f"{out / 'results.json'} and {out / 'report.html'} are of all stages", flush=True)
 
 
 def ladder_line(before: dict, after: dict) -> str:
@@ -68,12 +80,13 @@ def ladder_line(before: dict, after: dict) -> str:
 def write_results(run: RunConfig, evaluations: list[dict], peak_rss: int, seconds: float) -> None:
     """Write results.json and report.html from the stages' files in the run's folder. One rank calls it.
 
+    Results of these models and of later ones stay as they are: those are complete, and their turn comes.
     evaluations: of the start model and each stage, in order. peak_rss: bytes over all ranks. seconds: wall clock.
     """
     out = Path(run.out)
     rows = []
     for index, evaluation in enumerate(evaluations):
-        summary = read_json(out / evaluation["stage"] / "summary.json")
+        summary = read_sealed(out / evaluation["stage"] / "summary.json")
         row = {
             "stage": evaluation["stage"],
             "mean_at_8": evaluation["mean_at_8"],
@@ -102,8 +115,10 @@ def write_results(run: RunConfig, evaluations: list[dict], peak_rss: int, second
     seconds = max(seconds, sum(row["seconds"] + row["evaluation_seconds"] for row in rows))
     ids = [evaluation["model_id"] for evaluation in evaluations]
     if (out / "results.json").exists():
-        earlier = read_json(out / "results.json")
-        if earlier.get("model_ids") == ids:
+        earlier = read_sealed(out / "results.json")
+        if earlier["model_ids"][: len(ids)] == ids != earlier["model_ids"]:
+            return
+        if earlier["model_ids"] == ids:
             peak_rss = max(peak_rss, earlier["peak_rss_bytes"])
             seconds = max(seconds, earlier["wall_seconds"])
     results = {
@@ -120,12 +135,8 @@ def write_results(run: RunConfig, evaluations: list[dict], peak_rss: int, second
         "wall_seconds": seconds,
         "config": to_dict(run),
     }
-    write_json(out / "results.json", results)
+    write_sealed(out / "results.json", results)
     write_report(out)
-    print(
-        f"{out / 'results.json'} and {out / 'report.html'} written, {seconds / 60:.1f} min",
-        flush=True,
-    )
 
 
 def machine() -> str:

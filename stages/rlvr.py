@@ -112,7 +112,7 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
                     engine.sync(model)
             step.row["waiting"] = len(state["waiting"])
             if world.is_main:
-                write_rollouts(stage.path / "rollouts", step.index, groups, tokenizer)
+                write_rollouts(stage, step.index, groups, tokenizer)
         state["waiting"], unused = len(state["waiting"]), state.pop("unused")  # for the summary
         if not model.num_updates:
             raise ValueError(no_update(unused, state["waiting"], config, run.rollout.max_staleness))
@@ -318,12 +318,12 @@ def no_update(unused: dict[str, int], waiting: int, config: RlvrConfig, max_stal
 
 
 def write_rollouts(
-    folder: Path, step: int, groups: list[list[Rollout]], tokenizer: Tokenizer
+    stage: Stage, step: int, groups: list[list[Rollout]], tokenizer: Tokenizer
 ) -> None:
-    """Write a step's rollouts to `folder`, in a file that is named by the number of steps done. Not collective."""
-    folder.mkdir(exist_ok=True)
+    """Write a step's rollouts to a file of `rollouts/` that is named by the number of steps done. Not collective."""
+    name = f"rollouts/{step + 1:06d}.jsonl"
     write_rows(
-        folder / f"{step + 1:06d}.jsonl",
+        stage.path / name,
         [
             {
                 "id": r.id,
@@ -338,3 +338,4 @@ def write_rollouts(
             for r in group
         ],
     )
+    stage.note(name)

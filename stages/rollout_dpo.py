@@ -134,7 +134,7 @@ def sample_pairs(
     """
     config = run.rollout_dpo
     # An interrupted run resumes with its pairs.
-    if on_main(world, lambda: (stage.path / "pairs.jsonl").exists()):
+    if on_main(world, lambda: "pairs.jsonl" in stage.made):
         return
     problems = read_rows(Path(run.out) / "distill" / "prompts.jsonl", PROBLEM_FIELDS)[
         : config.num_prompts
@@ -194,6 +194,7 @@ def write_pairs(
         )
     write_rows(stage.path / "rollouts.jsonl", rollouts)
     write_rows(stage.path / "pairs.jsonl", pairs)
+    stage.record("rollouts.jsonl", "pairs.jsonl")
 
 
 def pair_up(rollouts: list[dict], pairs_per_prompt: int, seed: int) -> list[dict]:

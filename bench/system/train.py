@@ -34,7 +34,6 @@ from phimini.bench.gate.peak_memory import AllocationMeter, peak_rss_bytes
 from phimini.bench.gate.rows import Row
 from phimini.bench.gate.yardsticks import gemm_factors, gemm_flops
 from phimini.bench.system.train_rows import RankResult, describe, make_row
-from phimini.model.io.json_files import write_json
 from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.timing import Recorder, phase
 from phimini.parallel.ranks.world import World, initialize
@@ -44,6 +43,7 @@ from phimini.stages.config.schema import RunConfig, override
 from phimini.stages.data.packing import derive
 from phimini.stages.recipe import DATA, TRAINING
 from phimini.stages.rl import groups as rollout_groups
+from phimini.stages.run.outputs import write_summary
 from phimini.stages.run.stage_folder import INPUTS
 from phimini.stages.run.training import layout_of
 
@@ -144,7 +144,7 @@ def prepare(run: RunConfig, stage: str, source: Path | None) -> None:
     for name in sorted(needed - DATA.keys()):
         (out / name).mkdir()
         (out / name / "model").symlink_to((out / "base" / "model").resolve())
-        write_json(out / name / "summary.json", {"id": name})
+        write_summary(out / name, {"id": name})
 
 
 def _for_steps(run: RunConfig, stage: str, total: int) -> RunConfig:

@@ -1,6 +1,7 @@
 """The files of a checkpoint directory: names, the manifest, checksums, the pointer, retention. No process groups.
 
-    DIR/latest.json                 {"step": 40, "directory": "step-00000040"}: moves last, atomically
+    DIR/latest.json                 {"step": 40, "directory": "step-00000040"}, with its sha256: moves last, atomically;
+                                    both are null before the first checkpoint is complete
     DIR/step-00000040/
         manifest.json               step, model config, layout, versions, extra, sha256 of every file
         __0_0.distcp, ...           tensors, written by torch.distributed.checkpoint
@@ -11,8 +12,6 @@ A step that is saved again gets a new name (step-00000040-2), so that the checkp
 touched.
 """
 
-import hashlib
-import json
 import os
 import pickle
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from phimini.model.io import json_files
-from phimini.model.io.json_files import read_json, write_json
+from phimini.model.io.checked_files import check_file, read_sealed, write_sealed
 
 POINTER = "latest.json"
 MANIFEST = "manifest.json"
@@ -78,20 +77,27 @@ def new_directory(directory: Path, step: int) -> Path:
 
 
 def read_pointer(directory: Path) -> Path | None:
-    """Return the latest complete checkpoint, or None without a pointer. Raises ValueError if the pointer is broken."""
+    """Return the latest complete checkpoint, or None before the first.
+
+    Raises ValueError if the pointer is damaged, names a missing checkpoint, or is missing beside checkpoints.
+    """
     pointer = directory / POINTER
     if not pointer.exists():
+        if directory.is_dir() and step_directories(directory):
+            raise ValueError(f"{pointer} is missing, but the folder {_inventory(directory)}")
         return None
-    content = read_json(pointer)
-    name = content.get("directory") if isinstance(content, dict) else None
+    content = read_sealed(pointer)
+    step, name = content.get("step"), content.get("directory")
+    if step is None and name is None:
+        return None
     match = _DIRECTORY.fullmatch(name) if isinstance(name, str) else None
-    if name is None or match is None or content.get("step") != int(match[1]):
+    if match is None or step != int(match[1]):
         raise ValueError(
             f"{pointer}: expected {{'step': .., 'directory': 'step-..'}}, got {content!r}"
         )
-    if not (directory / name / MANIFEST).is_file():
+    if not (directory / match[0] / MANIFEST).is_file():
         raise ValueError(f"{pointer}: names {name!r}, which {_inventory(directory)}")
-    return directory / name
+    return directory / match[0]
 
 
 def find_step(directory: Path, step: int) -> Path:
@@ -108,7 +114,16 @@ def find_step(directory: Path, step: int) -> Path:
 
 def move_pointer(directory: Path, checkpoint: Path) -> None:
     """Let the pointer name `checkpoint`, atomically: a reader sees the old or the new pointer."""
-    write_json(directory / POINTER, {"step": step_of(checkpoint), "directory": checkpoint.name})
+    write_sealed(directory / POINTER, {"step": step_of(checkpoint), "directory": checkpoint.name})
+
+
+def begin_pointer(directory: Path) -> None:
+    """Write a pointer to no checkpoint before the first save, so that a lost one is told from one not written yet.
+
+    Raises as `read_pointer`.
+    """
+    if read_pointer(directory) is None:
+        write_sealed(directory / POINTER, {"step": None, "directory": None})
 
 
 def remove_old(directory: Path, latest: Path, keep: int) -> None:
@@ -135,18 +150,15 @@ def remove_cut_off(directory: Path) -> None:
 
 def write_manifest(checkpoint: Path, manifest: dict[str, Any]) -> None:
     """Write a checkpoint's manifest, with a checksum of its own content."""
-    write_json(checkpoint / MANIFEST, manifest | {"sha256": _digest(manifest)})
+    write_sealed(checkpoint / MANIFEST, manifest)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's manifest. Raises ValueError that names the file if it was changed since it was written."""
     path = checkpoint / MANIFEST
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    manifest = read_sealed(path)
+    if manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a manifest of format {FORMAT}")
-    recorded = manifest.pop("sha256", None)
-    if recorded != _digest(manifest):
-        raise ValueError(f"{path}: its content does not match its checksum")
     _check_fields(path, manifest)
     if manifest["step"] != step_of(checkpoint):
         raise ValueError(
@@ -174,26 +186,10 @@ def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
         raise ValueError(f"{path}: files: expected bytes and sha256 of each, {_TORCH_METADATA} too")
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return a file's size in bytes and its sha256."""
-    with path.open("rb") as f:
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(f, "sha256").hexdigest(),
-        }
-
-
 def check_files(checkpoint: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> None:
     """Compare files with their descriptions. Raises ValueError that names the first missing or altered one."""
     for name in names:
-        path, recorded = checkpoint / name, files[name]
-        if not path.is_file():
-            raise ValueError(f"{path}: this file of the checkpoint is missing")
-        found = describe_file(path)
-        if found["bytes"] != recorded["bytes"]:
-            raise ValueError(f"{path}: has {found['bytes']} bytes, expected {recorded['bytes']}")
-        if found["sha256"] != recorded["sha256"]:
-            raise ValueError(f"{path}: its content has changed since it was saved (sha256 differs)")
+        check_file(checkpoint / name, files[name])
 
 
 def check_metadata_is_plain(checkpoint: Path) -> None:
@@ -230,10 +226,6 @@ def free_bytes(directory: Path) -> int:
     """Return the free bytes on a directory's file system."""
     stat = os.statvfs(directory)
     return stat.f_bavail * stat.f_frsize
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _inventory(directory: Path) -> str:

@@ -41,6 +41,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistSaveShardedStrategy,
 )
 
+from phimini.model.io.checked_files import describe_file
 from phimini.model.io.json_files import atomic_file
 from phimini.parallel.checkpoint import files
 from phimini.parallel.checkpoint import sharded_state as state
@@ -155,7 +156,7 @@ class PendingCheckpoint:
             save_config(CheckpointingConfig("torch_dist", 1), str(self._temporary))
             torch.save({"iteration": self.step}, self._temporary / "common.pt")
             for name in (".metadata", "metadata.json", "common.pt"):
-                self._manifest["files"][name] = files.describe_file(self._temporary / name)
+                self._manifest["files"][name] = describe_file(self._temporary / name)
             files.write_manifest(self._temporary, self._manifest)
         checkpoint = files.new_directory(directory, self.step)
         self._temporary.rename(checkpoint)
@@ -314,7 +315,7 @@ def _write(
         )
         _, outcome = done.get()
         try:
-            described[path.name] = files.describe_file(path)
+            described[path.name] = describe_file(path)
         except OSError as e:
             outcome = outcome if isinstance(outcome, BaseException) else e
         if isinstance(outcome, BaseException):
@@ -341,6 +342,7 @@ def _prepare(directory: Path, step: int, keep: int, manifest: dict[str, Any]) ->
     except (TypeError, ValueError) as e:
         raise ValueError(f"save_checkpoint: extra is not JSON: {e}") from e
     directory.mkdir(parents=True, exist_ok=True)
+    files.begin_pointer(directory)
     files.remove_cut_off(directory)
     temporary = directory / (files.new_directory(directory, step).name + files.TEMPORARY)
     with _naming(temporary):

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from phimini.model.io.json_files import Row, read_json, read_rows, write_text
+from phimini.model.io.checked_files import check_file, read_sealed
+from phimini.model.io.json_files import Row, read_rows, write_text
 from phimini.stages.report.figures import Chart, Rung, Series, curves, gains, ladder, times
 from phimini.stages.report.formats import duration, minus, short, spaced
 from phimini.stages.report.template import render
@@ -55,17 +56,16 @@ _NUMERALS = {1: "one stage", 2: "two stages", 3: "three stages", 4: "four stages
 def write_report(run_dir: str | Path) -> None:
     """Write `run_dir`/report.html. Raises FileNotFoundError or ValueError, naming the file that is missing or damaged."""
     run = Path(run_dir)
-    results = read_json(run / "results.json")
+    results = read_sealed(run / "results.json")
     expected = {"stages", "seed", "num_problems", "peak_rss_bytes", "versions"}
     if not isinstance(results, dict) or not expected <= results.keys() or not results["stages"]:
         raise ValueError(f"{run / 'results.json'}: expected an object with {sorted(expected)}, as `recipe` writes it")  # fmt: skip
     stages = results["stages"]
     names = [row["stage"] for row in stages]
-    evaluations = {name: read_json(run / "evaluate" / f"{name}.json") for name in names}
+    evaluations = {name: read_sealed(run / "evaluate" / f"{name}.json") for name in names}
     metrics = {
         name: read_rows(run / name / "metrics.jsonl", {"step": int})
-        for name in names
-        if (run / name / "metrics.jsonl").exists()
+        for name in with_metrics(run, names)
     }
     controls = run / "controls" / "controls.json"
     intervals = [row["gain_ci95"] for row in stages if row["gain_ci95"] is not None]
@@ -82,12 +82,23 @@ def write_report(run_dir: str | Path) -> None:
         facts=facts(results),
         ladder=ladder_charts(stages),
         paper=PAPER,
-        controls=read_json(controls) if controls.exists() else None,
+        controls=read_sealed(controls) if controls.exists() else None,
         breakdowns=breakdowns(evaluations),
         curves=[stage_curves(name, rows) for name, rows in metrics.items()],
         samples=samples(evaluations),
     )
     write_text(run / "report.html", page)
+
+
+def with_metrics(run: Path, stages: Sequence[str]) -> list[str]:
+    """Return the stages whose summary.json describes a metrics file. Raises ValueError if that file is damaged or lost."""
+    found = []
+    for stage in stages:
+        files = read_sealed(run / stage / "summary.json")["files"]
+        if "metrics.jsonl" in files:
+            check_file(run / stage / "metrics.jsonl", files["metrics.jsonl"])
+            found.append(stage)
+    return found
 
 
 def facts(results: Row) -> dict[str, object]:

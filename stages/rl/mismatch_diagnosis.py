@@ -30,6 +30,7 @@ from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
 from phimini.stages.rl.mismatch import alarm_level, precision_of
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import RolloutEngine, SleepingEngine, VllmEngine
+from phimini.stages.run.outputs import check_inputs
 from phimini.stages.run.training import load_model
 
 TEMPERATURES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0)
@@ -236,6 +237,7 @@ def doctor(run: RunConfig, world: World, *, samples: int = EXAMINED) -> Verdict:
         raise ValueError(
             f"doctor: {out} has no trained model yet; run `phimini recipe {run.name}` first"
         )
+    check_inputs(run, world, "distill", stages[0])
     model, tokenizer = load_model(run, world, stages[0])
     engine = build_engine(run, model.config, world)
     engine.sync(model)

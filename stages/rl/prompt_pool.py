@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import Any
 
 from phimini.model.io.json_files import read_json, write_json
+from phimini.parallel.ranks.collective_errors import on_main
 from phimini.parallel.ranks.world import World
 from phimini.stages.config.schema import RlvrConfig
 from phimini.stages.rl.groups import GroupSampler, Rollout, check_room
@@ -21,8 +22,8 @@ def select_prompts(
     Raises ValueError as `pool_of` and `check_room`.
     """
     path = stage.path / "pool.json"
-    if path.exists():
-        return read_json(path)["kept"]
+    if found := on_main(world, lambda: read_json(path) if path.name in stage.made else None):
+        return found["kept"]
     candidates = list(sampler.problems)[-config.probe_prompts :]
     check_room({id: sampler.prompts[id] for id in candidates}, config, "rlvr")
     seen: dict[str, list[Rollout]] = defaultdict(list)
@@ -31,9 +32,12 @@ def select_prompts(
         for rollout in sampler.sample(asked, round, config.start_temperature, "probe"):
             seen[rollout.prompt_id].append(rollout)
     found = pool_of(seen, config)
-    world.barrier()
-    if world.is_main:
+
+    def write() -> None:
         write_json(path, found)
+        stage.record(path.name)
+
+    on_main(world, write)
     return found["kept"]
 
 

@@ -4,7 +4,6 @@ Rank 0 writes and prints. On other ranks the same calls only count steps.
 """
 
 import errno
-import json
 import math
 import os
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, SupportsFloat
 
-from phimini.model.io.json_files import Row, dump, write_rows
+from phimini.model.io.json_files import Row, dump
 from phimini.parallel.ranks.timing import step_done
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.run.progress import StepProgress
@@ -27,11 +26,11 @@ class MetricsLog:
                 ...
                 log.write(step, tokens=num_tokens, loss=loss, lr=lr, grad_norm=norm)
 
-    The file of an interrupted run is continued. The first `write(step)` removes the rows from `step` on, which the
-    run repeats, and a last line that a crash cut short. Each row is written by one system call, so a process that
-    dies loses no row. With a `run`, the trackers of its `log.to` get the rows too.
+    Of an existing file the first `kept_bytes` stay, the rows of steps that a resumed run does not repeat. Each row is
+    written by one system call, so a process that dies loses no row. With a `run`, the trackers of its `log.to` get the
+    rows too.
 
-    Raises ValueError for a damaged file or a tracker that cannot start, OSError for a full disk.
+    Raises ValueError for a tracker that cannot start, OSError for a full disk.
     """
 
     def __init__(
@@ -41,8 +40,10 @@ class MetricsLog:
         stage: str,
         is_main: bool,
         run: RunConfig | None = None,
+        kept_bytes: int = 0,
     ) -> None:
         self.path = Path(path)
+        self._kept_bytes = kept_bytes
         self.is_main = is_main
         self._stage = stage
         self._run = run
@@ -83,7 +84,7 @@ class MetricsLog:
         )
         seconds = time.perf_counter() - self._since
         if self.is_main and self._file is None:
-            self._continue_file(step)
+            self._open_file()
         self._last_step = step
         if self.is_main:
             numbers = {name: _plain(value) for name, value in values.items() if value is not None}
@@ -115,28 +116,11 @@ class MetricsLog:
         if written != len(data):  # the disk is full after a part of the row
             raise OSError(errno.ENOSPC, "cannot write: No space left on device", str(self.path))
 
-    def _continue_file(self, first_step: int) -> None:
-        """Open the file for appending, without the rows from `first_step` on and without a torn last line."""
-        kept: list[Row] = []
-        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
-        # The last part, after the last newline, is empty or torn.
-        for number, line in enumerate(lines[:-1], start=1):
-            try:
-                row = json.loads(line)
-                step, _tokens, _seconds = (
-                    int(row["step"]),
-                    int(row["tokens"]),
-                    float(row["seconds"]),
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{self.path}, line {number}: not a row of metrics: {line[:60]!r}"
-                ) from error
-            if step < first_step:
-                kept.append(row)
-        if len(kept) != len(lines) - 1 or lines[-1] or not self.path.exists():
-            write_rows(self.path, kept)
+    def _open_file(self) -> None:
+        """Open the file for appending, behind the rows that are kept."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)
+        self._file.truncate(self._kept_bytes)
 
 
 def _plain(value: SupportsFloat) -> float | int:

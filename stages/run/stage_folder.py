@@ -5,12 +5,15 @@ runs/tiny/
   distill/ curate/   rows
   base/model/        what stage 1 starts from
   midtrain/ sft/ rollout_dpo/ rlvr/
-    begun.json       what an unfinished stage was begun from: settings and inputs
+    begun.json       what an unfinished stage was begun from: settings, inputs, and the files that a resumed run reads
     model/           the result, a Hugging Face folder
     checkpoints/     to resume from; gone once the stage is complete
     metrics.jsonl    a row per step
-    summary.json     written last: its presence says that the stage is complete
+    summary.json     written last: its presence says that the stage is complete; describes the stage's other files
   evaluate/STAGE.json
+
+Each JSON file but the first carries its own checksum (`checked_files`). Before a stage begins, all files of its inputs
+are compared with their summary.json.
 """
 
 import dataclasses
@@ -25,9 +28,25 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from phimini.model.io.json_files import read_json, write_json
+from phimini.model.io.checked_files import (
+    check_file,
+    describe_file,
+    read_sealed,
+    write_sealed,
+)
+from phimini.parallel.ranks.collective_errors import on_every, on_main
 from phimini.parallel.ranks.world import World
 from phimini.stages.config.schema import RunConfig, to_dict
+from phimini.stages.run.outputs import (
+    BEGUN,
+    METRICS,
+    SUMMARY,
+    check_outputs,
+    check_sources,
+    describe_sources,
+    output_names,
+    write_summary,
+)
 from phimini.stages.run.remains import REMOVED
 
 # What a stage reads; a stage is stale when one of these was made again after it.
@@ -35,12 +54,12 @@ INPUTS = {
     "distill": [],
     "curate": ["distill"],
     "base": ["curate"],
-    "midtrain": ["base", "curate"],
-    "sft": ["midtrain", "curate"],
-    "rollout_dpo": ["sft", "distill"],
+    "midtrain": ["base", "curate", "distill"],
+    "sft": ["midtrain", "curate", "distill"],
+    "rollout_dpo": ["sft", "curate", "distill"],
     "rlvr": ["rollout_dpo", "distill"],
-    "controls/sft_continued": ["sft", "curate", "rollout_dpo", "rlvr"],
-    "controls/rejection_sft": ["sft", "rollout_dpo", "rlvr"],
+    "controls/sft_continued": ["sft", "curate", "distill", "rollout_dpo", "rlvr"],
+    "controls/rejection_sft": ["sft", "distill", "rollout_dpo", "rlvr"],
     "controls/rl_without_dpo": ["sft", "distill", "rollout_dpo", "rlvr"],
     "controls/rl_without_uniform_length": ["distill", "rollout_dpo", "rlvr"],
     "controls/rl_without_rebalance": ["distill", "rollout_dpo", "rlvr"],
@@ -64,20 +83,38 @@ class Stage:
     started_s: float = field(default_factory=time.perf_counter)
     """wall clock and processor time of this process when the stage was opened"""
     started_cpu_s: float = field(default_factory=time.process_time)
+    made: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """rank 0's descriptions of the files that are whole, by name, for a resumed run and `finish`"""
 
     @classmethod
-    def open(cls, run: RunConfig, name: str, *, redo: bool = False) -> "Stage":
-        """Return the stage with its state. Raises ValueError if it is complete with other settings or inputs, or inputs are missing."""
+    def open(
+        cls, run: RunConfig, name: str, *, redo: bool = False, share: slice = slice(None)
+    ) -> "Stage":
+        """Return the stage with its state, after a check of its inputs' files, or of its own if it is complete.
+
+        share: the inputs' files that this rank reads through. Raises ValueError if the stage is complete with other settings
+        or inputs, inputs are missing, or a file is damaged or lost.
+        """
         out = Path(run.out)
         path = out / name
         for earlier in INPUTS[name]:
-            if not (out / earlier / "summary.json").exists():
+            if not (out / earlier / SUMMARY).exists():
                 raise ValueError(
                     f"{name}: {out / earlier} is not complete; run `phimini {earlier}` first"
                 )
-        complete = (path / "summary.json").exists() and not redo
+        complete = (path / SUMMARY).exists() and not redo
         if complete:
-            _check_origin(path, read_json(path / "summary.json"), _origin(run, name))
+            then = read_sealed(path / SUMMARY)
+            _check_origin(path, then, _origin(run, name))
+            check_sources(run, name, path, then["sources"])
+            check_outputs(path, content=False)
+        else:
+            if not redo and not (path / BEGUN).exists() and (left := output_names(path)):
+                raise ValueError(
+                    f"{path / SUMMARY}: this file is missing beside {left[0]}: the folder is damaged"
+                )
+            for earlier in INPUTS[name]:
+                check_outputs(out / earlier, share=share)
         return cls(run, name, path, complete)
 
     @classmethod
@@ -86,40 +123,66 @@ class Stage:
 
         Raises ValueError as `open`, and if the stage would resume from a start with other settings or inputs.
         """
-        stage = cls.open(run, name, redo=redo)
-        begun = stage.path / "begun.json"
-        if begun.exists() and not redo:
-            made = {path.name for path in stage.path.iterdir()} - {"begun.json", "metrics.jsonl"}
-            if made:
-                _check_origin(stage.path, read_json(begun), _origin(run, name))
-        world.barrier()  # every rank has looked before any removes or finishes something
-        if world.is_main and not stage.complete:
-            stage.prepare(redo=redo)
-        world.barrier()
+
+        def opened() -> Stage:
+            share = slice(world.rank, None, world.world_size)
+            stage = cls.open(run, name, redo=redo, share=share)
+            begun = stage.path / BEGUN
+            if begun.exists() and not (redo or stage.complete):
+                if {path.name for path in stage.path.iterdir()} - {BEGUN, METRICS}:
+                    _check_origin(stage.path, read_sealed(begun), _origin(run, name))
+            return stage
+
+        # Every rank has looked before any removes or finishes something.
+        stage = on_every(world, opened)
+        if not stage.complete:
+            on_main(world, lambda: stage.prepare(redo=redo))
         return stage
 
     def prepare(self, *, redo: bool) -> None:
-        """Make the folder; with `redo`, delete its content first. One rank calls it."""
+        """Make the folder; with `redo`, delete its content first. One rank calls it.
+
+        Raises ValueError if a file that an interrupted run recorded is damaged or lost.
+        """
         if redo and self.path.exists():
             # First out of the way: half a removal would leave a summary without its model, or checkpoints to go on from.
             old = self.path.with_name(f".{self.path.name}{REMOVED}")
             self.path.rename(old)
             shutil.rmtree(old)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "begun.json", _origin(self.run, self.name))
+        begun = self.path / BEGUN
+        if begun.exists():
+            self.go_on_with(read_sealed(begun)["files"])
+        sources = describe_sources(self.run, self.name)
+        write_sealed(begun, _origin(self.run, self.name) | {"sources": sources, "files": self.made})
+
+    def go_on_with(self, files: dict[str, dict[str, Any]]) -> None:
+        """Take over the files of an interrupted run. One rank calls it. Raises ValueError for a damaged or lost one."""
+        self.made.update(files)
+        self._check_made()
+
+    def _check_made(self) -> None:
+        for name, described in self.made.items():
+            check_file(self.path / name, described, prefix=name == METRICS)
+
+    def note(self, name: str) -> None:
+        """Describe a whole file, for the next checkpoint. One rank calls it."""
+        self.made[name] = describe_file(self.path / name)
+
+    def record(self, *names: str) -> None:
+        """Describe whole files in begun.json: only then a resumed run reads them. One rank calls it."""
+        for name in names:
+            self.note(name)
+        begun = read_sealed(self.path / BEGUN)
+        write_sealed(self.path / BEGUN, begun | {"files": self.made})
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Mark the stage complete. One rank calls it."""
-        begun = self.path / "begun.json"
-        write_json(
-            self.path / "summary.json", {"id": uuid.uuid4().hex} | read_json(begun) | summary
-        )
-        begun.unlink()
+        """Mark the stage complete. One rank calls it. Raises ValueError for a file that was damaged or lost meanwhile."""
+        self._check_made()
+        whole = {name: described for name, described in self.made.items() if name != METRICS}
+        begun = read_sealed(self.path / BEGUN)
+        write_summary(self.path, {"id": uuid.uuid4().hex} | begun | summary, whole)
+        (self.path / BEGUN).unlink()
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-
-    def summary(self) -> dict[str, Any]:
-        """Return the content of summary.json."""
-        return read_json(self.path / "summary.json")
 
 
 def settings(run: RunConfig, name: str) -> dict[str, Any]:
@@ -136,7 +199,7 @@ def settings(run: RunConfig, name: str) -> dict[str, Any]:
 
 def _origin(run: RunConfig, name: str) -> dict[str, Any]:
     out = Path(run.out)
-    inputs = {e: read_json(out / e / "summary.json")["id"] for e in INPUTS[name]}
+    inputs = {e: read_sealed(out / e / SUMMARY)["id"] for e in INPUTS[name]}
     return {"inputs": inputs, "settings": settings(run, name)}
 
 

@@ -28,6 +28,7 @@ from phimini.parallel.checkpoint.save_load import (
 from phimini.parallel.megatron.builder import Model, build_model
 from phimini.parallel.megatron.fp8 import Fp8, choose
 from phimini.parallel.megatron.hf_weights import export_hf, load_hf
+from phimini.parallel.ranks.collective_errors import on_main
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.world import World
 from phimini.parallel.training.batch import PackedBatch, check_same_data
@@ -41,6 +42,7 @@ from phimini.parallel.training.step import StepMetrics, forward_only
 from phimini.stages.config.schema import OptimizerSettings, RunConfig
 from phimini.stages.data.packing import Example, check_lengths
 from phimini.stages.run.metrics import MetricsLog
+from phimini.stages.run.outputs import METRICS
 from phimini.stages.run.stage_folder import Interrupt, Stage, Stopped
 
 Row = dict[str, Any]
@@ -161,6 +163,8 @@ class Progress:
         if latest_step(self.path) is None:
             return 0
         step, state = load_checkpoint(self.path, self.model, self.optimizer)
+        files = state.pop("files")
+        on_main(self.world, lambda: self.stage.go_on_with(files))
         set_rng_state(state.pop("rng"))
         self.state.update(state)
         if self.world.is_main:
@@ -180,7 +184,9 @@ class Progress:
                 self.pending.finish()
                 self.pending = None
         if due:
-            extra = self.state | self.time_spent() | {"rng": rng_state()}
+            if self.world.is_main:
+                self.stage.note(METRICS)
+            extra = self.state | self.time_spent() | {"rng": rng_state(), "files": self.stage.made}
             if asked or not self.stage.run.background_checkpoints:
                 save_checkpoint(self.path, step, self.model, self.optimizer, extra=extra)
             else:
@@ -208,9 +214,7 @@ class Progress:
         directory = self.stage.path / "model"
         export_hf(self.model, directory, tokenizer=tokenizer)
         spent = self.time_spent()
-        if self.world.is_main:
-            self.stage.finish(self.state | spent | summary)
-        self.world.barrier()
+        on_main(self.world, lambda: self.stage.finish(self.state | spent | summary))
         if interrupt.requested(self.world):
             raise Stopped(
                 f"{self.stage.name} is complete; the same command goes on with what follows"
@@ -255,8 +259,8 @@ def training_steps(
     state.setdefault("tokens", 0)
     progress = Progress(stage, model.world, model, optimizer, checkpoint_every, state)
     done = progress.resume()
-    path = stage.path / "metrics.jsonl"
-    log = MetricsLog(path, steps, stage.name, model.world.is_main, stage.run)
+    kept = stage.made[METRICS]["bytes"] if METRICS in stage.made else 0
+    log = MetricsLog(stage.path / METRICS, steps, stage.name, model.world.is_main, stage.run, kept)
     with log, Interrupt() as interrupt:
 
         def remaining() -> Iterator[Step]:

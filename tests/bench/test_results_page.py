@@ -9,7 +9,8 @@ from gate_cases import CPU, row
 from phimini.bench import results_page
 from phimini.bench.gate.bless import bless
 from phimini.bench.results_page import LADDER_FIELDS, RESULTS, fp8, ladder, main, markdown, speeds
-from phimini.model.io.json_files import read_rows, write_json
+from phimini.model.io.checked_files import write_sealed
+from phimini.model.io.json_files import read_rows
 
 
 def test_the_page_shows_the_committed_rows() -> None:
@@ -64,7 +65,7 @@ def test_a_new_run_replaces_its_seed(tmp_path: Path, capsys: pytest.CaptureFixtu
              "greedy": 0.6, "pass_at_8": 0.8, "steps": 10, "tokens": 1000, "seconds": 2.0, "cpu_seconds": 3.0}  # fmt: skip
     results = {"seed": 2, "stages": [{}, stage], "machine": "m", "date": "d", "wall_seconds": 1.0, "num_problems": 1,
                "num_samples": 8, "peak_rss_bytes": 1, "versions": {}}  # fmt: skip
-    write_json(run / "results.json", results)
+    write_sealed(run / "results.json", results)
     assert main([str(run), "--results", str(results_folder)]) == 0
     page = (results_folder / "README.md").read_text()
     assert "| 2 | SFT | 0.500 [0.400, 0.600] | +0.100 [+0.050, +0.150] |" in page

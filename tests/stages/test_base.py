@@ -9,12 +9,12 @@ import torch
 
 from phimini.model.config import RopeFactors, preset
 from phimini.model.io.huggingface import load_config, load_reference, save_reference
-from phimini.model.io.json_files import write_json
 from phimini.model.io.tokenizer import Tokenizer, train_tiny_tokenizer
 from phimini.model.reference import Phi4Mini
 from phimini.stages.base import base, base_config
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
+from phimini.stages.run.outputs import write_summary
 
 
 def export(folder: Path, rope_factors: RopeFactors) -> Phi4Mini:
@@ -28,7 +28,7 @@ def export(folder: Path, rope_factors: RopeFactors) -> Phi4Mini:
 
 def run_from(folder: Path, *words: str) -> RunConfig:
     (folder / "run" / "curate").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "run" / "curate" / "summary.json", {"id": "rows"})
+    write_summary(folder / "run" / "curate", {"id": "rows"})
     return override(tiny(), [f"base={folder / 'export'}", f"out={folder / 'run'}", *words])
 
 
@@ -72,3 +72,19 @@ def test_a_folder_that_names_no_table_is_trained_with_the_runs(tmp_path: Path) -
         run = run_from(tmp_path, f"rope_factors={rope_factors}")
         assert base_config(run) == load_config(run.base, run.rope_factors)
         assert base_config(run).rope_factors == rope_factors
+
+
+def test_another_base_model_at_the_same_path_is_named(tmp_path: Path) -> None:
+    export(tmp_path / "export", "long")
+    run = run_from(tmp_path)
+    base(run)
+    base(run)
+    path = tmp_path / "export" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"export/model\.safetensors has changed since .*run/base"):
+        base(run)
+    (tmp_path / "export" / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="has changed|tokenizer_config.json is gone since"):
+        base(run)

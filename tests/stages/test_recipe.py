@@ -76,6 +76,22 @@ def test_stage_4_says_when_there_is_nothing_to_learn_from(
     assert "of 8 probed prompts none is answered right in 32 answers" in capfd.readouterr().err
 
 
+def test_a_recipe_that_ends_in_a_stage_leaves_the_results_before_it(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert command(["recipe", "tiny", f"out={run}", *MICRO]) == 2
+    assert "the stage-3 model is too weak for them" in capfd.readouterr().err
+    results = read_json(run / "results.json")
+    assert [row["stage"] for row in results["stages"]] == ["base", "midtrain", "sft", "rollout_dpo"]
+    page = (run / "report.html").read_text()
+    assert "in three stages" in page and "Rollout DPO" in page
+    # The same command again does not write shorter results on its way to the same stage.
+    assert command(["recipe", "tiny", f"out={run}", *MICRO]) == 2
+    assert read_json(run / "results.json")["model_ids"] == results["model_ids"]
+
+
 def test_a_complete_stage_returns_at_once(finished: Path) -> None:
     before = read_json(finished / "midtrain" / "summary.json")["id"]
     assert command(["midtrain", "tiny", f"out={finished}", *MICRO]) == 0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from phimini.model.io.json_files import read_json, write_json
+from phimini.model.io.checked_files import read_sealed, write_sealed
 from phimini.stages import recipe
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
@@ -16,7 +16,7 @@ def test_a_second_call_does_not_make_the_run_shorter(
     monkeypatch.setattr(recipe, "write_report", lambda out: None)
     evaluations = []
     for stage in ("base", "midtrain"):
-        write_json(
+        write_sealed(
             tmp_path / stage / "summary.json",
             {"steps": 3, "tokens": 9, "seconds": 40.0, "cpu_seconds": 50.0},
         )
@@ -45,7 +45,7 @@ def test_a_second_call_does_not_make_the_run_shorter(
     ):
         evaluations[1]["model_id"] = f"midtrain {model}"
         recipe.write_results(run, evaluations, peak, seconds)
-        results = read_json(tmp_path / "results.json")
+        results = read_sealed(tmp_path / "results.json")
         written.append((results["peak_rss_bytes"], results["wall_seconds"]))
     # Two stages and two evaluations took 100 s, whatever the call that wrote it took; another model is another run.
     assert written == [(5_000, 100.0), (9_000, 130.0), (9_000, 130.0), (1_000, 100.0)]

@@ -15,7 +15,7 @@ from rollout_cases import reference
 from phimini.model.config import preset
 from phimini.model.io.chat import TEMPLATES
 from phimini.model.io.huggingface import save_reference
-from phimini.model.io.json_files import read_json, read_rows, write_json, write_rows
+from phimini.model.io.json_files import read_json, read_rows, write_rows
 from phimini.model.io.tokenizer import train_tiny_tokenizer
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.step import StepMetrics
@@ -29,6 +29,7 @@ from phimini.stages.rollout_dpo import (
     read_pairs,
     rollout_dpo,
 )
+from phimini.stages.run.outputs import write_summary
 from phimini.stages.run.training import layout_of
 
 
@@ -42,7 +43,6 @@ def make_run(folder: Path) -> None:
     tokenizer = train_tiny_tokenizer([numbers(50) for _ in range(20)], vocab_size=256)
     for stage in ("distill", "curate", "sft"):
         (folder / stage).mkdir(parents=True)
-        write_json(folder / stage / "summary.json", {"id": stage})
     save_reference(reference(preset("tiny"), 1), folder / "sft" / "model", stop_ids=tokenizer.stop_ids)  # fmt: skip
     tokenizer.save(folder / "sft" / "model", chat_template=TEMPLATES["instruct"])
     answers = [numbers(rng.randrange(10, 60)) for _ in range(64)]
@@ -51,6 +51,8 @@ def make_run(folder: Path) -> None:
         for i, (chosen, rejected) in enumerate(zip(answers[::2], answers[1::2], strict=True))
     ]  # fmt: skip
     write_rows(folder / "curate" / "pairs.jsonl", pairs)
+    for stage in ("distill", "curate", "sft"):
+        write_summary(folder / stage, {"id": stage})
 
 
 def first_loss(folder: Path, *words: str) -> float:

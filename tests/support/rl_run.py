@@ -9,13 +9,14 @@ from rollout_cases import LONG, reference
 
 from phimini.model.io.chat import TEMPLATES
 from phimini.model.io.huggingface import save_reference
-from phimini.model.io.json_files import write_json, write_rows
+from phimini.model.io.json_files import write_rows
 from phimini.model.io.tokenizer import train_tiny_tokenizer
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.world import initialize
 from phimini.stages import rlvr
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
+from phimini.stages.run.outputs import write_summary
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.verify import scorer
 
@@ -35,11 +36,12 @@ def make_run(folder: Path) -> Path:
     tokenizer = train_tiny_tokenizer([p["question"] for p in problems] * 3, vocab_size=256)
     for stage in ("distill", "rollout_dpo"):
         (folder / stage).mkdir(parents=True)
-        write_json(folder / stage / "summary.json", {"id": stage})
     write_rows(folder / "distill" / "prompts.jsonl", problems)
     model = reference(LONG, 1)
     save_reference(model, folder / "rollout_dpo" / "model", stop_ids=tokenizer.stop_ids)
     tokenizer.save(folder / "rollout_dpo" / "model", chat_template=TEMPLATES["instruct"])
+    for stage in ("distill", "rollout_dpo"):
+        write_summary(folder / stage, {"id": stage})
     return folder
 
 

@@ -19,8 +19,9 @@ from checkpoint_cases import ADAM, CONFIG, build, fake_steps
 from forked_ranks import RankFailure, run_ranks
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-from phimini.model.io.json_files import write_json
+from phimini.model.io.checked_files import describe_file, write_sealed
 from phimini.parallel.checkpoint import files as checkpoint_files
+from phimini.parallel.checkpoint import save_load
 from phimini.parallel.checkpoint.save_load import (
     begin_checkpoint,
     latest_step,
@@ -275,12 +276,16 @@ def test_damaged_files_are_named_and_the_previous_checkpoint_loads(
     latest = directory / "step-00000002"
     damages = {
         "__1_0.distcp: its content has changed": lambda: flip_a_bit(latest / "__1_0.distcp"),
-        "__0_1.distcp: this file of the checkpoint is missing": (latest / "__0_1.distcp").unlink,
+        "__0_1.distcp: this file is missing": (latest / "__0_1.distcp").unlink,
         "__0_0.distcp: has 100 bytes": lambda: os.truncate(latest / "__0_0.distcp", 100),
         ".metadata: its content has changed": lambda: flip_a_bit(latest / ".metadata", 0.9),
         "manifest.json: ": lambda: flip_a_bit(latest / "manifest.json"),
         "latest.json: names 'step-00000002'": (latest / "manifest.json").unlink,
         "latest.json: malformed JSON": lambda: (directory / "latest.json").write_text("{"),
+        "latest.json: its content does not match": lambda: flip_a_bit(directory / "latest.json"),
+        "latest.json is missing, but the folder holds steps [1, 2]": (
+            directory / "latest.json"
+        ).unlink,
     }
 
     def run() -> list[str]:
@@ -332,7 +337,7 @@ def test_a_pointer_whose_step_is_another_than_its_directorys(saved: Path, tmp_pa
     directory = shutil.copytree(saved / "run", tmp_path / "run")
     for step in (1, "2", None):
         pointer = {"step": step, "directory": "step-00000002"}
-        write_json(directory / "latest.json", pointer)
+        write_sealed(directory / "latest.json", pointer)
         with pytest.raises(ValueError, match="latest.json: expected"):
             latest_step(directory)
 
@@ -361,7 +366,7 @@ def test_a_file_that_cannot_be_read_back_is_an_error_on_every_rank(
             def fail(path: Path) -> None:
                 raise OSError(f"no reading of {path.name}")
 
-            checkpoint_files.describe_file = fail
+            save_load.describe_file = fail
         begin = begin_checkpoint if background else save_checkpoint
         with pytest.raises(OSError) as e:
             pending = begin(tmp_path, 1, model, optimizer)
@@ -385,7 +390,7 @@ def test_nothing_but_torch_metadata_is_unpickled(saved: Path, tmp_path: Path) ->
 
     (latest / ".metadata").write_bytes(pickle.dumps(Attack()))
     manifest = checkpoint_files.read_manifest(latest)
-    manifest["files"][".metadata"] = checkpoint_files.describe_file(latest / ".metadata")
+    manifest["files"][".metadata"] = describe_file(latest / ".metadata")
     checkpoint_files.write_manifest(latest, manifest)
     assert ".metadata: not the metadata of a checkpoint: it names" in load_error(directory)
     assert not (tmp_path / "attacked").exists()

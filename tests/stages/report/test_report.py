@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
-from phimini.model.io.json_files import read_json, write_json, write_rows
+from phimini.model.io.checked_files import read_sealed, write_sealed
+from phimini.model.io.json_files import write_rows
 from phimini.stages.report.figures import Series, curves, smoothed
 from phimini.stages.report.intervals import mean_interval, paired_gain, wilson_interval
 from phimini.stages.report.page import PAPER, STAGE_NAMES, write_report
+from phimini.stages.run.outputs import write_summary
 
 STAGES = ["base", "midtrain", "sft", "rollout_dpo", "rlvr"]
 FAMILIES = ["chain_sum", "equation", "gcd", "product", "quotient", "sequence", "word"]
@@ -42,7 +44,7 @@ def make_run(run: Path, *, response: str = "", steps: int = 120, problems: int =
         mean, low, high = mean_interval(means, 8)
         greedy = sum(rng.random() < m for m in means)
         group = {"mean_at_8": mean, "greedy": greedy / problems, "n": problems // 7}
-        write_json(run / "evaluate" / f"{stage}.json", {
+        write_sealed(run / "evaluate" / f"{stage}.json", {
             "stage": stage, "mean_at_8": mean, "ci95": [low, high], "pass_at_8": min(1.0, mean + 0.2),
             "greedy": {"accuracy": greedy / problems, "ci95": list(wilson_interval(greedy, problems))},
             "per_problem_mean": means,
@@ -67,13 +69,20 @@ def make_run(run: Path, *, response: str = "", steps: int = 120, problems: int =
                 run / stage / "metrics.jsonl",
                 (metrics_row(stage, s, steps, rng) for s in range(steps)),
             )
-    write_json(run / "results.json", {
+    summarise(run)
+    write_sealed(run / "results.json", {
         "stages": rows, "seed": 7, "num_problems": problems, "num_samples": 8, "peak_rss_bytes": 1_900_000_000,
         "versions": {"python": "3.11.7", "torch": "2.13.0+cpu", "megatron-core": "0.16.1"},
         "machine": "AMD EPYC 7B13, 2 cores", "date": "2025-05-04", "wall_seconds": 702.0,
         "config": {"name": "tiny", "seed": 7, "midtrain": {"steps": steps, "optimizer": {"lr": 0.004, "clip": 1.0}}},
     })  # fmt: skip
     return run
+
+
+def summarise(run: Path) -> None:
+    """Write the stages' summaries, as if each had ended with the files that are there."""
+    for stage in STAGES:
+        write_summary(run / stage, {})
 
 
 def metrics_row(stage: str, step: int, steps: int, rng: random.Random) -> dict:
@@ -147,7 +156,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_is_whole_and_holds_every_number(run: Path) -> None:
     text = page_text(elements((run / "report.html").read_text()))
-    results = read_json(run / "results.json")
+    results = read_sealed(run / "results.json")
     for row in results["stages"]:
         assert STAGE_NAMES[row["stage"]] in text
         assert f"{100 * row['mean_at_8']:.1f}\xa0%".replace("\xa0", " ") in text.replace(
@@ -199,7 +208,7 @@ def test_the_paper_stands_beside_the_run(run: Path) -> None:
         name: [PAPER[stage][index] for stage in STAGES]
         for index, name in enumerate(["AIME 24", "MATH-500", "GPQA"])
     }
-    results = read_json(run / "results.json")["stages"]
+    results = read_sealed(run / "results.json")["stages"]
     ours = shown["This run, held-out problems"]["data"]
     (mean,) = [trace for trace in ours if trace.get("name") == "mean@8"]
     assert mean["y"] == [100 * row["mean_at_8"] for row in results]
@@ -209,7 +218,7 @@ def test_the_paper_stands_beside_the_run(run: Path) -> None:
 
 def test_the_gains_and_times_are_those_of_the_results(run: Path) -> None:
     shown = charts(elements((run / "report.html").read_text()))
-    rows = read_json(run / "results.json")["stages"]
+    rows = read_sealed(run / "results.json")["stages"]
     gained = [t for t in shown["What each stage adds, points of mean@8"]["data"] if "name" in t]
     assert [t["x"][0] for t in gained] == [100 * row["gain"] for row in rows[1:]]
     training, evaluation = shown["Where the time went"]["data"]
@@ -275,13 +284,13 @@ def test_hostile_text_changes_no_tag(
 ) -> None:
     make_run(tmp_path)
     hostile = {
-        path: with_hostile_text(read_json(tmp_path / path))
+        path: with_hostile_text(read_sealed(tmp_path / path))
         for path in ["results.json", *(f"evaluate/{stage}.json" for stage in STAGES)]
     }
     # JSON files cannot hold the lone surrogate, a response in memory can.
     monkeypatch.setattr(
-        "phimini.stages.report.page.read_json",
-        lambda path: hostile[str(path.relative_to(tmp_path))],
+        "phimini.stages.report.page.read_sealed",
+        lambda path: hostile.get(str(path.relative_to(tmp_path))) or read_sealed(path),
     )
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -298,9 +307,9 @@ def test_the_headline_counts_only_gains_that_are_sure(tmp_path: Path) -> None:
     assert "Each of the 4 gains has a paired" in page_text(
         elements((tmp_path / "report.html").read_text())
     )
-    results = read_json(tmp_path / "results.json")
+    results = read_sealed(tmp_path / "results.json")
     results["stages"][4]["gain_ci95"] = [-0.01, 0.05]
-    write_json(tmp_path / "results.json", results)
+    write_sealed(tmp_path / "results.json", results)
     write_report(tmp_path)
     assert "3 of the 4 gains have a paired" in page_text(
         elements((tmp_path / "report.html").read_text())
@@ -310,9 +319,10 @@ def test_the_headline_counts_only_gains_that_are_sure(tmp_path: Path) -> None:
 def test_controls_and_a_stage_without_metrics(tmp_path: Path) -> None:
     make_run(tmp_path)
     (tmp_path / "sft" / "metrics.jsonl").unlink()
+    summarise(tmp_path)
     arm = {"arm": "controls/rejection_sft", "mean_at_8": 0.5, "ci95": [0.4, 0.6], "gain_over_sft": 0.08,
            "gain_ci95": [0.05, 0.11], "against_rlvr": -0.03, "against_rlvr_ci95": [-0.05, -0.01], "greedy": 0.5, "pass_at_8": 0.7, "steps": 300, "seconds": 60.0}  # fmt: skip
-    write_json(tmp_path / "controls" / "controls.json", {"seed": 0, "arms": [arm]})
+    write_sealed(tmp_path / "controls" / "controls.json", {"seed": 0, "arms": [arm]})
     write_report(tmp_path)
     page = elements((tmp_path / "report.html").read_text())
     assert "rejection sft 50.0" in page_text(page) and "+8.0 [+5.0, +11.0] −3.0" in page_text(page)
@@ -328,10 +338,23 @@ def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize("damage", [[], {}, {"stages": []}], ids=str)
-def test_damaged_results_are_named(damage: object, tmp_path: Path) -> None:
+def test_a_damaged_metrics_file_is_named(tmp_path: Path) -> None:
+    make_run(tmp_path, steps=6)
+    path = tmp_path / "sft" / "metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:3]))
+    with pytest.raises(
+        ValueError, match=r"sft/metrics\.jsonl: has .* in 3 rows, expected .* 6 rows"
+    ):
+        write_report(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"sft/metrics\.jsonl: this file is missing"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [{}, {"stages": []}], ids=str)
+def test_damaged_results_are_named(damage: dict, tmp_path: Path) -> None:
     make_run(tmp_path)
-    write_json(tmp_path / "results.json", damage)
+    write_sealed(tmp_path / "results.json", damage)
     with pytest.raises(ValueError, match="results.json: expected an object with"):
         write_report(tmp_path)
 
@@ -342,6 +365,7 @@ def test_a_number_that_no_chart_can_show_is_left_out(value: str, tmp_path: Path)
     path = tmp_path / "sft" / "metrics.jsonl"
     with path.open("a") as file:
         file.write(f'{{"step": 3, "loss": {value}}}\n')
+    summarise(tmp_path)
     write_report(tmp_path)
 
 

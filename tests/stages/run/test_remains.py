@@ -56,7 +56,9 @@ def is_summary(path: Any, *_: Any) -> bool:
 
 
 MOMENTS = {
-    "after the summary": lambda: killed_after(stage, "write_json", is_summary),
+    "after the summary": lambda: killed_after(
+        stage, "write_summary", lambda folder, *_: folder.name == "midtrain"
+    ),
     "in a JSON file": lambda: killed_after(
         jsonl.os, "replace", lambda _, b: is_summary(b), before=True
     ),  # fmt: skip

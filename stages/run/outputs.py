@@ -1,0 +1,96 @@
+"""The files that a stage wrote, and those from outside that it was made from: their descriptions, and the checks of both."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from phimini.model.io.checked_files import check_file, describe_file, read_sealed, write_sealed
+from phimini.parallel.ranks.collective_errors import on_every
+from phimini.parallel.ranks.world import World
+from phimini.stages.config.schema import RunConfig
+
+BEGUN, SUMMARY = "begun.json", "summary.json"
+METRICS = "metrics.jsonl"
+# What a stage reads of a folder that the user gives.
+_READ = {
+    "distill": ("rollouts.jsonl", "prompts.jsonl", "validation.jsonl", "heldout.jsonl"),
+    "base": ("*.json", "*.safetensors"),
+}
+
+
+def output_names(folder: Path) -> list[str]:
+    """Return the names, relative to a stage's folder, of the files that make up its result; sorted.
+
+    Hidden files are temporary, and checkpoints go when the stage is complete.
+    """
+    found = []
+    for path, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".") and f != "checkpoints"]
+        found += [os.path.relpath(Path(path, f), folder) for f in files if not f.startswith(".")]
+    return sorted(set(found) - {BEGUN, SUMMARY})
+
+
+def write_summary(
+    folder: Path, summary: dict[str, Any], known: dict[str, Any] | None = None
+) -> None:
+    """Write a stage's summary.json, with a description of every file of its result.
+
+    known: descriptions by name of files that need not be read again.
+    """
+    known = known or {}
+    files = {n: known[n] if n in known else describe_file(folder / n) for n in output_names(folder)}
+    write_sealed(folder / SUMMARY, summary | {"files": files})
+
+
+def check_outputs(folder: Path, *, content: bool = True, share: slice = slice(None)) -> None:
+    """Compare a complete stage's files with its summary.json.
+
+    content: False compares sizes alone. share: the part of the files that this rank reads, so that ranks divide them.
+    Raises ValueError that names the first file that is missing or altered.
+    """
+    files = sorted(read_sealed(folder / SUMMARY)["files"].items())
+    for name, described in files[share]:
+        check_file(folder / name, described, content=content)
+
+
+def check_inputs(run: RunConfig, world: World, *stages: str) -> None:
+    """Compare the files of complete stages with their summaries, divided over the ranks. Collective. Raises as `check_outputs`."""
+    share = slice(world.rank, None, world.world_size)
+    for stage in stages:
+        on_every(world, lambda stage=stage: check_outputs(Path(run.out) / stage, share=share))
+
+
+def sources_of(run: RunConfig, stage: str) -> list[Path]:
+    """Return the files outside of the run's folder that a stage reads: the user's data, or the base model."""
+    given = {"distill": run.distill.source, "base": run.base}.get(stage)
+    if given in (None, "generator", "random"):
+        return []
+    path = Path(given)
+    return [path] if path.is_file() else sorted(p for glob in _READ[stage] for p in path.glob(glob))
+
+
+def describe_sources(run: RunConfig, stage: str) -> dict[str, dict[str, Any]]:
+    """Return the time of change, in ns, and the description of each file of `sources_of`."""
+    return {
+        str(path): {"mtime_ns": path.stat().st_mtime_ns} | describe_file(path)
+        for path in sources_of(run, stage)
+    }
+
+
+def check_sources(
+    run: RunConfig, stage: str, folder: Path, then: dict[str, dict[str, Any]]
+) -> None:
+    """Raise ValueError if a file that a complete stage was made from has changed. Of equal size and time, it is not read."""
+    now = {str(path): path for path in sources_of(run, stage)}
+    for name in sorted(then.keys() | now.keys()):
+        changed = name not in then or name not in now
+        if not changed:
+            old, status = then[name], now[name].stat()
+            same_size = old["bytes"] == status.st_size
+            if not (same_size and old["mtime_ns"] == status.st_mtime_ns):
+                changed = not same_size or describe_file(now[name])["sha256"] != old["sha256"]
+        if changed:
+            how = "is gone" if name not in now else "is new" if name not in then else "has changed"
+            raise ValueError(
+                f"{name} {how} since {folder} was made from it; use --redo, or another out="
+            )
