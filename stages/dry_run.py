@@ -24,7 +24,7 @@ from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.suggest import nearest
 from phimini.model.user_file import function_of
 from phimini.parallel.plan.layouts import MFUS, Plan, plan_stage
-from phimini.parallel.plan.memory import GIB, GPUS, Gpu
+from phimini.parallel.plan.memory import GIB, GPUS, Gpu, decode_bytes_per_token
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages.base import base_config
@@ -53,6 +53,8 @@ class StageCost:
     plan: Plan
     counted: str
     """where the number of steps comes from"""
+    bytes_per_sampled_token: float
+    """read from the GPU's memory"""
 
     @property
     def samples(self) -> int:
@@ -65,9 +67,16 @@ class StageCost:
         """Tokens of the sampled answers and their questions, at most."""
         return self.samples * self.plan.workload.sequence_length
 
+    @property
+    def sampling_hours(self) -> float:
+        """GPU hours of sampling, at the full speed of the memory that decoding reads."""
+        seconds = self.sampled_tokens * self.bytes_per_sampled_token / self.plan.gpu.bandwidth
+        return seconds / 3600
+
     def gpu_hours(self, mfu: float) -> float:
-        """Return the GPU hours of the stage at a share `mfu` of the peak FLOP/s."""
-        return self.tokens / self.plan.tokens_per_second_per_gpu(mfu) / 3600
+        """Return the GPU hours of the stage: training at a share `mfu` of the peak FLOP/s, and sampling."""
+        training = self.tokens / self.plan.tokens_per_second_per_gpu(mfu) / 3600
+        return training + self.sampling_hours
 
 
 def dry_run(run: RunConfig, gpu: str = "h100", gpus: int = 8) -> int:
@@ -225,7 +234,8 @@ def stage_costs(
             config, workload, gpu, gpus, layouts=[layout], recomputes=(run.recompute,)
         )
         steps, counted = number_of_steps(run, stage)
-        costs.append(StageCost(stage, steps, steps * plan.tokens_per_step, plan, counted))
+        read = decode_bytes_per_token(config, run.rollout.max_batch, workload.sequence_length)
+        costs.append(StageCost(stage, steps, steps * plan.tokens_per_step, plan, counted, read))
     return costs
 
 
@@ -254,7 +264,7 @@ def cost_table(costs: list[StageCost], gpus: int) -> str:
     hours = sum(cost.gpu_hours(MFUS[0]) for cost in costs)
     total = (
         f"all four stages: {hours:,.0f} GPU hours at {MFUS[0]:.0%} MFU, {hours / gpus / 24:.1f} days on {gpus} GPUs, "
-        f"sampling of at most {sum(cost.sampled_tokens for cost in costs) / 1e9:,.2f} B tokens on top"
+        f"with sampling of at most {sum(cost.sampled_tokens for cost in costs) / 1e9:,.2f} B tokens"
     )
     return "\n".join([*map(describe, costs), total, card(costs)])
 
@@ -267,7 +277,8 @@ def describe(cost: StageCost) -> str:
     at = " / ".join(f"{mfu:.0%}" for mfu in MFUS)
     sampled = (
         f"\n  samples at most {cost.samples:,} answers, {cost.sampled_tokens / 1e9:,.2f} B tokens: "
-        f"{workload.samples_before:,} before the first step, {workload.samples_per_step:,} in each"
+        f"{workload.samples_before:,} before the first step, {workload.samples_per_step:,} in each;\n"
+        f"  {cost.sampling_hours:,.0f} of the hours, with the memory's {cost.plan.gpu.bandwidth / 1e12:.2f} TB/s in full use"
     )
     # Of an oversampled group all right answers are trained on, be they many or few.
     limit = "about" if workload.samples_per_step > workload.rows_per_step else "at most"

@@ -34,6 +34,8 @@ class Gpu:
     """bytes that torch may allocate in all"""
     peak_flops: float
     """dense bf16 FLOP/s; also the base of MFU in fp8 runs"""
+    bandwidth: float
+    """bytes/s of the memory, by its data sheet"""
     capability: tuple[int, int]
     """CUDA's compute capability, which decides the FP8 recipes"""
 
@@ -41,10 +43,34 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu(name="a100", memory_bytes=int(79.1 * GIB), peak_flops=312e12, capability=(8, 0)),
-        Gpu(name="h100", memory_bytes=int(79.1 * GIB), peak_flops=989e12, capability=(9, 0)),
-        Gpu(name="h200", memory_bytes=int(139.8 * GIB), peak_flops=989e12, capability=(9, 0)),
-        Gpu(name="b200", memory_bytes=int(178.3 * GIB), peak_flops=2250e12, capability=(10, 0)),
+        Gpu(
+            name="a100",
+            memory_bytes=int(79.1 * GIB),
+            peak_flops=312e12,
+            bandwidth=2.04e12,
+            capability=(8, 0),
+        ),
+        Gpu(
+            name="h100",
+            memory_bytes=int(79.1 * GIB),
+            peak_flops=989e12,
+            bandwidth=3.35e12,
+            capability=(9, 0),
+        ),
+        Gpu(
+            name="h200",
+            memory_bytes=int(139.8 * GIB),
+            peak_flops=989e12,
+            bandwidth=4.8e12,
+            capability=(9, 0),
+        ),
+        Gpu(
+            name="b200",
+            memory_bytes=int(178.3 * GIB),
+            peak_flops=2250e12,
+            bandwidth=8e12,
+            capability=(10, 0),
+        ),
     )
 }
 
@@ -160,6 +186,15 @@ def _engine_bytes(
         "rollout_weights": 2 * stage_parameters(config, Layout(tensor=size))[0],
         "rollout_kv": options.rollout_sequences * sequence_length * kv_bytes_per_token,
     }
+
+
+def decode_bytes_per_token(config: ModelConfig, sequences: int, sequence_length: int) -> float:
+    """Return the bytes that sampling a token reads: its share of the weights, and half a sequence's keys and values.
+
+    sequences: decoded together, each of up to `sequence_length` tokens.
+    """
+    engine = _engine_bytes(config, MemoryOptions(rollout_sequences=sequences), sequence_length)
+    return (engine["rollout_weights"] + engine["rollout_kv"] / 2) / sequences
 
 
 def _stage_bytes(

@@ -255,6 +255,13 @@ def test_every_stage_fits_the_recipes_layout(gpus: int) -> None:
     # 500 steps of 128 prompts that all prove hard, and the probe.
     assert costs["rlvr"].samples == 500 * 128 * 128 + 20_000 * 2 * 4
     assert costs["rlvr"].sampled_tokens == costs["rlvr"].samples * 25_600
+    # A sampled token reads half of 25,600 positions of 32 layers, 2 x 8 heads of 128 bf16 numbers, and 1/256 of the weights.
+    read = 25_600 / 2 * 32 * 2 * 8 * 128 * 2 + 2 * config.num_parameters / run.rollout.max_batch
+    sampling = costs["rlvr"].sampled_tokens * read / 3.35e12 / 3600
+    assert costs["rlvr"].sampling_hours == pytest.approx(sampling, rel=1e-6) and sampling > 1e4
+    without = dataclasses.replace(costs["rlvr"], bytes_per_sampled_token=0.0)
+    assert costs["rlvr"].gpu_hours(0.4) == pytest.approx(without.gpu_hours(0.4) + sampling)
+    assert costs["midtrain"].sampling_hours == 0
 
 
 def test_a_model_that_does_not_fit_is_not_ready(
