@@ -13,14 +13,15 @@ _BLOCK_BYTES = 1 << 20
 
 
 def write_sealed(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object with its sha256 as the last field, atomically; errors as in `write_json`."""
+    """Write a JSON object with the sha256 of it and the file's name as the last field, atomically; errors as in `write_json`."""
     write_json(path, _sealed(content, path))
 
 
 def read_sealed(path: str | Path) -> dict[str, Any]:
     """Return an object that `write_sealed` wrote, without its checksum.
 
-    Raises ValueError that names the file if a byte of it has changed, OSError if it cannot be read.
+    Raises ValueError that names the file if a byte of it has changed or it was written under another name, OSError if it
+    cannot be read.
     """
     try:
         content = read_json(path)
@@ -72,7 +73,7 @@ def check_file(
 
 
 def _sealed(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    text = dump(content, f"{path}", indent=2)
+    text = f"{Path(path).name}\n{dump(content, f'{path}', indent=2)}"
     return {**content, _CHECKSUM: hashlib.sha256(text.encode()).hexdigest()}
 
 

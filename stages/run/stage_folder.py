@@ -200,10 +200,14 @@ def settings(run: RunConfig, name: str) -> dict[str, Any]:
 def _origin(run: RunConfig, name: str) -> dict[str, Any]:
     out = Path(run.out)
     inputs = {e: read_sealed(out / e / SUMMARY)["id"] for e in INPUTS[name]}
-    return {"inputs": inputs, "settings": settings(run, name)}
+    return {"stage": name, "inputs": inputs, "settings": settings(run, name)}
 
 
 def _check_origin(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    if then["stage"] != now["stage"]:
+        raise ValueError(
+            f"{path}: holds the record of stage {then['stage']}: the folder is damaged"
+        )
     _same_settings(then["settings"], now["settings"], path)
     for earlier, id in then["inputs"].items():
         if now["inputs"][earlier] != id:

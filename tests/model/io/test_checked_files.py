@@ -23,6 +23,13 @@ def test_any_flipped_bit_of_a_sealed_file_is_refused(tmp_path: Path) -> None:
                 read_sealed(path)
 
 
+def test_a_sealed_file_under_another_name_is_refused(tmp_path: Path) -> None:
+    write_sealed(tmp_path / "a.json", {"x": 1})
+    (tmp_path / "a.json").rename(tmp_path / "b.json")
+    with pytest.raises(ValueError, match=r"b\.json: .*: the file is damaged"):
+        read_sealed(tmp_path / "b.json")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"sha256": 1}'])
 def test_a_file_that_was_not_sealed_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)

@@ -74,6 +74,15 @@ def test_a_complete_stage_misses_its_files(run: RunConfig) -> None:
     assert read_sealed(out / "summary.json")["files"]["heldout.jsonl"]["rows"] == 10
 
 
+def test_the_record_of_another_stage_is_refused(run: RunConfig) -> None:
+    out = Path(run.out)
+    curate(run)
+    (out / "distill" / "summary.json").replace(out / "curate" / "summary.json")
+    distill(run, redo=True)
+    with pytest.raises(ValueError, match="curate: holds the record of stage distill"):
+        curate(run)
+
+
 @pytest.mark.parametrize("bit", range(8))
 def test_a_flipped_bit_of_begun_is_no_other_setting(bit: int, run: RunConfig) -> None:
     """It used to be read as another seed, and the advice was --redo, which deletes the stage's checkpoints."""
