@@ -117,10 +117,13 @@ def controls(rows: Sequence[Json]) -> str:
 def collect(run: Path) -> dict[str, Any]:
     """Return the ladder row of a run. ValueError for a run that is not complete."""
     if not (run / "results.json").exists():
-        raise ValueError(
-            f"{run}: no results.json; `phimini recipe` writes it when all stages are complete"
-        )
+        raise ValueError(f"{run}: no results.json; `phimini recipe` writes it after each stage")
     results, arms = read_sealed(run / "results.json"), run / "controls" / "controls.json"
+    last = results["stages"][-1]["stage"]
+    if last != "rlvr":
+        raise ValueError(
+            f"{run / 'results.json'}: expected all stages up to rlvr, the last is {last}"
+        )
     kept = (*LADDER_FIELDS, "num_problems", "num_samples", "peak_rss_bytes", "versions")
     return {key: results[key] for key in kept} | {
         "commit": (environment().commit or "unknown")[:7],

@@ -61,16 +61,19 @@ def test_three_seeds_reach_the_claims_of_the_page() -> None:
 def test_a_new_run_replaces_its_seed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     results_folder, run = tmp_path / "results", tmp_path / "run"
     shutil.copytree(RESULTS, results_folder)
-    stage = {"stage": "sft", "mean_at_8": 0.5, "ci95": [0.4, 0.6], "gain": 0.1, "gain_ci95": [0.05, 0.15],
+    stage = {"stage": "rlvr", "mean_at_8": 0.5, "ci95": [0.4, 0.6], "gain": 0.1, "gain_ci95": [0.05, 0.15],
              "greedy": 0.6, "pass_at_8": 0.8, "steps": 10, "tokens": 1000, "seconds": 2.0, "cpu_seconds": 3.0}  # fmt: skip
     results = {"seed": 2, "stages": [{}, stage], "machine": "m", "date": "d", "wall_seconds": 1.0, "num_problems": 1,
                "num_samples": 8, "peak_rss_bytes": 1, "versions": {}}  # fmt: skip
     write_sealed(run / "results.json", results)
     assert main([str(run), "--results", str(results_folder)]) == 0
     page = (results_folder / "README.md").read_text()
-    assert "| 2 | SFT | 0.500 [0.400, 0.600] | +0.100 [+0.050, +0.150] |" in page
+    assert "| 2 | RL | 0.500 [0.400, 0.600] | +0.100 [+0.050, +0.150] |" in page
     rows = read_rows(results_folder / "ladder.jsonl", LADDER_FIELDS)
     assert [r["seed"] for r in rows] == [0, 1, 2] and ladder(rows).count("\n| 2 |") == 1
     with pytest.raises(ValueError, match="no results.json"):
         main([str(tmp_path)])
+    write_sealed(run / "results.json", results | {"stages": [stage | {"stage": "sft"}]})
+    with pytest.raises(ValueError, match="expected all stages up to rlvr, the last is sft"):
+        main([str(run)])
     capsys.readouterr()

@@ -190,6 +190,34 @@ def test_an_interrupted_stage_does_not_go_on_as_another(
         assert command(words) == 0
 
 
+LOST = {
+    "metrics.jsonl": r"metrics\.jsonl: has .* in 1 rows, expected .* in 2 rows: the file is damaged",
+    "checkpoints/latest.json": r"latest\.json is missing, but the folder holds steps \[2\]",
+    "begun.json": r"midtrain/summary\.json: this file is missing beside metrics\.jsonl",
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_an_interrupted_stage_does_not_go_on_without_its_files(
+    name: str, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    for stage in ("distill", "curate", "base"):
+        os.symlink(finished / stage, tmp_path / stage)
+    words = ["midtrain", "tiny", f"out={tmp_path}", *MICRO]
+    assert stopped_at_step(words, 2) == 130
+    path = tmp_path / "midtrain" / name
+    content = path.read_bytes()
+    path.unlink()
+    if name == "metrics.jsonl":
+        path.write_bytes(content.splitlines(True)[0])
+    assert command(words) == 2
+    said = capfd.readouterr().err
+    assert re.search(LOST[name], said) and "--redo" not in said, said
+    path.write_bytes(content)
+    assert command(words) == 0
+    assert [row["step"] for row in metrics(tmp_path, "midtrain")] == list(range(6))
+
+
 def test_a_stage_that_failed_before_it_made_anything_may_begin_otherwise(
     finished: Path, tmp_path: Path
 ) -> None:

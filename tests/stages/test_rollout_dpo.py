@@ -108,6 +108,7 @@ def test_the_teachers_pairs_are_limited_in_the_stage(tmp_path: Path) -> None:
     make_run(tmp_path)
     rows = read_rows(tmp_path / "curate" / "pairs.jsonl", {})
     write_rows(tmp_path / "curate" / "pairs.jsonl", [row | {"problem_id": "one"} for row in rows])
+    write_summary(tmp_path / "curate", {"id": "curate"})
     run_ranks(
         first_loss, 1, tmp_path, "rollout_dpo.pairs_per_prompt=3", "rollout_dpo.pairs_per_step=2"
     )

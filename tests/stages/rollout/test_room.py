@@ -20,7 +20,7 @@ def test_stage_4(tmp_path: Path) -> None:
 def test_stage_3(tmp_path: Path) -> None:
     run = run_config(make_run(tmp_path), "rollout_dpo.max_new_tokens=150")
     tokenizer = Tokenizer.load(tmp_path / "rollout_dpo" / "model")
-    stage = SimpleNamespace(path=tmp_path / "rollout_dpo")
+    stage = SimpleNamespace(path=tmp_path / "rollout_dpo", made={})
     one_rank = SimpleNamespace(is_main=True, all_gather_objects=lambda x: [x], broadcast_object=lambda x: x)  # fmt: skip
     with pytest.raises(ValueError, match=r"prompts.jsonl, .* rollout_dpo.max_new_tokens=150 exceed rollout_dpo.sequence_length=160"):  # fmt: skip
         sample_pairs(run, one_rank, stage, None, tokenizer)  # pyright: ignore[reportArgumentType]

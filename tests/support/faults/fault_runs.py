@@ -81,6 +81,8 @@ def _in_child(words: list[str], log: Path, prepare: Callable[[], None] | None) -
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    # pytest's streams write elsewhere than to descriptors 1 and 2.
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", closefd=False)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
                  "TORCHELASTIC_USE_AGENT_STORE"):  # fmt: skip
         os.environ.pop(name, None)
