@@ -9,11 +9,13 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
+from phimini.model.io.checked_files import read_sealed
 from phimini.model.io.json_files import read_rows, write_rows
 from phimini.stages.config.schema import CurateConfig, RunConfig
 from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import ROLLOUT_FIELDS
 from phimini.stages.distill import has_ended
+from phimini.stages.run.outputs import SUMMARY
 from phimini.stages.run.stage_folder import Stage
 
 
@@ -24,7 +26,7 @@ def curate(run: RunConfig, *, redo: bool = False) -> Path:
     """
     stage = Stage.open(run, "curate", redo=redo)
     if stage.complete:
-        _check_pairs(run, stage.summary()["pairs"])
+        _check_pairs(run, read_sealed(stage.path / SUMMARY)["pairs"])
         return stage.path
     stage.prepare(redo=redo)
     rollouts = read_rows(Path(run.out) / "distill" / "rollouts.jsonl", ROLLOUT_FIELDS)

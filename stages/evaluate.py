@@ -23,8 +23,8 @@ from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
 from phimini.stages.report.intervals import mean_interval, pass_at_k, wilson_interval
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import Sampler, release_memory
-from phimini.stages.verify.scorer import Answered, Scorer
 from phimini.stages.run.outputs import SUMMARY, check_inputs
+from phimini.stages.verify.scorer import Answered, Scorer
 
 SHOWN_PER_CELL = 1
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from phimini.model.io.checked_files import read_sealed, write_sealed
 from phimini.model.io.json_files import write_json
-from phimini.parallel.ranks.collective_errors import on_main
 from phimini.parallel.ranks.machine import cpu_name
-from phimini.parallel.ranks.world import World
+from phimini.parallel.ranks.world import World, on_main
 from phimini.stages.base import base
 from phimini.stages.config.schema import RunConfig, to_dict
 from phimini.stages.curate import curate

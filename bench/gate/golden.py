@@ -31,7 +31,7 @@ from phimini.bench.gate.options import parser, status_of
 from phimini.model.io.json_files import read_json, read_rows, write_json
 from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages import cli
-from phimini.stages.rl import groups as rollout_groups
+from phimini.stages.verify import scorer
 
 SCHEMA = 1
 STAGES = ("midtrain", "sft", "rollout_dpo", "rlvr")
@@ -101,7 +101,7 @@ def _rank(words: list[str]) -> int:
     """Run a stage on one rank, deterministically, with a reward that an untrained model sometimes gets."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    rollout_groups.reward = lambda response, finish_reason, problem: 1.0 - 2.0 * (len(response) % 2)
+    scorer.is_right = lambda question, answer, response, finish_reason: len(response) % 2 == 0
     sys.stdout = open(os.devnull, "w")  # the stages' progress
     return cli.main(words)
 

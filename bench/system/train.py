@@ -42,10 +42,10 @@ from phimini.stages.config.recipes import recipe_config
 from phimini.stages.config.schema import RunConfig, override
 from phimini.stages.data.packing import derive
 from phimini.stages.recipe import DATA, TRAINING
-from phimini.stages.rl import groups as rollout_groups
 from phimini.stages.run.outputs import write_summary
 from phimini.stages.run.stage_folder import INPUTS
 from phimini.stages.run.training import layout_of
+from phimini.stages.verify import scorer
 
 STAGES = {"midtrain": "midtrain", "sft": "sft", "dpo": "rollout_dpo", "rlvr": "rlvr"}
 WARM_UP = 3
@@ -266,18 +266,18 @@ def timed_collectives() -> Iterator[None]:
 @contextlib.contextmanager
 def _coin_rewards(on: bool) -> Iterator[None]:
     """Replace the rewards by random ones after the verifier's work: a new model's answers are all wrong."""
-    real = rollout_groups.reward
+    real = scorer.is_right
 
-    def reward(response: str, finish_reason: str, problem: dict) -> float:
-        real(response, finish_reason, problem)
-        return 1.0 if derive(0, "coin", response, problem["id"]) % 3 == 0 else -1.0
+    def is_right(question: str, answer: str, response: str, finish_reason: str) -> bool:
+        real(question, answer, response, finish_reason)
+        return derive(0, "coin", response, question) % 3 == 0
 
     if on:
-        rollout_groups.reward = reward
+        scorer.is_right = is_right
     try:
         yield
     finally:
-        rollout_groups.reward = real
+        scorer.is_right = real
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from collections import defaultdict
 from typing import Any
 
 from phimini.model.io.json_files import read_json, write_json
-from phimini.parallel.ranks.collective_errors import on_main
-from phimini.parallel.ranks.world import World
+from phimini.parallel.ranks.world import World, on_main
 from phimini.stages.config.schema import RlvrConfig
 from phimini.stages.rl.groups import GroupSampler, Rollout, check_room
 from phimini.stages.rl.remedies import is_too_easy, select_uniform_length

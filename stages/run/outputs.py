@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from phimini.model.io.checked_files import check_file, describe_file, read_sealed, write_sealed
-from phimini.parallel.ranks.collective_errors import on_every
-from phimini.parallel.ranks.world import World
+from phimini.parallel.ranks.world import World, on_every
 from phimini.stages.config.schema import RunConfig
 
 BEGUN, SUMMARY = "begun.json", "summary.json"

@@ -34,8 +34,7 @@ from phimini.model.io.checked_files import (
     read_sealed,
     write_sealed,
 )
-from phimini.parallel.ranks.collective_errors import on_every, on_main
-from phimini.parallel.ranks.world import World
+from phimini.parallel.ranks.world import World, on_every, on_main
 from phimini.stages.config.schema import RunConfig, to_dict
 from phimini.stages.run.outputs import (
     BEGUN,

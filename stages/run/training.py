@@ -28,9 +28,8 @@ from phimini.parallel.checkpoint.save_load import (
 from phimini.parallel.megatron.builder import Model, build_model
 from phimini.parallel.megatron.fp8 import Fp8, choose
 from phimini.parallel.megatron.hf_weights import export_hf, load_hf
-from phimini.parallel.ranks.collective_errors import on_main
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.world import World
+from phimini.parallel.ranks.world import World, on_main
 from phimini.parallel.training.batch import PackedBatch, check_same_data
 from phimini.parallel.training.optimizer import (
     Optimizer,

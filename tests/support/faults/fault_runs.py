@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from phimini.stages import evaluate, rollout_dpo
+from phimini.stages import rollout_dpo
 from phimini.stages.cli import main
-from phimini.stages.rl import groups as rollout_groups
 from phimini.stages.run import training
+from phimini.stages.verify import scorer
 
 MICRO = [
     "distill.num_problems=24", "distill.rollouts_per_problem=2", "distill.num_prompts=12", "distill.num_heldout=12",
@@ -88,12 +88,9 @@ def _in_child(words: list[str], log: Path, prepare: Callable[[], None] | None) -
         os.environ.pop(name, None)
     torch.set_num_threads(1)
     coin: Any = lambda text: len(text) % 2 == 0
-    rollout_groups.reward = lambda response, finish_reason, problem: 2.0 * coin(response) - 1.0
-    judges: list[Any] = [rollout_dpo, evaluate]
+    judges: list[Any] = [rollout_dpo, scorer]
     for module in judges:
-        module.judge = lambda tokenizer, completion, problem: coin(
-            tokenizer.decode(completion.tokens)
-        )
+        module.is_right = lambda question, answer, response, finish_reason: coin(response)
     if prepare is not None:
         prepare()
     return main(words)
