@@ -32,18 +32,17 @@ class Damage:
     seed: int
 
     def do(self, out: Path) -> None:
-        """Damage the file in `out`. A swap is with another file of the run of the same suffix and other content."""
+        """Damage the file in `out`. A swap is with a file of other content and, if there is one, the same suffix."""
         path, rng = out / self.file, random.Random(self.seed)
         content = path.read_bytes()
         if self.how == "delete":
             path.unlink()
         elif self.how == "swap":
             others = [
-                p
-                for p in sorted(out.rglob(f"*{path.suffix}"))
-                if p.is_file() and p.suffix == path.suffix
+                p for p in sorted(out.rglob("*")) if p.is_file() and p.read_bytes() != content
             ]
-            other = rng.choice([p for p in others if p.read_bytes() != content])
+            alike = [p for p in others if p.suffix == path.suffix]
+            other = rng.choice(alike or others)
             path.write_bytes(other.read_bytes())
             other.write_bytes(content)
         elif self.how == "flip":
