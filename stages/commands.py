@@ -24,7 +24,7 @@ from phimini.stages.evaluate import evaluate
 from phimini.stages.recipe import DATA, TRAINING, recipe
 from phimini.stages.report.page import write_report
 from phimini.stages.rl.mismatch_diagnosis import doctor
-from phimini.stages.rollout.separate_vllm import serve
+from phimini.stages.rollout.launch import serve
 from phimini.stages.run.gpu_checklist import checklist
 from phimini.stages.run.lock import RunLock, held_by_main
 from phimini.stages.run.trackers import missing_packages
@@ -72,8 +72,6 @@ def run_report(verb: str, settings: options.RunOptions) -> int:
 
 
 def run_serve(verb: str, settings: options.ServeOptions) -> int:
-    if settings.address is None:
-        raise ValueError(f"{verb}: expected address=HOST:PORT, e.g. address=0.0.0.0:8765")
     serve(settings.run, base_config(settings.run), settings.address)
     return 0
 

@@ -8,7 +8,9 @@
 """
 
 import itertools
+import mmap
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -26,6 +28,8 @@ Fields = dict[str, Any]
 IN_THIS_PROCESS: dict[int, list[Tensor]] = {}
 """inproc: the tensors of the current update, by the transport's number"""
 _numbers = itertools.count()
+SEGMENT = "phimini-weights"
+"""shm: the segment's name in the kernel's lists"""
 
 
 class InprocTransport:
@@ -68,12 +72,11 @@ class ShmTransport:
     def open(self, receivers: Sequence[Receiver], info: Fields, wait: Wait) -> None:
         wait.at("init")
         # A file without a name disappears with its processes.
-        handle = os.memfd_create("phimini-weights")
+        handle = os.memfd_create(SEGMENT)
         try:
             os.ftruncate(handle, self._bucket_bytes)
-            path = f"/proc/{os.getpid()}/fd/{handle}"
-            self._buffer = map_segment(path, self._bucket_bytes)
-            link = {"path": path, "num_bytes": self._bucket_bytes}
+            self._buffer = map_segment(os.getpid(), handle, self._bucket_bytes)
+            link = {"pid": os.getpid(), "descriptor": handle, "num_bytes": self._bucket_bytes}
             wait.call(receivers, "init", info | {"link": link})
         finally:
             os.close(handle)  # the mappings stay
@@ -90,9 +93,21 @@ class ShmTransport:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
 
-def map_segment(path: str, num_bytes: int) -> Tensor:
-    """Map a segment of shared memory as bytes."""
-    return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+def map_segment(pid: int, descriptor: int, num_bytes: int) -> Tensor:
+    """Map a transport's segment, which is open in a process of this machine, as bytes.
+
+    Raises OSError if it is not open there, ValueError for any other file: the numbers came over the network.
+    """
+    handle = os.open(f"/proc/{pid:d}/fd/{descriptor:d}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        if not name.startswith(f"/memfd:{SEGMENT} "):
+            raise ValueError(
+                f"descriptor {descriptor} of process {pid} is no segment of weights: {name}"
+            )
+        return torch.frombuffer(mmap.mmap(handle, num_bytes), dtype=torch.uint8)
+    finally:
+        os.close(handle)
 
 
 class GlooTransport:
@@ -111,14 +126,11 @@ class GlooTransport:
     def open(self, receivers: Sequence[Receiver], info: Fields, wait: Wait) -> None:
         wait.at("init")
         size = 1 + self._workers * len(receivers)
-        timeout = timedelta(seconds=wait.remaining_s)
-        self._store = store = TCPStore(
-            self._host, 0, None, is_master=True, wait_for_workers=False, timeout=timeout
-        )
+        self._store = store = store_at(self._host, wait.remaining_s)
         link = {"host": self._host, "port": store.port, "size": size}
         self._group = meet(
             receivers, info, link, self._workers, wait,
-            lambda: gloo_group(store, 0, size, wait.remaining_s),
+            lambda: gloo_group(store, 0, size, wait.remaining_s, self._host),
         )  # fmt: skip
 
     def buffer(self) -> Tensor | None:
@@ -175,17 +187,33 @@ def send_to_all(
     wait.answers(receivers, futures)
 
 
+def store_at(host: str, timeout_s: float) -> TCPStore:
+    """Return a store that listens at `host` only; torch's own socket would listen at every address of the machine."""
+    listening = socket.create_server((host, 0))
+    port, timeout = listening.getsockname()[1], timedelta(seconds=timeout_s)
+    return TCPStore(
+        host, port, None, is_master=True, wait_for_workers=False, timeout=timeout,
+        master_listen_fd=listening.detach(),  # the store closes it
+    )  # fmt: skip
+
+
 def join_gloo(link: Fields, worker: int, timeout_s: float) -> ProcessGroupGloo:
-    """Join the trainer's group as a worker."""
+    """Join the trainer's group as a worker, at this machine's address towards the trainer."""
     timeout = timedelta(seconds=timeout_s)
+    with socket.create_connection((link["host"], link["port"]), timeout_s) as connection:
+        here = connection.getsockname()[0]
     store = TCPStore(link["host"], link["port"], None, is_master=False, timeout=timeout)
-    return gloo_group(store, link["first_rank"] + worker, link["size"], timeout_s)
+    return gloo_group(store, link["first_rank"] + worker, link["size"], timeout_s, here)
 
 
-def gloo_group(store: TCPStore, rank: int, size: int, timeout_s: float) -> ProcessGroupGloo:
-    """Return a gloo group over `store`."""
-    prefixed = PrefixStore("phimini-weights", store)
-    return ProcessGroupGloo(prefixed, rank, size, timedelta(seconds=timeout_s))
+def gloo_group(
+    store: TCPStore, rank: int, size: int, timeout_s: float, host: str
+) -> ProcessGroupGloo:
+    """Return a gloo group over `store`, whose own sockets listen at `host` only."""
+    options: Any = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
+    options._timeout = timedelta(seconds=timeout_s)
+    return ProcessGroupGloo(PrefixStore("phimini-weights", store), rank, size, options)
 
 
 def broadcast(group: ProcessGroupGloo, data: Tensor, timeout_s: float) -> None:

@@ -114,6 +114,8 @@ class Wait:
                 raise self.error(late, receiver.name) from error
             except OSError as error:
                 raise self.error(f"the engine is gone: {error}", receiver.name) from error
+            except RuntimeError as error:
+                raise self.error(str(error), receiver.name) from error
             for answer in workers:
                 if "error" in answer:
                     fields = answer["error"]

@@ -9,14 +9,13 @@ vLLM's own engines of these names have no checksum, deadline or version; ours us
 on a CPU. NCCL refuses two ranks on one GPU, and IPC needs a GPU that both processes see.
 
 Not run on a GPU yet. Tests run both against the real vLLM with CUDA's part replaced (`bucket_handle`, `open_bucket`,
-`communicator`, `on_device`), and bind the calls below to the installed signatures of torch and vLLM.
+`unique_id`, `communicator`, `on_device`), and bind the calls below to the installed signatures of torch and vLLM.
 """
 
 import base64
 import inspect
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from phimini.parallel.weight_sync.cpu_transports import Fields, meet, send_to_all
+from phimini.parallel.weight_sync.cpu_transports import Fields, first_line, meet, send_to_all
 from phimini.parallel.weight_sync.deadline import Receiver, Wait
 
 T = TypeVar("T")
@@ -78,17 +77,18 @@ class NcclTransport:
 
     name = "nccl"
 
-    def __init__(
-        self, bucket_bytes: int, *, host: str = "127.0.0.1", workers_per_engine: int = 1
-    ) -> None:
+    def __init__(self, bucket_bytes: int, *, workers_per_engine: int = 1) -> None:
         self._buffer = torch.empty(bucket_bytes, dtype=torch.uint8, device=on_device())
-        self._host, self._workers = host, workers_per_engine
+        self._workers = workers_per_engine
         self._communicator: Any = None
 
     def open(self, receivers: Sequence[Receiver], info: Fields, wait: Wait) -> None:
         wait.at("init")
         size = 1 + self._workers * len(receivers)
-        link = {"host": self._host, "port": free_port(self._host), "size": size}
+        try:
+            link = {"id": base64.b64encode(unique_id()).decode(), "size": size}
+        except (RuntimeError, OSError) as error:
+            raise wait.error(f"NCCL could not be loaded: {first_line(error)}") from error
         self._communicator = meet(
             receivers, info, link, self._workers, wait,
             lambda: communicator_within(link, 0, wait.remaining_s),
@@ -149,13 +149,23 @@ def communicator_within(link: Fields, rank: int, timeout_s: float) -> Any:
     return within(lambda: communicator(link, rank, device), timeout_s)
 
 
-def communicator(link: Fields, rank: int, device: torch.device) -> Any:
-    """Join the group of the trainer (rank 0) and all workers. Raises RuntimeError if NCCL is missing."""
-    from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+def unique_id() -> bytes:
+    """Return a new NCCL id, which also has the address of this process's NCCL. Raises RuntimeError or OSError without NCCL."""
+    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
-    joined = stateless_init_process_group(link["host"], link["port"], rank, link["size"], device)
+    return bytes(NCCLLibrary().ncclGetUniqueId().internal)
+
+
+def communicator(link: Fields, rank: int, device: torch.device) -> Any:
+    """Join the group of the trainer (rank 0) and all workers. Raises RuntimeError if NCCL is missing.
+
+    The id came with the link, so nothing is read from a store, where vLLM's other way would unpickle it.
+    """
+    from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
+
+    joined = uid_init_process_group(base64.b64decode(link["id"]), rank, link["size"], device)
     if joined.disabled:  # without NCCL vLLM's communicator silently does nothing
-        raise RuntimeError("NCCL could not be loaded")
+        raise RuntimeError("NCCL is turned off")
     return joined
 
 
@@ -197,12 +207,6 @@ def within(action: Callable[[], T], timeout_s: float) -> T:
     if not results:
         raise Late(f"the other side did not join within {timeout_s:.3g} s")
     return results[0]
-
-
-def free_port(host: str) -> int:
-    """Return a port of `host` that is free now."""
-    with socket.create_server((host, 0)) as listening:
-        return listening.getsockname()[1]
 
 
 def bucket_handle(buffer: Tensor) -> dict[str, Any]:

@@ -62,6 +62,11 @@ def entry_of(fields: dict[str, Any]) -> Entry:
     return Entry(**{**fields, "shape": tuple(fields["shape"])})
 
 
+def backend(transport: str) -> str:
+    """Return our transport's name in vLLM's factory, which has an `ipc` and a `nccl` of its own."""
+    return f"phimini-{transport}"
+
+
 class Transport(Protocol):
     """Carries a bucket to the receivers."""
 

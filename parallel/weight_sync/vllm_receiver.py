@@ -48,7 +48,7 @@ from phimini.parallel.weight_sync.cpu_transports import (
 from phimini.parallel.weight_sync.deadline import WeightSyncError
 from phimini.parallel.weight_sync.fp8_blocks import SCALE_SUFFIX, quantised_names
 from phimini.parallel.weight_sync.readback import ReadBack
-from phimini.parallel.weight_sync.sync import Entry, entry_of
+from phimini.parallel.weight_sync.sync import Entry, backend, entry_of
 
 
 @dataclass
@@ -231,7 +231,10 @@ class InprocEngine(SyncEngine):
 
 class ShmEngine(SyncEngine):
     def _link(self, link: dict[str, Any]) -> None:
-        self._segment = map_segment(link["path"], link["num_bytes"])
+        try:
+            self._segment = map_segment(link["pid"], link["descriptor"], link["num_bytes"])
+        except (OSError, ValueError) as error:
+            raise self.error("init", None, f"shm: {error}") from error
 
     def _receive(self, update: SyncUpdate, entries: list[Entry]) -> list[Tensor]:
         return [entry.view(self._segment) for entry in entries]
@@ -241,7 +244,7 @@ class GlooEngine(SyncEngine):
     def _link(self, link: dict[str, Any]) -> None:
         try:
             self._group = join_gloo(link, self.parallel_config.rank, self._deadline_s)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise self.error("init", None, f"gloo: {first_line(error)}") from error
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
@@ -312,11 +315,6 @@ ENGINES: dict[str, type[SyncEngine]] = {
 }
 
 
-def backend(transport: str) -> str:
-    """Return our transport's name in vLLM's factory, which has an `ipc` and a `nccl` of its own."""
-    return f"phimini-{transport}"
-
-
 def register() -> None:
     """Register the transports with vLLM's factory; a second call has no effect."""
     for name, engine in ENGINES.items():
@@ -355,6 +353,18 @@ def _end_core(server: int, core: int) -> None:
         os.kill(core, signal.SIGKILL)
 
 
+MALFORMED = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    OSError,
+)
+"""errors of a phase whose fields are wrong or that came out of turn; none of them may end the worker"""
+
+
 class WorkerExtension:
     """Methods that vLLM adds to its worker (`worker_extension_cls`); called with `collective_rpc`."""
 
@@ -389,6 +399,8 @@ class WorkerExtension:
                 raise ValueError(f"phimini_sync: unknown phase {phase!r}")
         except WeightSyncError as error:
             return {"error": error.fields()}
+        except MALFORMED as error:
+            return {"error": engine.error("init", None, f"{phase}: {type(error).__name__}: {error}").fields()}  # fmt: skip
         answer = {"where": engine.where, "whole": engine.whole}
         if phase == "finish":
             answer |= {"checksums": engine.update.checksums, **engine.update.seconds}

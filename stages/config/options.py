@@ -51,8 +51,8 @@ class EvaluateOptions(StageOptions):
 class ServeOptions(RunOptions):
     """RECIPE, address=HOST:PORT, and any field of its config."""
 
-    address: str | None = None
-    """HOST:PORT to listen at; required"""
+    address: str = "127.0.0.1:8765"
+    """HOST:PORT to listen at"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -296,13 +296,13 @@ class RolloutConfig:
     placement: Literal["colocated", "separate"] = "colocated"
     """vLLM in the training ranks, or in processes of its own"""
     addresses: tuple[str, ...] = ()
-    """separate: host:port of running engines; none: rank 0 starts `num_engines` on its machine"""
+    """separate: http://HOST:PORT of running engines; none: rank 0 starts `num_engines` on its machine"""
     num_engines: Count = 1
     """separate: engines to start"""
     devices: tuple[str, ...] = ()
     """separate: CUDA_VISIBLE_DEVICES of each engine to start, e.g. 4,5"""
     trainer_host: str = "127.0.0.1"
-    """separate: the address of rank 0's machine as the engines see it"""
+    """separate: the address of rank 0's machine as the engines see it, for gloo"""
     transport: Literal["auto", "inproc", "shm", "gloo", "ipc", "nccl"] = "auto"
     """transport of weights; auto: inproc when colocated, else shm or gloo on a CPU, ipc or nccl on GPUs"""
     pause: Literal["keep", "wait", "abort"] = "keep"

@@ -31,6 +31,7 @@ from phimini.stages.rollout.vllm_settings import (
     engine_settings,
     files_of,
     outgoing,
+    require_vllm,
     sampled,
     vllm_params,
     write_engine_config,
@@ -165,6 +166,7 @@ class _InprocReceiver:
 
 
 def _start_llm(config: ModelConfig, settings: EngineSettings, world: World) -> Any:
+    require_vllm()
     with engine_folder() as folder:
         write_engine_config(config, settings, str(folder))
         arguments = engine_arguments(settings, str(folder))
@@ -176,8 +178,13 @@ def _start_llm(config: ModelConfig, settings: EngineSettings, world: World) -> A
 
 def _llm(arguments: dict[str, Any]) -> Any:
     from vllm import LLM
+    from vllm.config import WeightTransferConfig
 
-    llm = LLM(**arguments)
+    from phimini.parallel.weight_sync.vllm_receiver import register
+
+    register()
+    transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
+    llm = LLM(**arguments, weight_transfer_config=transfer)
     # When the process ends vLLM would end the trainer's process groups, which are gone by then.
     core: Any = llm.llm_engine.engine_core
     core._finalizer.atexit = False

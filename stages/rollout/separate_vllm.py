@@ -1,18 +1,15 @@
-"""vLLM engines in processes of their own, as one rollout engine: rank 0 talks to them, every rank gets the results.
+"""Engines of `vllm serve` as one rollout engine: rank 0 talks to them, every rank gets the results.
 
-rollout.addresses names running engines (`phimini serve`); without it rank 0 starts `rollout.num_engines`
+rollout.addresses has the URLs of running engines (`phimini serve`); without it rank 0 starts `rollout.num_engines`
 on its machine. Weights travel by rollout.transport: shm and gloo on a CPU, ipc and nccl on GPUs.
 """
 
-import dataclasses
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from phimini.model.config import ModelConfig
@@ -24,10 +21,17 @@ from phimini.parallel.weight_sync.deadline import WeightSyncError
 from phimini.parallel.weight_sync.gpu_transports import IpcTransport, NcclTransport
 from phimini.parallel.weight_sync.sync import SyncReport, Transport, WeightSync
 from phimini.stages.config.schema import RunConfig
-from phimini.stages.rollout.client import EngineClient, launch_engine
 from phimini.stages.rollout.dispatch import Request, RolloutError, RolloutService
 from phimini.stages.rollout.engine import LOADED, Sampled, check_prompts, check_temperature
-from phimini.stages.rollout.server import run_server
+from phimini.stages.rollout.launch import (
+    EngineProcess,
+    own_key,
+    shared_key,
+    split_url,
+    tokenizer_of,
+    transport_of,
+)
+from phimini.stages.rollout.served_engine import EventLoop, ServedEngine
 from phimini.stages.rollout.vllm_settings import (
     EngineSettings,
     as_sent,
@@ -37,11 +41,8 @@ from phimini.stages.rollout.vllm_settings import (
     files_of,
     outgoing,
 )
-from phimini.stages.rollout.wire import split_address
 
 T = TypeVar("T")
-START_S = 600.0
-"""an engine that is not up after this long is an error"""
 
 
 class EngineSampler:
@@ -91,23 +92,17 @@ class EngineSampler:
 
 
 class SeparateVllm:
-    """Engines behind sockets. Rank 0 talks to them; every method is collective and returns the same on all ranks."""
+    """Engines behind HTTP. Rank 0 talks to them; every method is collective and returns the same on all ranks."""
 
     def __init__(
-        self,
-        run: RunConfig,
-        config: ModelConfig,
-        settings: EngineSettings,
-        world: World,
-        *,
-        context: Any = None,
+        self, run: RunConfig, config: ModelConfig, settings: EngineSettings, world: World
     ) -> None:
         self.config, self.settings, self._world = config, settings, world
         self._service: RolloutService | None = None
         self._sync: WeightSync | None = None
         self.last_sync: SyncReport | None = None
         self.on_main = EngineSampler(self)
-        self._run_on_main(lambda: self._open(run, context))
+        self._run_on_main(lambda: self._open(run))
 
     def load(self, directory: Path) -> None:
         """Send the weights of a Hugging Face folder. Raises WeightSyncError."""
@@ -132,7 +127,7 @@ class SeparateVllm:
 
         def reset() -> None:
             for engine in self.service.alive:
-                engine.ask("reset").result(self.service.deadline_s)
+                engine.call("reset", {}).result(engine.deadline_s)
 
         self._run_on_main(reset)
 
@@ -158,8 +153,7 @@ class SeparateVllm:
     def close(self) -> None:
         """End the connections; engines that this run started end too."""
         if self._service is not None:
-            for engine in self._service.engines:
-                engine.close()
+            close(self._service.engines)
 
     @property
     def service(self) -> RolloutService:
@@ -167,13 +161,10 @@ class SeparateVllm:
         assert self._service is not None, "rank 0 has the service"
         return self._service
 
-    def _open(self, run: RunConfig, context: Any) -> None:
+    def _open(self, run: RunConfig) -> None:
         rollout = run.rollout
-        engines = self._served(run) if rollout.addresses else self._started(run, context)
-        per_engine = 2 * self.settings.max_num_seqs
-        self._service = RolloutService(
-            engines, deadline_s=rollout.deadline_s, per_engine=per_engine
-        )
+        engines = self._served(run) if rollout.addresses else self._started(run)
+        self._service = RolloutService(engines, per_engine=2 * self.settings.max_num_seqs)
         self._sync = WeightSync(
             self.config,
             _transport(run, self.config, self.settings),
@@ -186,43 +177,67 @@ class SeparateVllm:
             pause=rollout.pause,
         )
 
-    def _served(self, run: RunConfig) -> list[EngineClient]:
-        engines = []
+    def _served(self, run: RunConfig) -> list[ServedEngine]:
+        for address in run.rollout.addresses:
+            split_url("rollout.addresses", address)
+        key = shared_key("rollout.addresses")
         try:
-            for i, address in enumerate(run.rollout.addresses):
-                engines.append(EngineClient(address, name=f"engine {i}"))
-                engines[i].hello(self.config, self.settings, run.rollout.deadline_s)
+            return self._connected(run, key, list(run.rollout.addresses), [])
         except (RuntimeError, OSError) as error:
-            for engine in engines:
-                engine.close()
             raise ValueError(f"rollout.addresses: {error}") from error
-        return engines
 
-    def _started(self, run: RunConfig, context: Any) -> list[EngineClient]:
-        rollout = run.rollout
-        context = context or multiprocessing.get_context("spawn")
+    def _started(self, run: RunConfig) -> list[ServedEngine]:
+        rollout, key = run.rollout, own_key()
         devices = rollout.devices or ("",) * rollout.num_engines
         if len(devices) != rollout.num_engines:
             raise ValueError(
                 f"rollout.devices: expected one entry for each of {rollout.num_engines} engines, got {devices}"
             )
-        started = [
-            launch_engine(self.config, self.settings, devices=d, context=context) for d in devices
-        ]
+        processes: list[EngineProcess] = []
         try:
-            engines = [
-                EngineClient(f"127.0.0.1:{wait(START_S)}", name=f"engine {i}", process=process)
-                for i, (process, wait) in enumerate(started)
-            ]
-            for engine in engines:
-                engine.hello(self.config, self.settings, rollout.deadline_s)
-        except BaseException:
-            # Ctrl-C too: an engine ends with its trainer's connection, if it has one.
-            for process, _ in started:
-                process.kill()
+            for device in devices:
+                processes.append(
+                    EngineProcess(
+                        self.config,
+                        self.settings,
+                        key,
+                        devices=device,
+                        tokenizer=tokenizer_of(run),
+                        chat_template=run.chat_template,
+                    )  # fmt: skip
+                )
+            for process in processes:
+                process.wait()
+            engines = self._connected(run, key, [process.url for process in processes], processes)
+        except BaseException:  # Ctrl-C too
+            for process in processes:
+                process.close()
             raise
-        # multiprocessing waits for its processes at the end; an engine ends with its connection, not before.
-        Finalize(self, self.close, exitpriority=1)
+        # At this process's end, which waits for its children.
+        Finalize(self, close, args=(engines,), exitpriority=1)
+        return engines
+
+    def _connected(
+        self, run: RunConfig, key: str, urls: list[str], processes: list[EngineProcess]
+    ) -> list[ServedEngine]:
+        """Return connections to all engines, each with its lease."""
+        loop, engines = EventLoop(), []
+        owned = processes or [None] * len(urls)
+        try:
+            for i, (url, process) in enumerate(zip(urls, owned, strict=True)):
+                engine = ServedEngine(
+                    url,
+                    key,
+                    loop,
+                    name=f"engine {i}",
+                    deadline_s=run.rollout.deadline_s,
+                    process=process,
+                )
+                engines.append(engine)
+                engine.connect(self.config, self.settings, str(Path(run.out).resolve()))
+        except BaseException:
+            close(engines)
+            raise
         return engines
 
     def _send(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
@@ -234,13 +249,10 @@ class SeparateVllm:
     def _gave_up_lost(self, error: WeightSyncError) -> bool:
         """Give up the engines that died or fell silent. Return False if all are well, or no other engine is left."""
         assert self._sync is not None, "rank 0 has the sync"
-        half = self.service.deadline_s / 2
         asked = [engine for engine in self.service.engines if engine in self._sync.receivers]
-        lost = [engine for engine in asked if not engine.alive or engine.silent_s() > half]
+        lost = [e for e in asked if not e.loop.run(e.is_heard(e.deadline_s / 2))]
         if not lost or len(lost) == len(asked):
             return False
-        for engine in lost:
-            engine.kill(f"silent for {engine.silent_s():.1f} s")
         without = ", ".join(engine.name for engine in lost)
         print(f"phimini: {error}; it is repeated without {without}", file=sys.stderr, flush=True)
         return True
@@ -279,44 +291,16 @@ def _transport(run: RunConfig, config: ModelConfig, settings: EngineSettings) ->
     if settings.transport == "ipc":
         return IpcTransport(size, workers_per_engine=workers)
     if settings.transport == "nccl":
-        return NcclTransport(size, host=host, workers_per_engine=workers)
+        return NcclTransport(size, workers_per_engine=workers)
     raise ValueError(
         f"rollout.transport: expected shm, gloo, ipc or nccl for engines of their own, got {settings.transport!r}"
     )
 
 
-def transport_of(run: RunConfig) -> str:
-    """Return `rollout.transport`, or for auto the transport that fits.
-
-    On a CPU shm on one machine and gloo between several; on GPUs nccl, but ipc where an engine has rank 0's GPU,
-    which NCCL refuses: an engine that rank 0 starts without `rollout.devices`. Raises ValueError for a GPU transport on a CPU.
-    """
-    rollout, on_gpu = run.rollout, torch.cuda.is_available()
-    if rollout.transport == "auto":
-        if on_gpu:
-            return "nccl" if rollout.addresses or rollout.devices else "ipc"
-        hosts = {split_address(address)[0] for address in rollout.addresses}
-        return "shm" if hosts <= {"127.0.0.1", "localhost"} else "gloo"
-    if rollout.transport in ("ipc", "nccl") and not on_gpu:
-        raise ValueError(f"rollout.transport={rollout.transport}: needs a GPU; shm or gloo do not")
-    return rollout.transport
-
-
-def serve(run: RunConfig, config: ModelConfig, address: str) -> None:
-    """`phimini serve NAME address=HOST:PORT key=value ...`: one engine for a trainer with the same settings.
-
-    Until it is stopped (Ctrl-C or SIGTERM). A trainer whose settings differ is refused, naming the first that does.
-    """
-    host, port = split_address(address)
-    rollout = dataclasses.replace(run.rollout, placement="separate", addresses=(address,))
-    there = dataclasses.replace(run, rollout=rollout)
-    settings = engine_settings(there, config, transport_of(there))
-
-    def announce(port: int) -> None:
-        how = f"weights by {settings.transport}, up to {settings.max_model_len} tokens"
-        print(f"phimini serve: {run.name} at {host}:{port}, {how}", flush=True)
-
-    run_server(config, settings, host, port, announce)
+def close(engines: list[ServedEngine]) -> None:
+    """End connections; engines that this run started end too."""
+    for engine in engines:
+        engine.close()
 
 
 _engines: SeparateVllm | None = None

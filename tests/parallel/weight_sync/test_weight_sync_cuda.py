@@ -1,5 +1,6 @@
 """IPC and NCCL without a GPU: our code and the real vLLM with CUDA replaced, and bound signatures."""
 
+import base64
 import dataclasses
 import inspect
 import json
@@ -33,7 +34,7 @@ from phimini.parallel.weight_sync.sync import WeightSync
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
 from phimini.stages.rollout import vllm_settings as rollout_vllm_settings
-from phimini.stages.rollout.separate_vllm import transport_of
+from phimini.stages.rollout.launch import free_port, transport_of
 
 BUCKET = 1 << 19
 
@@ -45,11 +46,9 @@ class GlooCommunicator:
     disabled = False
 
     def __init__(self, link: dict[str, Any], rank: int, device: torch.device) -> None:
-        timeout = timedelta(seconds=20)
-        store = TCPStore(
-            link["host"], link["port"], None, rank == 0, timeout, wait_for_workers=False
-        )
-        self.group = gloo_group(store, rank, link["size"], 20)
+        port, timeout = int(base64.b64decode(link["id"])), timedelta(seconds=20)
+        store = TCPStore("127.0.0.1", port, None, rank == 0, timeout, wait_for_workers=False)
+        self.group = gloo_group(store, rank, link["size"], 20, "127.0.0.1")
 
     def broadcast(self, tensor: Tensor, src: int) -> None:
         broadcast(self.group, tensor, 20)
@@ -73,6 +72,7 @@ def replace_cuda() -> list[int]:
         return buckets[handle["number"]]
 
     weight_sync_cuda.on_device = lambda: torch.device("cpu")
+    weight_sync_cuda.unique_id = lambda: str(free_port("127.0.0.1")).encode()
     weight_sync_cuda.communicator = GlooCommunicator
     weight_sync_cuda.bucket_handle = bucket_handle
     weight_sync_cuda.open_bucket = open_bucket
@@ -170,6 +170,7 @@ def test_an_engine_that_never_joins_nccl_is_an_error_at_the_deadline(
 ) -> None:
     replaced = {n: getattr(weight_sync_cuda, n) for n in ("on_device", "communicator")}
     monkeypatch.setattr(weight_sync_cuda, "on_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(weight_sync_cuda, "unique_id", lambda: b"id")
     monkeypatch.setattr(weight_sync_cuda, "communicator", lambda *_: time.sleep(30))
     assert all(getattr(weight_sync_cuda, n) is not f for n, f in replaced.items())
 
@@ -196,11 +197,11 @@ def test_the_communicator_is_on_the_gpu_of_the_thread_that_asks(
     asked: list[tuple] = []
     nccl = types.ModuleType("vllm.distributed.weight_transfer.nccl_common")
     joined = types.SimpleNamespace(disabled=False)
-    nccl.stateless_init_process_group = lambda *a: asked.append(a) or joined  # pyright: ignore[reportAttributeAccessIssue]
+    nccl.uid_init_process_group = lambda *a: asked.append(a) or joined  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, nccl.__name__, nccl)
-    link = {"host": "node7", "port": 5, "size": 3}
+    link = {"id": base64.b64encode(b"id").decode(), "size": 3}
     assert weight_sync_cuda.communicator_within(link, 2, 10.0) is joined
-    assert asked == [("node7", 5, 2, 3, torch.device("cuda", 1))]
+    assert asked == [(b"id", 2, 3, torch.device("cuda", 1))], "by the id, nothing is unpickled"
 
 
 # --- CUDA's own calls ------------------------------------------------------------------------------
@@ -278,15 +279,22 @@ def test_a_handle_goes_through_json_and_comes_back_as_torchs_arguments(
 
 def signatures() -> bool:
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-    from vllm.distributed.device_communicators.pynccl_wrapper import ncclDataTypeEnum
-    from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+    from vllm.distributed.device_communicators.pynccl_wrapper import (
+        NCCL_UNIQUE_ID_BYTES,
+        NCCLLibrary,
+        ncclDataTypeEnum,
+        ncclUniqueId,
+    )
+    from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    inspect.signature(stateless_init_process_group).bind("host", 1, 0, 2, torch.device("cpu"))
+    inspect.signature(uid_init_process_group).bind(b"id", 0, 2, torch.device("cpu"))
+    inspect.signature(NCCLLibrary.ncclGetUniqueId).bind(None)
+    assert len(bytes(ncclUniqueId().internal)) == NCCL_UNIQUE_ID_BYTES
     inspect.signature(PyNcclCommunicator.broadcast).bind(None, torch.zeros(1), src=0)
     inspect.signature(PyNcclCommunicator.destroy).bind(None)
     assert "disable_custom_all_reduce" in inspect.signature(AsyncEngineArgs).parameters
-    assert "self.disabled = True" in inspect.getsource(PyNcclCommunicator.__init__)
+    assert "self.disabled = True" in inspect.getsource(PyNcclCommunicator.from_unique_id_bytes)
     return ncclDataTypeEnum.from_torch(torch.uint8) >= 0
 
 
@@ -325,11 +333,11 @@ def test_the_transport_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         return transport_of(override(tiny(), list(assignments)))
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert chosen() == "shm" and chosen("rollout.addresses=127.0.0.1:1") == "shm"
-    assert chosen("rollout.addresses=127.0.0.1:1,node7:1") == "gloo"
+    assert chosen() == "shm" and chosen("rollout.addresses=http://127.0.0.1:1") == "shm"
+    assert chosen("rollout.addresses=http://127.0.0.1:1,http://node7:1") == "gloo"
     with pytest.raises(ValueError, match=r"rollout\.transport=nccl: needs a GPU"):
         chosen("rollout.transport=nccl")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert chosen() == "ipc" and chosen("rollout.devices=4,5") == "nccl"
-    assert chosen("rollout.addresses=node7:1") == "nccl"
+    assert chosen("rollout.addresses=http://node7:1") == "nccl"
     assert chosen("rollout.transport=nccl") == "nccl"

@@ -1,25 +1,28 @@
-"""The client of an engine process, against fake engines on a socket: unknown peers, silent ones, dead ones."""
+"""The client of an engine against fake engines over HTTP: unknown servers, silent ones, dead ones."""
 
+import asyncio
 import dataclasses
-import multiprocessing
+import json
 import os
 import re
-import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from fake_engine import FakeEngine
 from forked_ranks import RankFailure, run_ranks
 from rollout_cases import LONG, SAMPLING, SETTINGS, weights
-from rollout_processes import BUCKET, requests, until
+from rollout_processes import BUCKET, loop, requests
+from vllm_process import in_vllm
 
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.world import initialize
@@ -27,92 +30,199 @@ from phimini.parallel.weight_sync.cpu_transports import ShmTransport
 from phimini.parallel.weight_sync.sync import WeightSync
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
-from phimini.stages.rollout import separate_vllm as rollout_separate
-from phimini.stages.rollout import server as rollout_server
-from phimini.stages.rollout.client import EngineClient
+from phimini.stages.rollout import launch, separate_vllm
 from phimini.stages.rollout.dispatch import RolloutError, RolloutService
+from phimini.stages.rollout.launch import split_url
+from phimini.stages.rollout.messages import LOGPROBS, TOKENS, Answer, Pulse, State, as_bytes
 from phimini.stages.rollout.separate_vllm import SeparateVllm
-from phimini.stages.rollout.vllm_settings import engine_settings
-from phimini.stages.rollout.wire import encode, receive, split_address
+from phimini.stages.rollout.served_engine import EventLoop, ServedEngine
+from phimini.stages.rollout.vllm_settings import OWNER, engine_settings, vllm_version
+
+DONE = Answer(as_bytes([9], TOKENS), as_bytes([-1.0], LOGPROBS), "stop", [(0, 0, 1)])
+STATE = State(
+    vllm_version(), dataclasses.asdict(LONG), dataclasses.asdict(SETTINGS), 1, [2], None, None
+)
 
 
-def served(handler: Callable[[socket.socket], None]) -> str:
-    """Serve every connection with `handler`; yield the address."""
+class FakeServer(ThreadingHTTPServer):
+    """An engine's endpoints; `faults` maps an endpoint to what its handler does instead of answering."""
+
+    request_queue_size = 300
+
+    def __init__(self, state: State = STATE) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers: dict[str, Any] = {
+            "state": state, "lease": "token", "ping": Pulse(0.0, None), "generate": DONE,
+        }  # fmt: skip
+        self.faults: dict[str, Callable[[Handler], None]] = {}
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def connect(self, deadline_s: float) -> ServedEngine:
+        client = ServedEngine(self.url, "key", loop(), name="engine", deadline_s=deadline_s)
+        client.connect(LONG, SETTINGS, "tests")
+        return client
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        server: Any = self.server
+        endpoint = self.path.rpartition("/")[2]
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        if endpoint in server.faults:
+            return server.faults[endpoint](self)
+        self.say(200, msgspec.msgpack.encode(server.answers[endpoint]))
+
+    do_POST = do_DELETE = do_GET
+
+    def say(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def mute(handler: Handler) -> None:
+    time.sleep(300)
+
+
+def hang_up(handler: Handler) -> None:
+    handler.close_connection = True
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def saying(data: bytes) -> str:
+    """Serve every connection with the same bytes; return the address."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
         while True:
             connection, _ = listener.accept()
-            threading.Thread(target=handler, args=(connection,), daemon=True).start()
+            connection.sendall(data)
 
     threading.Thread(target=serve, daemon=True).start()
-    return f"127.0.0.1:{listener.getsockname()[1]}"
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def mute(connection: socket.socket) -> None:
-    time.sleep(300)
-
-
-def answering(connection: socket.socket) -> None:
-    while (message := receive(connection)) is not None:
-        time.sleep(0.05)
-        done = {"tokens": [9], "logprobs": [-1.0], "finish_reason": "stop", "versions": [[0, 0, 1]]}
-        connection.sendall(encode({"id": message["id"], **done}))
-
-
-def saying(data: bytes) -> Callable[[socket.socket], None]:
-    def say(connection: socket.socket) -> None:
-        connection.sendall(data)
-        time.sleep(300)
-
-    return say
-
-
-def test_an_engine_that_stopped_reading_is_given_up_at_the_deadline() -> None:
-    """Requests fill every buffer between the two, and the caller still waits no longer than its deadline."""
-    client = EngineClient(served(mute), name="engine")
-    asked = [dataclasses.replace(r, prompt=[200_000] * 20_000) for r in requests(150, SAMPLING)]
+def test_an_engine_that_falls_mute_is_given_up_at_the_deadline() -> None:
+    server = FakeServer()
+    client = server.connect(1.0)
+    server.faults = {"generate": mute, "ping": mute}
     started = time.monotonic()
-    service = RolloutService([client], deadline_s=1.0, per_engine=999)
+    service = RolloutService([client], per_engine=99)
     with pytest.raises(RolloutError, match="150 of 150 requests are unanswered"):
-        service.run(asked)
+        service.run(requests(150, SAMPLING))
     assert time.monotonic() - started < 20
 
 
-def test_a_mute_engine_is_given_up_while_another_answers(capfd: pytest.CaptureFixture) -> None:
-    """The other engine answers alone, in 4 s for all requests."""
-    clients = [EngineClient(served(handler), name="engine") for handler in (answering, mute)]
-    service = RolloutService(clients, deadline_s=1.0, per_engine=4)
+def test_a_hung_engine_is_given_up_while_another_answers(capfd: pytest.CaptureFixture) -> None:
+    """Its server still answers, as vLLM's /health does, but says that its model is silent."""
+    servers = [FakeServer(), FakeServer()]
+    clients = [server.connect(1.0) for server in servers]
+    servers[1].faults["generate"] = mute
+    servers[1].answers["ping"] = Pulse(1.5, None)
+    service = RolloutService(clients, per_engine=4)
     assert len(service.run(requests(80, SAMPLING))) == 80
     silent = re.findall(r"silent for ([\d.]+) s; its request", capfd.readouterr().err)
-    assert len(silent) == service.report.requeued == 4 and float(silent[0]) < 2.5
+    assert len(silent) == service.report.requeued == 4 and float(silent[0]) == 1.5
     clients[0].close()
 
 
-def test_what_arrived_unheard_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trainer that was stopped and resumed first reads the heartbeats of that time."""
-    monkeypatch.setattr(EngineClient, "_listen", lambda self: None)
-    client = EngineClient(served(saying(encode({"beat": 1}))), name="engine")
-    client.heard -= 1000
-    until(lambda: client.silent_s() < 1, 10)
-    mutes = EngineClient(served(mute), name="engine")
-    mutes.heard -= 1000
-    assert mutes.silent_s() > 999
+def test_a_dead_engine_s_requests_go_to_another() -> None:
+    servers = [FakeServer(), FakeServer()]
+    clients = [server.connect(5.0) for server in servers]
+    servers[1].faults = {"generate": hang_up, "ping": hang_up}
+    service = RolloutService(clients, per_engine=4)
+    assert len(service.run(requests(80, SAMPLING))) == 80
+    assert service.alive == clients[:1] and 1 <= service.report.requeued <= 4
+    clients[0].close()
+
+
+def test_a_kept_connection_that_the_server_closes_is_no_dead_engine() -> None:
+    server = FakeServer()
+    client = server.connect(5.0)
+    closed: list[Handler] = []
+
+    def first_one_hangs_up(handler: Handler) -> None:
+        closed.append(handler)
+        hang_up(handler) if len(closed) == 1 else handler.say(200, msgspec.msgpack.encode(DONE))
+
+    server.faults["generate"] = first_one_hangs_up
+    service = RolloutService([client], per_engine=1)
+    assert len(service.run(requests(3, SAMPLING))) == 3 and len(closed) == 4
+    assert client.alive and service.report.requeued == 0
+    client.close()
+
+
+def test_a_trainer_that_was_stopped_itself_gives_no_engine_up() -> None:
+    """When it goes on all its clocks have run out at once, and every answer is still unread."""
+    server = FakeServer()
+    client = ServedEngine(server.url, "key", EventLoop(), name="engine", deadline_s=1.0)
+    asked = threading.Event()
+
+    def slowly(handler: Handler) -> None:
+        asked.set()
+        time.sleep(0.2)
+        handler.say(200, msgspec.msgpack.encode(Pulse(0.0, None)))
+
+    async def stopped() -> None:
+        time.sleep(1.5)
+
+    server.faults["ping"] = slowly
+    client.connect(LONG, SETTINGS, "tests")
+    assert asked.wait(10), "a question is under way"
+    client.loop.run(stopped())
+    time.sleep(1.0)
+    assert client.alive
+    client.close()
 
 
 @pytest.mark.parametrize(
-    "data", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0\0\0\4SSH-", b"\0\0\0\2[]"]
-)
-def test_a_stranger_at_the_address_is_refused_at_once(data: bytes) -> None:
-    client = EngineClient(served(saying(data)), name="engine")
-    with pytest.raises(ConnectionError, match="does not speak this protocol"):
-        client.hello(LONG, SETTINGS, 60)
+    "data, said",
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "Bad status line|Expected HTTP"),
+        (b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n", "no engine of PhiMini, or vLLM without the plugin"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\n<html>", "no engine of PhiMini"),
+        (b"HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\n\r\n", "PHIMINI_API_KEY is the key of the engines"),
+        (b"HTTP/1.1 302 Found\r\nlocation: /a\r\ncontent-length: 0\r\n\r\n", "HTTP 302"),
+    ],
+    ids=["ssh", "404", "html", "401", "302"],
+)  # fmt: skip
+def test_a_stranger_at_the_address_is_refused_at_once(data: bytes, said: str) -> None:
+    client = ServedEngine(saying(data), "key", loop(), name="engine", deadline_s=60)
+    with pytest.raises((ConnectionError, RuntimeError), match=rf"engine \(http://.*({said})"):
+        client.connect(LONG, SETTINGS, "tests")
 
 
-@pytest.mark.parametrize("address", ["localhost", ":80", "host:", "host:x", "host:65536", "host:²"])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"vllm": "0.99.0"}, "vLLM: the engine has 0.99.0, the trainer 0"),
+        ({"config": STATE.config | {"num_layers": 9}}, "config.num_layers: the engine has 9, the trainer 2"),
+        ({"settings": STATE.settings | {"dtype": "x"}}, "settings.dtype: the engine has x, the trainer float32"),
+    ],
+    ids=["vllm", "model", "settings"],
+)  # fmt: skip
+def test_an_engine_of_another_kind_is_refused_by_name(change: dict[str, Any], said: str) -> None:
+    server = FakeServer(msgspec.structs.replace(STATE, **change))
+    with pytest.raises(RuntimeError, match=said):
+        server.connect(5.0)
+
+
+@pytest.mark.parametrize(
+    "address", ["localhost:80", "http://:80", "http://host", "http://host:x", "ftp://host:1", "http://host:65536", "http://host:1/a", "http://host:²"],
+)  # fmt: skip
 def test_a_bad_address_is_quoted(address: str) -> None:
-    with pytest.raises(ValueError, match="expected host:port, got "):
-        split_address(address)
+    with pytest.raises(ValueError, match="rollout.addresses: expected http://HOST:PORT, got "):
+        split_url("rollout.addresses", address)
 
 
 def opened(address: str) -> None:
@@ -122,37 +232,47 @@ def opened(address: str) -> None:
 
 def test_an_address_where_nothing_answers_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    named = rf"ValueError: rollout\.addresses: engine 0 \(127\.0\.0\.1:{port}\): nothing answers"
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    named = rf"ValueError: rollout\.addresses: engine 0 \({url}\): nothing answers"
     with pytest.raises(RankFailure, match=named):
-        run_ranks(opened, 1, f"127.0.0.1:{port}")
+        run_ranks(opened, 1, url)
+
+
+def test_engines_elsewhere_need_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(launch.KEY)
+    with pytest.raises(RankFailure, match="rollout.addresses: the environment variable PHIMINI_API_KEY is not set"):  # fmt: skip
+        run_ranks(opened, 1, "http://127.0.0.1:1")
+    with pytest.raises(ValueError, match="serve: the environment variable PHIMINI_API_KEY is not"):
+        launch.serve(tiny(), LONG, "127.0.0.1:1")
 
 
 # --- an engine lost in a sync -----------------------------------------------------------------------
 class Losable(FakeEngine):
     """An engine that can be frozen, dead or healthy."""
 
-    alive, silent = True, 0.0
+    alive, frozen, deadline_s = True, False, 1.0
 
-    def silent_s(self) -> float:
-        return self.silent
+    async def is_heard(self, within_s: float) -> bool:
+        self.alive = self.alive and not self.frozen
+        return self.alive
 
-    def kill(self, why: str) -> None:
+    def die(self) -> None:
         self.alive, self.gone = False, True
 
 
 def synced(lost: tuple[str, ...]) -> tuple[list[str | None], list[bool]]:
     engines: Any = [Losable(f"engine {i}") for i in range(2)]
     for engine, what in zip(engines, lost, strict=True):
+        engine.loop = loop()
         if what == "frozen":
-            engine.delay_s["pause"], engine.silent = 300.0, 2.0
+            engine.delay_s["pause"], engine.frozen = 300.0, True
         elif what == "dead":
             engine.delay_s["start"] = 0.2
-            threading.Timer(0.1, engine.kill, ("dead",)).start()
-    rollout_separate.outgoing = lambda *_, **__: iter(weights(1).items())  # pyright: ignore[reportAttributeAccessIssue]
+            threading.Timer(0.1, engine.die).start()
+    separate_vllm.outgoing = lambda *_, **__: iter(weights(1).items())  # pyright: ignore[reportAttributeAccessIssue]
     separate = SeparateVllm.__new__(SeparateVllm)
     separate.settings, separate._world = SETTINGS, initialize(Layout(), LONG)
-    separate._service = RolloutService(engines, deadline_s=1.0, per_engine=9)
+    separate._service = RolloutService(engines, per_engine=9)
     separate._sync = WeightSync(
         LONG, ShmTransport(BUCKET), engines, bucket_bytes=BUCKET, deadline_s=1.0
     )
@@ -175,64 +295,60 @@ def test_a_sync_that_loses_every_engine_is_an_error() -> None:
 def test_an_engine_that_does_not_start_leaves_no_other_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    started = []
+    started: list[subprocess.Popen] = []
 
-    def launch(*_, **__):
-        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,))
-        process.start()
-        started.append(process)
+    def start(words: list[str], environment: dict[str, str]) -> subprocess.Popen:
+        wait = "300" if not started else "0.2"
+        started.append(subprocess.Popen(["sleep", wait]))
+        return started[-1]
 
-        def wait(timeout_s: float) -> int:
-            raise RuntimeError("the vLLM engine was not up")
-
-        return process, wait
-
-    monkeypatch.setattr(rollout_separate, "launch_engine", launch)
+    monkeypatch.setattr(launch, "start", start)
+    monkeypatch.setattr(launch.EngineProcess.wait, "__defaults__", (2.0,))
     run = override(tiny(), ["rollout.num_engines=2"])
     engine = SeparateVllm.__new__(SeparateVllm)
     engine.config, engine.settings = LONG, SETTINGS
+    with pytest.raises(RuntimeError, match="was not up within 2 s"):
+        engine._started(run)
+    assert len(started) == 2 and all(p.poll() is not None for p in started)
+
+
+def orphan() -> str:
+    from phimini.stages.rollout.endpoints import Endpoints
+
+    os.environ[OWNER] = "1"
     try:
-        with pytest.raises(RuntimeError, match="was not up"):
-            engine._started(run, None)
-        until(lambda: len(started) == 2 and not any(p.is_alive() for p in started), 10)
-    finally:
-        for process in started:
-            process.kill()
+        asyncio.run(Endpoints().init_state(None, None, None))  # pyright: ignore[reportArgumentType]
+    except SystemExit as end:
+        return str(end)
+    return "went on"
 
 
-def test_an_engine_whose_trainer_died_while_it_imported_ends(tmp_path: Path) -> None:
-    said = tmp_path / "said"
-
-    def engine(trainer: int) -> None:
-        until(lambda: os.getppid() != trainer)
-        rollout_server._Server = lambda *_: said.write_text("served")  # pyright: ignore[reportAttributeAccessIssue]
-        rollout_server.run_server(LONG, SETTINGS, "127.0.0.1", 0, lambda port: None, owned=True)
-        said.write_text("ended")
-
-    def trainer() -> None:
-        context.Process(target=engine, args=(os.getpid(),)).start()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    context = multiprocessing.get_context("fork")
-    context.Process(target=trainer).start()
-    until(said.exists, 30)
-    assert said.read_text() == "ended"
+@pytest.mark.vllm
+def test_an_engine_whose_trainer_died_while_it_started_ends() -> None:
+    assert in_vllm(orphan)[0] == "phimini: the trainer of this engine is gone"
 
 
-def test_with_cuda_the_core_is_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.cuda.is_available, asked before, makes CUDA unusable in a fork; vLLM forks by default."""
-    arguments, engine = ModuleType("vllm.engine.arg_utils"), ModuleType("vllm.v1.engine.async_llm")
-    made = SimpleNamespace(create_engine_config=lambda: None)
-    arguments.AsyncEngineArgs = lambda **_: made  # pyright: ignore[reportAttributeAccessIssue]
-    engine.AsyncLLM = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
-        from_vllm_config=lambda *_, **__: os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
-    )
-    monkeypatch.setitem(sys.modules, arguments.__name__, arguments)
-    monkeypatch.setitem(sys.modules, engine.__name__, engine)
-    for has_cuda, method in ((True, "spawn"), (False, "fork")):
-        monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda has=has_cuda: has)
-        assert rollout_server._start_engine({}) == method
+def test_the_key_is_not_in_the_command_and_the_job_s_variables_are_not_in_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A user of the same machine reads every command line, and vLLM logs its own."""
+    code = "import json, os, sys; print(json.dumps([sys.argv, dict(os.environ)]))"
+    seen: list[Any] = []
+
+    def start(words: list[str], environment: dict[str, str]) -> subprocess.Popen:
+        command = [sys.executable, "-c", code, *words]
+        seen.extend(json.loads(subprocess.check_output(command, env=environment, text=True)))
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(launch, "start", start)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    launch.EngineProcess(LONG, SETTINGS, "secret", devices="4,5").close()
+    words, environment = seen
+    assert not any("secret" in word for word in words)
+    assert environment["VLLM_API_KEY"] == "secret" and environment["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert not {"RANK", "TORCHELASTIC_RUN_ID"} & environment.keys()
+    assert words[words.index("--host") + 1] == "127.0.0.1"
 
 
 @pytest.mark.parametrize("has_cuda", [False, True], ids=["no-cuda", "cuda"])
@@ -241,10 +357,20 @@ def test_an_engine_is_served_with_its_trainer_s_settings(
 ) -> None:
     """Also on a GPU, where a colocated engine sleeps and a served one does not."""
     served: list[Any] = []
+
+    class Served(Exception):
+        pass
+
+    def process(*arguments: Any, **options: Any) -> None:
+        served.append((*arguments, options))
+        raise Served
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
-    monkeypatch.setattr(rollout_separate, "run_server", lambda *arguments: served.append(arguments))
-    rollout_separate.serve(tiny(), LONG, "node7:8765")
-    words = ["rollout.engine=vllm", "rollout.placement=separate", "rollout.addresses=node7:8765"]
+    monkeypatch.setattr(launch, "EngineProcess", process)
+    with pytest.raises(Served):
+        launch.serve(tiny(), LONG, "node7:8765")
+    words = ["rollout.engine=vllm", "rollout.placement=separate", "rollout.addresses=http://node7:8765"]  # fmt: skip
     run = override(tiny(), words)
-    asked = engine_settings(run, LONG, rollout_separate.transport_of(run))
-    assert served[0][:4] == (LONG, asked, "node7", 8765)
+    asked = engine_settings(run, LONG, launch.transport_of(run))
+    config, settings, _, options = served[0]
+    assert (config, settings, options["host"], options["port"]) == (LONG, asked, "node7", 8765)

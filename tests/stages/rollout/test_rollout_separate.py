@@ -31,6 +31,7 @@ from rollout_processes import (
     done_at_once,
     from_trainer,
     in_thread,
+    loop,
     requests,
     slowly,
     span_differences,
@@ -42,9 +43,9 @@ from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.weight_sync.cpu_transports import ShmTransport
 from phimini.parallel.weight_sync.deadline import WeightSyncError
 from phimini.parallel.weight_sync.sync import WeightSync
-from phimini.stages.rollout.client import EngineClient
 from phimini.stages.rollout.dispatch import Request, RolloutError, RolloutService
 from phimini.stages.rollout.engine import Sampled
+from phimini.stages.rollout.served_engine import ServedEngine
 
 pytestmark = pytest.mark.vllm
 TRANSPORTS = ("shm", "gloo")
@@ -55,16 +56,16 @@ def engines() -> Iterator[dict[str, Engine]]:
     running = {name: Engine(name) for name in TRANSPORTS}
     try:
         for engine in running.values():
-            engine.up()
+            engine.server.wait()
         yield running
     finally:
         for engine in running.values():
-            engine.process.kill()
-            engine.process.join(10)
+            engine.server.process.kill()
+            engine.server.close()
 
 
 @pytest.fixture
-def connected(engines: dict[str, Engine]) -> Iterator[list[EngineClient]]:
+def connected(engines: dict[str, Engine]) -> Iterator[list[ServedEngine]]:
     clients = [engine.connect() for engine in engines.values()]
     yield clients
     for client in clients:
@@ -94,36 +95,37 @@ def test_parity_over_each_transport_from_any_trainer(
 
 
 def test_another_model_is_refused_by_name(engines: dict[str, Engine]) -> None:
-    client = EngineClient(engines["shm"].address, name="engine")
+    engine = engines["shm"]
+    client = ServedEngine(engine.address, engine.server.key, loop(), name="engine", deadline_s=30)
     other = dataclasses.replace(LONG, rope_factors="short")
     with pytest.raises(
         RuntimeError, match=r"config\.rope_factors: the engine has long, the trainer short"
     ):
-        client.hello(other, engines["shm"].settings, 30)
+        client.connect(other, engine.settings, "tests")
     client.close()
 
 
 # --- the service -----------------------------------------------------------------------------------
 def test_an_answer_does_not_depend_on_engine_or_company(
-    engines: dict[str, Engine], connected: list[EngineClient]
+    engines: dict[str, Engine], connected: list[ServedEngine]
 ) -> None:
     for engine, client in zip(engines.values(), connected, strict=True):
         engine.give(client, 3)
     asked = requests(24, SAMPLING)
-    both = RolloutService(connected, deadline_s=30, per_engine=8).run(asked)
-    one = RolloutService(connected[1:], deadline_s=30, per_engine=99).run(asked[::-1])
+    both = RolloutService(connected, per_engine=8).run(asked)
+    one = RolloutService(connected[1:], per_engine=99).run(asked[::-1])
     assert both.keys() == one.keys() == {r.id for r in asked}
     assert all(both[id].tokens == one[id].tokens for id in both)
     assert span_differences(asked, both) <= LIMIT
 
 
 def test_oversampled_groups_stop_once_filled(
-    engines: dict[str, Engine], connected: list[EngineClient]
+    engines: dict[str, Engine], connected: list[ServedEngine]
 ) -> None:
     engines["shm"].give(connected[0], 3)
     short = requests(12, SAMPLING, groups=4)
     late = [dataclasses.replace(r, id=f"late {r.id}", params=LONG_ANSWERS) for r in short]
-    service = RolloutService(connected[:1], deadline_s=30, per_engine=99)
+    service = RolloutService(connected[:1], per_engine=99)
     done = service.run([*late, *short], group_size=3)
     groups = [r.group for r in [*late, *short] if r.id in done]
     assert {group: groups.count(group) for group in groups} == {str(g): 3 for g in range(4)}
@@ -134,7 +136,7 @@ def test_oversampled_groups_stop_once_filled(
 
 def run_over_a_sync(
     engine: Engine,
-    client: EngineClient,
+    client: ServedEngine,
     asked: list[Request],
     versions: tuple[int, int],
     pause: str,
@@ -147,7 +149,7 @@ def run_over_a_sync(
     before, after = versions
     for delay_s in (0.3, 0.1, 0.03, 0.6, 1.2, 2.4):
         engine.give(client, before)
-        service = RolloutService([client], deadline_s=30, per_engine=99)
+        service = RolloutService([client], per_engine=99)
         thread, box = in_thread(lambda service=service: service.run(asked))
         until(lambda: client.outstanding == len(asked))
         time.sleep(delay_s)
@@ -167,7 +169,7 @@ def run_over_a_sync(
 
 @pytest.mark.parametrize("pause", ["keep", "abort", "wait"])
 def test_answers_go_on_over_a_sync_and_say_which_weights(
-    engines: dict[str, Engine], connected: list[EngineClient], pause: str
+    engines: dict[str, Engine], connected: list[ServedEngine], pause: str
 ) -> None:
     asked = requests(12, LONG_ANSWERS)
     done, service = run_over_a_sync(engines["shm"], connected[0], asked, (3, 4), pause)
@@ -182,12 +184,12 @@ def test_answers_go_on_over_a_sync_and_say_which_weights(
 
 
 def test_a_greedy_answer_continued_is_the_answer_uninterrupted(
-    engines: dict[str, Engine], connected: list[EngineClient]
+    engines: dict[str, Engine], connected: list[ServedEngine]
 ) -> None:
     engine, client = engines["shm"], connected[0]
     engine.give(client, 3)
     asked = requests(8, dataclasses.replace(GREEDY, max_new_tokens=200, stop_ids=()))
-    whole = RolloutService([client], deadline_s=30, per_engine=99).run(asked)
+    whole = RolloutService([client], per_engine=99).run(asked)
     done, service = run_over_a_sync(engine, client, asked, (3, 3), "abort")
     assert service.report.continued > 0
     assert {id: c.tokens for id, c in done.items()} == {id: c.tokens for id, c in whole.items()}
@@ -211,7 +213,7 @@ def test_a_trainer_killed_in_a_sync_leaves_an_engine_that_refuses_until_the_next
     with pytest.raises(RankFailure, match="SIGKILL"):
         run_ranks(doomed, 1, timeout_s=60)
     client = engine.connect()
-    service = RolloutService([client], deadline_s=30, per_engine=99)
+    service = RolloutService([client], per_engine=99)
     with pytest.raises(RuntimeError, match="no whole set of weights"):
         service.run(requests(2, SAMPLING))
     engine.give(client, 5)
@@ -251,7 +253,7 @@ def test_a_frozen_receiver_is_an_error_at_the_deadline(
     client = engine.connect()
     engine.give(client, 4)
     asked = requests(4, SAMPLING)
-    done = RolloutService([client], deadline_s=30, per_engine=99).run(asked)
+    done = RolloutService([client], per_engine=99).run(asked)
     assert {s.version for c in done.values() for s in c.versions} == {4}
     client.close()
 
@@ -280,19 +282,20 @@ def test_a_truncated_bucket_and_a_flipped_bit_are_refused_whole(engines: dict[st
         assert (e.value.phase, e.value.whole) == ("transfer", True)
         assert e.value.tensor in weights(4) and "worker 0" in e.value.where
     asked = requests(4, SAMPLING)
-    done = RolloutService([client], deadline_s=30, per_engine=99).run(asked)
+    done = RolloutService([client], per_engine=99).run(asked)
     assert {s.version for c in done.values() for s in c.versions} == {3}
     assert span_differences(asked, done) <= LIMIT
     client.close()
 
 
 def test_a_frozen_engine_is_noticed_and_its_requests_go_to_the_other(
-    engines: dict[str, Engine], connected: list[EngineClient], capfd: pytest.CaptureFixture
+    engines: dict[str, Engine], connected: list[ServedEngine], capfd: pytest.CaptureFixture
 ) -> None:
     for engine, client in zip(engines.values(), connected, strict=True):
         engine.give(client, 3)
     asked = requests(16, LONG_ANSWERS)
-    service = RolloutService(connected, deadline_s=3.0, per_engine=8)
+    connected[1].deadline_s = 3.0
+    service = RolloutService(connected, per_engine=8)
     os.kill(engines["gloo"].core, signal.SIGSTOP)
     try:
         done = service.run(asked)
@@ -306,21 +309,20 @@ def test_a_frozen_engine_is_noticed_and_its_requests_go_to_the_other(
 
 
 def test_an_engine_killed_while_it_samples_loses_nothing(
-    engines: dict[str, Engine], connected: list[EngineClient]
+    engines: dict[str, Engine], connected: list[ServedEngine]
 ) -> None:
     for engine, client in zip(engines.values(), connected, strict=True):
         engine.give(client, 3)
     asked = requests(24, LONG_ANSWERS)
-    expected = RolloutService(connected[:1], deadline_s=30, per_engine=99).run(asked)
-    service = RolloutService(connected, deadline_s=30, per_engine=12)
+    expected = RolloutService(connected[:1], per_engine=99).run(asked)
+    service = RolloutService(connected, per_engine=12)
     thread, box = in_thread(lambda: service.run(asked))
     until(lambda: connected[1].outstanding == 12)
     os.kill(engines["gloo"].core, signal.SIGKILL)
     thread.join(120)
     assert box[0].keys() == expected.keys() and 0 < service.report.requeued <= 12
     assert all(box[0][id].tokens == expected[id].tokens for id in expected)
-    engines["gloo"].process.join(30)
-    assert engines["gloo"].process.exitcode is not None, "a server does not outlive its engine"
+    until(lambda: engines["gloo"].server.process.poll() is not None, 30)
 
 
 def test_an_engine_killed_in_a_sync_is_named_and_none_is_left(engines: dict[str, Engine]) -> None:
@@ -335,7 +337,7 @@ def test_an_engine_killed_in_a_sync_is_named_and_none_is_left(engines: dict[str,
         engine.sync(client).sync(slowly(4, 1.5, after=9), 4)
     assert time.monotonic() - started < 60 and e.value.whole is None
     with pytest.raises(RolloutError, match="no vLLM engine is left; 2 of 2 requests"):
-        RolloutService([client], deadline_s=30, per_engine=9).run(requests(2, SAMPLING))
+        RolloutService([client], per_engine=9).run(requests(2, SAMPLING))
     client.close()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from forked_ranks import RankFailure, run_ranks
 from rl_run import make_run, reinforce, run_config
+from rollout_processes import fork_engines
 from vllm_process import in_vllm
 
 from phimini.model.io.json_files import read_rows
@@ -120,17 +121,15 @@ def test_one_step_ahead_with_an_engine_of_its_own(tmp_path: Path, partial: bool)
 
 def asynchronous(run) -> list[dict]:
     """Start the engine by a fork of the trainer's process, which saves the imports."""
-    import multiprocessing
+    from phimini.stages.rollout import separate_vllm
 
-    from phimini.stages.rollout import separate_vllm as rollout_separate
-
-    get_context = multiprocessing.get_context
-    rollout_separate.multiprocessing.get_context = lambda method: get_context("fork")
+    fork_engines()
     rows = reinforce(run)
-    assert rollout_separate._engines is not None
-    for engine in rollout_separate._engines.service.engines:
-        assert os.getsid(engine.process.pid) == engine.process.pid, "out of reach of a Ctrl-C"
-    rollout_separate._engines.close()
+    assert separate_vllm._engines is not None
+    for engine in separate_vllm._engines.service.engines:
+        pid = engine.process.process.pid
+        assert os.getsid(pid) == pid, "out of reach of a Ctrl-C"
+    separate_vllm._engines.close()
     return rows
 
 

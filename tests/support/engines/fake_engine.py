@@ -49,8 +49,8 @@ class FakeEngine:
                 self.link = info["link"]
                 if "host" in self.link:
                     self.group = join_gloo(self.link, 0, info["deadline_s"])
-                elif "path" in self.link:
-                    self.segment = map_segment(self.link["path"], self.link["num_bytes"])
+                elif "descriptor" in self.link:
+                    self.segment = map_segment(**self.link)
             elif phase == "start":
                 self.staged = {}
             elif phase == "update":
@@ -67,7 +67,7 @@ class FakeEngine:
         entries = [entry_of(e) for e in info["entries"]]
         if "key" in self.link:
             tensors = IN_THIS_PROCESS[self.link["key"]]
-        elif "path" in self.link:
+        elif "descriptor" in self.link:
             tensors = [entry.view(self.segment) for entry in entries]
         else:
             data = torch.empty(info["num_bytes"], dtype=torch.uint8)

@@ -1,12 +1,14 @@
 """Engine processes for tests, and requests to them."""
 
 import dataclasses
-import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rollout_cases import (
@@ -21,7 +23,7 @@ from rollout_cases import (
     weights,
 )
 from torch import Tensor
-from vllm_process import context
+from vllm_process import ForkedServer
 
 from phimini.model.config import ModelConfig
 from phimini.model.sampler import SamplingParams
@@ -31,14 +33,28 @@ from phimini.parallel.weight_sync.cpu_transports import GlooTransport, ShmTransp
 from phimini.parallel.weight_sync.sync import SyncReport, WeightSync
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
-from phimini.stages.rollout.client import EngineClient, launch_engine
+from phimini.stages.rollout import launch
 from phimini.stages.rollout.dispatch import Request
 from phimini.stages.rollout.engine import Sampled
 from phimini.stages.rollout.separate_vllm import SeparateVllm
+from phimini.stages.rollout.served_engine import EventLoop, ServedEngine
 from phimini.stages.rollout.vllm_settings import EngineSettings
 
 BUCKET = 1 << 19
 LONG_ANSWERS = SamplingParams(temperature=0.9, max_new_tokens=200, stop_ids=())
+
+
+os.environ.setdefault(launch.KEY, "sesame")
+
+
+def loop() -> EventLoop:
+    """Return this process's event loop: its thread does not survive a fork."""
+    return _loop_of(os.getpid())
+
+
+@cache
+def _loop_of(process: int) -> EventLoop:
+    return EventLoop()
 
 
 class Engine:
@@ -47,28 +63,27 @@ class Engine:
     def __init__(self, name: str, **settings: Any) -> None:
         self.name = name
         self.settings = dataclasses.replace(SETTINGS, transport=name, **settings)
-        self.process, self._wait = launch_engine(
-            LONG, self.settings, owned=False, context=context()
+        with patch.object(launch, "start", ForkedServer):
+            self.server = launch.EngineProcess(LONG, self.settings, os.environ[launch.KEY])
+        self.address = self.server.url
+        self.core = 0
+
+    def connect(self, deadline_s: float = 30.0, holder: str = "tests") -> ServedEngine:
+        client = ServedEngine(
+            self.address, self.server.key, loop(), name=f"engine {self.name}", deadline_s=deadline_s
         )
-        self.address = ""
-
-    def up(self) -> None:
-        self.address = f"127.0.0.1:{self._wait(300)}"
-
-    def connect(self) -> EngineClient:
-        client = EngineClient(self.address, name=f"engine {self.name}")
-        self.core = client.hello(LONG, self.settings, 30)["workers"][0]
+        self.core = client.connect(LONG, self.settings, holder).workers[0]
         return client
 
     def sync(
-        self, client: EngineClient, deadline_s: float = 30.0, pause: str = "keep"
+        self, client: ServedEngine, deadline_s: float = 30.0, pause: str = "keep"
     ) -> WeightSync:
         make = ShmTransport if self.name == "shm" else GlooTransport
         return WeightSync(
             LONG, make(BUCKET), [client], bucket_bytes=BUCKET, deadline_s=deadline_s, pause=pause
         )
 
-    def give(self, client: EngineClient, seed: int, **options: Any) -> SyncReport:
+    def give(self, client: ServedEngine, seed: int, **options: Any) -> SyncReport:
         """Sync weights `seed` as version `seed`."""
         return self.sync(client, **options).sync(iter(weights(seed).items()), seed)
 
@@ -78,10 +93,13 @@ def from_trainer(
 ) -> list[dict[str, Any]]:
     """Return, in a rank of a trainer, the parity with the engine at `address` after each of two syncs."""
     model = trainer(config, layout, 1)
-    run = override(
-        tiny(), ["rollout.engine=vllm", f"rollout.addresses={address}", "rollout.deadline_s=60"]
-    )
-    engine = SeparateVllm(run, config, settings, model.world)
+    words = [
+        "rollout.engine=vllm",
+        f"rollout.addresses={address}",
+        "rollout.deadline_s=60",
+        "out=tests",
+    ]
+    engine = SeparateVllm(override(tiny(), words), config, settings, model.world)
     engine.sync(model)
     results = [parity(engine, model, 1)]
     move(model, 2)
@@ -91,15 +109,18 @@ def from_trainer(
     return results
 
 
+def fork_engines() -> None:
+    """Let this process, which has imported vLLM, start engines by a fork of itself."""
+    launch.start = partial(ForkedServer, here=True)
+
+
 def done_at_once(path: str) -> None:
     """Run a trainer that starts an engine, writes its process id and ends."""
     run = override(tiny(), ["rollout.engine=vllm", "rollout.deadline_s=60"])
     world = initialize(Layout(), LONG, seed=0)
-    forking = multiprocessing.get_context("fork")  # the imports are paid already
-    engine = SeparateVllm(
-        run, LONG, dataclasses.replace(SETTINGS, transport="shm"), world, context=forking
-    )
-    Path(path).write_text(str(engine.service.engines[0].process.pid))
+    fork_engines()
+    engine = SeparateVllm(run, LONG, dataclasses.replace(SETTINGS, transport="shm"), world)
+    Path(path).write_text(str(engine.service.engines[0].process.process.pid))
     world.close()
 
 

@@ -3,6 +3,8 @@
 import gc
 
 import torch
+import vllm.entrypoints.cli.main
+import vllm.entrypoints.cli.serve
 import vllm.entrypoints.llm
 import vllm.model_executor.models.phi3
 import vllm.v1.attention.backends.cpu_attn
@@ -17,6 +19,7 @@ import vllm.v1.worker.cpu_worker
 import phimini.parallel.megatron.builder
 import phimini.parallel.weight_sync.vllm_receiver
 import phimini.stages.rlvr
+import phimini.stages.rollout.endpoints
 import phimini.stages.rollout.separate_vllm
 
 torch.set_num_threads(1)
