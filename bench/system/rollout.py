@@ -1,15 +1,17 @@
-"""Tokens per second of the local engine and of vLLM in one process, in turns, on the same prompts and weights.
+"""Tokens per second of the local engine, of vLLM in the process, and of `vllm serve`, in turns, on the same prompts and weights.
 
 An engine is timed only if its log-probs are those of the reference model; max |dlogp| is the row's error. On a CPU the
-unit is tokens per second of the process's CPU time, with one thread. `phimini` is the local engine; its reference is
-vLLM.
+unit is tokens per second of CPU time, with one thread; the served engine's own processes count. `phimini` is the local
+engine; its reference is `vllm`, the colocated one.
 """
 
+import contextlib
 import statistics
 import sys
 import time
 from typing import Any
 
+import psutil
 import torch
 
 from phimini.bench.gate.options import at_least_one, finish, parser
@@ -27,8 +29,12 @@ from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
 from phimini.stages.rollout.colocated_vllm import ColocatedVllm
 from phimini.stages.rollout.engine import LocalEngine, RolloutEngine, Sampled
+from phimini.stages.rollout.launch import transport_of
+from phimini.stages.rollout.separate_vllm import SeparateVllm
 from phimini.stages.rollout.vllm_settings import engine_settings, require_vllm
 
+ENGINES = {"phimini": "local", "vllm": "colocated", "vllm-served": "served"}
+"""the engine of each provider"""
 LIMIT = {"float32": 1e-4, "bfloat16": 0.5}
 """largest max |dlogp| of a timed row, by dtype"""
 SHAPES = ((1, 32, 64), (32, 32, 64), (128, 32, 64), (128, 128, 64))
@@ -56,22 +62,37 @@ def measure(
 ) -> list[Row]:
     largest = max(batch for batch, _, _ in shapes)
     run = override(tiny(), ["rollout.engine=vllm", f"rollout.max_batch={largest}"])
+    separate = override(run, ["rollout.placement=separate"])
     world = initialize(Layout(), config)
     model = build_model(config, world, seed=0)
     settings = engine_settings(run, config, "inproc")
+    served_settings = engine_settings(separate, config, transport_of(separate))
+    served = SeparateVllm(separate, config, served_settings, world)
     engines: dict[str, RolloutEngine] = {
-        "local": LocalEngine(config, world, largest),
+        "phimini": LocalEngine(config, world, largest),
         "vllm": ColocatedVllm(config, settings, world, run.rollout.deadline_s),
+        "vllm-served": served,
     }
     for engine in engines.values():
         engine.sync(model)
     reference = Phi4Mini(config).to(world.device).eval()
     reference.load_state_dict(dict(to_hf(model)), strict=False)
-    return [
+    rows = [
         row
         for shape in shapes
         for row in measure_shape(engines, reference, shape, rounds, LIMIT[settings.dtype])
     ]
+    served.close()
+    return rows
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of the engines that it started."""
+    spent = time.process_time()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            spent += sum(child.cpu_times()[:2])
+    return spent
 
 
 def measure_shape(
@@ -92,26 +113,27 @@ def measure_shape(
         prompts = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=generator).tolist()
         order = list(engines)[:: 1 if number % 2 else -1]
         for name in order:
-            wall, cpu = time.perf_counter(), time.process_time()
+            clock = cpu_seconds if name == "vllm-served" else time.process_time
+            wall, cpu = time.perf_counter(), clock()
             done = engines[name].generate(prompts, params, list(range(batch)))
-            spent = time.perf_counter() - wall, time.process_time() - cpu
+            spent = time.perf_counter() - wall, clock() - cpu
             assert sum(len(c.tokens) for c in done) == batch * new_tokens, "no answer stops early"
             if number == 0:
                 errors[name] = error_of(reference, prompts, done)
             else:
                 seconds[name].append(spent)
     # On a GPU the process's CPU time does not measure the work.
-    unit, clock = ("tokens/s", 0) if torch.cuda.is_available() else ("tokens/cpu_s", 1)
-    rates = {n: [batch * new_tokens / spent[clock] for spent in seconds[n]] for n in engines}
+    unit, which = ("tokens/s", 0) if torch.cuda.is_available() else ("tokens/cpu_s", 1)
+    rates = {n: [batch * new_tokens / spent[which] for spent in seconds[n]] for n in engines}
     rows = []
     for name in engines:
         right = errors[name] <= limit
-        held = name == "local" and right and errors["vllm"] <= limit
+        held = name == "phimini" and right and errors["vllm"] <= limit
         rows.append(
             Row(
                 bench="rollout",
                 case={"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens},
-                provider="phimini" if name == "local" else name,
+                provider=name,
                 unit=unit,
                 samples=rates[name] if right else [],
                 correct=right,
@@ -149,16 +171,15 @@ def plain(row: Row) -> dict[str, Any]:
         name: row.info[name] if row.correct else None
         for name in ("tokens_per_second", "tokens_per_cpu_second")
     }
-    engine = "local" if row.provider == "phimini" else row.provider
-    return {"engine": engine, **row.case, **rates, "max_abs_dlogp": row.error}
+    return {"engine": ENGINES[row.provider], **row.case, **rates, "max_abs_dlogp": row.error}
 
 
 def line(row: Row) -> str:
     sizes = "  ".join(f"{k.replace('_', ' ')} {v:>4}" for k, v in row.case.items())
     if row.value is None:
-        return f"{row.provider:<8}{sizes}  WRONG: max |dlogp| {row.error}"
+        return f"{ENGINES[row.provider]:<10}{sizes}  WRONG: max |dlogp| {row.error}"
     return (
-        f"{row.provider:<8}{sizes}  {row.value.p50:>9.0f} {row.unit} ({row.value.p20:.0f} to {row.value.p80:.0f})  "
+        f"{ENGINES[row.provider]:<10}{sizes}  {row.value.p50:>9.0f} {row.unit} ({row.value.p20:.0f} to {row.value.p80:.0f})  "
         f"{row.info['tokens_per_second']:>9.0f} tokens/s  max |dlogp| {row.error:.1e}"
     )
 

@@ -12,7 +12,7 @@ cost 8 % there: it reads 112 MiB from memory at 14 GB/s while the sync is bound 
 """
 
 import dataclasses
-import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -35,8 +35,8 @@ from phimini.parallel.weight_sync.deadline import completed
 from phimini.parallel.weight_sync.sync import SyncReport, WeightSync
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
-from phimini.stages.rollout.client import launch_engine
 from phimini.stages.rollout.colocated_vllm import ColocatedVllm
+from phimini.stages.rollout.launch import KEY, EngineProcess, own_key
 from phimini.stages.rollout.separate_vllm import SeparateVllm
 from phimini.stages.rollout.vllm_settings import (
     EngineSettings,
@@ -103,26 +103,24 @@ def plain(row: Row) -> Row:
 
 
 def bench(name: str, layouts: list[str], repeats: int) -> list[Row]:
-    import vllm.v1.engine.async_llm  # noqa: F401  # once, before the engines are forked
-
     config, rows = MODELS[name], []
     for transport in TRANSPORTS:
         bucket = f"rollout.bucket_mib={BUCKETS_MIB[name]}"
         run = override(tiny(), ["rollout.engine=vllm", "rollout.max_batch=8", bucket])
         settings = engine_settings(run, config, transport)
-        process = None
+        server = None
         if transport != "inproc":
-            context = multiprocessing.get_context("fork")
-            process, wait = launch_engine(config, settings, owned=False, context=context)
-            run = override(run, [f"rollout.addresses=127.0.0.1:{wait(300)}"])
+            os.environ[KEY] = own_key()
+            server = EngineProcess(config, settings, os.environ[KEY])
+            server.wait()
+            run = override(run, [f"rollout.addresses={server.url}"])
         for layout in layouts:
             size = LAYOUTS[layout].model_size
             ranks = run_ranks(measure, size, run, config, settings, LAYOUTS[layout], repeats)
             case = {"model": name, "transport": transport, "layout": layout}
             rows.append(case | slowest(ranks) | {"bucket_bytes": BUCKETS_MIB[name] << 20})
-        if process is not None:
-            process.kill()
-            process.join()
+        if server is not None:
+            server.close()
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Choice between the local engine, vLLM in the training ranks, and vLLM in processes of its own."""
+"""Choice between the local engine, vLLM in the training ranks, and `vllm serve`."""
 
 from phimini.model.config import ModelConfig
 from phimini.parallel.ranks.world import World

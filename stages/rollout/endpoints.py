@@ -109,7 +109,7 @@ class Policy:
         self.workers: list[int]
 
     async def start(self, engine: Any, app_state: Any) -> None:
-        """Take the engine, which samples nothing before a sync."""
+        """Take the engine and pause it until the first sync."""
         self.engine = engine
         self.workers = await self.guard()
         if sys.platform == "linux":
@@ -345,7 +345,8 @@ async def close_silent_strangers(app_state: Any) -> None:
     seen: set[Any] = set()
     while True:
         await asyncio.sleep(REQUEST_S)
-        silent = {c for c in app_state.server.server_state.connections if c.cycle is None}
+        connections = app_state.server.server_state.connections
+        silent = {c for c in connections if getattr(c, "cycle", c) is None}
         for connection in silent & seen:
             connection.transport.close()
         seen = silent - seen

@@ -3,7 +3,7 @@
 Token ids go in; sampled token ids, their log-probs and the weights' version come out. The local engine samples with
 the reference model; each rank samples its share of the prompts. A completion depends only on its prompt, seed and the
 weights, so the number of ranks does not change it. The vLLM engines are in `colocated_vllm.py` (inside the training
-ranks) and `separate_vllm.py` (in processes of their own).
+ranks) and `separate_vllm.py` (processes of `vllm serve`).
 """
 
 from collections.abc import Iterable, Iterator

@@ -17,6 +17,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +31,7 @@ from phimini.model.io.chat import TEMPLATES
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.rollout.engine_folder import engine_folder
+from phimini.stages.rollout.messages import PREFIX
 from phimini.stages.rollout.vllm_settings import (
     DESCRIPTION,
     OWNER,
@@ -40,6 +44,7 @@ from phimini.stages.rollout.vllm_settings import (
 
 KEY = "PHIMINI_API_KEY"
 """environment variable with the key of the engines"""
+PLUGINS = "vllm.endpoint_plugins"
 START_S = 600.0
 """an engine that is not up after this long is an error"""
 # An engine is no rank of the trainer's job, though it inherits its environment.
@@ -62,6 +67,7 @@ class EngineProcess:
         chat_template: str = "",
     ) -> None:
         require_vllm()
+        require_plugin()
         self._cleanup = contextlib.ExitStack()
         # To the end: vLLM's processes talk through sockets in it.
         folder = str(self._cleanup.enter_context(engine_folder()))
@@ -76,12 +82,12 @@ class EngineProcess:
         self.process = start(self.words, engine_environment(key, folder, devices))
 
     def wait(self, timeout_s: float = START_S) -> None:
-        """Wait until it listens. Raises RuntimeError if it ended or is not up in time."""
+        """Wait until it listens. Raises RuntimeError if it ended, is not up in time, or has no endpoints of ours."""
         end = time.monotonic() + timeout_s
         while self.process.poll() is None:
             with contextlib.suppress(OSError):
                 socket.create_connection((self.host, self.port), 1.0).close()
-                return
+                return self._check_endpoints()
             if time.monotonic() > end:
                 self.close()
                 raise RuntimeError(f"the vLLM engine was not up within {timeout_s:g} s")
@@ -90,6 +96,18 @@ class EngineProcess:
         raise RuntimeError(
             f"the vLLM engine ended before it was up, exit code {self.process.returncode}; its output says why"
         )
+
+    def _check_endpoints(self) -> None:
+        """End an engine whose plugin vLLM could not load: it would let anyone with the key sample random weights."""
+        headers = {"Authorization": f"Bearer {self.key}"}
+        request = urllib.request.Request(f"{self.url}{PREFIX}/state", headers=headers)
+        try:
+            urllib.request.urlopen(request, timeout=60).close()
+        except urllib.error.HTTPError as error:
+            self.close()
+            raise RuntimeError(
+                f"the vLLM engine did not load the plugin phimini ({error}); its output says why"
+            ) from error
 
     def close(self) -> None:
         """End it; its model's process ends with it."""
@@ -100,6 +118,15 @@ class EngineProcess:
             self.process.kill()
             self.process.wait()
         self._cleanup.close()
+
+
+def require_plugin() -> None:
+    """Raise ValueError, with the way to install it, if vLLM would not find our endpoints."""
+    if "phimini" not in entry_points(group=PLUGINS).names:
+        raise ValueError(
+            f"rollout.engine=vllm: phimini is not installed as a plugin of `vllm serve` (entry point {PLUGINS}); "
+            "`pip install -e .` registers it"
+        )
 
 
 def serve_words(settings: EngineSettings, folder: str, host: str, port: int) -> list[str]:
@@ -127,6 +154,9 @@ def engine_environment(key: str, folder: str, devices: str) -> dict[str, str]:
         "VLLM_PLUGINS": "phimini",
         "VLLM_API_KEY": key,
         "VLLM_RPC_BASE_PATH": folder,
+        # Its processes are on one machine and talk through its loopback.
+        "VLLM_HOST_IP": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
         OWNER: str(os.getpid()),
     }
     return kept | own | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {})
@@ -157,6 +187,14 @@ def shared_key(field: str) -> str:
             f"e.g. {KEY}=$(openssl rand -hex 32)"
         )
     return key
+
+
+def check_addresses(run: RunConfig) -> None:
+    """Check what can be known of `rollout.addresses` before an engine answers. Raises ValueError."""
+    for address in run.rollout.addresses:
+        split_url("rollout.addresses", address)
+    if run.rollout.addresses and run.rollout.engine == "vllm":
+        shared_key("rollout.addresses")
 
 
 def own_key() -> str:

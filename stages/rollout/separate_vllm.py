@@ -25,9 +25,9 @@ from phimini.stages.rollout.dispatch import Request, RolloutError, RolloutServic
 from phimini.stages.rollout.engine import LOADED, Sampled, check_prompts, check_temperature
 from phimini.stages.rollout.launch import (
     EngineProcess,
+    check_addresses,
     own_key,
     shared_key,
-    split_url,
     tokenizer_of,
     transport_of,
 )
@@ -178,8 +178,7 @@ class SeparateVllm:
         )
 
     def _served(self, run: RunConfig) -> list[ServedEngine]:
-        for address in run.rollout.addresses:
-            split_url("rollout.addresses", address)
+        check_addresses(run)
         key = shared_key("rollout.addresses")
         try:
             return self._connected(run, key, list(run.rollout.addresses), [])

@@ -1,11 +1,14 @@
 """`phimini bench all` in its shortest form: every row is there, right and comparable. No time is asserted."""
 
 import dataclasses
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from gate_cases import CPU, row
+from vllm_process import find_metadata
 
 from phimini.bench.cli import BENCHES
 from phimini.bench.gate import run_all as bench_all
@@ -43,11 +46,15 @@ def test_the_shortest_form_writes_every_row(tmp_path: Path, capfd: pytest.Captur
 
 
 @pytest.mark.vllm
-def test_the_rollout_bench_writes_both_engines(tmp_path: Path) -> None:
+def test_the_rollout_bench_writes_every_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_metadata()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     path = tmp_path / "rows.jsonl"
     assert bench_all.main(["--shortest", "--only", "rollout", "--json", str(path)]) == 0
     rows = {r.provider: r for r in read(path)}
-    assert rows.keys() == {"phimini", "vllm"}
+    assert rows.keys() == {"phimini", "vllm", "vllm-served"}
     assert rows["phimini"].reference == "vllm" and rows["phimini"].ratio is not None
     assert all(r.error is not None and r.error < 1e-4 for r in rows.values())
 

@@ -24,4 +24,5 @@ def test_a_rollout_as_a_plain_row() -> None:
     assert rollout.plain(right)["engine"] == "local"
     wrong = Row(bench="rollout", case=case, provider="vllm", unit="tokens/cpu_s", samples=[], correct=False,
                      error=0.5, info=rates)  # fmt: skip
+    assert rollout.plain(wrong)["engine"] == "colocated"
     assert rollout.plain(wrong)["tokens_per_second"] is None, "no speed of a wrong answer"

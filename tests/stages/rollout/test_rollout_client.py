@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import EntryPoints
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ from fake_engine import FakeEngine
 from forked_ranks import RankFailure, run_ranks
 from rollout_cases import LONG, SAMPLING, SETTINGS, weights
 from rollout_processes import BUCKET, loop, requests
-from vllm_process import in_vllm
+from vllm_process import find_metadata, in_vllm
 
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.world import initialize
@@ -62,8 +63,9 @@ class FakeServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def connect(self, deadline_s: float) -> ServedEngine:
-        client = ServedEngine(self.url, "key", loop(), name="engine", deadline_s=deadline_s)
+        client = ServedEngine(self.url, "key", loop(), name="engine", deadline_s=60)
         client.connect(LONG, SETTINGS, "tests")
+        client.deadline_s = deadline_s  # of what comes next: a busy machine may take longer to connect
         return client
 
 
@@ -163,9 +165,9 @@ def test_a_kept_connection_that_the_server_closes_is_no_dead_engine() -> None:
 
 
 def test_a_trainer_that_was_stopped_itself_gives_no_engine_up() -> None:
-    """When it goes on all its clocks have run out at once, and every answer is still unread."""
+    """All its clocks run out at once when it is resumed, and every answer is still unread."""
     server = FakeServer()
-    client = ServedEngine(server.url, "key", EventLoop(), name="engine", deadline_s=1.0)
+    client = ServedEngine(server.url, "key", EventLoop(), name="engine", deadline_s=60)
     asked = threading.Event()
 
     def slowly(handler: Handler) -> None:
@@ -176,8 +178,8 @@ def test_a_trainer_that_was_stopped_itself_gives_no_engine_up() -> None:
     async def stopped() -> None:
         time.sleep(1.5)
 
-    server.faults["ping"] = slowly
     client.connect(LONG, SETTINGS, "tests")
+    client.deadline_s, server.faults["ping"] = 1.0, slowly
     assert asked.wait(10), "a question is under way"
     client.loop.run(stopped())
     time.sleep(1.0)
@@ -246,6 +248,28 @@ def test_engines_elsewhere_need_the_key(monkeypatch: pytest.MonkeyPatch) -> None
         launch.serve(tiny(), LONG, "127.0.0.1:1")
 
 
+def test_a_plugin_that_is_not_installed_is_named_before_an_engine_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM itself would start without it, and sample random weights."""
+    monkeypatch.setattr(launch, "entry_points", lambda group: EntryPoints())
+    monkeypatch.setattr(launch, "start", None)
+    with pytest.raises(ValueError, match="phimini is not installed as a plugin of `vllm serve`"):
+        launch.EngineProcess(LONG, SETTINGS, "key")
+
+
+def test_an_engine_that_could_not_load_the_plugin_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer()
+    server.faults["state"] = lambda handler: handler.say(404, b"")
+    process = subprocess.Popen(["sleep", "300"])
+    find_metadata()
+    monkeypatch.setattr(launch, "start", lambda *_: process)
+    engine = launch.EngineProcess(LONG, SETTINGS, "key", port=server.server_port)
+    with pytest.raises(RuntimeError, match="did not load the plugin phimini"):
+        engine.wait(5)
+    assert process.poll() is not None
+
+
 # --- an engine lost in a sync -----------------------------------------------------------------------
 class Losable(FakeEngine):
     """An engine that can be frozen, dead or healthy."""
@@ -302,6 +326,7 @@ def test_an_engine_that_does_not_start_leaves_no_other_behind(
         started.append(subprocess.Popen(["sleep", wait]))
         return started[-1]
 
+    find_metadata()
     monkeypatch.setattr(launch, "start", start)
     monkeypatch.setattr(launch.EngineProcess.wait, "__defaults__", (2.0,))
     run = override(tiny(), ["rollout.num_engines=2"])
@@ -340,6 +365,7 @@ def test_the_key_is_not_in_the_command_and_the_job_s_variables_are_not_in_the_en
         seen.extend(json.loads(subprocess.check_output(command, env=environment, text=True)))
         return subprocess.Popen(["true"])
 
+    find_metadata()
     monkeypatch.setattr(launch, "start", start)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")

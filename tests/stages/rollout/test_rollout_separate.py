@@ -31,6 +31,7 @@ from rollout_processes import (
     done_at_once,
     from_trainer,
     in_thread,
+    is_running,
     loop,
     requests,
     slowly,
@@ -226,6 +227,27 @@ def test_a_trainer_killed_in_a_sync_leaves_an_engine_that_refuses_until_the_next
     client.close()
 
 
+def test_a_trainer_killed_in_generation_leaves_an_engine_that_is_free(
+    engines: dict[str, Engine],
+) -> None:
+    engine = engines["shm"]
+    client = engine.connect()
+    engine.give(client, 3)
+
+    def doomed() -> None:
+        mine = engine.connect()
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        RolloutService([mine], per_engine=999).run(requests(200, LONG_ANSWERS))
+
+    with pytest.raises(RankFailure, match="SIGKILL"):
+        run_ranks(doomed, 1, timeout_s=60)
+    client = engine.connect()
+    asked = requests(6, SAMPLING)
+    done = RolloutService([client], per_engine=99).run(asked)
+    assert done.keys() == {r.id for r in asked} and span_differences(asked, done) <= LIMIT
+    client.close()
+
+
 @pytest.mark.parametrize("name", TRANSPORTS)
 def test_a_frozen_receiver_is_an_error_at_the_deadline(
     engines: dict[str, Engine], name: str
@@ -306,6 +328,29 @@ def test_a_frozen_engine_is_noticed_and_its_requests_go_to_the_other(
     noticed = re.findall(r"silent for ([\d.]+) s; its request", capfd.readouterr().err)
     assert len(noticed) == 8 and 3.0 <= float(noticed[0]) < 6.0, "at the deadline of 3 s"
     assert span_differences(asked, done) <= LIMIT
+
+
+def test_a_server_killed_while_it_samples_loses_nothing_and_leaves_no_core(
+    engines: dict[str, Engine], connected: list[ServedEngine]
+) -> None:
+    spare = Engine("shm")
+    try:
+        spare.server.wait()
+        clients = [connected[0], spare.connect()]
+        for engine, client in zip((engines["shm"], spare), clients, strict=True):
+            engine.give(client, 3)
+        asked = requests(24, LONG_ANSWERS)
+        expected = RolloutService(clients[:1], per_engine=99).run(asked)
+        service = RolloutService(clients, per_engine=12)
+        thread, box = in_thread(lambda: service.run(asked))
+        until(lambda: clients[1].outstanding == 12)
+        spare.server.process.kill()
+        thread.join(120)
+        assert box[0].keys() == expected.keys() and 0 < service.report.requeued <= 12
+        assert all(box[0][id].tokens == expected[id].tokens for id in expected)
+        until(lambda: not is_running(spare.core), 30)
+    finally:
+        spare.server.close()
 
 
 def test_an_engine_killed_while_it_samples_loses_nothing(

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 from forked_ranks import run_ranks
 from rollout_cases import LONG, SAMPLING, assert_parity, weights
-from rollout_processes import Engine, from_trainer, loop, requests, until
+from rollout_processes import Engine, from_trainer, is_running, loop, requests, until
 from vllm_process import find_metadata
 
 from phimini.model.config import ModelConfig
@@ -142,6 +143,12 @@ def test_without_the_key_every_path_is_shut(served: Served) -> None:
             assert served.ask(path, b"", key)[0] == served.ask(path, None, key)[0] == 401, path
     for path in reading:
         assert served.ask(path)[0] == 200
+
+
+def test_it_listens_at_the_given_host_only(served: Served) -> None:
+    processes = psutil.Process(served.process.pid).children(recursive=True)
+    sockets = [c for p in processes for c in p.net_connections(kind="inet") if c.status == "LISTEN"]
+    assert len(sockets) > 1 and {c.laddr.ip for c in sockets} == {"127.0.0.1"}, sockets
 
 
 def test_no_one_syncs_without_the_lease(served: Served) -> None:
@@ -293,15 +300,7 @@ def test_ctrl_c_ends_it_and_its_workers(served: Served) -> None:
     client.close()
     served.process.send_signal(signal.SIGINT)
     assert served.process.wait(60) == 0 and "Traceback" not in served.said(), served.said()
-    until(lambda: not any(map(alive, [state.pid, *state.workers])), 30)
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    until(lambda: not any(map(is_running, [state.pid, *state.workers])), 30)
 
 
 def test_what_no_engine_starts_with_is_refused_before_one_does() -> None:
@@ -333,4 +332,4 @@ def test_an_engine_of_two_workers_that_is_killed_leaves_none(transport: str) -> 
     finally:
         engine.server.process.kill()
         engine.server.close()
-    until(lambda: not any(map(alive, workers)), 30)
+    until(lambda: not any(map(is_running, workers)), 30)

@@ -163,6 +163,14 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(1e-3)
 
 
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def slowly(seed: int, seconds: float, after: int) -> Iterator[tuple[str, Tensor]]:
     for i, pair in enumerate(weights(seed).items()):
         if i == after:
