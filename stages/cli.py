@@ -75,7 +75,7 @@ VERBS = {
     "evaluate": _stage("evaluate one stage's model: stage=sft", "run_evaluate", options.EvaluateOptions),
     "controls": _stage("the control arms of a complete run"),
     "report": _stage("write the report again", "run_report", options.RunOptions),
-    "serve": _stage("a vLLM engine for rollout.addresses of a run: address=0.0.0.0:8765", "run_serve", options.ServeOptions),
+    "serve": _stage("an engine of `vllm serve` for rollout.addresses of a run; its key is in PHIMINI_API_KEY", "run_serve", options.ServeOptions),
     "config": Verb("the resolved config, and the origin of each value", None, "phimini.stages.config.origins:config"),
     "plan": _prints("memory, FLOPs and best layouts: [stage=sft] gpu=h100 gpus=8 [--json PATH]", "run_plan", options.PlanOptions),
     "launch torchrun": _prints("print a job script: [nodes=2 ...] -- recipe RECIPE ...", "launch", None),

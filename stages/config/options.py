@@ -52,7 +52,7 @@ class ServeOptions(RunOptions):
     """RECIPE, address=HOST:PORT, and any field of its config."""
 
     address: str = "127.0.0.1:8765"
-    """HOST:PORT to listen at"""
+    """HOST:PORT to listen at; 0.0.0.0:8765 lets other nodes connect"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -296,7 +296,8 @@ class RolloutConfig:
     placement: Literal["colocated", "separate"] = "colocated"
     """vLLM in the training ranks, or in processes of its own"""
     addresses: tuple[str, ...] = ()
-    """separate: http://HOST:PORT of running engines; none: rank 0 starts `num_engines` on its machine"""
+    """separate: http://HOST:PORT of running engines (`phimini serve`), whose key is in PHIMINI_API_KEY; none: rank 0 starts
+    `num_engines` on its machine"""
     num_engines: Count = 1
     """separate: engines to start"""
     devices: tuple[str, ...] = ()

@@ -65,7 +65,9 @@ class FakeServer(ThreadingHTTPServer):
     def connect(self, deadline_s: float) -> ServedEngine:
         client = ServedEngine(self.url, "key", loop(), name="engine", deadline_s=60)
         client.connect(LONG, SETTINGS, "tests")
-        client.deadline_s = deadline_s  # of what comes next: a busy machine may take longer to connect
+        client.deadline_s = (
+            deadline_s  # of what comes next: a busy machine may take longer to connect
+        )
         return client
 
 

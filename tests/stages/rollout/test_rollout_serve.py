@@ -1,5 +1,6 @@
 """`phimini serve`: the command itself, started cold, its trainers, and strangers who find its port."""
 
+import contextlib
 import json
 import os
 import re
@@ -250,7 +251,9 @@ def test_a_malformed_request_is_refused_and_wedges_nothing(served: Served) -> No
         assert status == 400 and said, (name, status, said)
     assert served.ask("/v1/completions", {"model": "policy", "prompt": [2**70]})[0] >= 400
     assert served.ask("/v1/completions", {"model": "policy", "prompt": [10**9]})[0] >= 400
-    assert served.ask("/phimini/generate", msgspec.msgpack.encode(b"x" * (65 << 20)))[0] == 413
+    too_large = b"x" * (65 << 20)
+    with contextlib.suppress(urllib.error.URLError):  # hung up on before it has sent all
+        assert served.ask("/phimini/generate", too_large)[0] == 413
     good = Ask(PROMPT, SAMPLING, 1)
     assert served.ask("/phimini/generate", msgspec.msgpack.encode(good))[0] == 200
 

@@ -23,7 +23,7 @@ from rollout_cases import (
     weights,
 )
 from torch import Tensor
-from vllm_process import ForkedServer
+from vllm_process import ForkedServer, find_metadata
 
 from phimini.model.config import ModelConfig
 from phimini.model.sampler import SamplingParams
@@ -63,6 +63,7 @@ class Engine:
     def __init__(self, name: str, **settings: Any) -> None:
         self.name = name
         self.settings = dataclasses.replace(SETTINGS, transport=name, **settings)
+        find_metadata()
         with patch.object(launch, "start", ForkedServer):
             self.server = launch.EngineProcess(LONG, self.settings, os.environ[launch.KEY])
         self.address = self.server.url
