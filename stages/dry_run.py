@@ -117,7 +117,7 @@ def examine(run: RunConfig, gpus: int, gpu: str | None) -> tuple[list[str], list
         raise ValueError(f"dry run: gpus={gpus}: expected at least 1")
     config = preset(run.model)
     problems = missing_packages(run) + check_inputs(run, config) + check_lengths(run)
-    problems += _problems(lambda: check_addresses(run))
+    problems += problems_of(lambda: check_addresses(run))
     layout = planned_layout(run).resolve(gpus, config)
     for stage in workloads(run):
         number_of_steps(run, stage)
