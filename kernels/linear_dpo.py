@@ -32,6 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from phimini.kernels.backend.launch import host_knows
 from phimini.kernels.head.call import HeadCall, LossOptions, LossResult, head_loss
 from phimini.kernels.head.chunked import ChunkedHead, RowGrads
 from phimini.kernels.head.options import HeadKeywords
@@ -192,7 +193,7 @@ class _DpoRun:
         """Add the rows' log-probs to their sequences. In fp64, for thousands of tokens; without atomics on a GPU."""
         sequence_M = self._sequence_within(sequences, rows)
         num = sequences.stop - sequences.start
-        if logp_M.device.type != "cpu":
+        if not host_knows(logp_M):
             is_of_SM = sequence_M == torch.arange(num, device=logp_M.device)[:, None]
             sums_S = torch.where(is_of_SM, logp_M.double(), 0).sum(1)
         else:

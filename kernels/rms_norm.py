@@ -155,22 +155,19 @@ def _launch_fwd(
     return y_MD.view(x.shape), h_MD, rstd_M
 
 
-@torch.library.custom_op("phimini::rms_norm_fwd", mutates_args=())
-def _rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, _x_MD, rstd_M = _launch_fwd(x, None, weight, eps)
     return y, rstd_M
 
 
-@torch.library.custom_op("phimini::rms_norm_add_fwd", mutates_args=())
-def _rms_norm_add_fwd(
+def _add_fwd(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, h_MD, rstd_M = _launch_fwd(x, residual, weight, eps)
     return y, h_MD.view(x.shape), rstd_M
 
 
-@torch.library.custom_op("phimini::rms_norm_bwd", mutates_args=())
-def _rms_norm_bwd(
+def _bwd(
     dy: Tensor, dh_out: Tensor | None, h: Tensor, weight: Tensor, rstd_M: Tensor
 ) -> tuple[Tensor, Tensor]:
     D, h_MD, dy_MD = h.shape[-1], _rows(h), _rows(dy)
@@ -191,53 +188,76 @@ def _rms_norm_bwd(
     return dh_MD.view(h.shape), dw_partial_PD.sum(0).to(weight.dtype)
 
 
-@_rms_norm_fwd.register_fake
+# What torch.compile sees. Eager calls the functions above: the dispatch of a custom op takes longer than their launch.
+_fwd_op = torch.library.custom_op("phimini::rms_norm_fwd", _fwd, mutates_args=())
+_add_fwd_op = torch.library.custom_op("phimini::rms_norm_add_fwd", _add_fwd, mutates_args=())
+_bwd_op = torch.library.custom_op("phimini::rms_norm_bwd", _bwd, mutates_args=())
+
+
+@_fwd_op.register_fake
 def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     M = x.numel() // x.shape[-1]
     return x.new_empty(x.shape), x.new_empty(M, dtype=torch.float32)
 
 
-@_rms_norm_add_fwd.register_fake
+@_add_fwd_op.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     M = x.numel() // x.shape[-1]
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(M, dtype=torch.float32)
 
 
-@_rms_norm_bwd.register_fake
+@_bwd_op.register_fake
 def _(dy, dh_out, h, weight, rstd_M) -> tuple[Tensor, Tensor]:
     return h.new_empty(h.shape), weight.new_empty(weight.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, _eps = inputs
-    _y, rstd_M = output
-    ctx.mark_non_differentiable(rstd_M)
-    ctx.save_for_backward(x, weight, rstd_M)
-
-
-def _backward(ctx, dy: Tensor, _drstd):
-    dx, dw = _rms_norm_bwd(dy, None, *ctx.saved_tensors)
-    return dx, dw, None
-
-
-def _save_add(ctx, inputs, output) -> None:
-    _x, _residual, weight, _eps = inputs
-    _y, h, rstd_M = output
+    h, weight, rstd_M = (inputs[0], inputs[1], output[1])
+    if len(output) == 3:
+        _y, h, rstd_M = output
+        weight = inputs[2]
     ctx.mark_non_differentiable(rstd_M)
     ctx.set_materialize_grads(False)  # the last norm of a model has no dh
     ctx.save_for_backward(h, weight, rstd_M)
 
 
+def _backward(ctx, dy: Tensor, _drstd):
+    dx, dw = _bwd_op(dy, None, *ctx.saved_tensors)
+    return dx, dw, None
+
+
 def _backward_add(ctx, dy: Tensor | None, dh_out: Tensor | None, _drstd):
-    h, weight, rstd_M = ctx.saved_tensors
     if dy is None:
         return dh_out, dh_out, None, None
-    dh, dw = _rms_norm_bwd(dy, dh_out, h, weight, rstd_M)
+    dh, dw = _bwd_op(dy, dh_out, *ctx.saved_tensors)
     return dh, dh, dw, None
 
 
-_rms_norm_fwd.register_autograd(_backward, setup_context=_save)
-_rms_norm_add_fwd.register_autograd(_backward_add, setup_context=_save_add)
+_fwd_op.register_autograd(_backward, setup_context=_save)
+_add_fwd_op.register_autograd(_backward_add, setup_context=_save)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """The kernels outside torch.compile, with the residual add where there is a residual."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
+        y, h_MD, rstd_M = _launch_fwd(x, residual, weight, eps)
+        ctx.set_materialize_grads(False)
+        if residual is None:
+            ctx.save_for_backward(x, weight, rstd_M)
+            return y
+        h = h_MD.view(x.shape)
+        ctx.save_for_backward(h, weight, rstd_M)
+        return y, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor | None, dh_out: Tensor | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        dh, dw = dh_out, None
+        if dy is not None:
+            dh, dw = _bwd(dy, dh_out, *ctx.saved_tensors)
+        return dh, dh if ctx.needs_input_grad[1] else None, dw, None
 
 
 class _TorchRmsNorm(torch.autograd.Function):
@@ -275,8 +295,9 @@ def rms_norm(
     _check("rms_norm", x, weight, eps)
     if not runs_triton(x, _backend):
         return _TorchRmsNorm.apply(x, weight, eps)
-    y, _rstd_M = _rms_norm_fwd(x, weight, eps)
-    return y
+    if torch.compiler.is_compiling():
+        return _fwd_op(x, weight, eps)[0]
+    return _RmsNorm.apply(x, None, weight, eps)
 
 
 def rms_norm_add(
@@ -298,8 +319,10 @@ def rms_norm_add(
     if not runs_triton(x, _backend):
         h = x + residual
         return _TorchRmsNorm.apply(h, weight, eps), h
-    y, h, _rstd_M = _rms_norm_add_fwd(x, residual, weight, eps)
-    return y, h
+    if torch.compiler.is_compiling():
+        y, h, _rstd_M = _add_fwd_op(x, residual, weight, eps)
+        return y, h
+    return _RmsNorm.apply(x, residual, weight, eps)
 
 
 def _check(op: str, x: Tensor, weight: Tensor, eps: float) -> None:

@@ -89,8 +89,7 @@ def _rows(x: Tensor) -> Tensor:
     return x_2d if x_2d.stride(-1) == 1 else x_2d.contiguous()
 
 
-@torch.library.custom_op("phimini::swiglu_fwd", mutates_args=())
-def _swiglu_fwd(gate_up: Tensor) -> Tensor:
+def _fwd(gate_up: Tensor) -> Tensor:
     gate_up_M2F = _rows(gate_up)
     M, F = gate_up_M2F.shape[0], gate_up.shape[-1] // 2
     y_MF = torch.empty(M, F, dtype=gate_up.dtype, device=gate_up.device)
@@ -102,8 +101,7 @@ def _swiglu_fwd(gate_up: Tensor) -> Tensor:
     return y_MF.view(*gate_up.shape[:-1], F)
 
 
-@torch.library.custom_op("phimini::swiglu_bwd", mutates_args=())
-def _swiglu_bwd(dy: Tensor, gate_up: Tensor) -> Tensor:
+def _bwd(dy: Tensor, gate_up: Tensor) -> Tensor:
     gate_up_M2F, dy_MF = _rows(gate_up), _rows(dy)
     M, F = dy_MF.shape
     dgate_up_M2F = torch.empty(M, 2 * F, dtype=gate_up.dtype, device=gate_up.device)
@@ -115,12 +113,17 @@ def _swiglu_bwd(dy: Tensor, gate_up: Tensor) -> Tensor:
     return dgate_up_M2F.view(gate_up.shape)
 
 
-@_swiglu_fwd.register_fake
+# What torch.compile sees. Eager calls the functions above: the dispatch of a custom op takes longer than their launch.
+_fwd_op = torch.library.custom_op("phimini::swiglu_fwd", _fwd, mutates_args=())
+_bwd_op = torch.library.custom_op("phimini::swiglu_bwd", _bwd, mutates_args=())
+
+
+@_fwd_op.register_fake
 def _(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-@_swiglu_bwd.register_fake
+@_bwd_op.register_fake
 def _(dy: Tensor, gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape)
 
@@ -130,10 +133,24 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy: Tensor) -> Tensor:
-    return _swiglu_bwd(dy, *ctx.saved_tensors)
+    return _bwd_op(dy, *ctx.saved_tensors)
 
 
-_swiglu_fwd.register_autograd(_backward, setup_context=_save)
+_fwd_op.register_autograd(_backward, setup_context=_save)
+
+
+class _Swiglu(torch.autograd.Function):
+    """The kernels outside torch.compile."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return _fwd(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _bwd(dy, *ctx.saved_tensors)
 
 
 class _TorchSwiglu(torch.autograd.Function):
@@ -173,10 +190,9 @@ def swiglu(gate_up: Tensor, *, _backend: Backend | None = None) -> Tensor:
         raise ValueError(
             f"swiglu: gate_up: expected an even last dim (gate, then up), got {gate_up.shape[-1]}"
         )
-    if not runs_triton(gate_up, _backend):
-        if (
-            torch.compiler.is_compiling()
-        ):  # which fuses the definition, and cannot trace writes into a half
-            return swiglu_reference(gate_up)
-        return _TorchSwiglu.apply(gate_up)
-    return _swiglu_fwd(gate_up)
+    triton_runs = runs_triton(gate_up, _backend)
+    if (
+        torch.compiler.is_compiling()
+    ):  # which fuses the definition, and cannot trace writes into a half
+        return _fwd_op(gate_up) if triton_runs else swiglu_reference(gate_up)
+    return (_Swiglu if triton_runs else _TorchSwiglu).apply(gate_up)

@@ -25,6 +25,7 @@ from phimini.model.io.json_files import read_rows, write_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.sampler import Completion, SamplingParams
 from phimini.parallel.megatron.builder import Model
+from phimini.parallel.megatron.layers import main_grad_of
 from phimini.parallel.ranks.timing import phase
 from phimini.parallel.ranks.world import World, on_main
 from phimini.parallel.training.batch import Document, PackedBatch, check_same_data, pack
@@ -339,6 +340,7 @@ def dpo_head(config: RolloutDpoConfig):
             nll_scale_P=None if nll_scale_N is None else nll_scale_N[: len(reference_S) : 2],
             group=group,
             sequence_group=batch.context_group,
+            main_grad=main_grad_of(weight_VD),
         )
         sums = {
             "preference_loss": metrics.preference_loss_sum,

@@ -31,41 +31,43 @@ def _case(config: ModelConfig, L: int, device: str, dtype: torch.dtype) -> Case:
     H, G, K, R = config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim
     cos, sin = _tables(config, 1024, device)
     positions = torch.arange(L, device=device) % 1024
-    split = [H, G, G]
 
-    def ours(qkv: Tensor) -> tuple[Tensor, ...]:
-        qkv = qkv.clone() if qkv.requires_grad else qkv  # a leaf may not be written in place
-        return rope(qkv, cos, sin, positions, num_rotated_heads=H + G).split(split, dim=-2)
+    def apart(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.split([H // G, 1, 1], dim=-2)
+        return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
 
-    def reference(qkv: Tensor) -> tuple[Tensor, ...]:
-        turned = rope_reference(qkv, cos, sin, positions, num_rotated_heads=H + G)
-        return turned.split(split, dim=-2)
+    def wide_tables() -> tuple[Tensor, ...]:
+        return tuple(torch.cat([t[positions]] * 2, dim=-1).to(dtype) for t in (cos, sin))
 
     def eager(qkv: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = qkv.split(split, dim=-2)
-        c, s = (torch.cat([t[positions]] * 2, dim=-1)[:, None].to(qkv.dtype) for t in (cos, sin))
+        q, k, v = apart(qkv)
+        c, s = (t[:, None] for t in wide_tables())
         return _rotate_half(q, c, s, R), _rotate_half(k, c, s, R), v
 
-    providers = {"phimini": ours, "eager": eager, "torch.compile": torch.compile(eager)}
+    providers = {
+        "phimini": lambda qkv: rope(qkv, cos, sin, positions),
+        "eager": eager,
+        "torch.compile": torch.compile(eager),
+    }
     if device == "cuda" and liger_is_installed():
         from liger_kernel.ops.rope import LigerRopeFunction
 
         def liger(qkv: Tensor) -> tuple[Tensor, ...]:
-            q, k, v = qkv[None].split(split, dim=-2)
-            c, s = (torch.cat([t[positions]] * 2, dim=-1)[None].to(qkv.dtype) for t in (cos, sin))
+            q, k, v = (x[None] for x in apart(qkv))
+            c, s = (t[None] for t in wide_tables())
             q, k = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), c, s)
             return q.transpose(1, 2)[0], k.transpose(1, 2)[0], v[0]
 
         providers["liger"] = liger
-    qkv = torch.randn(L, H + 2 * G, K, device=device, dtype=dtype)
-    e = qkv.element_size()
+    qkv = torch.randn(L, G, H // G + 2, K, device=device, dtype=dtype)
+    moved = 2 * qkv.numel() * qkv.element_size()
     return Case(
         op="rope",
         shape={"L": L, "H": H, "G": G, "K": K, "R": R},
         inputs={"qkv": qkv},
         providers=providers,
-        reference=reference,
-        min_bytes={"fwd": 2 * L * (H + G) * R * e, "bwd": 2 * qkv.numel() * e},
+        reference=lambda qkv: rope_reference(qkv, cos, sin, positions),
+        min_bytes={"fwd": moved, "bwd": moved},
         min_flops={"fwd": 3 * L * (H + G) * R, "bwd": 3 * L * (H + G) * R},
     )
 
@@ -79,29 +81,28 @@ def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor, R: int) -> Tensor:
 
 # --- compiled --------------------------------------------------------------------------------------
 def static_cases() -> list[StaticCase]:
-    """Return both GPU presets, with Hugging Face's layout of qkv and with Megatron's."""
+    """Return both GPU presets."""
     cases = []
     for name in ("phi-4-mini", "phi-400m"):
         p = preset(name)
-        H, G = p.num_heads, p.num_kv_heads
-        for groups, heads, rotated in ((1, H + 2 * G, H + G), (G, H // G + 2, H // G + 1)):
-            blocks = launch_config(groups, heads, p.head_dim, p.rotary_dim, rotated)
-            num_warps = blocks.pop("num_warps")
-            cases += [
-                StaticCase(
-                    kernel=f"rope_{'bwd' if backward else 'fwd'}",
-                    function=_rope_kernel,
-                    signature={
-                        "x_ptr": "*bf16", "out_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32",
-                        "positions_ptr": "*i64", "attention_factor": "fp32", "stride_cos_p": "i32:16",
-                        "stride_sin_p": "i32:16",
-                    },
-                    constexprs={**blocks, "INVERSE": backward, "COPY_REST": backward},
-                    num_warps=num_warps,
-                    max_registers={80: 40, 90: 40, 100: 40},
-                )
-                for backward in (False, True)
-            ]  # fmt: skip
+        G = p.num_kv_heads
+        blocks = launch_config(G, p.num_heads // G + 2, p.head_dim, p.rotary_dim)
+        num_warps = blocks.pop("num_warps")
+        cases += [
+            StaticCase(
+                kernel=f"rope_{'bwd' if join else 'fwd'}",
+                function=_rope_kernel,
+                signature={
+                    "qkv_ptr": "*bf16", "q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16",
+                    "cos_ptr": "*fp32", "sin_ptr": "*fp32", "positions_ptr": "*i64", "stride_q_l": "i32:16",
+                    "stride_k_l": "i32:16", "stride_v_l": "i32:16", "stride_cos_p": "i32:16", "stride_sin_p": "i32:16",
+                },
+                constexprs={**blocks, "JOIN": join},
+                num_warps=num_warps,
+                max_registers={80: 48, 90: 48, 100: 48},
+            )
+            for join in (False, True)
+        ]  # fmt: skip
     return cases
 
 
@@ -133,37 +134,37 @@ def peer_static_cases() -> list[StaticCase]:
 
 # --- counted ---------------------------------------------------------------------------------------
 def traffic_cases() -> list[TrafficCase]:
-    """Return Phi-4-Mini's heads. Liger gets q and k as slices of the fused projection, as its Phi-3 layer does."""
+    """Return Phi-4-Mini's heads. Liger rotates q and k in place, as slices of the fused projection (its Phi-3 layer)."""
     config, L = preset("phi-4-mini"), 16
     H, G, K, R = config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim
-    cos, sin = _tables(config, L, "cpu")
-    positions = torch.arange(L)
-    qkv = torch.randn(L, H + 2 * G, K).bfloat16()
-    tables = 2 * L * (R // 2) * 4 + 8 * L
-    arguments = (cos, sin, positions, H + G, 1.19)
-    forward_bytes = 2 * L * (H + G) * R * 2 + tables
+    tables = (*_tables(config, L, "cpu"), torch.arange(L))
+    qkv = torch.randn(L, G, H // G + 2, K).bfloat16()
+    grads = [torch.randn(L, heads, K).bfloat16() for heads in (H, G, G)]
+    minimum = 2 * qkv.numel() * 2 + 2 * L * (R // 2) * 4 + 8 * L
     cases = [
         TrafficCase(
             kernel="rope_fwd",
-            run=lambda: torch.ops.phimini.rope_(qkv, *arguments),
-            minimum_bytes=forward_bytes,
+            run=lambda: torch.ops.phimini.rope_fwd(qkv, *tables),
+            minimum_bytes=minimum,
         ),
         TrafficCase(
             kernel="rope_bwd",
-            run=lambda: torch.ops.phimini.rope_bwd(qkv, *arguments),
-            minimum_bytes=2 * qkv.numel() * 2 + tables,
+            run=lambda: torch.ops.phimini.rope_bwd(*grads, *tables),
+            minimum_bytes=minimum,
         ),
     ]
     if liger_is_installed():
         from liger_kernel.ops.rope import rope_forward
 
-        wide_cos, wide_sin = (torch.cat([t, t], dim=-1).bfloat16() for t in (cos, sin))
+        wide_cos, wide_sin = (torch.cat([t, t], dim=-1).bfloat16() for t in tables[:2])
 
         def liger() -> None:
-            q, k, _v = (t[None].transpose(1, 2) for t in qkv.split([H, G, G], dim=-2))
+            q, k = (
+                t[None].transpose(1, 2) for t in qkv.view(L, -1, K).split([H, G, G], dim=-2)[:2]
+            )
             rope_forward(q, k, wide_cos, wide_sin)
 
         cases.append(
-            TrafficCase(kernel="rope_fwd", provider="liger", run=liger, minimum_bytes=forward_bytes)
+            TrafficCase(kernel="rope_fwd", provider="liger", run=liger, minimum_bytes=minimum)
         )
     return cases

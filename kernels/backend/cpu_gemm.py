@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phimini.kernels.backend.launch import on_gpu
+
 LIBRARIES = ("mkl", "onednn")
 MIN_ROWS = 4
 """Fewest rows for oneDNN: below, its packing costs more than the product."""
@@ -106,6 +108,14 @@ def add_outer(total_NK: Tensor, a_MN: Tensor, b_MK: Tensor) -> None:
     block = max(1, ADD_BLOCK_ELEMENTS // total_NK.shape[1])
     for start in range(0, total_NK.shape[0], block):
         total_NK[start : start + block] += outer(a_MN[:, start : start + block], b_MK)
+
+
+def add_product(total_NK: Tensor, a_NM: Tensor, b_MK: Tensor) -> None:
+    """Add a @ b to `total_NK` in place, in its dtype. On a GPU a and b may be narrower: cuBLAS sums in fp32 and adds."""
+    if on_gpu(total_NK):
+        torch.addmm(total_NK, a_NM, b_MK, out=total_NK, out_dtype=total_NK.dtype)
+    else:
+        add_outer(total_NK, a_NM.t().to(total_NK.dtype), b_MK.to(total_NK.dtype))
 
 
 def _padded(a_MK: Tensor) -> Tensor:

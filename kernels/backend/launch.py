@@ -1,5 +1,6 @@
 """Choice of the back-end that computes an op, and the size of the GPU."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,10 +10,24 @@ Backend = Literal["triton", "torch"]
 """Type of the public ops' private `_backend` argument. Tests pass "triton" to run the kernels in the interpreter."""
 
 
+stand_in: Callable[[Tensor], bool] | None = None
+"""Answers `on_gpu` instead of the tensor's device, where a bench or a test counts on a CPU what a GPU would be given."""
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Return whether x is on a GPU, which the host must not wait for. Every such choice asks here."""
+    return x.is_cuda if stand_in is None else stand_in(x)
+
+
+def host_knows(x: Tensor) -> bool:
+    """Return whether the host can read x's values without waiting: they are on the CPU, and x is not traced or fake."""
+    return type(x) is Tensor and x.device.type == "cpu" and not on_gpu(x)
+
+
 def runs_triton(x: Tensor, backend: Backend | None) -> bool:
     """Return `backend == "triton"`; for None, whether x is on CUDA and not fp64 (the kernels compute in fp32)."""
     if backend is None:
-        return x.is_cuda and x.dtype != torch.float64
+        return on_gpu(x) and x.dtype != torch.float64
     return backend == "triton"
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from phimini.kernels.backend.launch import host_knows, on_gpu
 from phimini.kernels.head.chunked import ChunkedHead
 from phimini.kernels.head.deferred_checks import check_later, pending, raise_pending
 from phimini.kernels.head.options import ConstantOptions, HeadOptions
@@ -74,12 +75,12 @@ class HeadCall:
             message = "temperature[{}] is {:g}, expected a finite number above 0"
             checks.append((bad_M, self.temperature, message))
         for bad_M, value_M, message in checks:
-            if bad_M.device.type != "cpu":
+            if not host_knows(bad_M):
                 check_later(bad_M, value_M, f"{op}: {message}")
             elif bool(bad_M.any()):
                 at = int(bad_M.nonzero()[0])
                 raise ValueError(f"{op}: {message.format(at, float(value_M[at]))}")
-        if max_rows is not None and counts_M.device.type == "cpu" and counts_M.sum() > max_rows:
+        if max_rows is not None and host_knows(counts_M) and counts_M.sum() > max_rows:
             raise ValueError(f"{op}: max_rows is {max_rows}, but {int(counts_M.sum())} rows count")
         return counts_M
 
@@ -176,7 +177,7 @@ def compute(
         hidden_MD = own_MD.new_empty(own_MD.shape[0] * group.size(), own_MD.shape[1])
         dist.all_gather_into_tensor(hidden_MD, own_MD, group=group)
     wide = torch.promote_types(weight_VD.dtype, torch.float32)
-    runs_triton = weight_VD.is_cuda and weight_VD.dtype == torch.bfloat16
+    runs_triton = on_gpu(weight_VD) and weight_VD.dtype == torch.bfloat16
     if options._backend is not None:
         runs_triton = options._backend == "triton"
     element_bytes = weight_VD.itemsize if runs_triton else wide.itemsize
@@ -187,8 +188,8 @@ def compute(
     call = HeadCall(
         options=options, hidden_MD=hidden_MD, weight_VD=weight_VD, targets_M=targets_M, temperature=temperature,
         needs_dx=needs_dx, dw_VD=dw_VD, needs_gradient=needs_dx or needs_dw, group=group, dtype=wide, runs_triton=runs_triton,
-        is_counted_on_device=runs_triton or kind != "cpu",
-        chunk_rows=chunk_rows(kind, runs_triton, row_bytes, options.chunk_bytes),
+        is_counted_on_device=runs_triton or not host_knows(targets_M),
+        chunk_rows=chunk_rows("cuda" if on_gpu(weight_VD) else kind, runs_triton, row_bytes, options.chunk_bytes),
     )  # fmt: skip
     has_autocast = torch.amp.is_autocast_available(kind)  # a meta device has none
     # The op decides what is fp32; autocast would narrow the products inside it.
@@ -313,12 +314,7 @@ class HeadLoss(torch.autograd.Function):
         elif ctx.in_main_grad:
             _check_is_one(dloss)
         # The host can read a CPU's value, but for one that is traced, and a 1 saves a pass over V * D.
-        elif (
-            torch.compiler.is_compiling()
-            or dloss.device.type != "cpu"
-            or type(dloss) is not Tensor
-            or dloss.item() != 1
-        ):
+        elif torch.compiler.is_compiling() or not host_knows(dloss) or dloss.item() != 1:
             dx_MD = None if dx_MD is None else dx_MD * dloss
             dw_VD = None if dw_VD is None else dw_VD * dloss
         if dw_VD is not None:
@@ -332,7 +328,7 @@ def _check_is_one(dloss: Tensor) -> None:
         "main_grad holds the gradient of the loss itself, so the loss must be backpropagated with gradient 1: "
         "put every factor (1 / tokens, loss scale) into row weights"
     )
-    if dloss.is_cuda:
+    if on_gpu(dloss):
         torch.ops.aten._assert_async.msg(dloss == 1, message)
-    elif dloss != 1:
+    elif host_knows(dloss) and dloss != 1:
         raise ValueError(f"{message}; got {float(dloss)}")

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from phimini.kernels.backend.launch import host_knows
 from phimini.kernels.head.rows import HeadRows, chunk_slices
 
 
@@ -249,7 +250,7 @@ def _merge_ranks(local: LocalStats, num_local_classes: int, group: dist.ProcessG
 def _check_equal_shares(num_classes_R: Tensor) -> None:
     """Raise ValueError for unequal numbers of weight rows (V not divisible by TP); on CUDA checked on the device."""
     equal = (num_classes_R == num_classes_R[0]).all()
-    if num_classes_R.device.type != "cpu":
+    if not host_knows(num_classes_R):
         torch.ops.aten._assert_async.msg(
             equal, "head: weight_VD must have the same number of rows on every rank of group"
         )

@@ -25,7 +25,13 @@ def check_later(bad_M: Tensor, value_M: Tensor, message: str) -> None:
     """Note a check: if a row is bad, a later `raise_pending` raises ValueError(message.format(index, value))."""
     if value_M.numel() == 0:
         return
-    found_2 = first_bad(bad_M, value_M)
+    send_home(first_bad(bad_M, value_M), message)
+
+
+def send_home(found_2: Tensor, message: str) -> None:
+    """Copy a check's result to the host in the background. A traced or fake result never arrives."""
+    if not found_2.is_cuda:
+        return
     on_host_2 = torch.empty(2, dtype=torch.float64, pin_memory=True)
     on_host_2.copy_(found_2, non_blocking=True)
     event = torch.cuda.Event()

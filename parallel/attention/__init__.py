@@ -1,4 +1,4 @@
 """Attention over packed documents, on one device or over a ring of them.
 
-May import: model.
+May import: kernels, kernels/backend, model.
 """

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from phimini.kernels.backend.launch import on_gpu
 from phimini.parallel.attention.context_parallel import Block, joined
 
 try:
@@ -126,8 +127,8 @@ TORCH_FLASH = BlockKernel(_torch_forward, _torch_backward)
 CPU = BlockKernel(_forward_on_cpu, _backward_on_cpu)
 
 
-def kernel_for(device: torch.device) -> BlockKernel:
-    """Return the kernel of a device: on GPUs flash-attn if it is installed, otherwise torch's build of it."""
-    if device.type == "cpu":
+def kernel_for(x: Tensor) -> BlockKernel:
+    """Return the kernel for x's device: on GPUs flash-attn if it is installed, otherwise torch's build of it."""
+    if not on_gpu(x):
         return CPU
     return TORCH_FLASH if _flash_attn_varlen_forward is None else FLASH_ATTN

@@ -11,6 +11,7 @@ or masking a (T, T) product would only add work.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from phimini.kernels.backend.launch import on_gpu
+from phimini.kernels.rope import rope
 from phimini.model.config import ModelConfig
-from phimini.model.rope import apply_rotary, rotary_tables, rotate
+from phimini.model.rope import rope_table
 from phimini.parallel.attention.blocks import cpu_backward, cpu_forward, kernel_for
 from phimini.parallel.attention.context_parallel import (
     Piece,
@@ -43,9 +46,10 @@ except ImportError:
 class PackedDocuments(PackedSeqParams):
     """Megatron's PackedSeqParams, which reach the attention core, with the tensors that all layers share."""
 
-    scale_T1K: Tensor | None = None
-    """rope tables of this rank's tokens, see `rotary_tables`"""
-    sin_T1R2: Tensor | None = None
+    rope_tables: tuple[Tensor, Tensor] | None = None
+    """cos and sin by position, (P, R/2) fp32, made on the device"""
+    positions_T: Tensor | None = None
+    """positions of this rank's tokens in their documents, int32"""
     pieces: tuple[Piece, ...] = ()
     """the (parts of) documents among this rank's tokens"""
     key_rows: Tensor | None = None
@@ -77,7 +81,7 @@ def packed_documents(
         raise ValueError(
             f"a document of {longest} tokens is longer than the model's max_positions {config.max_positions}"
         )
-    positions = torch.arange(longest)
+    positions = torch.arange(longest, dtype=torch.int32)
     positions_S = torch.cat([positions[:n] for n in lengths])
     key_rows, hops = None, ()
     if context_group is None:
@@ -94,20 +98,29 @@ def packed_documents(
             hops = tuple(blocks_of_hop(cuts, rank, s, size, device) for s in sources)
         else:
             key_rows = torch.cat([torch.arange(p.key_begin, p.key_end) for p in pieces])
-    scale_T1K, sin_T1R2 = rotary_tables(config, positions_T, longest)
     return PackedDocuments(
         qkv_format="thd",
         cu_seqlens_q=cu_queries.to(device, non_blocking=True),
         cu_seqlens_kv=cu_keys.to(device, non_blocking=True),
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        scale_T1K=scale_T1K.to(device, non_blocking=True),
-        sin_T1R2=sin_T1R2.to(device, non_blocking=True),
+        rope_tables=rope_tables(config, longest, device),
+        positions_T=positions_T.to(device, non_blocking=True),
         pieces=pieces,
         key_rows=key_rows if key_rows is None else key_rows.to(device, non_blocking=True),
         hops=hops,
         context_group=context_group,
     )
+
+
+def rope_tables(config: ModelConfig, longest: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of positions below `longest` or more, (P, R/2) fp32, made on `device` once for many batches."""
+    return _tables(config, min(1 << (longest - 1).bit_length(), config.max_positions), device)
+
+
+@lru_cache(maxsize=4)
+def _tables(config: ModelConfig, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return rope_table(config, num_positions, device)
 
 
 def _cumulated(lengths: list[int]) -> Tensor:
@@ -130,18 +143,13 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 class _CpuAttention(torch.autograd.Function):
     """F.scaled_dot_product_attention per document, in one autograd node.
 
-    Slicing under autograd would allocate a gradient of the whole pack for every slice. With `tables` the node also
-    rotates q and k, because the number of nodes dominates the time of small steps.
+    Slicing under autograd would allocate a gradient of the whole pack for every slice.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, pieces: tuple[Piece, ...], scale: float,
-        tables: tuple[Tensor, Tensor] | None,
+        ctx: Any, q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, pieces: tuple[Piece, ...], scale: float
     ) -> Tensor:  # fmt: skip
-        if tables is not None:
-            scale_T1K, sin_T1R2 = tables
-            q_THK, k_SGK = (rotate(x, scale_T1K, sin_T1R2, 1) for x in (q_THK, k_SGK))
         q_1HTK, k_1GSK, v_1GSK = _heads_first(q_THK, k_SGK, v_SGK)
         outs, lses = [], []
         for p in pieces:
@@ -152,7 +160,7 @@ class _CpuAttention(torch.autograd.Function):
             outs.append(out)
             lses.append(lse)
         ctx.save_for_backward(q_THK, k_SGK, v_SGK, *outs, *lses)
-        ctx.pieces, ctx.scale, ctx.tables = pieces, scale, tables
+        ctx.pieces, ctx.scale = pieces, scale
         return joined(outs)
 
     @staticmethod
@@ -180,16 +188,13 @@ class _CpuAttention(torch.autograd.Function):
             for p, dk, dv in zip(pieces, dks, dvs, strict=True):
                 dk_SGK[p.key_begin : p.key_end] += dk[0].transpose(0, 1)
                 dv_SGK[p.key_begin : p.key_end] += dv[0].transpose(0, 1)
-        if ctx.tables is not None:
-            scale_T1K, sin_T1R2 = ctx.tables
-            dq_THK, dk_SGK = (rotate(d, scale_T1K, sin_T1R2, -1) for d in (dq_THK, dk_SGK))
-        return dq_THK, dk_SGK, dv_SGK, None, None, None
+        return dq_THK, dk_SGK, dv_SGK, None, None
 
 
 def _attend_cpu(
     q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, documents: PackedDocuments, scale: float
 ) -> Tensor:
-    return _CpuAttention.apply(q_THK, k_SGK, v_SGK, documents.pieces, scale, None)  # pyright: ignore[reportReturnType]
+    return _CpuAttention.apply(q_THK, k_SGK, v_SGK, documents.pieces, scale)  # pyright: ignore[reportReturnType]
 
 
 def _attend_cuda(
@@ -214,25 +219,18 @@ def _attend_cuda(
     )  # pyright: ignore[reportReturnType]
 
 
-def rotate_and_attend(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: PackedDocuments, scale: float
-) -> Tensor:
-    """Rotate queries and keys, then return causal attention inside each document, (T, H, K)."""
-    assert documents.scale_T1K is not None and documents.sin_T1R2 is not None, "no rope tables"
-    tables = documents.scale_T1K, documents.sin_T1R2
-    on_cpu = q_THK.device.type == "cpu"
-    if on_cpu and documents.context_group is None:
-        return _CpuAttention.apply(q_THK, k_TGK, v_TGK, documents.pieces, scale, tables)  # pyright: ignore[reportReturnType]
-    q_THK, k_SGK = (apply_rotary(x, *tables) for x in (q_THK, k_TGK))
-    v_SGK = v_TGK
+def rotate_and_attend(qkv_TGNK: Tensor, documents: PackedDocuments, scale: float) -> Tensor:
+    """Rotate queries and keys of the fused projection, then return causal attention inside each document, (T, H, K)."""
+    assert documents.rope_tables is not None and documents.positions_T is not None, "no rope tables"
+    q_THK, k_SGK, v_SGK = rope(qkv_TGNK, *documents.rope_tables, documents.positions_T)
     if documents.context_group is not None and documents.hops:
-        kernel = kernel_for(q_THK.device)
+        kernel = kernel_for(q_THK)
         return ring_attention(
             q_THK, k_SGK, v_SGK, documents.hops, documents.context_group, scale, kernel
         )
     if documents.context_group is not None:
         k_SGK, v_SGK = gather_keys(k_SGK, v_SGK, documents.context_group)
-    kernel = _attend_cpu if on_cpu else _attend_cuda
+    kernel = _attend_cuda if on_gpu(q_THK) else _attend_cpu
     return kernel(q_THK, k_SGK, v_SGK, documents, scale)
 
 
@@ -252,17 +250,6 @@ class CoreAttention(MegatronModule):
             softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
         )
 
-    def forward(
-        self,
-        query: Tensor,  # (T, H, K)
-        key: Tensor,  # (T, G, K)
-        value: Tensor,  # (T, G, K)
-        attention_mask: Tensor | None = None,
-        *,
-        packed_seq_params: PackedSeqParams | None = None,
-        **_: Any,
-    ) -> Tensor:
-        assert isinstance(packed_seq_params, PackedDocuments), (
-            "the model runs on packed documents only"
-        )
-        return rotate_and_attend(query, key, value, packed_seq_params, self.scale)
+    def forward(self, qkv_TGNK: Tensor, documents: PackedDocuments) -> Tensor:
+        """Return (T, H, K) of a projection (T, G, H/G + 2, K): per group its queries, a key and a value."""
+        return rotate_and_attend(qkv_TGNK, documents, self.scale)

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor, nn
 
 from phimini.model.config import ModelConfig
@@ -45,10 +45,15 @@ from phimini.parallel.megatron.fp8_emulated import (
 from phimini.parallel.megatron.hf_weights import from_hf
 from phimini.parallel.megatron.layers import (
     ColumnParallelLinear,
+    FusedLayer,
+    FusedSelfAttention,
     HeadWeight,
+    NoNorm,
     RMSNorm,
     RowParallelLinear,
     SwiGLU,
+    defer_adds,
+    provide_fused_wgrad,
 )
 from phimini.parallel.megatron.recompute import RecomputedRMSNorm, RecomputedSwiGLU, forgetting
 from phimini.parallel.megatron.refused_settings import refuse_unmarked_norms, refuse_wrong_settings
@@ -61,11 +66,6 @@ def only_known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """Return `values` without the fields that this version of megatron-core lacks."""
     known = {f.name for f in dataclasses.fields(cls)}
     return {k: v for k, v in values.items() if k in known}
-
-
-def _add_residual(training: bool, fused: bool) -> Callable[..., Tensor]:
-    """Return the function for Megatron's bias-dropout-add slot; this model has neither biases nor dropout."""
-    return lambda output_and_bias, residual, dropout: residual + output_and_bias[0]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def _linears(fp8: Fp8 | None, is_fp8_layer: bool) -> _Linears:
         TERowParallelLinear,
     )
 
-    return _Linears(TELayerNormColumnParallelLinear, TERowParallelLinear, IdentityOp)
+    return _Linears(TELayerNormColumnParallelLinear, TERowParallelLinear, NoNorm)
 
 
 def _layer_spec(linears: _Linears) -> ModuleSpec:
@@ -106,15 +106,14 @@ def _layer_spec(linears: _Linears) -> ModuleSpec:
         k_layernorm=IdentityOp,
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=FusedLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=linears.norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=FusedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=attention,
             ),
-            self_attn_bda=_add_residual,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=linears.norm,
             mlp=ModuleSpec(
                 module=MLP,
@@ -124,7 +123,6 @@ def _layer_spec(linears: _Linears) -> ModuleSpec:
                     activation_func=linears.activation,  # pyright: ignore[reportArgumentType]
                 ),
             ),
-            mlp_bda=_add_residual,  # pyright: ignore[reportArgumentType]
         ),
     )
 
@@ -177,12 +175,13 @@ def _transformer_config(
         # gloo reads the memory of an overlapped send after the call; NCCL's streams keep it alive.
         deallocate_pipeline_outputs=layout.pipeline > 1
         and not (two_stages_interleaved and world.device.type == "cpu"),
+        # Products add the weights' gradients to main_grad, Transformer Engine's too.
+        gradient_accumulation_fusion=world.device.type == "cuda",
         # Megatron's torch.compile'd and CUDA extensions are not used.
         apply_rope_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         cross_entropy_loss_fusion=False,
     )
     if len(set(layers)) > 1:
@@ -309,6 +308,8 @@ def build_model(
         config, world, dtype, recompute, fp8, distributed_optimizer
     )
     refuse_wrong_settings(transformer_config)
+    if transformer_config.gradient_accumulation_fusion:
+        provide_fused_wgrad()
     virtual = world.layout.virtual_pipeline
     gpts: list[nn.Module] = [
         _build_chunk(config, world, transformer_config, i if virtual > 1 else None, fp8, recompute)
@@ -364,7 +365,7 @@ def _build_chunk(
         layer_specs=[_layer_spec(some) for some in linears],
         layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
     )
-    return PhiGPT(
+    gpt = PhiGPT(
         transformer_config,
         spec,  # pyright: ignore[reportArgumentType]
         vocab_size=config.vocab_size,
@@ -375,3 +376,6 @@ def _build_chunk(
         position_embedding_type="none",  # CoreAttention rotates
         vp_stage=vp_stage,
     )
+    if recompute != "full":
+        defer_adds(gpt.decoder.layers)
+    return gpt

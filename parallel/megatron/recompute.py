@@ -28,21 +28,28 @@ class _Note(NamedTuple):
     offset: int
 
 
-def _with_note(op: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    y = op(x)
+def _note(y: Tensor, op: Callable[[Tensor], Tensor], x: Tensor) -> None:
     if torch.is_grad_enabled():
         y.made_again_by = partial(op, x.detach())  # pyright: ignore[reportAttributeAccessIssue]
-    return y
 
 
 class RecomputedRMSNorm(RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return _with_note(super().forward, x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        norm = super().forward
+        if residual is None:
+            y = norm(x)
+            _note(y, norm, x)
+            return y
+        y, h = norm(x, residual)
+        _note(y, norm, h)  # the norm alone, of the sum
+        return y, h
 
 
 class RecomputedSwiGLU(SwiGLU):
     def forward(self, gate_up: Tensor) -> Tensor:
-        return _with_note(super().forward, gate_up)
+        y = super().forward(gate_up)
+        _note(y, super().forward, gate_up)
+        return y
 
 
 def forgetting(linear: type) -> type:

@@ -127,7 +127,7 @@ def activation_elements(config: ModelConfig, layout: Layout) -> dict[str, float]
     elements = {
         "norm inputs": 2 * D / residual_split,
         "norm outputs": 2 * D / residual_split,
-        "rotated q": H * K / tp,
+        "q": H * K / tp,
         "attention out": H * K / tp,
         "gate and up": 2 * F / tp,
         "swiglu out": F / tp,
@@ -137,9 +137,7 @@ def activation_elements(config: ModelConfig, layout: Layout) -> dict[str, float]
     elif layout.context > 1:
         elements["gathered k, v"] = 2 * G * K * layout.context / tp
     else:
-        elements["rotated k"] = G * K / tp
-        # v is a view of the fused projection's output, which therefore stays whole.
-        elements["v, in the projection's output"] = (H + 2 * G) * K / tp
+        elements["k, v"] = 2 * G * K / tp
     return elements
 
 

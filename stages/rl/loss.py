@@ -8,6 +8,7 @@ from torch import Tensor
 
 from phimini.kernels import linear_logprob, linear_policy_loss
 from phimini.parallel.megatron.builder import Model
+from phimini.parallel.megatron.layers import main_grad_of
 from phimini.parallel.training.batch import PackedBatch
 from phimini.parallel.training.step import forward_only
 from phimini.stages.config.schema import RlvrConfig
@@ -101,6 +102,7 @@ def policy_head(config: RlvrConfig, meter: MismatchMeter, rounding: float, impor
             reference_logp_M=batch.fields.get("reference_logp"),
             kl_coef=config.kl_coef,
             group=group,
+            main_grad=main_grad_of(weight_VD),
         )
         meter.add(metrics.logp_M - sampled_logp_M, batch.fields["age"], counts_M)
         sums = {

@@ -28,6 +28,7 @@ from phimini.parallel.checkpoint.save_load import (
 from phimini.parallel.megatron.builder import Model, build_model
 from phimini.parallel.megatron.fp8 import Fp8, choose
 from phimini.parallel.megatron.hf_weights import export_hf, load_hf
+from phimini.parallel.megatron.layers import main_grad_of
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.world import World, on_main
 from phimini.parallel.training.batch import PackedBatch, check_same_data
@@ -287,7 +288,9 @@ def cross_entropy_head(
     hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return the summed next-token loss, the number of trained tokens, and sums for the log; see `step.Head`."""
-    loss, metrics = linear_cross_entropy(hidden_MD, weight_VD, batch.targets_T, group=group)
+    loss, metrics = linear_cross_entropy(
+        hidden_MD, weight_VD, batch.targets_T, group=group, main_grad=main_grad_of(weight_VD)
+    )
     sums = {"accuracy": metrics.accuracy_sum, "entropy": metrics.entropy_sum}
     return loss, metrics.num_rows, sums
 

@@ -64,13 +64,15 @@ def ops(backend: Backend) -> dict[str, Callable[[Tensor], Tensor]]:
         "swiglu": lambda x: swiglu(x, _backend=backend),
         "linear": lambda x: linear(x, weight_VD),
         "linear-weight": lambda x: linear(weight_VD, x[0]),
-        "rope": lambda x: rope(
-            x.transpose(0, 1).reshape(T, 2, B // 2, D).contiguous().clone(),
-            _angles().cos(),
-            _angles().sin(),
-            torch.arange(T),
-            num_rotated_heads=1,
-            _backend=backend,
+        "rope": lambda x: torch.cat(
+            rope(
+                x.transpose(0, 1).view(T, 1, B, D),
+                _angles().cos(),
+                _angles().sin(),
+                torch.arange(T),
+                _backend=backend,
+            ),
+            1,
         ),
         "cross_entropy": head(lambda x, w, t, b: linear_cross_entropy(x, w, t, _backend=b)[0]),
         "policy_loss": head(_policy),

@@ -64,3 +64,19 @@ def test_shapes_under_a_fake_mode(each_library: str) -> None:
         assert y.shape == (4, 8, 32)
         y.sum().backward()
         assert w.grad is not None and w.grad.shape == (32, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_weight_s_gradient_goes_into_main_grad(each_library: str, dtype: torch.dtype) -> None:
+    """It is added to what is there, in fp32, and Megatron's DDP is told so."""
+    x = torch.randn(2, 40, 8, dtype=dtype, requires_grad=True)
+    w = torch.randn(5, 8, dtype=dtype, requires_grad=True)
+    dy, before = torch.randn(2, 40, 5, dtype=dtype), torch.randn(5, 8)
+    main_grad = before.clone()
+    dx, dummy = torch.autograd.grad(linear(x, w, main_grad=main_grad), (x, w), dy)
+    want = torch.autograd.grad(linear(x, w), x, dy)[0]
+    torch.testing.assert_close(dx, want)
+    exact = before.double() + dy.flatten(0, 1).double().T @ x.flatten(0, 1).double()
+    torch.testing.assert_close(main_grad.double(), exact, rtol=1e-5, atol=1e-5)
+    assert w.grad_added_to_main_grad  # pyright: ignore[reportAttributeAccessIssue]
+    assert dummy.shape == w.shape and dummy.dtype == dtype

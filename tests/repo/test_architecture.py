@@ -123,6 +123,22 @@ def test_every_kernel_has_a_reference_a_test_and_a_bench(file: Path) -> None:
     assert (ROOT / "bench" / "ops" / file.name).exists(), f"no bench/ops/{file.name}"
 
 
+def test_every_public_kernel_has_a_user_in_the_product() -> None:
+    """Neither another kernel, nor a bench, nor a test is a user."""
+    imported = {
+        alias.name
+        for layer in ("model", "parallel", "stages")
+        for file in (ROOT / layer).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("phimini.kernels")
+        for alias in node.names
+    }
+    tree = ast.parse((ROOT / "kernels" / "__init__.py").read_text())
+    public = {a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    ops = {n for n in public if n[0].islower() and not n.endswith("_reference")}
+    assert len(ops) > 8 and not ops - imported, f"nothing trains with {sorted(ops - imported)}"
+
+
 def test_every_room_is_shipped() -> None:
     shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     assert sorted(shipped) == sorted("phimini." + room.replace("/", ".") for room in ROOMS)

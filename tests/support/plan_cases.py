@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phimini.model.config import ModelConfig, preset
-from phimini.model.rope import rotary_tables
+from phimini.parallel.attention.core import rope_tables
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.plan.layouts import Workload
 from phimini.parallel.plan.memory import (
@@ -83,7 +83,7 @@ def kept_bytes(world: World, recompute: Recompute) -> int:
 
     tokens = [i % CONFIG.vocab_size for i in range(TOKENS)]
     batch = pack([Document(tokens=tokens, targets=tokens)])
-    rotary_tables(CONFIG, torch.arange(TOKENS), TOKENS)  # keeps a table
+    rope_tables(CONFIG, TOKENS, world.device)  # keeps a table
     with Allocated(but=(p for _, p in model.named_parameters())) as allocated:
         forward_backward(model, [batch], head)
     return alive[0]

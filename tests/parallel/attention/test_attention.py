@@ -13,7 +13,7 @@ from numerics import DEVICE
 from torch import Tensor
 
 from phimini.model.config import ModelConfig, preset
-from phimini.model.rope import apply_rope, apply_rotary, rope_at, rotary_tables
+from phimini.model.rope import apply_rope, rope_at
 from phimini.parallel.attention import core as attention
 from phimini.parallel.attention.context_parallel import rows_of_rank
 from phimini.parallel.attention.core import PackedDocuments, packed_documents, rotate_and_attend
@@ -59,15 +59,21 @@ def test_attention_and_gradients_match_the_formula(lengths: list[int]) -> None:
         assert error <= 1e-5 and g.shape == w.shape, f"{name}: {error:.1e}"
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the CPU's short way")
-def test_rotating_inside_the_attention_is_rotating_before_it() -> None:
-    inputs, documents = qkv(27, torch.float32), documents_of([5, 20, 2])
-    dy = torch.randn(27, 6, 32)
-    got = gradients(rotate_and_attend(*inputs, documents, 0.2), dy, inputs)
-    assert documents.scale_T1K is not None and documents.sin_T1R2 is not None
-    q, k = (apply_rotary(x, documents.scale_T1K, documents.sin_T1R2) for x in inputs[:2])
-    want = gradients(attend(q, k, inputs[2], documents, 0.2), dy, inputs)
-    assert all(g.equal(w) for g, w in zip(got, want, strict=True))
+def test_the_fused_projection_is_rotated_and_attended_to() -> None:
+    """Against the formula of the rotation, position by position of each document, and of the attention."""
+    lengths = [5, 20, 2]
+    documents = documents_of(lengths)
+    qkv_TGNK = torch.randn(27, 2, 5, 32, device=DEVICE, requires_grad=True)
+    dy = torch.randn(27, 6, 32, device=DEVICE)
+    got = gradients(rotate_and_attend(qkv_TGNK, documents, 0.2), dy, [qkv_TGNK])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    cos, sin = (t[:, None].double().to(DEVICE) for t in rope_at(CONFIG, positions))
+    exact = qkv_TGNK.detach().double().requires_grad_()
+    q, k, v = exact[:, :, :3].flatten(1, 2), exact[:, :, 3], exact[:, :, 4]
+    q, k = (apply_rope(x, cos, sin) for x in (q, k))
+    want = gradients(attend_reference(q, k, v, lengths, 0.2), dy, [exact])
+    for name, g, w in zip(("y", "dqkv"), got, want, strict=True):
+        assert (g - w).abs().max() <= 1e-5 * w.abs().max(), name
 
 
 @pytest.mark.gpu
@@ -100,25 +106,13 @@ def test_no_document_sees_another() -> None:
 
 
 @pytest.mark.parametrize("rope_factors", ["short", "long"])
-def test_rotary_is_the_model_s_rotation(rope_factors) -> None:
+def test_tables_are_the_model_s_and_positions_restart_at_each_document(rope_factors) -> None:
     config = dataclasses.replace(CONFIG, rope_factors=rope_factors)
-    positions = torch.tensor([0, 1, 2, 127, 128, 129, 511])
-    mixed = torch.randn(7, 3, 100)
-    x = mixed[..., 20:52].requires_grad_()  # heads are views of a wider projection
-    dy = torch.randn(7, 3, 32)
-    got = gradients(apply_rotary(x, *rotary_tables(config, positions, 512)), dy, [x])
-    cos, sin = rope_at(config, positions)
-    exact = x.detach().double().requires_grad_()
-    want = gradients(apply_rope(exact, cos[:, None].double(), sin[:, None].double()), dy, [exact])
-    for name, g, w in zip(("y", "dx"), got, want, strict=True):
-        assert (g - w).abs().max() <= 1e-6 * w.abs().max(), name
-
-
-def test_positions_restart_at_each_document() -> None:
-    documents = documents_of([3, 2])
-    scale, sin = rotary_tables(CONFIG, torch.tensor([0, 1, 2, 0, 1]), 3)
-    assert documents.scale_T1K is not None and documents.scale_T1K.cpu().equal(scale)
-    assert documents.sin_T1R2 is not None and documents.sin_T1R2.cpu().equal(sin)
+    documents = documents_of([3, 2], config)
+    assert documents.rope_tables is not None and documents.positions_T is not None
+    assert documents.positions_T.tolist() == [0, 1, 2, 0, 1]
+    for got, want in zip(documents.rope_tables, rope_at(config, torch.arange(4)), strict=True):
+        assert got.cpu().equal(want)
     assert documents.max_seqlen_q == 3
 
 

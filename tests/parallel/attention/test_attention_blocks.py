@@ -22,6 +22,7 @@ from recorded_attention import (
 )
 from torch import Tensor
 
+from phimini.kernels.backend import launch
 from phimini.parallel.attention import blocks as attention_blocks
 from phimini.parallel.attention.blocks import CPU, FLASH_ATTN, TORCH_FLASH, BlockKernel, kernel_for
 from phimini.parallel.attention.context_parallel import Block, _block
@@ -103,11 +104,12 @@ def test_torch_s_flash_kernel_takes_our_arguments() -> None:
 
 
 def test_which_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernel_for(torch.device("cpu")) is CPU
+    assert kernel_for(torch.zeros(1)) is CPU
+    monkeypatch.setattr(launch, "stand_in", lambda _: True)
     monkeypatch.setattr(attention_blocks, "_flash_attn_varlen_forward", None)
-    assert kernel_for(torch.device("cuda")) is TORCH_FLASH
+    assert kernel_for(torch.zeros(1)) is TORCH_FLASH
     monkeypatch.setattr(attention_blocks, "_flash_attn_varlen_forward", recorded_forward)
-    assert kernel_for(torch.device("cuda")) is FLASH_ATTN
+    assert kernel_for(torch.zeros(1)) is FLASH_ATTN
 
 
 # --- on a GPU ------------------------------------------------------------------------------------

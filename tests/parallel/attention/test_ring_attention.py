@@ -27,7 +27,8 @@ from torch import Tensor
 
 from phimini.parallel.attention import blocks as attention_blocks
 from phimini.parallel.attention import ring as ring_attention
-from phimini.parallel.attention.blocks import FLASH_ATTN, kernel_for
+from phimini.parallel.attention.blocks import CPU as CPU_KERNEL
+from phimini.parallel.attention.blocks import FLASH_ATTN
 from phimini.parallel.attention.context_parallel import blocks_of_hop, rows_of_rank
 from phimini.parallel.attention.core import packed_documents, rotate_and_attend
 from phimini.parallel.megatron.builder import build_model
@@ -105,7 +106,7 @@ def attention_rank(
     world = initialize(Layout(context=size, context_keys="ring"), config(), timeout_s=240)
     if change is not None:
         change()
-    kernel = kernel_for(CPU)
+    kernel = CPU_KERNEL
     if flash:
         attention_blocks._flash_attn_varlen_forward = recorded_forward
         attention_blocks._flash_attn_varlen_backward = recorded_backward
@@ -233,7 +234,7 @@ def test_a_broken_ring_is_seen(change: Callable[[], None]) -> None:
 # --- memory --------------------------------------------------------------------------------------
 def order_rank() -> list[str]:
     world = initialize(Layout(context=4, context_keys="ring"), config(), timeout_s=240)
-    kernel, events = kernel_for(CPU), []
+    kernel, events = CPU_KERNEL, []
 
     def noted(name: str, function: Callable) -> Callable:
         return lambda *args: (events.append(name), function(*args))[1]
@@ -280,9 +281,7 @@ def memory_rank(size: int) -> dict[str, Any]:
     )
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        out = ring_attention.ring_attention(
-            *mine, hops, world.context_group, SCALE, kernel_for(CPU)
-        )
+        out = ring_attention.ring_attention(*mine, hops, world.context_group, SCALE, CPU_KERNEL)
     forward, kv_bytes = list(receives), 2 * k.nbytes // size
     receives.clear()
     out.sum().backward()
@@ -314,12 +313,12 @@ def both_rank(lengths: list[int]) -> float:
     cuts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     torch.manual_seed(0)
     rows = rows_of_rank(sum(lengths), world.context_rank, 2)
-    q, k, v = (x.detach()[rows] for x in qkv(sum(lengths), torch.float32, 16))
+    qkv_TGNK = torch.randn(sum(lengths), 2, 5, 16)[rows]
     outs = []
     for ring in (True, False):
         documents = packed_documents(cuts, config(), CPU, world.context_group, ring)
         assert bool(documents.hops) is ring and (documents.key_rows is None) is ring
-        outs.append(rotate_and_attend(q, k, v, documents, SCALE))
+        outs.append(rotate_and_attend(qkv_TGNK, documents, SCALE))
     world.close()
     return float((outs[0] - outs[1]).abs().max())
 

@@ -28,7 +28,7 @@ def gradients(layout: Layout, spoilt: bool = False, **options: Any) -> dict[str,
     """Return the gradients of this rank's parameters, by recompute mode."""
     world = initialize(layout, config(), timeout_s=240)
     if spoilt:
-        recompute._with_note = noted_twice_as_large
+        recompute._note = noted_twice_as_large
     found = {}
     for mode in ("none", "selective"):
         model = build_model(config(), world, seed=0, recompute=mode, **options)
@@ -39,10 +39,8 @@ def gradients(layout: Layout, spoilt: bool = False, **options: Any) -> dict[str,
     return found
 
 
-def noted_twice_as_large(op: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    y = op(x)
+def noted_twice_as_large(y: Tensor, op: Callable[[Tensor], Tensor], x: Tensor) -> None:
     y.made_again_by = lambda: 2 * op(x.detach())  # pyright: ignore[reportAttributeAccessIssue]
-    return y
 
 
 @pytest.mark.parametrize(
@@ -85,12 +83,18 @@ def test_two_norm_outputs_and_one_product_less_per_layer(layout: Layout) -> None
         assert control == none
 
 
+def noted(x: Tensor) -> Tensor:
+    y = torch.sin(x)
+    recompute._note(y, torch.sin, x)
+    return y
+
+
 def test_nothing_is_noted_without_gradients() -> None:
     with torch.no_grad():
-        y = recompute._with_note(torch.sin, torch.zeros(2))
+        y = noted(torch.zeros(2))
     assert not hasattr(y, "made_again_by")
     x = torch.zeros(2, requires_grad=True)
-    assert recompute._with_note(torch.sin, x).made_again_by().equal(torch.zeros(2))  # pyright: ignore[reportAttributeAccessIssue]
+    assert noted(x).made_again_by().equal(torch.zeros(2))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_transformer_engine_s_linears_are_refused() -> None:

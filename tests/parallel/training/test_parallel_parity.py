@@ -27,6 +27,7 @@ from torch import Tensor
 
 from phimini.model.config import ModelConfig
 from phimini.parallel.attention import core as attention
+from phimini.parallel.megatron import layers
 from phimini.parallel.megatron.builder import Model, build_model
 from phimini.parallel.megatron.hf_weights import gradients_to_hf
 from phimini.parallel.ranks.layout import Layout
@@ -148,16 +149,34 @@ def split_rank(batches: list[PackedBatch], layout: Layout) -> tuple[float, dict[
 
 
 def drop_attention_factor(model: Model) -> None:
-    right = attention.rotary_tables
+    right = attention.rope_tables
 
-    def without_factor(
-        model_config: ModelConfig, positions_T: Tensor, longest: int
-    ) -> tuple[Tensor, Tensor]:
-        scale, sin = right(model_config, positions_T, longest)
-        scale[..., : model_config.rotary_dim] /= model_config.attention_factor
-        return scale, sin / model_config.attention_factor
+    def without_factor(model_config: ModelConfig, *args: Any) -> tuple[Tensor, ...]:
+        return tuple(t / model_config.attention_factor for t in right(model_config, *args))
 
-    attention.rotary_tables = without_factor
+    attention.rope_tables = without_factor
+
+
+def start_a_document_at_position_one(model: Model) -> None:
+    right = schedule.packed_documents
+
+    def off_by_one(*args: Any) -> attention.PackedDocuments:
+        documents = right(*args)
+        assert documents.positions_T is not None
+        documents.positions_T.masked_fill_(documents.positions_T == 0, 1)
+        return documents
+
+    schedule.packed_documents = off_by_one
+
+
+def add_a_residual_twice(model: Model) -> None:
+    right = layers.FusedLayer.forward
+
+    def twice(self: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        output, residual = right(self, hidden_states, **kwargs)
+        return output, None if residual is None else 2 * residual
+
+    layers.FusedLayer.forward = twice
 
 
 def flip_rope_table(model: Model) -> None:
@@ -187,6 +206,8 @@ def unmark_norms(model: Model) -> None:
     [
         (drop_attention_factor, Layout(), 1),
         (flip_rope_table, Layout(), 1),
+        (start_a_document_at_position_one, Layout(), 1),
+        (add_a_residual_twice, Layout(), 1),
         (leak_a_document, Layout(), 1),
         (unmark_norms, Layout(tensor=2, sequence_parallel=True), 2),
     ],

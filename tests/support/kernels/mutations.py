@@ -343,10 +343,19 @@ MUTATIONS = [
         "test_rms_norm.py -k 'test_rms_norm and triton and float32'",
     ),
     Mutation(
-        "rope: the backward turns forward", "rope.py",
-        "dx, cos, sin, positions, num_rotated_heads, attention_factor, backward=True)",
-        "dx, cos, sin, positions, num_rotated_heads, attention_factor, backward=False)",
+        "rope: the backward turns forward", "rope.py", "s = -s if JOIN else s", "s = s",
         "test_rope.py -k 'test_rope and triton and float32'",
+    ),
+    Mutation(
+        "rope: v is rotated", "rope.py",
+        "BLOCK_REST, False, JOIN)", "BLOCK_REST, True, JOIN)",
+        "test_rope.py -k 'test_rope and triton and float32'",
+    ),
+    Mutation(
+        "linear: main_grad is overwritten", "backend/cpu_gemm.py",
+        "        add_outer(total_NK, a_NM.t().to(total_NK.dtype), b_MK.to(total_NK.dtype))",
+        "        total_NK.zero_()\n        add_outer(total_NK, a_NM.t().to(total_NK.dtype), b_MK.to(total_NK.dtype))",
+        "test_linear.py -k main_grad",
     ),
     Mutation(
         "swiglu: silu's derivative without the gate", "swiglu.py",
