@@ -13,7 +13,7 @@ All rows of a pair share one factor, the derivative by h. It is known when the p
 sorted by sequence and chunks hold whole pairs: the logits are still in memory when the factor is known. A pair too long
 for a chunk is computed in several chunks with factor 1 into a separate dW, which is scaled and added afterwards. That is
 three GEMMs again, plus one pass over V * D numbers (two with nll_weight) for such a pair. Four GEMMs are needed only
-where the host cannot know the pairs' rows (`sequence_M` on a GPU, or context parallel there) and one chunk cannot hold
+where the host does not know the pairs' rows (`sequence_M` on a GPU, without `sequence_rows`) and one chunk cannot hold
 them all.
 
 Deterministic. Bound: compute, 6 * M * V * D FLOPs. Memory: chunk_bytes of logits, dW in fp32 (two or three of them if a
@@ -36,7 +36,7 @@ from phimini.kernels.backend.launch import host_knows
 from phimini.kernels.head.call import HeadCall, LossOptions, LossResult, head_loss
 from phimini.kernels.head.chunked import ChunkedHead, RowGrads
 from phimini.kernels.head.options import HeadKeywords
-from phimini.kernels.head.pairs import PairGroup, plan_pairs
+from phimini.kernels.head.pairs import PairGroup, SequenceRows, plan_pairs
 from phimini.kernels.head.rows import check_head, check_tensor, chunk_slices
 from phimini.kernels.linear_logprob import linear_logprob_reference
 
@@ -135,6 +135,7 @@ class Dpo(LossOptions):
     loss: Literal["dpo", "ipo"]
     length_normalized: bool
     sequence_group: dist.ProcessGroup | None
+    sequence_rows: SequenceRows | None = None
 
     def run(self, call: HeadCall, values: Sequence[Tensor | None]) -> LossResult:
         return _DpoRun(self, call, values).run()
@@ -151,7 +152,9 @@ class _DpoRun:
             self.sequence_group = None
         sequence_M, reference_S, weight_P, nll_scale_P = values
         assert sequence_M is not None and reference_S is not None, "not optional"
-        self.plan = plan_pairs(call, sequence_M, weight_P, len(reference_S), self.sequence_group)
+        self.plan = plan_pairs(
+            call, sequence_M, weight_P, len(reference_S), self.sequence_group, options.sequence_rows
+        )
         self.rows, self.sequence_M = self.plan.rows, self.plan.sequence_M
         self.reference_S = reference_S.to(call.dtype)
         self.weight_P = (
@@ -289,6 +292,18 @@ class _DpoRun:
                 head.backward(chunk, RowGrads(of_row_M[chunk]))
 
 
+def _check_rows(op: str, rows: SequenceRows | None, num_sequences: int, M: int) -> None:
+    if rows is None:
+        return
+    own, most = rows
+    fits = len(own) == len(most) == num_sequences and sum(own) == M
+    if not fits or any(a > b for a, b in zip(own, most, strict=True)):
+        raise ValueError(
+            f"{op}: sequence_rows must be two lists of {num_sequences} numbers, the first of which sum to {M} rows and are at "
+            f"most those of the second, got {len(own)} numbers that sum to {sum(own)}, and {len(most)} that sum to {sum(most)}"
+        )
+
+
 # --- public op -----------------------------------------------------------------------------------
 def linear_dpo(
     hidden_MD: Tensor,
@@ -305,13 +320,16 @@ def linear_dpo(
     pair_weight_P: Tensor | None = None,
     nll_scale_P: Tensor | None = None,
     sequence_group: dist.ProcessGroup | None = None,
+    sequence_rows: SequenceRows | None = None,
     main_grad: Tensor | None = None,
     **head: Unpack[HeadKeywords],
 ) -> tuple[Tensor, DpoMetrics]:
     """Return (sum over pairs of weight * loss, metrics); fp32 scalars (fp64 for fp64 input).
 
     sequence_M (M,) int64: each row's sequence, 2i the chosen and 2i+1 the rejected answer of pair i; rows in any order.
-    Best on the CPU, whatever the device of the others, because the host plans chunks of whole pairs with it.
+    The host plans chunks of whole pairs: from sequence_M on a CPU, or from sequence_rows where sequence_M is on a GPU.
+    sequence_rows: (rows of each sequence among these M, the most rows of it on any rank of sequence_group), ignored rows
+    included.
     reference_logp_S (2P,): the reference model's sums. pair_weight_P (P,): rows of a pair of weight 0 are not computed.
     nll_weight: factor of the mean token nll of the chosen answer, which is added to the loss.
     nll_scale_P (P,): factor of the summed token nll of the chosen answer, instead of 1 / its tokens.
@@ -322,7 +340,9 @@ def linear_dpo(
     """
     options = Dpo(
         beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight, loss=loss,
-        length_normalized=length_normalized, sequence_group=sequence_group, with_entropy=False, **head,
+        length_normalized=length_normalized, sequence_group=sequence_group,
+        sequence_rows=None if sequence_rows is None else (tuple(sequence_rows[0]), tuple(sequence_rows[1])),
+        with_entropy=False, **head,
     )  # fmt: skip
     op = options.op
     check_head(options, hidden_MD, weight_VD, targets_M, main_grad=main_grad)
@@ -338,6 +358,7 @@ def linear_dpo(
         raise ValueError(
             f"{op}: reference_logp_S must be (2P,), one per sequence, got {tuple(reference_logp_S.shape)}"
         )
+    _check_rows(op, sequence_rows, len(reference_logp_S), len(targets_M))
     for name, value_P in (("pair_weight_P", pair_weight_P), ("nll_scale_P", nll_scale_P)):
         num_pairs = reference_logp_S.shape[0] // 2
         if value_P is not None:

@@ -167,14 +167,15 @@ def _add_fwd(
     return y, h_MD.view(x.shape), rstd_M
 
 
-def _bwd(
+def _launch_bwd(
     dy: Tensor, dh_out: Tensor | None, h: Tensor, weight: Tensor, rstd_M: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Return dh and, in fp32, dw."""
     D, h_MD, dy_MD = h.shape[-1], _rows(h), _rows(dy)
     M = h_MD.shape[0]
     dh_MD = torch.empty(M, D, dtype=h.dtype, device=h.device)
     if M == 0:
-        return dh_MD.view(h.shape), torch.zeros_like(weight)
+        return dh_MD.view(h.shape), torch.zeros_like(weight, dtype=torch.float32)
     dh_out_MD = dy_MD if dh_out is None else _rows(dh_out)
     config = launch_config(D)
     num_programs = _num_programs(M, config["ROWS"], h.device, _BWD_PROGRAMS_PER_SM)
@@ -185,7 +186,14 @@ def _bwd(
         M, D,
         HAS_DH_OUT=dh_out is not None, **config,
     )  # fmt: skip
-    return dh_MD.view(h.shape), dw_partial_PD.sum(0).to(weight.dtype)
+    return dh_MD.view(h.shape), dw_partial_PD.sum(0)
+
+
+def _bwd(
+    dy: Tensor, dh_out: Tensor | None, h: Tensor, weight: Tensor, rstd_M: Tensor
+) -> tuple[Tensor, Tensor]:
+    dh, dw = _launch_bwd(dy, dh_out, h, weight, rstd_M)
+    return dh, dw.to(weight.dtype)
 
 
 # What torch.compile sees. Eager calls the functions above: the dispatch of a custom op takes longer than their launch.
@@ -241,7 +249,10 @@ class _RmsNorm(torch.autograd.Function):
     """The kernels outside torch.compile, with the residual add where there is a residual."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
+    def forward(
+        ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, main_grad: Tensor | None
+    ):  # fmt: skip
+        ctx.added_to = None if main_grad is None else (weight, main_grad)
         y, h_MD, rstd_M = _launch_fwd(x, residual, weight, eps)
         ctx.set_materialize_grads(False)
         if residual is None:
@@ -256,8 +267,15 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor | None, dh_out: Tensor | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
         dh, dw = dh_out, None
         if dy is not None:
-            dh, dw = _bwd(dy, dh_out, *ctx.saved_tensors)
-        return dh, dh if ctx.needs_input_grad[1] else None, dw, None
+            dh, dw = _launch_bwd(dy, dh_out, *ctx.saved_tensors)
+            if ctx.added_to is None:
+                dw = dw.to(ctx.saved_tensors[1].dtype)
+            else:
+                parameter, main_grad = ctx.added_to
+                main_grad.add_(dw)
+                parameter.grad_added_to_main_grad = True
+                dw = torch.empty_like(parameter)
+        return dh, dh if ctx.needs_input_grad[1] else None, dw, None, None
 
 
 class _TorchRmsNorm(torch.autograd.Function):
@@ -286,10 +304,16 @@ class _TorchRmsNorm(torch.autograd.Function):
 
 # --- public op -----------------------------------------------------------------------------------
 def rms_norm(
-    x: Tensor, weight: Tensor, *, eps: float = 1e-5, _backend: Backend | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    main_grad: Tensor | None = None,
+    _backend: Backend | None = None,
 ) -> Tensor:
     """Return x * rstd * weight, (..., D), (D,) -> (..., D) in x's dtype; statistics in fp32.
 
+    main_grad (D,), fp32, with the kernels only: backward adds dw to it by the protocol that `linear` describes.
     Raises ValueError where the shapes do not fit or D is larger than 16,384.
     """
     _check("rms_norm", x, weight, eps)
@@ -297,7 +321,7 @@ def rms_norm(
         return _TorchRmsNorm.apply(x, weight, eps)
     if torch.compiler.is_compiling():
         return _fwd_op(x, weight, eps)[0]
-    return _RmsNorm.apply(x, None, weight, eps)
+    return _RmsNorm.apply(x, None, weight, eps, main_grad)
 
 
 def rms_norm_add(
@@ -306,9 +330,10 @@ def rms_norm_add(
     weight: Tensor,
     *,
     eps: float = 1e-5,
+    main_grad: Tensor | None = None,
     _backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (y, h), (..., D) each: h = x + residual, y = rms_norm(h); weight (D,).
+    """Return (y, h), (..., D) each: h = x + residual, y = rms_norm(h); weight (D,); main_grad as in `rms_norm`.
 
     Raises ValueError where the shapes or the dtypes do not fit.
     """
@@ -322,7 +347,7 @@ def rms_norm_add(
     if torch.compiler.is_compiling():
         y, h, _rstd_M = _add_fwd_op(x, residual, weight, eps)
         return y, h
-    return _RmsNorm.apply(x, residual, weight, eps)
+    return _RmsNorm.apply(x, residual, weight, eps, main_grad)
 
 
 def _check(op: str, x: Tensor, weight: Tensor, eps: float) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from phimini.parallel.ranks.world import World
 from phimini.parallel.training.batch import PackedBatch, check_same_data, pack
-from phimini.parallel.training.step import forward_backward
+from phimini.parallel.training.step import start_step
 from phimini.stages.config.schema import MidtrainConfig, RunConfig
 from phimini.stages.data.packing import (
     EpochSampler,
@@ -23,6 +23,7 @@ from phimini.stages.data.packing import (
 )
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import (
+    Ahead,
     check_examples,
     cross_entropy_head,
     load_model,
@@ -71,15 +72,22 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
         "packing_efficiency": sum(map(len, examples)) / (len(rows) * limit),
         "epochs": steps * config.rows_per_step / len(rows),
     }
+
+    def of_step(index: int) -> tuple[list[PackedBatch], list[list[int]]]:
+        """Return this rank's micro-batches, and the digests of the whole step."""
+        some = [[examples[i] for i in rows[r]] for r in sampler.batch(index)]
+        return batches(some), [[example.digest() for example in row] for row in some]
+
+    ahead = Ahead(of_step, steps)
     state = {"best_validation_loss": None, "validations_since_best": 0}
     with training_steps(stage, model, optimizer, tokenizer, steps, config.checkpoint_every, state, summary) as remaining:  # fmt: skip
         for step in remaining:
             optimizer.zero_grad()
-            some = [[examples[i] for i in rows[r]] for r in sampler.batch(step.index)]
-            microbatches = batches(some)
-            digests = [[example.digest() for example in row] for row in some]
+            microbatches, digests = ahead.take(step.index)
             check_same_data(world, step.name, digests, microbatches)
-            metrics = forward_backward(model, microbatches, cross_entropy_head)
+            running = start_step(model, microbatches, cross_entropy_head)
+            ahead.prepare(step.index + 1)
+            metrics = running.metrics()
             step.row = update_row(metrics, optimizer.step(), int(metrics.count))
             if (step.index + 1) % config.validate_every == 0 or step.is_last:
                 step.row["validation_loss"] = validation_loss(model, validation, world)

@@ -29,7 +29,7 @@ from phimini.parallel.megatron.layers import main_grad_of
 from phimini.parallel.ranks.timing import phase
 from phimini.parallel.ranks.world import World, on_main
 from phimini.parallel.training.batch import Document, PackedBatch, check_same_data, pack
-from phimini.parallel.training.step import StepMetrics, forward_backward, forward_only
+from phimini.parallel.training.step import StepMetrics, forward_only, start_step
 from phimini.stages.config.schema import RolloutDpoConfig, RunConfig
 from phimini.stages.curate import distinct
 from phimini.stages.data.packing import (
@@ -48,6 +48,7 @@ from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import release_memory
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import (
+    Ahead,
     fp8_of,
     load_model,
     means,
@@ -112,14 +113,21 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
         make = lambda part: pair_batch([pairs[i] for i in part], reference[part], world, nll_scale)
         return micro_batches(indices, costs, config.micro_pairs, world, make)
 
+    def of_step(index: int) -> tuple[list[int], list[PackedBatch]]:
+        """Return the step's pairs, and this rank's micro-batches of them."""
+        indices = sampler.batch(index)
+        return indices, batches(indices)
+
+    ahead = Ahead(of_step, steps)
     summary = lambda _: {"pairs": len(pairs), "pairs_from": config.pairs}
     with training_steps(stage, model, optimizer, tokenizer, steps, config.checkpoint_every, {}, summary) as remaining:  # fmt: skip
         for step in remaining:
             optimizer.zero_grad()
-            indices = sampler.batch(step.index)
-            microbatches = batches(indices)
+            indices, microbatches = ahead.take(step.index)
             check_same_data(world, step.name, [pairs[i].digest() for i in indices], microbatches)
-            metrics = forward_backward(model, microbatches, head)
+            running = start_step(model, microbatches, head)
+            ahead.prepare(step.index + 1)
+            metrics = running.metrics()
             if step.index == 0:
                 check_first_step(metrics, config, exact=logps_are_exact(run, model))
             num_tokens = sum(sum(pairs[i].lengths) for i in indices)
@@ -292,6 +300,16 @@ def sequences_of(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
     return batch.fields["sequence"], reference_N[:end], weight_N[:end:2]
 
 
+def rows_of_sequences(batch: PackedBatch, number: int) -> tuple[list[int], list[int]]:
+    """Return the positions of each of `number` sequences on this rank, and the most on any context rank, for the host.
+
+    The padding document's positions have the field 0: they count for sequence 0.
+    """
+    own, most = batch.document_rows
+    own, most = ([n[0] + sum(n[number:]), *n[1:number]] for n in (own, most))
+    return own, most
+
+
 def reference_logps(
     model: Model, pairs: list[Pair], config: RolloutDpoConfig, world: World
 ) -> Tensor:
@@ -340,6 +358,7 @@ def dpo_head(config: RolloutDpoConfig):
             nll_scale_P=None if nll_scale_N is None else nll_scale_N[: len(reference_S) : 2],
             group=group,
             sequence_group=batch.context_group,
+            sequence_rows=rows_of_sequences(batch, len(reference_S)),
             main_grad=main_grad_of(weight_VD),
         )
         sums = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from phimini.parallel.ranks.world import World
 from phimini.parallel.training.batch import PackedBatch, check_same_data, pack
-from phimini.parallel.training.step import forward_backward
+from phimini.parallel.training.step import start_step
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.packing import (
     EpochSampler,
@@ -22,6 +22,7 @@ from phimini.stages.data.packing import (
 )
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import (
+    Ahead,
     check_examples,
     cross_entropy_head,
     load_model,
@@ -70,6 +71,12 @@ def fine_tune(
         make = lambda part: pack(documents(part), multiple_of=world.layout.token_multiple)
         return micro_batches(some, costs, config.micro_examples, world, make)
 
+    def of_step(index: int) -> tuple[list[PackedBatch], list[int]]:
+        """Return this rank's micro-batches, and the digests of the whole step."""
+        some = [examples[i] for i in sampler.batch(index)]
+        return batches(some), [example.digest() for example in some]
+
+    ahead = Ahead(of_step, steps)
     validation = batches(held_out)
     summary = lambda steps: {
         "examples": len(examples),
@@ -78,10 +85,11 @@ def fine_tune(
     with training_steps(stage, model, optimizer, tokenizer, steps, config.checkpoint_every, {}, summary) as remaining:  # fmt: skip
         for step in remaining:
             optimizer.zero_grad()
-            some = [examples[i] for i in sampler.batch(step.index)]
-            microbatches = batches(some)
-            check_same_data(world, step.name, [e.digest() for e in some], microbatches)
-            metrics = forward_backward(model, microbatches, cross_entropy_head)
+            microbatches, digests = ahead.take(step.index)
+            check_same_data(world, step.name, digests, microbatches)
+            running = start_step(model, microbatches, cross_entropy_head)
+            ahead.prepare(step.index + 1)
+            metrics = running.metrics()
             step.row = update_row(metrics, optimizer.step(), int(metrics.count))
             if (step.index + 1) % config.validate_every == 0 or step.is_last:
                 step.row["validation_loss"] = validation_loss(model, validation, world)

@@ -156,7 +156,8 @@ class ChunkedHead:
         if self.group is not None:
             merged = _merge_ranks(local, self.weight_VD.shape[0], self.group)
         # fp64 for these few numbers: in fp32 a log-prob of -10 is off by up to 5e-7, a ratio of two by 1e-6.
-        self.local_max_M, self.max_M = local.max_M.double(), merged.max_M.double()
+        self.max_M = merged.max_M.double()
+        self.local_max_M = self.max_M if merged is local else local.max_M.double()
         self.log_sum_M = merged.sum_M.double().log()
         target_M = merged.target_logit_M.double() - self.max_M
         self.logp_M = target_M - self.log_sum_M
@@ -174,13 +175,16 @@ class ChunkedHead:
 
     def backward(self, rows: slice, grads: RowGrads) -> None:
         """Compute dX and dW of the chunk of the latest `forward`, once: its logits are overwritten."""
-        below_M = self.local_max_M - self.max_M
-        shift_M = None
+        shift_M, scale_M = None, -self.log_sum_M
         if grads.entropy_M is not None:
             assert self.mean_shift_M is not None, "an entropy gradient needs entropy_gradient=True"
-            shift_M = below_M - self.mean_shift_M
+            shift_M = -self.mean_shift_M
+        if self.local_max_M is not self.max_M:  # other ranks have larger logits
+            below_M = self.local_max_M - self.max_M
+            scale_M = scale_M + below_M
+            shift_M = None if shift_M is None else shift_M + below_M
         # A rank whose classes all have tiny probabilities would underflow to 0 here; below e^-60 it does not matter.
-        scale_M = (below_M - self.log_sum_M).clamp_min(-60).exp()
+        scale_M = scale_M.clamp_min(-60).exp()
         softmax_M = -grads.logp_M if grads.lse_M is None else grads.lse_M - grads.logp_M
         dz = LogitGrads(
             scale_M=scale_M.to(self.dtype),

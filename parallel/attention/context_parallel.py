@@ -95,10 +95,8 @@ class Block:
     """queries of each part, for a kernel that is called once per part"""
 
 
-def blocks_of_hop(
-    cuts: list[int], rank: int, source: int, size: int, device: torch.device
-) -> tuple[Block, ...]:
-    """Return the blocks that `rank` computes while it holds the keys of rank `source`.
+def blocks_of_hop(cuts: list[int], rank: int, source: int, size: int) -> tuple[Block, ...]:
+    """Return, with tensors on the CPU, the blocks that `rank` computes while it holds the keys of rank `source`.
 
     `cuts` are the documents' boundaries, from 0 to T. Chunks of `source` that lie after a query's chunk are left out,
     and so are keys of other documents. Two different chunks share at most one document, which runs from the earlier
@@ -109,7 +107,7 @@ def blocks_of_hop(
     blocks = []
     if rank == source:
         lengths = [p.query_end - p.query_begin for p in pieces_of_rank(cuts, rank, size)]
-        blocks.append(_block((0, 2 * chunk), (0, 2 * chunk), lengths, lengths, True, device))
+        blocks.append(_block((0, 2 * chunk), (0, 2 * chunk), lengths, lengths, True))
     queries, keys = [], []
     for i, (query_begin, query_end) in enumerate(spans_of_rank(cuts[-1], rank, size)):
         a, b = next(
@@ -122,17 +120,16 @@ def blocks_of_hop(
     if queries:
         rows, columns = (min(queries), max(queries)), (min(keys), max(keys))
         sides = [rows[1] - rows[0]], [columns[1] - columns[0]]
-        blocks.append(_block(rows, columns, *sides, False, device))
+        blocks.append(_block(rows, columns, *sides, False))
     return tuple(blocks)
 
 
 def _block(
     rows: tuple[int, int], columns: tuple[int, int], query_lengths: list[int], key_lengths: list[int],
-    causal: bool, device: torch.device,
+    causal: bool,
 ) -> Block:  # fmt: skip
     query_cuts, key_cuts = (
-        torch.tensor([0, *accumulate(n)], dtype=torch.int32).to(device, non_blocking=True)
-        for n in (query_lengths, key_lengths)
+        torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (query_lengths, key_lengths)
     )
     return Block(
         *rows, *columns, query_cuts, key_cuts, max(query_lengths), max(key_lengths), causal,

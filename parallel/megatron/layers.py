@@ -48,8 +48,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """Return the norm of x or, with a residual, (norm of the sum, the sum)."""
         if residual is None:
-            return rms_norm(x, self.weight, eps=self.eps)
-        return rms_norm_add(x, residual, self.weight, eps=self.eps)
+            return rms_norm(x, self.weight, eps=self.eps, main_grad=main_grad_of(self.weight))
+        return rms_norm_add(
+            x, residual, self.weight, eps=self.eps, main_grad=main_grad_of(self.weight)
+        )
 
 
 class NoNorm(nn.Module):

@@ -1,4 +1,4 @@
 """One optimizer step: batch, pipeline schedule, loss, gradients, update and checks for non-finite values.
 
-May import: model, parallel/attention, parallel/megatron, parallel/ranks.
+May import: kernels/backend, model, parallel/attention, parallel/megatron, parallel/ranks.
 """

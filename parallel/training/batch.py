@@ -69,6 +69,8 @@ class PackedBatch:
     cu_seqlens, lengths and the document fields still describe whole documents"""
     context_group: dist.ProcessGroup | None = None
     """the ranks that hold the other tokens; None without context parallelism"""
+    rows_by_rank: tuple[tuple[int, ...], ...] = ()
+    """under context parallelism, the tokens of each document on each context rank"""
 
     @property
     def num_tokens(self) -> int:
@@ -85,11 +87,21 @@ class PackedBatch:
         return [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
     @property
+    def document_rows(self) -> tuple[list[int], list[int]]:
+        """Return for each document its tokens among these T, and the most that any context rank has."""
+        if self.context_group is None:
+            return self.lengths, self.lengths
+        most = [max(counts) for counts in zip(*self.rows_by_rank, strict=True)]
+        return list(self.rows_by_rank[self.context_group.rank()]), most
+
+    @property
     def document_ids_T(self) -> Tensor:
-        """Return the document index of each token, (T,) int64, on the tokens' device."""
+        """Return the document index of each token, (T,) int64, on the tokens' device; kept in the field `document`."""
+        if "document" in self.fields:
+            return self.fields["document"]
         lengths = self.cu_seqlens.diff().to(torch.int64)
         ids = torch.repeat_interleave(torch.arange(self.num_documents), lengths)
-        return (ids if self.rows is None else ids[self.rows]).to(self.tokens_T.device)
+        return ids if self.rows is None else ids[self.rows]
 
     def share_of_rank(self, x: Tensor) -> Tensor:
         """Divide by the number of context ranks a value that every rank computes in full.
@@ -101,7 +113,9 @@ class PackedBatch:
             return x
         return x + (x / self.context_group.size() - x).detach()
 
-    def take(self, rows: Tensor, context_group: dist.ProcessGroup) -> "PackedBatch":
+    def take(
+        self, rows: Tensor, context_group: dist.ProcessGroup, rows_by_rank: tuple[tuple[int, ...], ...]
+    ) -> "PackedBatch":  # fmt: skip
         """Return the tokens `rows` of this whole micro-batch, for the context rank that holds them."""
         assert self.rows is None, "already a part of a micro-batch"
         return replace(
@@ -111,20 +125,7 @@ class PackedBatch:
             fields={k: v[rows] for k, v in self.fields.items()},
             rows=rows,
             context_group=context_group,
-        )
-
-    def to(self, device: torch.device) -> "PackedBatch":
-        """Move tokens, targets and fields to `device`; cu_seqlens and rows stay on the CPU."""
-        if self.tokens_T.device == device:
-            return self
-        return replace(
-            self,
-            tokens_T=self.tokens_T.to(device, non_blocking=True),
-            targets_T=self.targets_T.to(device, non_blocking=True),
-            fields={k: v.to(device, non_blocking=True) for k, v in self.fields.items()},
-            document_fields={
-                k: v.to(device, non_blocking=True) for k, v in self.document_fields.items()
-            },
+            rows_by_rank=rows_by_rank,
         )
 
 

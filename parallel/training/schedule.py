@@ -4,7 +4,7 @@ M tokens of a micro-batch, T padded tokens that this rank holds, D model width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from phimini.parallel.attention.context_parallel import spans_of_rank
-from phimini.parallel.attention.core import PackedDocuments, packed_documents
+from phimini.parallel.attention.core import PackedDocuments, packed_documents, rope_tables
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.ranks.timing import phase
 from phimini.parallel.training.batch import IGNORE, PackedBatch
+from phimini.parallel.training.transfer import to_device
 
 
 @dataclass(slots=True)
@@ -141,20 +142,37 @@ def _prepare(model: Model, batch: PackedBatch, longest: int) -> Prepared:
     group = world.context_group if world.layout.context > 1 else None
     head_rows: Tensor | slice = slice(batch.num_tokens)
     if group is not None:
-        spans = spans_of_rank(total, group.rank(), group.size())
+        size = group.size()
+        spans = spans_of_rank(total, group.rank(), size)
         tokens_T = torch.cat([tokens_T[a:b] for a, b in spans])
         real = [(a, max(a, min(b, batch.num_tokens))) for a, b in spans]
-        chunk = total // (2 * group.size())
+        chunk = total // (2 * size)
         head_rows = torch.cat([i * chunk + torch.arange(b - a) for i, (a, b) in enumerate(real)])
-        head_rows = head_rows.to(world.device)
-        batch = batch.take(torch.cat([torch.arange(a, b) for a, b in real]), group)
-    return Prepared(
-        batch=batch.to(world.device),
+        by_rank = tuple(
+            _rows_of_documents(batch.cu_seqlens.tolist(), spans_of_rank(total, rank, size))
+            for rank in range(size)
+        )
+        batch = batch.take(torch.cat([torch.arange(a, b) for a, b in real]), group, by_rank)
+    prepared = Prepared(
+        batch=replace(batch, fields=batch.fields | {"document": batch.document_ids_T}),
         head_rows=head_rows,
-        input_ids_1T=tokens_T[None].to(world.device, non_blocking=True),
+        input_ids_1T=tokens_T[None],
         documents=packed_documents(
-            cu_seqlens, model.config, world.device, group, world.layout.uses_ring(world.device.type)
+            cu_seqlens, model.config, group, world.layout.uses_ring(world.device.type)
         ),
+    )
+    prepared = to_device(prepared, world.device)
+    prepared.documents.rope_tables = rope_tables(
+        model.config, prepared.documents.max_seqlen_q, world.device
+    )
+    return prepared
+
+
+def _rows_of_documents(cuts: list[int], spans: list[tuple[int, int]]) -> tuple[int, ...]:
+    """Return the tokens of each document within `spans`."""
+    return tuple(
+        sum(max(0, min(end, last) - max(begin, first)) for first, last in spans)
+        for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
     )
 
 

@@ -60,12 +60,41 @@ class StepMetrics:
         return self.loss_sum / self.count
 
 
-def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: Head) -> StepMetrics:
-    """Accumulate gradients: d(sum of loss_sum over micro-batches and data ranks) / (global sum of count).
+class RunningStep:
+    """A step whose forward and backward are launched. On a GPU they run on, and the host is free until `metrics`."""
 
-    Every rank of a replica (same data_rank) must pass the same micro-batches. Replicas pass different ones, equal in
-    number. Afterwards the gradients are reduced, scaled and ready for `Optimizer.step`.
-    Raises NonFiniteError on every rank if any micro-batch's loss is not finite, and ValueError if count is 0.
+    def __init__(
+        self, model: Model, microbatches: Sequence[PackedBatch], collected: list[_HeadResult], sums: Tensor
+    ) -> None:  # fmt: skip
+        self._model, self._microbatches = model, microbatches
+        self._collected, self._sums = collected, sums
+
+    def metrics(self) -> StepMetrics:
+        """Wait for the step and return its sums. Collective; before the optimizer's update.
+
+        Raises NonFiniteError on every rank if any micro-batch's loss is not finite, and ValueError if the count is 0.
+        """
+        model, collected = self._model, self._collected
+        names = sorted(collected[0][2]) if collected else []
+        with phase("communication"):
+            names, (count, *sums) = from_last_stage(model, (names, self._sums.tolist()))
+        result = StepMetrics(
+            loss_sum=sums[0], count=count, metrics=dict(zip(names, sums[1:], strict=True))
+        )
+        if not math.isfinite(result.loss_sum):
+            raise_for_loss(model, self._microbatches, [loss for loss, _, _ in collected])
+        if result.count <= 0:
+            raise ValueError(
+                f"step {model.num_updates}: nothing to train on: the heads' counts sum to {result.count} over "
+                f"{len(self._microbatches)} micro-batches and {model.world.data_size} data ranks"
+            )
+        return result
+
+
+def start_step(model: Model, microbatches: Sequence[PackedBatch], head: Head) -> RunningStep:
+    """Launch forward and backward of a step, whose gradients are reduced and scaled as `forward_backward` says.
+
+    Nothing between the first launch and `metrics` waits for a GPU.
     """
     collected: list[_HeadResult] = []
 
@@ -80,26 +109,32 @@ def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: He
     count = torch.zeros((), dtype=torch.float64, device=model.world.device)
 
     def finalize(chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
-        # Megatron counts tokens in int32; `count` may be any number, e.g. of documents or weights.
+        # Megatron counts tokens in int32, and asks the host whether there are any; `count` may be any number, e.g. of
+        # documents or weights, and stays on the GPU. A count of 0 is refused before the update.
         with phase("communication"):
             for _, c, _ in collected:
                 count.add_(c.to(count))
-            finalize_model_grads(chunks, count, **kwargs)
+            finalize_model_grads(chunks, None, **kwargs)
+            _sum_over_replicas(model, count)
+            for chunk in chunks:
+                chunk.scale_gradients(1.0 / count)
 
     model.transformer_config.finalize_model_grads_func = finalize
     model.latest_step = microbatches, loss
     with phase("backward"):  # without the phases inside it
         run_schedule(model, microbatches, loss, forward_only=False)
     _count_work(model, microbatches)
-    result = _reduce(model, collected, count)
-    if not math.isfinite(result.loss_sum):
-        raise_for_loss(model, microbatches, [loss for loss, _, _ in collected])
-    if result.count <= 0:
-        raise ValueError(
-            f"step {model.num_updates}: nothing to train on: the heads' counts sum to {result.count} over "
-            f"{len(microbatches)} micro-batches and {model.world.data_size} data ranks"
-        )
-    return result
+    return RunningStep(model, microbatches, collected, _summed(model, collected, count))
+
+
+def forward_backward(model: Model, microbatches: Sequence[PackedBatch], head: Head) -> StepMetrics:
+    """Accumulate gradients: d(sum of loss_sum over micro-batches and data ranks) / (global sum of count).
+
+    Every rank of a replica (same data_rank) must pass the same micro-batches. Replicas pass different ones, equal in
+    number. Afterwards the gradients are reduced, scaled and ready for `Optimizer.step`.
+    Raises as `RunningStep.metrics`.
+    """
+    return start_step(model, microbatches, head).metrics()
 
 
 @torch.no_grad()
@@ -177,21 +212,28 @@ def _over_context_ranks(
     return [merge(i, [part[i] for _, part in parts]) for i in range(len(results))]
 
 
-@phase("communication")
-def _reduce(model: Model, collected: list[_HeadResult], count: Tensor) -> StepMetrics:
-    """Sum over micro-batches and data ranks, then broadcast to the earlier pipeline stages."""
+def _sum_over_replicas(model: Model, count: Tensor) -> None:
+    """Sum the last stage's count over the data and context ranks, in place, on every rank."""
     world = model.world
-    names: list[str] = sorted(collected[0][2]) if collected else []
-    sums: list[float] = []
-    if collected:
-        columns = [[loss for loss, _, _ in collected]]
-        columns += [[metrics[name] for _, _, metrics in collected] for name in names]
-        total = torch.stack([torch.stack([v.double() for v in column]).sum() for column in columns])
-        if world.data_context_group.size() > 1:
-            dist.all_reduce(total, group=world.data_context_group)
-        sums = total.tolist()
-    names, sums = from_last_stage(model, (names, sums))
-    # finalize_model_grads has summed `count` over all ranks already.
-    return StepMetrics(
-        loss_sum=sums[0], count=count.item(), metrics=dict(zip(names, sums[1:], strict=True))
-    )
+    if world.layout.pipeline > 1:
+        group = world.pipeline_group
+        dist.broadcast(count, src=dist.get_global_rank(group, group.size() - 1), group=group)
+    if world.data_context_group.size() > 1:
+        dist.all_reduce(count, group=world.data_context_group)
+
+
+@phase("communication")
+def _summed(model: Model, collected: list[_HeadResult], count: Tensor) -> Tensor:
+    """Return count, loss and metrics, in the order of their names, summed over micro-batches and data ranks.
+
+    On earlier pipeline stages only the count.
+    """
+    if not collected:
+        return count[None]
+    names = sorted(collected[0][2])
+    columns = [[loss for loss, _, _ in collected]]
+    columns += [[metrics[name] for _, _, metrics in collected] for name in names]
+    total = torch.stack([torch.stack([v.double() for v in column]).sum() for column in columns])
+    if model.world.data_context_group.size() > 1:
+        dist.all_reduce(total, group=model.world.data_context_group)
+    return torch.cat([count[None], total])

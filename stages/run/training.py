@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,7 @@ from phimini.stages.run.outputs import METRICS
 from phimini.stages.run.stage_folder import Interrupt, Stage, Stopped
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 def read_examples(
@@ -233,6 +234,29 @@ class Step:
     """no step follows; the loop may set it to end early"""
     row: Row = field(default_factory=dict)
     """the step's metrics, with `tokens`; logged after the step"""
+
+
+class Ahead(Generic[T]):
+    """Batches of a stage's steps, each made while the step before it runs on the GPU."""
+
+    def __init__(self, make: Callable[[int], T], steps: int) -> None:
+        """make: a function of the step's index alone. steps: their number."""
+        self._make, self._steps = make, steps
+        self._made: dict[int, T] = {}
+
+    def prepare(self, index: int) -> None:
+        """Make the batch of step `index`, if there is such a step."""
+        if index < self._steps:
+            self._made = {index: self._make(index)}
+
+    def take(self, index: int) -> T:
+        """Return the batch of step `index`, made now unless it was prepared. Raises AssertionError for another's."""
+        if not self._made:
+            self.prepare(index)
+        assert list(self._made) == [index], (
+            f"step {index} would train on the batch of {list(self._made)}"
+        )
+        return self._made.pop(index)
 
 
 @contextmanager

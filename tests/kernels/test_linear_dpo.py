@@ -303,3 +303,12 @@ def test_bad_input_is_named(changes: dict, message: str) -> None:
     hidden, weight, arguments = dpo_inputs([5, 4], 12, 50, {})
     with pytest.raises(ValueError, match=f"linear_dpo: .*{message}"):
         linear_dpo(hidden, weight, **arguments | changes)
+
+
+def test_rows_of_sequences_that_do_not_fit_are_refused() -> None:
+    x, w, targets = torch.randn(6, 4), torch.randn(9, 4), torch.arange(6)
+    sequence_M, reference_S = torch.tensor([0, 0, 1, 2, 3, 3]), torch.zeros(4)
+    right = [2, 1, 1, 2]
+    for rows in (([2, 1, 1], right), ([3, 1, 1, 2], [3, 1, 1, 2]), (right, [1, 1, 1, 2])):
+        with pytest.raises(ValueError, match="linear_dpo: sequence_rows must be two lists of 4"):
+            linear_dpo(x, w, targets, sequence_M, reference_S, sequence_rows=rows)

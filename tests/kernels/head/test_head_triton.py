@@ -24,6 +24,8 @@ from phimini.kernels import (
     linear_policy_loss_reference,
 )
 from phimini.kernels.head import block_sizes, call, deferred_checks, triton_backend
+from phimini.kernels.head import pairs as head_pairs
+from phimini.kernels.linear_dpo import _DpoRun
 
 Loss = Callable[..., tuple[Tensor, Any]]
 # rows: below and above one block of 128; classes: whole tiles of 256, a part of one, one; width: not of BLOCK_K = 64
@@ -256,6 +258,31 @@ def test_pairs_longer_than_a_chunk(lengths: list[int], nll_weight: float) -> Non
         weight,
     )
     assert_same(got, want, 1e-5)
+
+
+def test_a_gpu_s_pairs_are_planned_from_their_numbers_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, where the host cannot read sequence_M: three products, no second pass, and the same loss."""
+    lengths = [3, 5, 20, 9, 1, 2, 4, 4]
+    sequence_M = torch.repeat_interleave(torch.arange(8), torch.tensor(lengths))
+    hidden, weight, targets = make_head(len(sequence_M), 8, 300)
+    results = []
+    for rows in (None, (lengths, [n + 2 for n in lengths])):
+        if rows is not None:
+            monkeypatch.setattr(head_pairs, "host_knows", lambda _: False)
+        monkeypatch.setattr(_DpoRun, "_twice", lambda *_: pytest.fail("logits are computed twice"))
+        results.append(
+            value_and_grads(
+                lambda x, w, rows=rows: linear_dpo(
+                    x, w, targets, sequence_M, torch.linspace(-99, -30, 8), sequence_rows=rows,
+                    chunk_bytes=16 * 4 * 300, _backend="triton",
+                ),
+                hidden,
+                weight,
+            )
+        )  # fmt: skip
+    assert_same(results[1], results[0], 1e-6)
 
 
 def test_a_hint_of_the_number_of_rows_shortens_the_gemms() -> None:

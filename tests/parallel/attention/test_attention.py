@@ -17,6 +17,7 @@ from phimini.model.rope import apply_rope, rope_at
 from phimini.parallel.attention import core as attention
 from phimini.parallel.attention.context_parallel import rows_of_rank
 from phimini.parallel.attention.core import PackedDocuments, packed_documents, rotate_and_attend
+from phimini.parallel.training.transfer import to_device
 
 CONFIG = dataclasses.replace(preset("tiny"), num_heads=6, num_kv_heads=2)
 LENGTHS = {
@@ -31,7 +32,11 @@ LENGTHS = {
 
 def documents_of(lengths: list[int], config: ModelConfig = CONFIG) -> PackedDocuments:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return packed_documents(cu_seqlens, config, torch.device(DEVICE))
+    documents = to_device(packed_documents(cu_seqlens, config), torch.device(DEVICE))
+    documents.rope_tables = attention.rope_tables(
+        config, documents.max_seqlen_q, torch.device(DEVICE)
+    )
+    return documents
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: PackedDocuments, scale: float) -> Tensor:
@@ -161,7 +166,6 @@ def test_pieces_and_cuda_arguments_give_the_whole_attention(
         documents = packed_documents(
             cu_seqlens,
             CONFIG,
-            torch.device("cpu"),
             group if size > 1 else None,  # pyright: ignore[reportArgumentType]
         )
         rows = rows_of_rank(96, rank, size)

@@ -26,6 +26,7 @@ from phimini.kernels.backend import launch
 from phimini.parallel.attention import blocks as attention_blocks
 from phimini.parallel.attention.blocks import CPU, FLASH_ATTN, TORCH_FLASH, BlockKernel, kernel_for
 from phimini.parallel.attention.context_parallel import Block, _block
+from phimini.parallel.training.transfer import mapped, to_device
 
 BLOCKS = {
     "causal": ([3, 1, 9, 1, 2], None),
@@ -39,7 +40,7 @@ BLOCKS = {
 def block_of(name: str) -> Block:
     queries, keys = BLOCKS[name]
     sides = (0, sum(queries)), (0, sum(keys or queries))
-    return _block(*sides, queries, keys or queries, keys is None, torch.device(DEVICE))
+    return to_device(_block(*sides, queries, keys or queries, keys is None), torch.device(DEVICE))
 
 
 def inputs_of(block: Block, dtype: torch.dtype, head_dim: int = 32) -> list[Tensor]:
@@ -95,7 +96,7 @@ def test_flash_attn_gets_what_its_source_asks_for(name: str, flash_attn: None) -
 
 def test_torch_s_flash_kernel_takes_our_arguments() -> None:
     """Schema and shapes on the meta device, because the kernel exists only in CUDA builds."""
-    block = _block((0, 5), (0, 7), [5], [7], False, torch.device("meta"))
+    block = mapped(lambda x: x.to("meta"), _block((0, 5), (0, 7), [5], [7], False))
     q, k, v = (torch.empty(n, h, 32, device="meta", dtype=torch.bfloat16) for n, h in ((5, 6), (7, 2), (7, 2)))  # fmt: skip
     out, lse = TORCH_FLASH.forward(q, k, v, block, SCALE)
     assert out.shape == q.shape and lse.shape == (6, 5) and lse.dtype == torch.float32

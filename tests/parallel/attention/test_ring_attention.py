@@ -30,7 +30,7 @@ from phimini.parallel.attention import ring as ring_attention
 from phimini.parallel.attention.blocks import CPU as CPU_KERNEL
 from phimini.parallel.attention.blocks import FLASH_ATTN
 from phimini.parallel.attention.context_parallel import blocks_of_hop, rows_of_rank
-from phimini.parallel.attention.core import packed_documents, rotate_and_attend
+from phimini.parallel.attention.core import packed_documents, rope_tables, rotate_and_attend
 from phimini.parallel.megatron.builder import build_model
 from phimini.parallel.megatron.hf_weights import gradients_to_hf
 from phimini.parallel.ranks.layout import Layout
@@ -69,7 +69,7 @@ def test_the_blocks_are_every_key_that_a_query_sees_once(size: int) -> None:
         for rank in range(size):
             for source in range(size):
                 rows, columns = rows_of_rank(48, rank, size), rows_of_rank(48, source, size)
-                blocks = blocks_of_hop(cuts.tolist(), rank, source, size, CPU)
+                blocks = blocks_of_hop(cuts.tolist(), rank, source, size)
                 assert len(blocks) <= 1 + (rank == source)
                 for b in blocks:
                     queries, keys = rows[b.query_begin : b.query_end], columns[b.key_begin : b.key_end]  # fmt: skip
@@ -89,7 +89,7 @@ def test_nothing_is_computed_against_the_future() -> None:
     """One long document over 4 ranks: of 4 x 4 chunk pairs of a hop, each rank computes two besides its diagonal."""
     for rank in range(4):
         for source in range(4):
-            blocks = blocks_of_hop([0, 64], rank, source, 4, CPU)
+            blocks = blocks_of_hop([0, 64], rank, source, 4)
             pairs = sum(
                 len(b.query_cuts.diff()) * 8 * 8 if b.causal
                 else (b.query_end - b.query_begin) * (b.key_end - b.key_begin)
@@ -117,7 +117,7 @@ def attention_rank(
         mine = of_rows(rows, q, k, v)
         cuts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
         hops = tuple(
-            blocks_of_hop(cuts, world.context_rank, (world.context_rank - h) % size, size, CPU)
+            blocks_of_hop(cuts, world.context_rank, (world.context_rank - h) % size, size)
             for h in range(size)
         )
         out = ring_attention.ring_attention(*mine, hops, world.context_group, SCALE, kernel)
@@ -245,7 +245,7 @@ def order_rank() -> list[str]:
     q, k, v, _, _ = inputs_of([64])
     mine = of_rows(rows_of_rank(64, world.context_rank, 4), q, k, v)
     sources = [(world.context_rank - hop) % 4 for hop in range(4)]
-    hops = tuple(blocks_of_hop([0, 64], world.context_rank, s, 4, CPU) for s in sources)
+    hops = tuple(blocks_of_hop([0, 64], world.context_rank, s, 4) for s in sources)
     ring_attention.ring_attention(*mine, hops, world.context_group, SCALE, kernel)
     world.close()
     return events
@@ -276,7 +276,7 @@ def memory_rank(size: int) -> dict[str, Any]:
     mine = of_rows(rows, q, k, v)
     cuts = [0, len(q)]
     hops = tuple(
-        blocks_of_hop(cuts, world.context_rank, (world.context_rank - h) % size, size, CPU)
+        blocks_of_hop(cuts, world.context_rank, (world.context_rank - h) % size, size)
         for h in range(size)
     )
     saved: list[Tensor] = []
@@ -316,7 +316,8 @@ def both_rank(lengths: list[int]) -> float:
     qkv_TGNK = torch.randn(sum(lengths), 2, 5, 16)[rows]
     outs = []
     for ring in (True, False):
-        documents = packed_documents(cuts, config(), CPU, world.context_group, ring)
+        documents = packed_documents(cuts, config(), world.context_group, ring)
+        documents.rope_tables = rope_tables(config(), documents.max_seqlen_q, CPU)
         assert bool(documents.hops) is ring and (documents.key_rows is None) is ring
         outs.append(rotate_and_attend(qkv_TGNK, documents, SCALE))
     world.close()
