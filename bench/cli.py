@@ -30,6 +30,10 @@ BENCHES = {
         "system.train", "[STAGE ...] [--run DIR] [--steps N] [--quick] [--profile DIR] [--json PATH] [key=value ...]",
         "Time steps of the real training stages: speed, share of each phase, memory",
     ),
+    "step": Bench(
+        "system.step", "[STAGE ...] [--model NAME] [--lengths N,...] [--attention fa2|fa3] [--recompute MODE] [--json PATH]",
+        "Count a full-size step without a GPU: kernels, bytes, peak, host time, and a predicted time",
+    ),
     "rollout": Bench(
         "system.rollout", "[--model NAME] [--rounds N] [--quick] [--json PATH]",
         "Tokens per second of the local engine and of vLLM, in turns",

@@ -1,4 +1,4 @@
 """Whole steps: training, rollouts, weight sync, data and scaling.
 
-May import: model/*, parallel/*, stages/*, bench/gate, bench/ops.
+May import: kernels/backend, model/*, parallel/*, stages/*, bench/gate, bench/ops.
 """

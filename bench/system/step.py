@@ -1,0 +1,425 @@
+"""A full-size training step, operation by operation, on a machine without a GPU: kernels, bytes, FLOPs, peak, host time.
+
+    phimini bench step midtrain --model phi-4-mini --lengths 16384 --json step.jsonl
+
+The step is the product's own, with every choice between GPU and CPU made as on a GPU (`kernels/backend/launch.py`). Fake
+tensors carry shapes, Triton launches are recorded, attention is one forward and one backward kernel. A call that reads a
+value on the host raises, so `synchronisations` is 0 of every step that comes to its end. A layer's numbers
+are the difference of a model with three layers and one with two. The predicted time is arithmetic with RATES; it is no
+measurement, and a kernel's own inefficiencies are not in it.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
+
+from phimini.kernels.backend import launch
+from phimini.model.config import ModelConfig, preset, training_flops
+from phimini.model.io.json_files import write_rows
+from phimini.parallel.attention import core
+from phimini.parallel.megatron.builder import Model, Recompute, build_model
+from phimini.parallel.plan.memory import GPUS, MemoryOptions, memory_bytes
+from phimini.parallel.ranks.layout import Layout
+from phimini.parallel.ranks.world import initialize
+from phimini.parallel.training import schedule, step, transfer
+from phimini.parallel.training.batch import Document, PackedBatch, pack
+from phimini.parallel.training.step import start_step
+from phimini.stages.config.recipes import recipe_config
+from phimini.stages.rl.loss import policy_head
+from phimini.stages.rl.mismatch import MismatchMeter
+from phimini.stages.rollout_dpo import dpo_head
+from phimini.stages.run.training import cross_entropy_head
+
+RATES = {
+    "gemm": 660e12, "head_logits": 500e12, "head_gradients": 640e12, "bytes": 2.7e12, "fixed_s": 12e-3,
+    "fa2_fwd": 335e12, "fa2_bwd": 291e12, "fa3_fwd": 618e12, "fa3_bwd": 533e12,
+}  # fmt: skip
+"""One H100 SXM in FLOP/s and byte/s. Attention: FlashAttention-3 (arXiv 2407.08608, figures 5 and 6), causal, head size 128;
+bytes: quack's media/2025-07-10-membound-sol.md; GEMMs: assumptions below the best single product, 780e12. `fixed_s`: launch
+tail, and optimizer and reductions over 16 micro-batches."""
+VIEWS = {
+    "view", "_unsafe_view", "t", "transpose", "unsqueeze", "squeeze", "slice", "select", "detach", "alias", "expand", "permute",
+    "as_strided", "split", "split_with_sizes", "unbind", "empty", "empty_like", "new_empty", "empty_strided", "lift_fresh",
+    "_reshape_alias", "device", "scalar_tensor",
+}  # fmt: skip
+STAGES = ("midtrain", "sft", "rollout_dpo", "rlvr")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kernel:
+    """One launch: its name, where in the step, the bytes of its tensors and the FLOPs of a product."""
+
+    name: str
+    part: str
+    """layers, head, backward: where the step was; the head's own backward is in its forward"""
+    bytes: int
+    flops: int
+
+
+class Recorder(TorchDispatchMode):
+    """The launches of a step on fake tensors, and the bytes that it holds at once beside weights and gradients."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+        self.part = "layers"
+        self.pageable = self.pinned = 0
+        self.ended = False
+        self._live: dict[int, int] = {}
+        self._bytes = self.peak_bytes = 0
+        for _, p in model.named_parameters():
+            for tensor in (p, p.main_grad):  # pyright: ignore[reportAttributeAccessIssue]
+                self._live[tensor.untyped_storage()._cdata] = 0
+
+    def end(self, *_: Any, **__: Any) -> None:
+        """Record no more."""
+        self.ended = True
+
+    def add(self, name: str, tensors: list[Tensor], flops: int = 0) -> None:
+        storages = {x.untyped_storage()._cdata: x.nbytes for x in tensors}
+        self.kernels.append(Kernel(name, self.part, sum(storages.values()), flops))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in pytree.tree_leaves(out) if isinstance(x, FakeTensor)]
+        for tensor in made:
+            self._hold(tensor)
+        name = func.name().split("::")[-1].split(".")[0]
+        read = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if self.ended or name in VIEWS or not any(isinstance(x, FakeTensor) for x in read + made):
+            return out
+        self.pageable += any(not isinstance(x, FakeTensor) and x.ndim for x in read)
+        flops = 0
+        if name in ("mm", "addmm"):
+            a, b = args[:2] if name == "mm" else args[1:3]
+            flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        self.add(name, read + made, flops)
+        return out
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._live:
+            return
+        self._live[key] = size
+        self._bytes += size
+        self.peak_bytes = max(self.peak_bytes, self._bytes)
+        weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._live.pop(key, None)
+        self._bytes -= size
+
+
+class _Flash(torch.autograd.Function):
+    """One kernel forward and one backward, with flash attention's results and nothing computed."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, flops: int, recorder: Recorder | None) -> Tensor:  # fmt: skip
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.counted = flops, recorder
+        if recorder is not None:
+            recorder.add("attention_fwd", [q, k, v, out, lse], flops)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        flops, recorder = ctx.counted
+        dq, dk, dv = (torch.empty_like(x) for x in ctx.saved_tensors[:3])
+        if recorder is not None:
+            tensors = [*grads, *ctx.saved_tensors, dq, dk, dv]
+            recorder.add("attention_bwd", tensors, flops * 5 // 2)
+        return dq, dk, dv, None, None
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(fake: FakeTensorMode | None, recorder: Recorder | None) -> Iterator[None]:
+    """Take the GPU's branches: of fake tensors, with a recorder, or of all tensors, to time the host."""
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, documents: core.PackedDocuments, _: float
+    ) -> Tensor:
+        lengths = [piece.query_end - piece.query_begin for piece in documents.pieces]
+        flops = sum(2 * q.shape[1] * q.shape[2] * n * (n + 1) for n in lengths)
+        return _Flash.apply(q, k, v, flops, recorder)  # pyright: ignore[reportReturnType]
+
+    def launched(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if recorder is not None:
+            values = [getattr(x, "base", x) for x in (*args, *kwargs.values())]
+            recorder.add(kernel.__name__, [x for x in values if isinstance(x, Tensor)])
+
+    def copied(pinned: Tensor, device: torch.device) -> Tensor:
+        if recorder is None or fake is None:
+            return pinned
+        recorder.pinned += 1
+        return fake.from_tensor(pinned)
+
+    is_fake = lambda x: isinstance(x, FakeTensor)
+    with (
+        patch.object(launch, "stand_in", is_fake if fake is not None else lambda _: True),
+        patch.object(core, "_attend_cuda", attend),
+        patch.object(JITFunction, "run", launched),
+        patch.object(transfer, "copy_beside", copied),
+        patch.object(transfer, "pinned_buffer", lambda n: torch.empty(n, dtype=torch.uint8)),
+    ):
+        yield
+
+
+# --- one step ------------------------------------------------------------------------------------
+def batch_of(stage: str, lengths: list[int]) -> PackedBatch:
+    """Return a micro-batch of tokens 0 with the fields of `stage`; of pairs where the stage trains on pairs."""
+    if stage == "rollout_dpo" and len(lengths) % 2:
+        raise ValueError(f"bench step: rollout_dpo trains on pairs, got {len(lengths)} lengths")
+    documents = []
+    for i, n in enumerate(lengths):
+        token_fields: dict[str, Any] = {}
+        if stage == "rollout_dpo":
+            token_fields = {"sequence": [i] * n}
+        elif stage == "rlvr":
+            names = ("old_logp", "advantage", "weight", "temperature")
+            token_fields = {name: [1.0] * n for name in names} | {"age": [0] * n}
+        fields = {"reference_logp": 0.0, "weight": 1.0} if stage == "rollout_dpo" else {}
+        documents.append(
+            Document(
+                tokens=[0] * n, targets=[0] * n, token_fields=token_fields, document_fields=fields
+            )
+        )
+    return pack(documents)
+
+
+def head_of(stage: str) -> Any:
+    """Return the stage's head, as the paper's recipe sets it."""
+    run = recipe_config("phi4_mini_reasoning")
+    if stage == "rollout_dpo":
+        return dpo_head(run.rollout_dpo)
+    if stage == "rlvr":
+        return policy_head(run.rlvr, MismatchMeter(), 0.0, "off")
+    return cross_entropy_head
+
+
+def traced(config: ModelConfig, stage: str, lengths: list[int], recompute: Recompute) -> Recorder:
+    """Return what one micro-batch of `stage` launches and holds on one rank."""
+    batch, head = batch_of(stage, lengths), head_of(stage)
+    core._tables.cache_clear()  # of tensors of another mode
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        world = initialize(Layout(), config)
+        model = build_model(config, world, seed=None, dtype=torch.bfloat16, recompute=recompute)
+        recorder = Recorder(model)
+        right = schedule._prepare
+
+        def prepare(*args: Any) -> Any:
+            with unset_fake_temporarily():
+                prepared = right(*args)
+                tables = prepared.documents.rope_tables
+                assert tables is not None, "the schedule makes them"
+                cos, sin = map(fake.from_tensor, tables)
+                prepared.documents.rope_tables = cos, sin
+            return prepared
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            recorder.part = "head"
+            result = head(*args, **kwargs)
+            recorder.part = "backward"
+            return result
+
+        with (
+            as_on_a_gpu(fake, recorder),
+            patch.object(schedule, "_prepare", prepare),
+            patch.object(schedule, "_check_ids", lambda *_: None),
+            # No fake collective; what follows is once a step, not once a micro-batch.
+            patch.object(step, "finalize_model_grads", recorder.end),
+        ):
+            model.zero_grad()
+            with recorder:
+                start_step(model, [batch], marked)
+        world.close()
+    core._tables.cache_clear()
+    return recorder
+
+
+def host_ms(num_layers: int, rounds: int = 12) -> float:
+    """Return the median process time, in ms, of the host's part of one micro-batch: forward and backward, tiny tensors.
+
+    Launches do nothing, so what Triton and CUDA themselves take for a launch is not in it; a real GPU's host adds that.
+    """
+    config = dataclasses.replace(preset("tiny"), num_layers=num_layers)
+    world = initialize(Layout(), config)
+    model = build_model(config, world, seed=None, dtype=torch.float32)
+    batch = batch_of("midtrain", [8])
+    head = lambda hidden_MD, *_, **__: (hidden_MD.sum(), torch.ones(()), {})
+    times = []
+    with as_on_a_gpu(None, None), patch("torch.addmm", _no_product):
+        for _ in range(rounds):
+            started = time.process_time()
+            model.zero_grad()
+            start_step(model, [batch], head)
+            times.append(time.process_time() - started)
+    world.close()
+    return 1e3 * sorted(times[3:])[(rounds - 3) // 2]
+
+
+def _no_product(total: Tensor, *_: Any, **__: Any) -> Tensor:
+    return total
+
+
+# --- rows ----------------------------------------------------------------------------------------
+def difference(larger: Recorder, smaller: Recorder) -> list[Kernel]:
+    """Return the kernels of one layer: those that a model with a layer more launches more often."""
+    rest, layer = Counter(smaller.kernels), []
+    for kernel in larger.kernels:
+        if rest[kernel]:
+            rest[kernel] -= 1
+        else:
+            layer.append(kernel)
+    return layer
+
+
+def is_product(kernel: Kernel) -> bool:
+    return kernel.flops > 0
+
+
+def small_head_kernels(recorder: Recorder) -> int:
+    """Return the number of the head's launches on vectors with an element per row."""
+    head = [k for k in recorder.kernels if k.part == "head" and not is_product(k)]
+    return sum(not k.name.startswith("_head") for k in head)
+
+
+def predicted_s(kernels: list[Kernel], attention: str) -> float:
+    """Return the seconds of kernels one after the other at RATES."""
+    total = 0.0
+    for k in kernels:
+        if k.name.startswith("attention"):
+            total += k.flops / RATES[f"{attention}_{k.name[-3:]}"]
+        elif k.name == "_head_logits_kernel":
+            total += k.flops / RATES["head_logits"]
+        elif is_product(k):
+            total += k.flops / RATES["head_gradients" if k.part == "head" else "gemm"]
+        else:
+            total += k.bytes / RATES["bytes"]
+    return total
+
+
+def row_of(stage: str, name: str, lengths: list[int], recompute: Recompute, attention: str) -> dict[str, Any]:  # fmt: skip
+    """Return the committed row of one case."""
+    config = preset(name)  # pyright: ignore[reportArgumentType]
+    shallow, deeper = (
+        traced(dataclasses.replace(config, num_layers=n), stage, lengths, recompute) for n in (2, 3)
+    )
+    layer = difference(deeper, shallow)
+    others = [k for k in layer if not is_product(k)]
+    tokens = sum(lengths)
+    chunks = sum(k.name == "_head_logits_kernel" for k in shallow.kernels)
+    half = traced(
+        dataclasses.replace(config, num_layers=2), stage, [n // 2 for n in lengths], recompute
+    )
+    fewer = sum(k.name == "_head_logits_kernel" for k in half.kernels)
+    small = (small_head_kernels(shallow) - small_head_kernels(half)) / max(1, chunks - fewer)
+    logits_flops = 2 * tokens * config.model_dim * config.vocab_size
+    seconds = (
+        predicted_s([k for k in shallow.kernels], attention)
+        + (config.num_layers - 2) * predicted_s(layer, attention)
+        + logits_flops / RATES["head_logits"]
+        + RATES["fixed_s"]
+    )
+    per_layer_bytes = deeper.peak_bytes - shallow.peak_bytes
+    planned = memory_bytes(
+        config, Layout(data=1), MemoryOptions(recompute=recompute), tokens=tokens, sequence_length=tokens, num_microbatches=1
+    )["training"]  # fmt: skip
+    flops = training_flops(config, torch.tensor([0, *lengths]).cumsum(0))
+    return {
+        "stage": stage, "model": name, "lengths": lengths, "layout": "tensor=1", "recompute": recompute, "dtype": "bfloat16",
+        "attention": attention, "kernels_per_layer": len(layer),
+        "other_bytes_per_layer": sum(k.bytes for k in others),
+        "head_small_kernels_per_chunk": round(small, 1), "head_chunks": chunks,
+        "pageable_copies": shallow.pageable, "pinned_copies": shallow.pinned, "synchronisations": 0,
+        "peak_bytes": deeper.peak_bytes + (config.num_layers - 3) * per_layer_bytes,
+        "planned_peak_bytes": planned["activations"] + planned["head"],
+        "host_ms": round(host_ms(config.num_layers), 1), "predicted_step_ms": round(1e3 * seconds, 1),
+        "predicted_mfu": round(flops / seconds / GPUS["h100"].peak_flops, 4), "rates": RATES,
+        "layer": dict(Counter(k.name for k in layer)),
+    }  # fmt: skip
+
+
+def lengths_of(text: str) -> list[int]:
+    """Return the lengths of `16384`, `4x4096` or `8000,300`. Raises ValueError for other text."""
+    try:
+        parts = [part.split("x") for part in text.split(",")]
+        lengths = [int(part[-1]) for part in parts for _ in range(int(part[0]) if part[1:] else 1)]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 2:
+        raise ValueError(
+            f"bench step: lengths: expected numbers as 16384, 4x4096 or 8000,300, got {text!r}"
+        )
+    return lengths
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="phimini bench step", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default: all"
+    )
+    parser.add_argument("--model", default="phi-4-mini")
+    parser.add_argument(
+        "--lengths",
+        default="8192,8192",
+        help="of a micro-batch's documents, e.g. 16384 or 4096,4096",
+    )
+    parser.add_argument("--recompute", default="selective", choices=("none", "selective", "full"))
+    parser.add_argument(
+        "--attention", default="fa2", choices=("fa2", "fa3"), help="rates of the prediction"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows here, as JSON lines")
+    options = parser.parse_args(arguments)
+    unknown = [stage for stage in options.stages if stage not in STAGES]
+    if unknown:
+        raise ValueError(f"bench step: expected stages of {', '.join(STAGES)}, got {unknown[0]!r}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError(
+            "bench step: unset TRITON_INTERPRET: launches are recorded, not interpreted"
+        )
+    warnings.filterwarnings("ignore", category=UserWarning)
+    lengths = lengths_of(options.lengths)
+    if not dist.is_initialized():
+        os.environ.update(WORLD_SIZE="1", RANK="0")
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    rows = []
+    for stage in options.stages or STAGES:
+        row = row_of(stage, options.model, lengths, options.recompute, options.attention)
+        rows.append(row)
+        print(
+            f"{stage:<12} {row['kernels_per_layer']} kernels and {row['other_bytes_per_layer'] / 1e9:.2f} GB a layer beside "
+            f"products; head {row['head_small_kernels_per_chunk']} small kernels a chunk; peak {row['peak_bytes'] / 2**30:.2f} GiB "
+            f"(planned {row['planned_peak_bytes'] / 2**30:.2f}); host {row['host_ms']:.0f} ms; predicted on an H100 "
+            f"{row['predicted_step_ms']:.0f} ms, MFU {row['predicted_mfu']:.1%} ({row['attention']})",
+            flush=True,
+        )
+    if options.json:
+        write_rows(options.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
