@@ -190,10 +190,11 @@ def _turned(x_LGNK: Tensor, cos: Tensor, sin: Tensor, positions_L: Tensor, sign:
         table.index_select(0, positions_L).to(compute_dtype(x_LGNK.dtype))[:, None, None]
         for table in (cos, sin)
     )
-    y = x_LGNK.to(c.dtype, copy=True)
+    # One product over whole rows: on a CPU strided halves take as long as the rows.
+    y = x_LGNK * torch.cat([c, c, c.new_ones(*c.shape[:-1], x_LGNK.shape[-1] - 2 * half)], -1)
     a, b = x_LGNK[..., :half], x_LGNK[..., half : 2 * half]
-    y[..., :half].mul_(c).addcmul_(b, s, value=-sign)
-    y[..., half : 2 * half].mul_(c).addcmul_(a, s, value=sign)
+    y[..., :half].addcmul_(b, s, value=-sign)
+    y[..., half : 2 * half].addcmul_(a, s, value=sign)
     return y.to(x_LGNK.dtype)
 
 
