@@ -149,12 +149,12 @@ def split_rank(batches: list[PackedBatch], layout: Layout) -> tuple[float, dict[
 
 
 def drop_attention_factor(model: Model) -> None:
-    right = attention.rope_tables
+    right = schedule.rope_tables
 
     def without_factor(model_config: ModelConfig, *args: Any) -> tuple[Tensor, ...]:
         return tuple(t / model_config.attention_factor for t in right(model_config, *args))
 
-    attention.rope_tables = without_factor
+    schedule.rope_tables = without_factor
 
 
 def start_a_document_at_position_one(model: Model) -> None:
