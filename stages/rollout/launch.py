@@ -82,7 +82,7 @@ class EngineProcess:
         self.process = start(self.words, engine_environment(key, folder, devices))
 
     def wait(self, timeout_s: float = START_S) -> None:
-        """Wait until it listens. Raises RuntimeError if it ended, is not up in time, or has no endpoints of ours."""
+        """Wait until it listens. Raises RuntimeError if it ended, is not up in time, or has not loaded the plugin."""
         end = time.monotonic() + timeout_s
         while self.process.poll() is None:
             with contextlib.suppress(OSError):
