@@ -70,12 +70,15 @@ def _with_our_rope(forward: Any) -> Any:
 
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Return q (B, N, S, K) and k (B, G, S, K) rotated; cos, sin (1 or B, S, R) with each half twice."""
-    B, S, R = cos.shape
-    tables = [table[..., : R // 2].reshape(B * S, R // 2).detach() for table in (cos, sin)]
-    position_BS = torch.arange(B * S, device=q.device).view(B, S).expand(q.shape[0], S)
-    cos_PR, sin_PR = tables
-    turned = [rope(x.transpose(1, 2).contiguous(), cos_PR, sin_PR, position_BS) for x in (q, k)]
-    return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
+    (B, N, S, K), G, R = q.shape, k.shape[1], cos.shape[-1]
+    q_LGNK = q.transpose(1, 2).reshape(B * S, G, N // G, K)
+    k_LG1K = k.transpose(1, 2).reshape(B * S, G, 1, K)
+    # The op's fused projection has a value per group, which it only copies.
+    fused_LGNK = torch.cat([q_LGNK, k_LG1K, k_LG1K.detach()], 2)
+    cos_PR, sin_PR = (t[..., : R // 2].reshape(-1, R // 2).detach() for t in (cos, sin))
+    positions_BS = torch.arange(len(cos_PR), device=q.device).view(-1, S).expand(B, S)
+    q_LNK, k_LGK, _ = rope(fused_LGNK, cos_PR, sin_PR, positions_BS.reshape(-1))
+    return q_LNK.view(B, S, N, K).transpose(1, 2), k_LGK.view(B, S, G, K).transpose(1, 2)
 
 
 def _causal_lm_forward(

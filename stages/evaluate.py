@@ -24,7 +24,7 @@ from phimini.stages.report.intervals import mean_interval, pass_at_k, wilson_int
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import Sampler, release_memory
 from phimini.stages.run.outputs import SUMMARY, check_inputs
-from phimini.stages.verify.scorer import Answered, Scorer
+from phimini.stages.verify.verdict import Answered, Scorer
 
 SHOWN_PER_CELL = 1
 

@@ -57,7 +57,7 @@ from phimini.stages.run.training import (
     training_steps,
     update_row,
 )
-from phimini.stages.verify.scorer import is_right
+from phimini.stages.verify.verdict import is_right
 
 PAIR_FIELDS = {"problem_id": str, "question": str, "chosen": str, "rejected": str}
 LN2_TOLERANCE, LN2_TOLERANCE_ROUNDED = 1e-3, 5e-2

@@ -31,7 +31,7 @@ from phimini.bench.gate.options import parser, status_of
 from phimini.model.io.json_files import read_json, read_rows, write_json
 from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages import cli
-from phimini.stages.verify import scorer
+from phimini.stages.verify import verdict as scorer
 
 SCHEMA = 1
 STAGES = ("midtrain", "sft", "rollout_dpo", "rlvr")

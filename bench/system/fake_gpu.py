@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from phimini.kernels.backend import launch
 from phimini.parallel.attention import core
 from phimini.parallel.megatron.builder import Model
-from phimini.parallel.training import transfer
+from phimini.parallel.training import batch as transfer
 
 VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "unsqueeze", "squeeze", "slice", "select", "detach", "alias", "expand", "permute",

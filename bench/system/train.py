@@ -45,7 +45,7 @@ from phimini.stages.recipe import DATA, TRAINING
 from phimini.stages.run.outputs import write_summary
 from phimini.stages.run.stage_folder import INPUTS
 from phimini.stages.run.training import layout_of
-from phimini.stages.verify import scorer
+from phimini.stages.verify import verdict as scorer
 
 STAGES = {"midtrain": "midtrain", "sft": "sft", "dpo": "rollout_dpo", "rlvr": "rlvr"}
 WARM_UP = 3

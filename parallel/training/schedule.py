@@ -17,8 +17,7 @@ from phimini.parallel.attention.context_parallel import spans_of_rank
 from phimini.parallel.attention.core import PackedDocuments, packed_documents, rope_tables
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.ranks.timing import phase
-from phimini.parallel.training.batch import IGNORE, PackedBatch
-from phimini.parallel.training.transfer import to_device
+from phimini.parallel.training.batch import IGNORE, PackedBatch, to_device
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from phimini.stages.rl.remedies import is_hard, next_size, temperature_at
 from phimini.stages.rollout.engine import OversamplingSampler, PrefetchingEngine, RolloutEngine
 from phimini.stages.rollout.engine import Sampler as EngineSampler
 from phimini.stages.rollout.prefetch import Background
-from phimini.stages.verify.scorer import Answered, Scorer
+from phimini.stages.verify.verdict import Answered, Scorer
 
 SHORT_TOKENS = 64
 """longest answer that is sampled for the mismatch measure only"""

@@ -131,7 +131,7 @@ def test_mistakes_are_noticed(broken: str) -> None:
     for backend in BACKENDS:
         with pytest.raises(AssertionError, match="limit"):
             check_against_reference(
-                lambda x, backend=backend: joined(x, *wrong, backend=backend),
+                lambda x, backend=backend: joined(x, *wrong, backend=backend),  # pyright: ignore[reportArgumentType]
                 lambda x: joined(x, cos, sin, positions),
                 {"x": qkv},
                 torch.randn(12, 8, 16, device=DEVICE),

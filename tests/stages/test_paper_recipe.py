@@ -16,7 +16,7 @@ from phimini.stages.config.recipes import RECIPES
 from phimini.stages.config.schema import to_dict
 from phimini.stages.data.arithmetic_problems import generate_problems, teach
 from phimini.stages.recipe import TRAINING
-from phimini.stages.verify import scorer
+from phimini.stages.verify import verdict as scorer
 
 MINIATURE = [
     "model=tiny", "context_parallel=1",

@@ -9,7 +9,7 @@ from rl_run import make_run, reinforce, run_config
 from phimini.model.io.json_files import read_json
 from phimini.stages import rlvr
 from phimini.stages.config.schema import RunConfig
-from phimini.stages.verify import scorer
+from phimini.stages.verify import verdict as scorer
 
 
 def rewarded(run: RunConfig, value: float) -> list[dict]:

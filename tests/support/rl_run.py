@@ -18,7 +18,7 @@ from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
 from phimini.stages.run.outputs import write_summary
 from phimini.stages.run.stage_folder import Stage
-from phimini.stages.verify import scorer
+from phimini.stages.verify import verdict as scorer
 
 SETTINGS = [
     "rlvr.steps=3", "rlvr.prompts_per_step=4", "rlvr.rollouts_per_prompt=4", "rlvr.probe_prompts=8",

@@ -17,7 +17,7 @@ from phimini.model.rope import apply_rope, rope_at
 from phimini.parallel.attention import core as attention
 from phimini.parallel.attention.context_parallel import rows_of_rank
 from phimini.parallel.attention.core import PackedDocuments, packed_documents, rotate_and_attend
-from phimini.parallel.training.transfer import to_device
+from phimini.parallel.training.batch import to_device
 
 CONFIG = dataclasses.replace(preset("tiny"), num_heads=6, num_kv_heads=2)
 LENGTHS = {

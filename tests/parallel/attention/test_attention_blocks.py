@@ -26,7 +26,7 @@ from phimini.kernels.backend import launch
 from phimini.parallel.attention import blocks as attention_blocks
 from phimini.parallel.attention.blocks import CPU, FLASH_ATTN, TORCH_FLASH, BlockKernel, kernel_for
 from phimini.parallel.attention.context_parallel import Block, _block
-from phimini.parallel.training.transfer import mapped, to_device
+from phimini.parallel.training.batch import mapped, to_device
 
 BLOCKS = {
     "causal": ([3, 1, 9, 1, 2], None),

@@ -20,7 +20,7 @@ from phimini.stages import midtrain, rlvr, rollout_dpo, sft
 from phimini.stages.cli import dispatch, main
 from phimini.stages.data import packing
 from phimini.stages.run.training import read_examples
-from phimini.stages.verify import scorer
+from phimini.stages.verify import verdict as scorer
 
 Plant = Callable[[], None]
 

@@ -18,7 +18,7 @@ from phimini.stages.rl.groups import GroupSampler, Rollout
 from phimini.stages.rl.prompt_pool import pool_of
 from phimini.stages.rollout.engine import Sampled, Span
 from phimini.stages.run.workloads import most_rollouts
-from phimini.stages.verify import scorer
+from phimini.stages.verify import verdict as scorer
 
 
 class Seeded:

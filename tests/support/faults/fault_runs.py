@@ -19,7 +19,7 @@ import torch
 from phimini.stages import rollout_dpo
 from phimini.stages.cli import main
 from phimini.stages.run import training
-from phimini.stages.verify import scorer
+from phimini.stages.verify import verdict as scorer
 
 MICRO = [
     "distill.num_problems=24", "distill.rollouts_per_problem=2", "distill.num_prompts=12", "distill.num_heldout=12",

@@ -6,7 +6,7 @@
 
 Parameters and gradients are the GPU's, and so is all that is computed from them. Micro-batches, and tensors made from
 Python numbers, are the host's. Tensors of `torch.zeros` and its like belong to whichever they first meet. The pinned copies
-of `transfer.py` are the only way from the host to the GPU. Triton kernels and attention do nothing: values mean nothing.
+of `batch.py` are the only way from the host to the GPU. Triton kernels and attention do nothing: values mean nothing.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from phimini.kernels.backend import cpu_gemm, launch
 from phimini.kernels.head import triton_backend
 from phimini.parallel.attention import blocks, core
-from phimini.parallel.training import transfer
+from phimini.parallel.training import batch as transfer
 
 aten = torch.ops.aten
 WAITS = {

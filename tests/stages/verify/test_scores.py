@@ -11,7 +11,7 @@ import pytest
 from forked_ranks import run_ranks
 from rl_run import make_run, reinforce, run_config
 
-from phimini.stages.verify.scorer import Answered, Scorer
+from phimini.stages.verify.verdict import Answered, Scorer
 
 FUNCTIONS = """
 import os
@@ -77,7 +77,7 @@ def test_a_worker_that_dies_is_an_error(file: str) -> None:
 
 def test_workers_end_with_a_parent_that_is_killed(file: str) -> None:
     code = (
-        "from phimini.stages.verify.scorer import *\n"
+        "from phimini.stages.verify.verdict import *\n"
         "import os\n"
         "if __name__ == '__main__':\n"
         f"    scorer = Scorer('rlvr.reward', {file + ':length'!r}, 1)\n"
