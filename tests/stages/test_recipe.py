@@ -18,10 +18,12 @@ import pytest
 from forked_ranks import run_ranks
 from recipe_cases import MICRO, command, finished  # noqa: F401
 
+from phimini.model.io.checked_files import read_sealed
 from phimini.model.io.json_files import read_json
 from phimini.parallel.ranks.world import World
 from phimini.stages.cli import main
 from phimini.stages.run import training
+from phimini.stages.run.outputs import write_summary
 from phimini.stages.run.stage_folder import Interrupt
 
 
@@ -408,5 +410,7 @@ def test_malformed_training_rows_name_file_and_line(
         (run / "curate" / file.name).write_text(file.read_text())
     with (run / "curate" / "midtrain.jsonl").open("a") as file:
         file.write('{"question": "unfinished\n')
+    summary = read_sealed(run / "curate" / "summary.json")
+    write_summary(run / "curate", {k: v for k, v in summary.items() if k != "files"})
     assert command(["midtrain", "tiny", f"out={run}", *MICRO]) == 2
     assert re.search(r"midtrain.jsonl.*line \d+", capfd.readouterr().err)
