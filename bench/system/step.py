@@ -64,7 +64,7 @@ def batch_of(stage: str, lengths: list[int]) -> PackedBatch:
         if stage == "rollout_dpo":
             token_fields = {"sequence": [i] * n}
         elif stage == "rlvr":
-            names = ("old_logp", "advantage", "weight", "temperature")
+            names = ("old_logp", "advantage", "weight", "share", "temperature")
             token_fields = {name: [1.0] * n for name in names} | {"age": [0] * n}
         fields = {"reference_logp": 0.0, "weight": 1.0} if stage == "rollout_dpo" else {}
         documents.append(

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from phimini.kernels.backend.launch import host_knows, on_gpu
+from phimini.kernels.backend import launch
 from phimini.kernels.head.chunked import ChunkedHead
 from phimini.kernels.head.deferred_checks import check_later, pending, raise_pending
 from phimini.kernels.head.options import ConstantOptions, HeadOptions
@@ -50,6 +50,10 @@ class HeadCall:
     dtype: torch.dtype
     """Dtype of statistics, losses and dW."""
     runs_triton: bool
+    on_gpu: bool
+    """Whether the tensors are on a GPU, or a stand-in for one, which the host must not wait for."""
+    host_knows: bool
+    """Whether the host can read values: the tensors are on a CPU, and neither traced nor fake."""
     is_counted_on_device: bool
     """Whether the host does not learn how many rows count: it would have to wait for the GPU."""
     chunk_rows: int
@@ -75,12 +79,12 @@ class HeadCall:
             message = "temperature[{}] is {:g}, expected a finite number above 0"
             checks.append((bad_M, self.temperature, message))
         for bad_M, value_M, message in checks:
-            if not host_knows(bad_M):
+            if not self.host_knows:
                 check_later(bad_M, value_M, f"{op}: {message}")
             elif bool(bad_M.any()):
                 at = int(bad_M.nonzero()[0])
                 raise ValueError(f"{op}: {message.format(at, float(value_M[at]))}")
-        if max_rows is not None and host_knows(counts_M) and counts_M.sum() > max_rows:
+        if max_rows is not None and self.host_knows and counts_M.sum() > max_rows:
             raise ValueError(f"{op}: max_rows is {max_rows}, but {int(counts_M.sum())} rows count")
         return counts_M
 
@@ -126,6 +130,7 @@ class HeadCall:
             entropy_gradient=entropy_gradient,
             with_mean_logit=with_mean_logit,
             sequence_parallel=self.options.sequence_parallel,
+            on_gpu=self.on_gpu,
         )
 
 
@@ -177,7 +182,10 @@ def compute(
         hidden_MD = own_MD.new_empty(own_MD.shape[0] * group.size(), own_MD.shape[1])
         dist.all_gather_into_tensor(hidden_MD, own_MD, group=group)
     wide = torch.promote_types(weight_VD.dtype, torch.float32)
-    runs_triton = on_gpu(weight_VD) and weight_VD.dtype == torch.bfloat16
+    on_gpu = weight_VD.is_cuda if launch.stand_in is None else launch.stand_in(weight_VD)
+    is_real = type(hidden_MD) is Tensor and type(targets_M) is Tensor
+    host_knows = is_real and kind == "cpu" and not on_gpu
+    runs_triton = on_gpu and weight_VD.dtype == torch.bfloat16
     if options._backend is not None:
         runs_triton = options._backend == "triton"
     element_bytes = weight_VD.itemsize if runs_triton else wide.itemsize
@@ -188,8 +196,8 @@ def compute(
     call = HeadCall(
         options=options, hidden_MD=hidden_MD, weight_VD=weight_VD, targets_M=targets_M, temperature=temperature,
         needs_dx=needs_dx, dw_VD=dw_VD, needs_gradient=needs_dx or needs_dw, group=group, dtype=wide, runs_triton=runs_triton,
-        is_counted_on_device=runs_triton or not host_knows(targets_M),
-        chunk_rows=chunk_rows("cuda" if on_gpu(weight_VD) else kind, runs_triton, row_bytes, options.chunk_bytes),
+        on_gpu=on_gpu, host_knows=host_knows, is_counted_on_device=runs_triton or not host_knows,
+        chunk_rows=chunk_rows("cuda" if on_gpu else kind, runs_triton, row_bytes, options.chunk_bytes),
     )  # fmt: skip
     has_autocast = torch.amp.is_autocast_available(kind)  # a meta device has none
     # The op decides what is fp32; autocast would narrow the products inside it.
@@ -309,12 +317,13 @@ class HeadLoss(torch.autograd.Function):
                 "a fused head loss has no second derivative: its gradients are made in the forward"
             )
         dx_MD, dw_VD = ctx.saved_tensors
+        # The host can read a CPU's value, but for one that is traced, and a 1 saves a pass over V * D.
+        is_read = type(dloss) is Tensor and dloss.device.type == "cpu" and launch.stand_in is None
         if dloss is None:
             dx_MD = dw_VD = None
         elif ctx.in_main_grad:
-            _check_is_one(dloss)
-        # The host can read a CPU's value, but for one that is traced, and a 1 saves a pass over V * D.
-        elif torch.compiler.is_compiling() or not host_knows(dloss) or dloss.item() != 1:
+            _check_is_one(dloss, is_read)
+        elif torch.compiler.is_compiling() or not is_read or dloss.item() != 1:
             dx_MD = None if dx_MD is None else dx_MD * dloss
             dw_VD = None if dw_VD is None else dw_VD * dloss
         if dw_VD is not None:
@@ -322,13 +331,13 @@ class HeadLoss(torch.autograd.Function):
         return None, dx_MD, dw_VD, *(None,) * (5 + ctx.num_values)
 
 
-def _check_is_one(dloss: Tensor) -> None:
+def _check_is_one(dloss: Tensor, is_read: bool) -> None:
     """Raise ValueError where the loss is not backpropagated with gradient 1; on CUDA checked on the device."""
     message = (
         "main_grad holds the gradient of the loss itself, so the loss must be backpropagated with gradient 1: "
         "put every factor (1 / tokens, loss scale) into row weights"
     )
-    if on_gpu(dloss):
+    if dloss.is_cuda if launch.stand_in is None else launch.stand_in(dloss):
         torch.ops.aten._assert_async.msg(dloss == 1, message)
-    elif host_knows(dloss) and dloss != 1:
+    elif is_read and dloss != 1:
         raise ValueError(f"{message}; got {float(dloss)}")

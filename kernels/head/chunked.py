@@ -92,12 +92,13 @@ class ChunkedHead:
         entropy_gradient: bool = False,
         with_mean_logit: bool = False,
         sequence_parallel: bool = False,
+        on_gpu: bool = False,
     ) -> None:
         """`chunk_rows`: the most rows of a chunk. `temperature` as a tensor has one value per row that counts."""
         V, D = weight_VD.shape
         self.rows = rows
         self.chunks = chunk_slices(len(rows.targets_M), chunk_rows, self.CHUNK_MULTIPLE)
-        self.sequence_parallel = sequence_parallel
+        self.sequence_parallel, self.on_gpu = sequence_parallel, on_gpu
         self.dtype = torch.promote_types(weight_VD.dtype, torch.float32)
         self.weight_VD = weight_VD
         self.group = group

@@ -28,8 +28,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from phimini.kernels.backend.cpu_gemm import add_product
-from phimini.kernels.backend.launch import num_sms, on_gpu
+from phimini.kernels.backend.launch import num_sms
 from phimini.kernels.head.block_sizes import (
     GRADIENT_ROWS,
     GRADIENT_TILES,
@@ -154,12 +153,15 @@ class TritonHead(ChunkedHead):
 
     def gradients(self, rows: slice, grads: LogitGrads) -> None:
         dz_MV, w_VD, x_MD = self.row_pass(rows, grads), self.weight_VD, self.x_MD[rows]
-        if self.dx_MD is not None and on_gpu(dz_MV):
-            torch.mm(dz_MV, w_VD, out=self.dx_MD[rows], out_dtype=self.dtype)
-        elif self.dx_MD is not None:  # no CPU GEMM widens its result
-            torch.mm(dz_MV.to(self.dtype), w_VD.to(self.dtype), out=self.dx_MD[rows])
+        wide = {"out_dtype": self.dtype}
+        if not self.on_gpu:  # no CPU GEMM widens its result
+            dz_MV, w_VD, x_MD = dz_MV.to(self.dtype), w_VD.to(self.dtype), x_MD.to(self.dtype)
+            wide = {}
+        if self.dx_MD is not None:
+            torch.mm(dz_MV, w_VD, out=self.dx_MD[rows], **wide)
         if self.dw_VD is not None:
-            add_product(self.dw_VD, dz_MV.t(), x_MD)
+            # in place: dW is the C operand of one cuBLAS call
+            torch.addmm(self.dw_VD, dz_MV.t(), x_MD, out=self.dw_VD, **wide)
 
     def row_pass(self, rows: slice, grads: LogitGrads) -> Tensor:
         """Turn E into dz, in place, and return it.

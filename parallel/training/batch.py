@@ -109,8 +109,8 @@ class PackedBatch:
         """Return the document index of each token, (T,) int64, on the tokens' device; kept in the field `document`."""
         if "document" in self.fields:
             return self.fields["document"]
-        lengths = self.cu_seqlens.diff().to(torch.int64)
-        ids = torch.repeat_interleave(torch.arange(self.num_documents), lengths)
+        lengths, total = self.cu_seqlens.diff().to(torch.int64), sum(self.lengths)
+        ids = torch.repeat_interleave(torch.arange(self.num_documents), lengths, output_size=total)
         return ids if self.rows is None else ids[self.rows]
 
     def share_of_rank(self, x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import phimini.kernels
 ROOM = Path(phimini.kernels.__file__).resolve().parent
 BLOCK_SIZES = ("BLOCK_", "ROWS", "tiles_per_")
 """Prefixes of factors that turn a program's number into a row, a column or a tile; other factors make offsets."""
+ON_POINTERS = {"_move_heads"}
+"""Functions that get pointers to their rows, and no row number: their callers make the offsets."""
 INDEX_NAMES = {"row", "col", "position"}
 """Row numbers that come as an argument or from memory."""
 
@@ -93,7 +95,7 @@ def test_row_offsets_are_64_bit(name: str) -> None:
     assert narrow_products(kernels()[name]) == []
 
 
-@pytest.mark.parametrize("name", kernels())
+@pytest.mark.parametrize("name", sorted(kernels().keys() - ON_POINTERS))
 def test_each_missing_cast_is_named(name: str) -> None:
     cast = ".to(tl.int64)"
     pieces = ast.unparse(kernels()[name]).split(cast)

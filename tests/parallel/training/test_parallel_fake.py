@@ -66,7 +66,7 @@ def fake_rank(lengths: list[int], layout: Layout, world_size: int, rank: int) ->
         def on_hidden(index: int, prepared, hidden_TD: Tensor) -> tuple[Tensor, Tensor, dict]:
             hidden_MD = hidden_TD[prepared.head_rows]
             seen.append((*hidden_MD.shape, *model.head_weight_VD.shape))
-            # As one operation: the number of rows that count is a value, which fake tensors do not have.
+            # As one operation: hundreds of chunks of fake tensors take a minute.
             with mock.patch("torch.compiler.is_compiling", return_value=True):
                 loss, _ = linear_cross_entropy(
                     hidden_MD,

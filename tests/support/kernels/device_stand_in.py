@@ -66,7 +66,12 @@ class DeviceStandIn(TorchDispatchMode):
             patch.object(launch, "stand_in", self.holds),
             # CPU products do not widen their results
             patch.object(cpu_gemm, "on_gpu", lambda _: False),
-            patch.object(triton_backend, "on_gpu", lambda _: False),
+            patch.object(
+                triton_backend.TritonHead,
+                "on_gpu",
+                property(lambda _: False, lambda *_: None),
+                create=True,
+            ),
             patch.object(core, "_attend_cuda", lambda q, k, v, *_: q + 0 * (k.sum() + v.sum())),
             patch.object(core, "kernel_for", lambda _: blocks.CPU),
             patch.object(transfer, "pinned_buffer", self._pinned_buffer),

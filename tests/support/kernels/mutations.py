@@ -217,7 +217,7 @@ MUTATIONS = [
     ),
     Mutation(
         "entropy's gradient misses the shift", "head/chunked.py",
-        "shift_M = below_M - self.mean_shift_M", "shift_M = below_M", LOGPROB,
+        "shift_M = -self.mean_shift_M", "shift_M = 0 * self.mean_shift_M", LOGPROB,
     ),
     Mutation(
         "ranks: sums are added without rescaling", "head/chunked.py",
