@@ -20,7 +20,7 @@ from phimini.stages.run import metrics, training
 FILE_OPERATIONS = ("replace", "fsync", "rename", "unlink", "mkdir", "rmdir", "open")
 MOMENTS: list[tuple[Any, str]] = [
     (training, "load_hf"), (training, "load_checkpoint"), (training, "export_hf"), (training.Progress, "after_step"),
-    (midtrain, "forward_backward"), (sft, "forward_backward"), (rollout_dpo, "forward_backward"),
+    (midtrain, "start_step"), (sft, "start_step"), (rollout_dpo, "start_step"),
     (rlvr, "forward_backward"), (rollout_dpo, "reference_logps"), (rollout_dpo, "pair_up"), (rlvr, "choose"),
     (prompt_pool, "pool_of"), (evaluate, "evaluate_problems"), (evaluate, "summarize"), (page, "render"),
 ]  # fmt: skip
