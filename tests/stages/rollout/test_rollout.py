@@ -78,7 +78,7 @@ def sampled_for(stage: str, folder: Path) -> list[str]:
     stages: list[Any] = [evaluate, rollout_dpo]
     for module in stages:
         module.build_engine = lambda *_: engine
-        module.judge = lambda *_: next(verdicts)
+        module.is_right = lambda *_: next(verdicts)
     if stage == "evaluate":
         evaluate.evaluate(run, model.world, "rollout_dpo")
     else:

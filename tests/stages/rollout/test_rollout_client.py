@@ -124,7 +124,7 @@ def test_an_engine_that_falls_mute_is_given_up_at_the_deadline() -> None:
     service = RolloutService([client], per_engine=99)
     with pytest.raises(RolloutError, match="150 of 150 requests are unanswered"):
         service.run(requests(150, SAMPLING))
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 100  # it would be mute for 300 s
 
 
 def test_a_hung_engine_is_given_up_while_another_answers(capfd: pytest.CaptureFixture) -> None:

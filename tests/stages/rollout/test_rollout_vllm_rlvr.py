@@ -116,7 +116,10 @@ def test_one_step_ahead_with_an_engine_of_its_own(tmp_path: Path, partial: bool)
     assert len(rows) == 4 and len(updates) >= 3
     assert updates[0]["max_age"] == 0 and all(row["mismatch_max"] <= 1e-4 for row in updates)
     assert all(row["mismatch_max"] > 0 for row in updates), "other answers tell, where those of this step are old"  # fmt: skip
-    assert all(row["max_age"] == 1 and row["stale_tokens"] > 0 for row in updates[1:])
+    # Whether an answer is under way when the weights change, and so partly old, depends on the engine's speed.
+    old = [row["max_age"] == 1 and row["stale_tokens"] > 0 for row in updates[1:]]
+    assert any(old) if partial else all(old)
+    assert all(row["max_age"] <= 1 for row in updates)
 
 
 def asynchronous(run) -> list[dict]:
