@@ -23,7 +23,8 @@ def function_of(name: str, field: str) -> Callable[..., Any]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code, which may raise anything
+    # Import runs the user's code, which may raise any kind of error: raised again, with the setting's name.
+    except Exception as error:
         raise ValueError(
             f"{field} {name}: {file} cannot be imported: {type(error).__name__}: {error}"
         ) from error

@@ -96,7 +96,7 @@ class Recorder(TorchDispatchMode):
 
 
 class _Flash(torch.autograd.Function):
-    """One kernel forward and one backward, with flash attention's results and nothing computed."""
+    """One kernel forward and one backward, with the shapes of flash attention's results and without their values."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, flops: int, recorder: Recorder | None) -> Tensor:  # fmt: skip

@@ -51,9 +51,9 @@ class HeadCall:
     """Dtype of statistics, losses and dW."""
     runs_triton: bool
     on_gpu: bool
-    """Whether the tensors are on a GPU, or a stand-in for one, which the host must not wait for."""
+    """True for tensors on a GPU, or a stand-in for one, which the host must not wait for."""
     host_knows: bool
-    """Whether the host can read values: the tensors are on a CPU, and neither traced nor fake."""
+    """True if the host can read values: the tensors are on a CPU, and neither traced nor fake."""
     is_counted_on_device: bool
     """Whether the host does not learn how many rows count: it would have to wait for the GPU."""
     chunk_rows: int

@@ -362,7 +362,7 @@ MALFORMED = (
     RuntimeError,
     OSError,
 )
-"""errors of a phase whose fields are wrong or that came out of turn; none of them may end the worker"""
+"""errors of a phase whose fields are wrong or that came out of turn; the worker goes on after each of them"""
 
 
 class WorkerExtension:

@@ -280,7 +280,7 @@ class EvaluateConfig:
     seed: Seed = 123
     """seed of every random choice"""
     judge: str | None = None
-    """a function of yours, as rlvr.reward, whose numbers above 0 mean a right answer; none: the verifier"""
+    """a function of yours, as rlvr.reward, whose numbers above 0 mean a right answer; by default the verifier"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,8 +296,8 @@ class RolloutConfig:
     placement: Literal["colocated", "separate"] = "colocated"
     """vLLM in the training ranks, or in processes of its own"""
     addresses: tuple[str, ...] = ()
-    """separate: http://HOST:PORT of running engines (`phimini serve`), whose key is in PHIMINI_API_KEY; none: rank 0 starts
-    `num_engines` on its machine"""
+    """separate: http://HOST:PORT of running engines (`phimini serve`), whose key is in PHIMINI_API_KEY; by default rank 0
+    starts `num_engines` on its machine"""
     num_engines: Count = 1
     """separate: engines to start"""
     devices: tuple[str, ...] = ()

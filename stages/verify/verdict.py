@@ -17,10 +17,10 @@ is called as `function(question, answer, response, finish_reason)`: the row's qu
 text, and "stop" or, for an answer that was cut off, "length". It returns a number.
 """
 
-import math
 import multiprocessing
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -336,16 +336,15 @@ class Scorer:
         return [self._checked(*pair) for pair in zip(values, answered, strict=True)]
 
     def _checked(self, value: Any, item: Answered) -> float:
-        if isinstance(value, bool | int | float) and math.isfinite(value):
+        if not isinstance(value, _Raised):
             return float(value)
-        got = value.text if isinstance(value, _Raised) else f"returned {value!r:.60}"
         raise ValueError(
-            f"{self.field} {self.name}: expected a finite number for the question {item.question!r:.60}, the function {got}"
+            f"{self.field} {self.name}: expected a finite number for the question {item.question!r:.60}, the function {value.text}"
         )
 
 
 class _Raised(NamedTuple):
-    """The exception of a user's function: others may not be importable, or fail to pickle."""
+    """The failure of a user's function to return a finite number, as text: an exception may fail to pickle."""
 
     text: str
 
@@ -355,9 +354,13 @@ def _call(function: Callable[..., Any] | None, item: Answered) -> Any:
         return is_right(*item)
     try:
         value = function(*item)
-    except Exception as error:  # the user's own code, which may raise anything
+    # The user's code may raise any kind of error: `Scorer.scores` raises it again, with question and function.
+    except Exception as error:
         return _Raised(f"raised {error!r:.200}")
-    return value if isinstance(value, bool | int | float) else _Raised(f"returned {value!r:.60}")
+    is_number = isinstance(value, bool | int | float)
+    if not is_number or not -sys.float_info.max <= value <= sys.float_info.max:
+        return _Raised(f"returned {value!r:.60}")
+    return float(value)
 
 
 _function_of_worker: Callable[..., Any] | None = None

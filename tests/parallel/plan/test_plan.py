@@ -51,7 +51,7 @@ def test_weights_gradients_and_optimizer_on_eight_gpus(layout: Layout, gib: floa
 
 
 def test_activations_of_16k_tokens() -> None:
-    """44, 30 and 3 GiB for `none`, `selective` and `full`."""
+    """44 GiB without recomputation, 30 with `selective`, 3 with `full`."""
     none = parts_of(Layout(data=8))["activations"] / GIB
     assert none == pytest.approx(44, abs=0.5)
     selective = parts_of(Layout(data=8), "selective")["activations"] / GIB

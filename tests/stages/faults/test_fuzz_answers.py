@@ -1,4 +1,4 @@
-r"""Random answers, LaTeX of all kinds and bombs: the verifier gives a verdict, and none costs more than its limit."""
+r"""Random answers, LaTeX of all kinds and bombs: the verifier gives each a verdict within its limit."""
 
 import random
 from typing import get_args

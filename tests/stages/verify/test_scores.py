@@ -25,6 +25,8 @@ def text(question, answer, response, finish_reason):
     return "right"
 def infinite(question, answer, response, finish_reason):
     return float("inf")
+def huge(question, answer, response, finish_reason):
+    return 10**400
 def dies(question, answer, response, finish_reason):
     os._exit(9)
 def three(question, answer, response):
@@ -57,6 +59,7 @@ def test_scores_come_in_order(workers: int, file: str) -> None:
         ("raises", "the function raised KeyError('2')"),
         ("text", "the function returned 'right'"),
         ("infinite", "the function returned inf"),
+        ("huge", "the function returned 1000"),
         ("three", "takes 3 positional arguments but 4 were given"),
     ],
 )
