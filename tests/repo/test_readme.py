@@ -1,6 +1,5 @@
 """The README: its length, commands, rooms, numbers, and links that exist."""
 
-import json
 import re
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import rooms
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *(f for p in rooms.LAYERS for f in sorted((ROOT / p).rglob("README.md")))]  # fmt: skip
-NAMES = {"midtrain": "mid-training", "sft": "SFT", "rollout_dpo": "Rollout DPO", "rlvr": "RL"}
 
 
 def links(page: Path) -> list[str]:
@@ -46,17 +44,9 @@ def test_kernel_loss_and_proof_are_one_click_away(file: str, text: str) -> None:
     assert file in links(ROOT / "README.md") and text in (ROOT / file).read_text()
 
 
-def test_its_table_of_accuracy_is_that_of_the_committed_runs() -> None:
-    rows = [json.loads(line) for line in (ROOT / "bench/results/ladder.jsonl").read_text().splitlines()]  # fmt: skip
-    cells: dict[str, list[str]] = {}
-    for row in rows:
-        for stage in row["stages"][1:]:
-            mean, (low, high) = stage["mean_at_8"], stage["ci95"]
-            cells.setdefault(stage["stage"], []).append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
-        assert row["date"] in README and f"commit {row['commit']}" in README
-    assert list(cells) == list(NAMES)
-    lines = [f"| {' | '.join([NAMES[stage], *values])} |" for stage, values in cells.items()]
-    head = (
-        "| after | " + " | ".join(f"seed {row['seed']}" for row in rows) + " |\n|---|---|---|---|"
-    )
-    assert "\n".join([head, *lines]) in README, "\n".join([head, *lines])
+def test_it_states_no_accuracy_but_links_to_the_committed_runs() -> None:
+    """An accuracy in the text would outlive the code that it was measured with."""
+    assert ROOT / "bench/results/ladder.jsonl" in {
+        ROOT / target for target in links(ROOT / "README.md")
+    }
+    assert not re.findall(r"0\.\d{3} \[", README)
