@@ -7,8 +7,9 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from phimini.stages.config.dialect import Words, build
+from phimini.stages.config.ranges import Count
 from phimini.stages.config.recipes import recipe_config
-from phimini.stages.config.schema import Count, RunConfig
+from phimini.stages.config.schema import RunConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,20 +11,21 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from phimini.model.checked_fields import Range, check
 from phimini.stages.config.dialect import build, read_words
+from phimini.stages.config.engines import RolloutConfig
+from phimini.stages.config.ranges import (
+    AboveOne,
+    AtLeastTwo,
+    BelowOne,
+    Count,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    Seconds,
+    Seed,
+    Share,
+)
 
 C = TypeVar("C")
-
-Count = Annotated[int, Range(1, 10**9)]
-CountOrZero = Annotated[int, Range(0, 10**9)]
-AtLeastTwo = Annotated[int, Range(2, 10**9)]
-Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]
-Share = Annotated[float, Range(0, 1)]
-PositiveShare = Annotated[float, Range(0, 1, "(]")]
-BelowOne = Annotated[float, Range(0, 1, "[)")]
-Positive = Annotated[float, Range(0, 1_000_000, "(]")]
-AboveOne = Annotated[float, Range(1, 1_000_000, "(]")]
-NotNegative = Annotated[float, Range(0, 1_000_000)]
-Seconds = Annotated[float, Range(1, 1_000_000)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,58 +282,6 @@ class EvaluateConfig:
     """seed of every random choice"""
     judge: str | None = None
     """a function of yours, as rlvr.reward, whose numbers above 0 mean a right answer; by default the verifier"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutConfig:
-    """The engine that samples rollouts, and how weights reach it."""
-
-    engine: Literal["local", "vllm"] = "local"
-    """`local`: the reference model's sampler, embedded in the training ranks"""
-    max_batch: Count = 256
-    """sequences decoded at once by one engine"""
-    judges: CountOrZero = 0
-    """processes that score answers, beside the first rank; 0: that rank itself"""
-    placement: Literal["colocated", "separate"] = "colocated"
-    """vLLM in the training ranks, or in processes of its own"""
-    addresses: tuple[str, ...] = ()
-    """separate: http://HOST:PORT of running engines (`phimini serve`), whose key is in PHIMINI_API_KEY; by default rank 0
-    starts `num_engines` on its machine"""
-    num_engines: Count = 1
-    """separate: engines to start"""
-    devices: tuple[str, ...] = ()
-    """separate: CUDA_VISIBLE_DEVICES of each engine to start, e.g. 4,5"""
-    trainer_host: str = "127.0.0.1"
-    """separate: the address of rank 0's machine as the engines see it, for gloo"""
-    transport: Literal["auto", "inproc", "shm", "gloo", "ipc", "nccl"] = "auto"
-    """transport of weights; auto: inproc when colocated, else shm or gloo on a CPU, ipc or nccl on GPUs"""
-    pause: Literal["keep", "wait", "abort"] = "keep"
-    """separate: running requests during a weight sync: they continue with the new weights, finish first, or are cut
-    short and continued"""
-    max_model_len: Count | None = None
-    """longest prompt and answer together, in tokens; none: vLLM gets the longest sequence_length of stages 3 and 4, the
-    local engine goes to the model's max_positions"""
-    engine_tensor_parallel: Count = 1
-    """GPUs (or ranks) that share one vLLM engine"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """dtype of vLLM's weights; auto: bfloat16 on a GPU, float32 on a CPU"""
-    quantization: Literal["none", "fp8"] = "none"
-    """fp8: the trainer rounds the linears' weights to FP8, block by block, before they travel; needs a GPU"""
-    memory_share: PositiveShare = 0.5
-    """share of a GPU's memory for one colocated vLLM engine"""
-    oversample: Annotated[float, Range(1, 1000)] = 1.0
-    """separate: stage 4 asks for so many times rollouts_per_prompt and stops a group once it has enough; above 1,
-    quick answers are favoured"""
-    asynchronous: bool = False
-    """separate: stage 4 samples the next step while it trains on this one"""
-    partial: bool = False
-    """asynchronous: weights are synced while answers are under way, which then go on with the new ones"""
-    max_staleness: CountOrZero = 1
-    """stage 4 drops answers with a token that is older than so many updates"""
-    bucket_mib: Count | None = None
-    """weights travel in buckets of this size; none: what the largest tensor needs, at least 64"""
-    deadline_s: Seconds = 120.0
-    """a weight sync or a silent engine is an error after this long"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

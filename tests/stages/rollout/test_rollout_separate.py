@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -330,6 +330,19 @@ def test_a_frozen_engine_is_noticed_and_its_requests_go_to_the_other(
     assert span_differences(asked, done) <= LIMIT
 
 
+def check_nothing_is_lost(clients: list[ServedEngine], kill: Callable[[], None]) -> None:
+    """Kill the second engine in the middle of its answers: the first one alone gives them all, with the same tokens."""
+    asked = requests(24, LONG_ANSWERS)
+    expected = RolloutService(clients[:1], per_engine=99).run(asked)
+    service = RolloutService(clients, per_engine=12)
+    thread, box = in_thread(lambda: service.run(asked))
+    until(lambda: clients[1].outstanding == 12)
+    kill()
+    thread.join(120)
+    assert box[0].keys() == expected.keys() and 0 < service.report.requeued <= 12
+    assert all(box[0][id].tokens == expected[id].tokens for id in expected)
+
+
 def test_a_server_killed_while_it_samples_loses_nothing_and_leaves_no_core(
     engines: dict[str, Engine], connected: list[ServedEngine]
 ) -> None:
@@ -339,15 +352,7 @@ def test_a_server_killed_while_it_samples_loses_nothing_and_leaves_no_core(
         clients = [connected[0], spare.connect()]
         for engine, client in zip((engines["shm"], spare), clients, strict=True):
             engine.give(client, 3)
-        asked = requests(24, LONG_ANSWERS)
-        expected = RolloutService(clients[:1], per_engine=99).run(asked)
-        service = RolloutService(clients, per_engine=12)
-        thread, box = in_thread(lambda: service.run(asked))
-        until(lambda: clients[1].outstanding == 12)
-        spare.server.process.kill()
-        thread.join(120)
-        assert box[0].keys() == expected.keys() and 0 < service.report.requeued <= 12
-        assert all(box[0][id].tokens == expected[id].tokens for id in expected)
+        check_nothing_is_lost(clients, spare.server.process.kill)
         until(lambda: not is_running(spare.core), 30)
     finally:
         spare.server.close()
@@ -358,15 +363,7 @@ def test_an_engine_killed_while_it_samples_loses_nothing(
 ) -> None:
     for engine, client in zip(engines.values(), connected, strict=True):
         engine.give(client, 3)
-    asked = requests(24, LONG_ANSWERS)
-    expected = RolloutService(connected[:1], per_engine=99).run(asked)
-    service = RolloutService(connected, per_engine=12)
-    thread, box = in_thread(lambda: service.run(asked))
-    until(lambda: connected[1].outstanding == 12)
-    os.kill(engines["gloo"].core, signal.SIGKILL)
-    thread.join(120)
-    assert box[0].keys() == expected.keys() and 0 < service.report.requeued <= 12
-    assert all(box[0][id].tokens == expected[id].tokens for id in expected)
+    check_nothing_is_lost(connected, lambda: os.kill(engines["gloo"].core, signal.SIGKILL))
     until(lambda: engines["gloo"].server.process.poll() is not None, 30)
 
 
