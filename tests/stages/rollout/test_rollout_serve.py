@@ -131,6 +131,10 @@ def test_nothing_is_sampled_before_the_first_sync(served: Served) -> None:
     config, settings = served.run()[1:]
     client = served.client()
     client.connect(config, settings, "a run")
+    ask = msgspec.msgpack.encode(Ask(as_bytes([1, 2], TOKENS), SAMPLING, 0))
+    assert (
+        served.ask("/phimini/generate", ask)[0] == 409
+    )  # in time: the paused engine would wait for ever
     with pytest.raises(RuntimeError, match="no whole set of weights; a sync comes first"):
         RolloutService([client], per_engine=9).run(requests(2, SAMPLING))
     client.close()
