@@ -37,6 +37,16 @@ def poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, nan_filled)
 
 
+@pytest.fixture(autouse=True)
+def no_process_group_in_this_process() -> Iterator[None]:
+    """Fail the test that joins a process group outside a forked rank: no later test could fork any more."""
+    yield
+    from phimini.parallel.ranks import process
+
+    joined, process.process_group_joined = process.process_group_joined, False
+    assert not joined, "this test joined a process group in pytest's own process: use run_ranks"
+
+
 @pytest.fixture(params=["mkl", "onednn"])
 def each_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run the test with each library for fp32 products on a CPU."""

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from parity_cases import config
 from rl_run import SETTINGS
 
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.world import World, initialize
+from phimini.parallel.ranks.world import initialize
+from phimini.parallel.training.batch import PackedBatch
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RlvrConfig, override
 from phimini.stages.rl import loss
@@ -24,18 +26,15 @@ def options(*words: str) -> RlvrConfig:
     return override(tiny(), [*SETTINGS, *words]).rlvr
 
 
-@pytest.fixture
-def world() -> Any:
-    made = initialize(Layout(), config())
-    yield made
-    made.close()
-
-
 def rollouts() -> list[Rollout]:
     return [
         Rollout(f"r{k}", "p", 0, [1, 2, 3], [5] * n, [-4.0 - k] * n, 1.0, 1.0, False, [[0, 0, n]], (-1.0) ** k)
         for k, n in enumerate(LENGTHS)
     ]  # fmt: skip
+
+
+def batch_of(chosen: RlvrConfig) -> PackedBatch:
+    return rollout_batch(rollouts(), 0, chosen, initialize(Layout(), config()))
 
 
 @pytest.mark.parametrize(
@@ -47,9 +46,9 @@ def rollouts() -> list[Rollout]:
     ],
 )
 def test_weights_and_the_count_that_the_loss_is_divided_by(
-    normalizer: str, weights: list[float], count: float, world: World
+    normalizer: str, weights: list[float], count: float
 ) -> None:
-    batch = rollout_batch(rollouts(), 0, options(f"rlvr.normalizer={normalizer}"), world)
+    [batch] = run_ranks(batch_of, 1, options(f"rlvr.normalizer={normalizer}"))
     trained_M = batch.fields["weight"] != 0
     expected = torch.tensor(weights).repeat_interleave(torch.tensor(LENGTHS))
     torch.testing.assert_close(batch.fields["weight"][trained_M], expected)
@@ -72,10 +71,10 @@ def test_centered_advantages_keep_the_spread_of_the_rewards() -> None:
     ],
 )
 def test_options_reach_the_loss(
-    words: list[str], given: dict, world: World, monkeypatch: pytest.MonkeyPatch
+    words: list[str], given: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen, seen = options(*words), {}
-    batch = rollout_batch(rollouts(), 0, chosen, world)
+    [batch] = run_ranks(batch_of, 1, chosen)
     real = loss.linear_policy_loss
 
     def noted(*args: Any, **arguments: Any) -> Any:
