@@ -1,4 +1,4 @@
-"""Progress of a long step: a bar on a terminal, elsewhere a line every few seconds."""
+"""Progress of a long step: a bar on a terminal, elsewhere a line for each of the first steps, then every few seconds."""
 
 import sys
 import time
@@ -12,6 +12,8 @@ from rich.table import Column
 
 LINE_EVERY_S = 5.0
 """least time between two lines where there is no terminal"""
+FIRST_STEPS = 3
+"""steps of this run that have a line each, however fast they are: the first may compile kernels"""
 _REDRAW_EVERY_S = 0.1
 
 
@@ -28,6 +30,7 @@ class StepProgress:
         console = Console(file=self._stream, highlight=False)
         self._bar = _bar(console) if enabled and console.is_interactive else None
         self._done = 0
+        self._updates = 0
         self._values: dict[str, float | int] = {}
         self._speed = ""
         self._last_time = time.perf_counter()
@@ -47,7 +50,6 @@ class StepProgress:
         """
         if not self._enabled:
             return
-        first = self._last_done is None
         if self._last_done is None:
             # A resumed stage: the steps of the earlier run took no time in this one.
             self._last_done = done - 1
@@ -56,14 +58,14 @@ class StepProgress:
                     self._label, total=self.total, completed=done - 1, values="", speed=""
                 )
                 self._bar.start()
-        self._done, self._speed = done, speed
+        self._done, self._speed, self._updates = done, speed, self._updates + 1
         self._values |= values
         since = time.perf_counter() - self._last_time
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done)
-            if first or since >= _REDRAW_EVERY_S:
+            if self._updates == 1 or since >= _REDRAW_EVERY_S:
                 self._draw()
-        elif first or since >= LINE_EVERY_S:
+        elif self._updates <= FIRST_STEPS or since >= LINE_EVERY_S:
             self._print_line()
 
     def close(self) -> None:
