@@ -9,7 +9,6 @@ import sys
 from typing import NamedTuple
 
 from phimini.model.suggest import nearest
-from phimini.parallel.ranks.local_launch import RankFailure
 from phimini.stages.cli import EXPECTED
 from phimini.stages.run.output import lasting_output
 
@@ -94,6 +93,8 @@ def run(arguments: list[str]) -> int:
     if name not in BENCHES:
         print(f"phimini: unknown bench {name!r}; {nearest(name, BENCHES)}", file=sys.stderr)
         return 2
+    from phimini.parallel.ranks.local_launch import RankFailure  # late: it loads torch
+
     try:
         return importlib.import_module(f"phimini.bench.{BENCHES[name].module}").main(rest)
     except (ValueError, OSError, RankFailure) as error:

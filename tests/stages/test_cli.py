@@ -32,7 +32,7 @@ def test_every_verb_has_a_function_and_help(capsys: pytest.CaptureFixture) -> No
 
 @pytest.mark.parametrize(
     ("words", "status"),
-    [("--help", 0), ("recipe --help", 0), ("config tiny", 0), ("doctor --help", 0), ("recipee tiny", 2),
+    [("--help", 0), ("recipe --help", 0), ("bench --help", 0), ("bench", 0), ("config tiny", 0), ("doctor --help", 0), ("recipee tiny", 2),
      ("sft tiny sede=1", 2), ("sft tiny seed=one", 2), ("evaluate tinny", 2), ("launch slrum", 2)],
 )  # fmt: skip
 def test_help_and_bad_words_do_not_wait_for_torch(words: str, status: int) -> None:
