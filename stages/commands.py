@@ -26,6 +26,7 @@ from phimini.stages.report.page import write_report
 from phimini.stages.rl.mismatch_diagnosis import doctor
 from phimini.stages.rollout.launch import serve
 from phimini.stages.run.gpu_checklist import checklist
+from phimini.stages.run.limits import check_open_files
 from phimini.stages.run.lock import RunLock, held_by_main
 from phimini.stages.run.trackers import missing_packages
 from phimini.stages.run.training import layout_of
@@ -114,6 +115,7 @@ def start(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
     """Run the verb in this rank of torchrun's, or in `run.processes` ranks of our own."""
     for problem in missing_packages(run):
         raise ImportError(problem)
+    check_open_files()
     if "RANK" in os.environ or run.processes == 1:
         run_rank(run, verb, stage, redo)
     else:

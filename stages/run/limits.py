@@ -1,4 +1,4 @@
-"""The limit of the process or the machine behind an error, and how to raise it."""
+"""The limit of the process or the machine behind an error, how to raise it, and one limit that is checked before a run."""
 
 import os
 import re
@@ -10,6 +10,17 @@ _MEMORY = re.compile(
 )
 _FILES = re.compile(r"Too many open files in system|Too many open files")
 _PROCESSES = re.compile(r"can't start new thread|Resource temporarily unavailable")
+
+
+LEAST_OPEN_FILES = 128
+"""A run of two ranks opens about 60. With fewer than torch's store needs, it would retry for ten minutes."""
+
+
+def check_open_files() -> None:
+    """Raise OSError if this process may open fewer than LEAST_OPEN_FILES files."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= limit < LEAST_OPEN_FILES:
+        raise OSError(f"Too many open files: a run needs up to {LEAST_OPEN_FILES}")
 
 
 def limit_behind(kind: str, message: str) -> str | None:

@@ -3,6 +3,7 @@
 import os
 import resource
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from forked_ranks import run_ranks
 
 from phimini.stages import cli
 from phimini.stages.cli import main
-from phimini.stages.run.limits import limit_behind
+from phimini.stages.run.limits import LEAST_OPEN_FILES, limit_behind
 
 
 def open_many(verb: str, settings: object) -> int:
@@ -49,6 +50,23 @@ def test_the_limit_is_named_in_one_line(
     assert run_ranks(main, 1, ["doctor", "--gpu-checklist"]) == [1]  # forked: limits stay lowered
     error = capfd.readouterr().err
     assert message in error and "; raise the limit of" in error and error.count("\n") == 1
+
+
+def too_few_files() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (LEAST_OPEN_FILES - 1, LEAST_OPEN_FILES))
+    assert main(["recipe", "tiny", "out=never"]) == 1
+
+
+def test_a_run_asks_first_for_the_files_that_it_opens(
+    capfd: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_ranks(too_few_files, 1)
+    assert (
+        "a run needs up to 128; raise the limit of open files, ulimit -n: it is 127, up to 128"
+        in capfd.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_limit_the_machines_memory_is_named() -> None:
