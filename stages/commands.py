@@ -115,10 +115,10 @@ def start(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
     """Run the verb in this rank of torchrun's, or in `run.processes` ranks of our own."""
     for problem in missing_packages(run):
         raise ImportError(problem)
-    check_open_files()
     if "RANK" in os.environ or run.processes == 1:
         run_rank(run, verb, stage, redo)
     else:
+        check_open_files()
         run_ranks(run_rank, run.processes, run, verb, stage, redo)
 
 

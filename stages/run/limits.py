@@ -12,15 +12,15 @@ _FILES = re.compile(r"Too many open files in system|Too many open files")
 _PROCESSES = re.compile(r"can't start new thread|Resource temporarily unavailable")
 
 
-LEAST_OPEN_FILES = 128
-"""A run of two ranks opens about 60. With fewer than torch's store needs, it would retry for ten minutes."""
+OPEN_FILES_OF_RANKS = 64
+"""Least number of files that a process of several ranks may open: with 32, torch's store retries for ten minutes."""
 
 
 def check_open_files() -> None:
-    """Raise OSError if this process may open fewer than LEAST_OPEN_FILES files."""
+    """Raise OSError if this process may open fewer than OPEN_FILES_OF_RANKS files."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if 0 <= limit < LEAST_OPEN_FILES:
-        raise OSError(f"Too many open files: a run needs up to {LEAST_OPEN_FILES}")
+    if 0 <= limit < OPEN_FILES_OF_RANKS:
+        raise OSError(f"Too many open files: several ranks need more than {OPEN_FILES_OF_RANKS}")
 
 
 def limit_behind(kind: str, message: str) -> str | None:

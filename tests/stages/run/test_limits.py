@@ -11,7 +11,7 @@ from forked_ranks import run_ranks
 
 from phimini.stages import cli
 from phimini.stages.cli import main
-from phimini.stages.run.limits import LEAST_OPEN_FILES, limit_behind
+from phimini.stages.run.limits import OPEN_FILES_OF_RANKS, limit_behind
 
 
 def open_many(verb: str, settings: object) -> int:
@@ -53,17 +53,17 @@ def test_the_limit_is_named_in_one_line(
 
 
 def too_few_files() -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (LEAST_OPEN_FILES - 1, LEAST_OPEN_FILES))
-    assert main(["recipe", "tiny", "out=never"]) == 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES_OF_RANKS - 1, OPEN_FILES_OF_RANKS))
+    assert main(["recipe", "tiny", "out=never", "processes=2"]) == 1
 
 
-def test_a_run_asks_first_for_the_files_that_it_opens(
+def test_a_run_of_several_ranks_asks_first_for_the_files_that_it_opens(
     capfd: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run_ranks(too_few_files, 1)
     assert (
-        "a run needs up to 128; raise the limit of open files, ulimit -n: it is 127, up to 128"
+        "several ranks need more than 64; raise the limit of open files, ulimit -n: it is 63, up to 64"
         in capfd.readouterr().err
     )
     assert not list(tmp_path.iterdir())
