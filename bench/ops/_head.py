@@ -20,15 +20,17 @@ from phimini.kernels.head.triton_kernels import (
     _head_merge_kernel,
 )
 
-# (M, D, V): Phi-4-Mini's head at 16,384 tokens; on a CPU the demo's model, and one with a large vocabulary
+# (M, D, V): Phi-4-Mini's head at 16,384 tokens; on a CPU the demo's model, one with a large vocabulary, and two chunks of
+# Phi-4-Mini's own vocabulary
 GPU_SHAPES = [(16384, 3072, 200064), (4096, 3072, 200064)]
-CPU_SHAPES = [(1536, 128, 256), (2048, 256, 32000)]
+CPU_SHAPES = [(1536, 128, 256), (2048, 256, 32000), (512, 128, 200064)]
 
-# Not confirmed on an H100; at 800 TFLOP/s three GEMMs of the first shape take 75.5 ms.
+# Not confirmed on an H100; at 800 TFLOP/s three GEMMs of the first shape take 75.5 ms. The expectation is
+# arithmetic: logits at 540 to 600 TFLOP/s, the two gradient products at 700 to 800, 5 ms of row kernels.
 _PER_GEMM = "H100, fwd+bwd: within 10 % of linear_cross_entropy's ms"
 GPU_TARGETS = {
     "linear_logprob": "H100, fwd: at most 30 ms",
-    "linear_cross_entropy": "H100, fwd+bwd: at most 83 ms (floor 75.5 at 800 TFLOP/s)",
+    "linear_cross_entropy": "H100, fwd+bwd: at most 83 ms (floor 75.5 at 800 TFLOP/s); expected of today's code: 88 to 100",
     "linear_dpo": _PER_GEMM,
     "linear_policy_loss": _PER_GEMM,
 }
@@ -96,7 +98,7 @@ def head_case(
 # --- compiled --------------------------------------------------------------------------------------
 # Ceilings are the counts of triton 3.7.1 rounded up to a multiple of 8; 255 is the hardware's.
 _FWD_CEILING = {80: 240, 90: 255, 100: 192}
-_LOGITS_CEILING = {80: 240, 90: 192, 100: 200}
+_LOGITS_CEILING = {80: 240, 90: 255, 100: 200}
 
 
 def matmul_static_cases(kernel: str) -> list[StaticCase]:
@@ -123,7 +125,10 @@ def _matmul_case(kernel: str, target: int, entropy: bool, temperature: bool) -> 
     optional = {"inverse_temperature_ptr": temperature, "weighted_ptr": entropy}
     signature |= {name: "*fp32" for name, is_given in optional.items() if is_given}
     if kernel == "logits":
-        signature |= {"e": operand(b.block_m, b.block_n), "stride_e_m": "i32:16"}
+        signature |= {
+            "e": operand(b.block_m, b.block_n // (1 + b.persistent)),
+            "stride_e_m": "i32:16",
+        }
     else:
         signature |= {"tiles_per_split": "i32"}
     return StaticCase(
@@ -133,7 +138,7 @@ def _matmul_case(kernel: str, target: int, entropy: bool, temperature: bool) -> 
         constexprs={
             "USE_TMA": b.use_tma, "WITH_ENTROPY": entropy, "PRECISION": "tf32",
             "BLOCK_M": b.block_m, "BLOCK_N": b.block_n, "BLOCK_K": b.block_k,
-        } | {name: None for name, is_given in optional.items() if not is_given},
+        } | ({"PERSISTENT": b.persistent} if kernel == "logits" else {}) | {name: None for name, is_given in optional.items() if not is_given},
         num_warps=b.num_warps,
         num_stages=b.num_stages,
         targets=(target,),

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -144,15 +145,29 @@ def traffic_cases() -> list[TrafficCase]:
             TrafficCase(
                 kernel="linear_cross_entropy",
                 provider="liger",
-                run=torch.no_grad()(
-                    lambda: fused.fused_linear_cross_entropy_forward(
-                        *leaves, targets, reduction="sum"
-                    )
-                ),
+                run=lambda: _liger_as_on_cuda(fused, hidden, weight, targets),
                 minimum_bytes=minimum,
             ),
         ]
     return cases
+
+
+class _OnCuda(Tensor):
+    """A CPU tensor that Liger takes for one on a GPU."""
+
+    device = property(lambda _: torch.device("cuda"))  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+
+def _liger_as_on_cuda(fused, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """Run Liger with the branches of a GPU: on a CPU it makes a copy of dW in fp32 for every chunk."""
+    with (
+        torch.no_grad(),
+        patch.object(fused, "_can_use_mm_out", lambda *_: True),
+        patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
+    ):
+        fused.fused_linear_cross_entropy_forward(
+            hidden, weight.as_subclass(_OnCuda), targets, reduction="sum"
+        )
 
 
 def _row_pass() -> TrafficCase:

@@ -1,5 +1,6 @@
 """Choice of the back-end that computes an op, and the size of the GPU."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -38,6 +39,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@functools.cache
 def num_sms(device: torch.device) -> int:
     """Return the GPU's number of streaming multiprocessors, or 1 on a CPU (the interpreter)."""
     if device.type != "cuda":

@@ -5,7 +5,14 @@ Found by compiling offline (`phimini bench kernels --static`); not yet timed on 
 sm_90, sm_100: 128 x 256 x 64, 8 warps. 85 FLOP per byte fetched from L2; 128 x 128 has 64, which at 600 TFLOP/s asks
     for 9.4 TB/s. Four stages fill 192 KiB of the 227 KiB of shared memory; a second program would not fit with
     three either. TMA descriptors made on the host: the pointer arithmetic of the same tile costs 64 registers.
-    4 warps spill 600 times. Warp specialisation: no effect on sm_90 in triton 3.7, spills on sm_100.
+    4 warps spill 600 times.
+sm_90, logits kernel: persistent, one program per SM with its tiles in one flattened loop, so that the first loads of a
+    tile pass under the statistics of the tile before (255 registers, no spills; E leaves in halves, whose 32 KiB are
+    what four stages spare). The statistics themselves, about a tenth of a tile's time, still wait for the products:
+    triton 3.7 compiles `warp_specialize` on sm_90 to the same program, or fails with 4 warps.
+    cuBLAS would overlap them, but hands over bf16 logits, whose rounding (|z| 2^-9) every log-prob would carry, or
+    fp32 ones, whose 26 GB written and read cost the 10 ms that they save.
+sm_100: one tile per program. The persistent loop spills 87 to 324 times, warp specialisation 51 to 518 times.
 sm_80: 128 x 128 x 64, 8 warps, cp.async through pointers: there is no TMA, and descriptors are lowered to
     16-bit accesses without a pipeline. 128 x 256 spills 280 times.
 merge and gradient kernels: bound by memory. 128-bit accesses, no spills; the gradient kernel has two tiles in flight,
@@ -25,13 +32,23 @@ class MatmulBlocks:
     num_warps: int
     num_stages: int
     use_tma: bool
+    persistent: bool = False
+    """the logits kernel: one program per SM, which loads its next tile while it computes this one's statistics"""
 
 
 MATMUL = {
     80: MatmulBlocks(
         block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3, use_tma=False
     ),
-    90: MatmulBlocks(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, use_tma=True),
+    90: MatmulBlocks(
+        block_m=128,
+        block_n=256,
+        block_k=64,
+        num_warps=8,
+        num_stages=4,
+        use_tma=True,
+        persistent=True,
+    ),
     100: MatmulBlocks(
         block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, use_tma=True
     ),

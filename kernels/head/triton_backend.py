@@ -127,8 +127,12 @@ class TritonHead(ChunkedHead):
         else:
             e = self.e_MV[:M]
             if b.use_tma:
-                e = TensorDescriptor.from_tensor(e, [b.block_m, b.block_n])
-            _head_logits_kernel[grid](**common, e=e, stride_e_m=self.e_MV.stride(0))
+                e = TensorDescriptor.from_tensor(e, [b.block_m, b.block_n // (1 + b.persistent)])
+            if b.persistent:
+                grid = (min(*grid, num_sms(device)),)
+            _head_logits_kernel[grid](
+                **common, e=e, stride_e_m=self.e_MV.stride(0), PERSISTENT=b.persistent
+            )
         self.parts = parts
         merged = self.merge() if num_splits > 1 else parts[:, 0]
         return LocalStats(

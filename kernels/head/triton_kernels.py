@@ -126,41 +126,54 @@ def _head_logits_kernel(
     max_ptr, sum_ptr, weighted_ptr,  # (S, M) each, weighted or None; rows padded to whole blocks
     target_logit_ptr,  # (M,)
     M, V, D, stride_s, stride_e_m,
-    USE_TMA: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    USE_TMA: tl.constexpr, WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Row blocks vary fastest: the programs that run together hold all rows of the chunk (25 MB of x fit the L2
-    # cache) and stream through W once.
-    num_row_blocks = tl.cdiv(M, BLOCK_M)
-    row = (tl.program_id(0) % num_row_blocks) * BLOCK_M
-    tile = tl.program_id(0) // num_row_blocks
-    if row >= tl.load(num_rows_ptr):
-        return
-    col = tile * BLOCK_N
-    z = _logit_tile(x, w, row, col, M, V, D, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-    rows = row + tl.arange(0, BLOCK_M)
-    cols = col + tl.arange(0, BLOCK_N)
-    in_rows = rows < M
-    if inverse_temperature_ptr is not None:
-        z *= tl.load(inverse_temperature_ptr + rows, mask=in_rows, other=1.0)[:, None]
-    z = tl.where((cols < V)[None, :], z, MASKED)
-    targets = tl.load(targets_ptr + rows, mask=in_rows, other=-1).to(tl.int32)
-    at_target = tl.sum(tl.where(cols[None, :] == targets[:, None], z, 0.0), axis=1)
-    m = tl.max(z, axis=1)
-    below = z - m[:, None]
-    p = tl.exp2(below * LOG2E)
-    if USE_TMA:
-        e.store([row, col], p.to(e.dtype))
+    # cache) and stream through W once. Row blocks without a row that counts are left out.
+    num_row_blocks = tl.cdiv(tl.minimum(tl.load(num_rows_ptr), M), BLOCK_M)
+    num_tiles = num_row_blocks * tl.cdiv(V, BLOCK_N)
+    if PERSISTENT:
+        first, last, step = tl.program_id(0), num_tiles, tl.num_programs(0)
     else:
-        at = e + rows[:, None].to(tl.int64) * stride_e_m + cols[None, :]
-        tl.store(at, p.to(e.dtype.element_ty), mask=in_rows[:, None] & (cols < V)[None, :])
-    out = tile.to(tl.int64) * stride_s + rows
-    tl.store(max_ptr + out, m)
-    tl.store(sum_ptr + out, tl.sum(p, axis=1))
-    if WITH_ENTROPY:
-        tl.store(weighted_ptr + out, tl.sum(p * below, axis=1))
-    is_here = (targets >= col) & (targets < col + BLOCK_N) & (targets < V)
-    tl.store(target_logit_ptr + rows, at_target, mask=in_rows & is_here)
+        if tl.program_id(0) >= num_tiles:
+            return
+        first, last, step = 0, 1, 1  # the compiler drops this loop
+    for i in tl.range(first, last, step, flatten=PERSISTENT):
+        number = i if PERSISTENT else tl.program_id(0)
+        row = (number % num_row_blocks) * BLOCK_M
+        tile = number // num_row_blocks
+        col = tile * BLOCK_N
+        z = _logit_tile(x, w, row, col, M, V, D, USE_TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        rows = row + tl.arange(0, BLOCK_M)
+        cols = col + tl.arange(0, BLOCK_N)
+        in_rows = rows < M
+        if inverse_temperature_ptr is not None:
+            z *= tl.load(inverse_temperature_ptr + rows, mask=in_rows, other=1.0)[:, None]
+        z = tl.where((cols < V)[None, :], z, MASKED)
+        targets = tl.load(targets_ptr + rows, mask=in_rows, other=-1).to(tl.int32)
+        at_target = tl.sum(tl.where(cols[None, :] == targets[:, None], z, 0.0), axis=1)
+        m = tl.max(z, axis=1)
+        below = z - m[:, None]
+        p = tl.exp2(below * LOG2E)
+        if PERSISTENT:
+            # Half a tile at a time: the stages of the next tile's loads leave room for no more.
+            halves = tl.permute(tl.reshape(p.to(e.dtype), (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            e.store([row, col], left)
+            e.store([row, col + BLOCK_N // 2], right)
+        elif USE_TMA:
+            e.store([row, col], p.to(e.dtype))
+        else:
+            at = e + rows[:, None].to(tl.int64) * stride_e_m + cols[None, :]
+            tl.store(at, p.to(e.dtype.element_ty), mask=in_rows[:, None] & (cols < V)[None, :])
+        out = tile.to(tl.int64) * stride_s + rows
+        tl.store(max_ptr + out, m)
+        tl.store(sum_ptr + out, tl.sum(p, axis=1))
+        if WITH_ENTROPY:
+            tl.store(weighted_ptr + out, tl.sum(p * below, axis=1))
+        is_here = (targets >= col) & (targets < col + BLOCK_N) & (targets < V)
+        tl.store(target_logit_ptr + rows, at_target, mask=in_rows & is_here)
 
 
 @triton.jit(do_not_specialize=["S"])

@@ -33,8 +33,9 @@ def test_a_second_read_is_seen(ratios: dict[tuple[str, str], float]) -> None:
     assert 1.45 < ratios["cross_entropy_row_pass", "liger"] < 1.55
 
 
-def test_whole_head_moves_a_tenth_of_ligers_bytes(ratios: dict[tuple[str, str], float]) -> None:
-    """At Phi-4-Mini's V / D = 65, where Liger's chunks have 1/65 of the rows."""
+def test_whole_head_moves_a_fifth_of_ligers_bytes(ratios: dict[tuple[str, str], float]) -> None:
+    """At Phi-4-Mini's V / D = 65, where Liger's chunks have 1/65 of the rows. Liger takes its GPU path, whose dW is added to
+    in place; on its CPU path, with a copy of dW in fp32 for every chunk, it would be a twelfth."""
     pytest.importorskip("liger_kernel")
     op = "linear_cross_entropy"
-    assert ratios[op, "phimini"] <= ratios[op, "liger"] / 10
+    assert 4.5 < ratios[op, "liger"] / ratios[op, "phimini"] < 5.5

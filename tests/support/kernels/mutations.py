@@ -96,7 +96,7 @@ MUTATIONS = [
     ),
     Mutation(
         "exp2 without log2 e", "head/triton_kernels.py",
-        "    p = tl.exp2(below * LOG2E)\n    if USE_TMA", "    p = tl.exp2(below)\n    if USE_TMA", FWD_FP32,
+        "        p = tl.exp2(below * LOG2E)\n        if PERSISTENT", "        p = tl.exp2(below)\n        if PERSISTENT", FWD_FP32,
     ),
     Mutation(
         "entropy: the maximum's move is forgotten", "head/triton_kernels.py",
@@ -153,12 +153,29 @@ MUTATIONS = [
         "(targets < col + BLOCK_N) & (targets < V)", "(targets <= col + BLOCK_N) & (targets < V)", EDGES,
     ),
     Mutation(
+        "logits: the right half of a tile of E is stored over the left", "head/triton_kernels.py",
+        "e.store([row, col + BLOCK_N // 2], right)", "e.store([row, col], right)", FWD_FP32,
+    ),
+    Mutation(
+        "logits: a persistent program skips its later tiles", "head/triton_kernels.py",
+        "num_tiles, tl.num_programs(0)\n", "num_tiles, num_tiles\n", FWD_FP32,
+    ),
+    Mutation(
+        "logits: a persistent program counts row blocks that hold no row", "head/triton_kernels.py",
+        "num_row_blocks = tl.cdiv(tl.minimum(tl.load(num_rows_ptr), M), BLOCK_M)\n",
+        "num_row_blocks = tl.cdiv(tl.load(num_rows_ptr), BLOCK_M) + 1\n", FWD_FP32,
+    ),
+    Mutation(
         "logits: row offsets in 32 bits", "head/triton_kernels.py",
         "at = e + rows[:, None].to(tl.int64) * stride_e_m", "at = e + rows[:, None] * stride_e_m", OFFSETS,
     ),
     Mutation(
         "gradient: row offsets in 32 bits", "head/triton_kernels.py",
         "at = e_ptr + rows[:, None].to(tl.int64) * stride_e_m", "at = e_ptr + rows[:, None] * stride_e_m", OFFSETS,
+    ),
+    Mutation(
+        "logits: offsets of a tile's statistics in 32 bits", "head/triton_kernels.py",
+        "    out = tile.to(tl.int64) * stride_s + rows", "    out = tile * stride_s + rows", OFFSETS,
     ),
     Mutation(
         "swiglu: row offsets in 32 bits", "swiglu.py",
