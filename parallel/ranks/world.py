@@ -59,6 +59,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_objects(self, value: T) -> list[T]:
+        """Return the `value` of every rank, by rank, on rank 0, and nothing on the others. Collective."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size if self.is_main else []
+        dist.gather_object(value, values if self.is_main else None)
+        return values
+
     def broadcast_object(self, value: T, src: int = 0) -> T:
         """Return rank `src`'s `value` on every rank. Collective."""
         if self.world_size == 1:

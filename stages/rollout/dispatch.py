@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,8 +44,8 @@ class _Progress:
     """A request and the tokens sampled for it so far."""
 
     request: Request
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, TOKENS))
+    logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, LOGPROBS))
     versions: list[Span] = field(default_factory=list)
 
     @property
@@ -56,8 +56,8 @@ class _Progress:
     def add(self, answer: Answer) -> None:
         """Append an engine's answer; spans of the same version that meet become one."""
         start = len(self.tokens)
-        self.tokens += np.frombuffer(answer.tokens, TOKENS).tolist()
-        self.logprobs += np.frombuffer(answer.logprobs, LOGPROBS).tolist()
+        self.tokens = np.append(self.tokens, np.frombuffer(answer.tokens, TOKENS))
+        self.logprobs = np.append(self.logprobs, np.frombuffer(answer.logprobs, LOGPROBS))
         for version, first, end in answer.versions:
             span = Span(version, start + first, start + end)
             last = self.versions[-1] if self.versions else None
@@ -68,10 +68,11 @@ class _Progress:
     def ask(self) -> Ask:
         """Return the request as it is sent: tokens that are sampled already are part of the prompt."""
         request, seed = self.request, self.request.seed
-        if self.tokens:
+        if len(self.tokens):
             seed = derive(seed, "continued", len(self.tokens))
         params = dataclasses.replace(request.params, max_new_tokens=self.left)
-        return Ask(as_bytes(request.prompt + self.tokens, TOKENS), params, seed)
+        prompt = as_bytes(request.prompt, TOKENS) + as_bytes(self.tokens, TOKENS)
+        return Ask(prompt, params, seed)
 
 
 @dataclass(slots=True)
@@ -102,21 +103,30 @@ class RolloutService:
         return [engine for engine in self.engines if engine.alive]
 
     def run(
-        self, requests: Sequence[Request], *, group_size: int | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        group_size: int | None = None,
+        arrived: Callable[[str, Sampled], None] = lambda id, completion: None,
     ) -> dict[str, Sampled]:
         """Return each request's completion by id; with `group_size`, those of the first so many of each group.
 
-        Raises RolloutError when no engine is left, RuntimeError for a request that an engine refuses.
+        arrived: called with each id and completion, in the thread of the connections. Raises RolloutError when no engine is left, RuntimeError for a request that an engine refuses.
         """
         self.report = ServiceReport()
-        return self.engines[0].loop.run(_Batch(self, requests, group_size).run())
+        return self.engines[0].loop.run(_Batch(self, requests, group_size, arrived).run())
 
 
 class _Batch:
     def __init__(
-        self, service: RolloutService, requests: Sequence[Request], group_size: int | None
+        self,
+        service: RolloutService,
+        requests: Sequence[Request],
+        group_size: int | None,
+        arrived: Callable[[str, Sampled], None],
     ) -> None:
         self.service, self.group_size, self.requests = service, group_size, requests
+        self.arrived = arrived
         self.done: dict[str, Sampled] = {}
         self.filled: dict[str, int] = defaultdict(int)
         self.load: dict[ServedEngine, int] = defaultdict(int)
@@ -175,12 +185,13 @@ class _Batch:
         """Record a complete request, and abort the others of its group if the group is full."""
         request = progress.request
         assert request.id not in self.done, f"request {request.id} was answered twice"
-        self.done[request.id] = Sampled(
+        self.done[request.id] = completion = Sampled(
             tokens=progress.tokens,
             logprobs=progress.logprobs,
             finish_reason=reason,
             versions=tuple(progress.versions),
         )
+        self.arrived(request.id, completion)
         self.filled[request.group] += 1
         if self.filled[request.group] == self.group_size:
             others = [
