@@ -178,22 +178,23 @@ def document_of(rollout: Rollout, version: int, config: RlvrConfig) -> Document:
     before, length = len(rollout.prompt) - 1, rollout.facts.length
     weights = {"token": 1.0, "sequence": 1.0 / length, "constant": 1.0 / config.max_new_tokens}
 
-    def per_token(of_answer: np.ndarray | float, of_prompt: float = 0) -> np.ndarray:
-        kind = np.int64 if isinstance(of_answer, np.ndarray) and of_answer.dtype.kind == "i" else np.float32  # fmt: skip
+    def per_token(
+        of_answer: np.ndarray | float, of_prompt: float = 0, kind: type = np.float32
+    ) -> np.ndarray:
         values = np.full(before + length, of_prompt, kind)
         values[before:] = of_answer
         return values
 
     return Document(
         tokens=tokens[:-1],
-        targets=per_token(rollout.answer.tokens, IGNORE),
+        targets=per_token(rollout.answer.tokens, IGNORE, np.int64),
         token_fields={
             "old_logp": per_token(rollout.answer.logprobs),
             "advantage": per_token(rollout.advantage),
             "weight": per_token(weights[config.normalizer]),
             "share": per_token(1.0 if config.normalizer == "token" else 1.0 / length),
             "temperature": per_token(rollout.temperature, of_prompt=1.0),
-            "age": per_token(rollout.ages(version)),
+            "age": per_token(rollout.ages(version), kind=np.int64),
         },
     )
 
@@ -341,8 +342,8 @@ def write_rollouts(
 ) -> None:
     """Write a step's rollouts to a file of `rollouts/` that is named by the number of steps done. Collective."""
     rollouts = [rollout for group in groups for rollout in group]
-    here = [(r.id, r.answer.tokens) for r in rollouts if r.answer is not None]
-    own = dict(zip((id for id, _ in here), sampler.scorer.texts(t for _, t in here), strict=True))
+    here = {r.id: r.answer.tokens for r in rollouts if r.answer is not None}
+    own = dict(zip(here, sampler.scorer.texts(here.values()), strict=True))
     texts = {id: text for part in sampler.world.gather_objects(own) for id, text in part.items()}
     if not sampler.world.is_main:
         return

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from phimini.kernels import linear_dpo, linear_logprob
 from phimini.model.io.chat import TemplateName, encode_example, encode_prompt
-from phimini.model.io.json_files import Row, array_of, array_text, read_rows, write_rows
+from phimini.model.io.json_files import array_of, read_rows, write_rows
 from phimini.model.io.tokenizer import Tokenizer
-from phimini.model.sampler import SamplingParams
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.megatron.layers import main_grad_of
 from phimini.parallel.ranks.timing import phase
@@ -42,12 +41,7 @@ from phimini.stages.data.packing import (
     flops_of,
     micro_batches,
 )
-from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
-from phimini.stages.rl.groups import check_room
-from phimini.stages.rl.scored import sample_and_score
-from phimini.stages.rl.slices import in_slices
-from phimini.stages.rollout.build import build_engine
-from phimini.stages.rollout.engine import release_memory
+from phimini.stages.rl.answers import sample_answers
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import (
     Ahead,
@@ -59,7 +53,6 @@ from phimini.stages.run.training import (
     training_steps,
     update_row,
 )
-from phimini.stages.verify.scorer import Scorer
 
 PAIR_FIELDS = {"problem_id": str, "question": str, "chosen": str, "rejected": str}
 LN2_TOLERANCE, LN2_TOLERANCE_ROUNDED = 1e-3, 5e-2
@@ -139,61 +132,14 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
 def sample_pairs(
     run: RunConfig, world: World, stage: Stage, model: Model, tokenizer: Tokenizer
 ) -> None:
-    """Sample answers of stage 2's model, and write them into `rollouts/`, slice by slice, and `pairs.jsonl`. Collective.
+    """Sample answers of stage 2's model, and write `rollouts/` and `pairs.jsonl` into the stage. Collective.
 
-    Raises ValueError if a prompt has no room for an answer, or too few pairs are found.
+    Raises ValueError as `sample_answers`, and if the pairs are fewer than one step's.
     """
-    config = run.rollout_dpo
     # An interrupted run resumes with its pairs.
-    if on_main(world, lambda: "pairs.jsonl" in stage.made):
-        return
-    problems = read_rows(Path(run.out) / "distill" / "prompts.jsonl", PROBLEM_FIELDS)[
-        : config.num_prompts
-    ]
-    prompts = encode_problems(tokenizer, problems, run.chat_template)
-    check_room(prompts, config, "rollout_dpo")
-    engine = build_engine(run, model.config, world)
-    engine.sync(model)
-    scorer = Scorer("rollout_dpo", workers=run.rollout.judges, decode=tokenizer.decode)
-    params = SamplingParams(
-        temperature=config.temperature,
-        max_new_tokens=config.max_new_tokens,
-        stop_ids=tokenizer.stop_ids,
-    )
-
-    def rows_of(part: list[dict]) -> list[Row]:
-        """Return the rollouts of some problems, on rank 0."""
-        asked = [(problem, k) for problem in part for k in range(config.rollouts_per_prompt)]
-        given = [prompts[problem["id"]] for problem, _ in asked]
-        seeds = [derive(run.seed, "rollout_dpo", problem["id"], k) for problem, k in asked]
-        generate = lambda arrived: engine.generate(given, params, seeds, arrived)
-        here, facts = sample_and_score(generate, [problem for problem, _ in asked], scorer, world)
-        tokens = {i: c.tokens for i, c in enumerate(here) if c is not None}
-        texts = dict(zip(tokens, scorer.texts(tokens.values()), strict=True))
-        answers = {}
-        for some in world.gather_objects({i: (texts[i], array_text(tokens[i])) for i in tokens}):
-            answers |= some
-        return [
-            {
-                "id": f"{problem['id']}/{k}",
-                "problem_id": problem["id"],
-                "family": problem.get("family", ""),
-                "level": problem.get("level", 0),
-                "question": problem["question"],
-                "answer": problem["answer"],
-                "response": answers[i][0],
-                "response_tokens": answers[i][1],
-                "correct": bool(of_one.score),
-                "finish_reason": of_one.finish_reason,
-                "temperature": config.temperature,
-            }
-            for i, ((problem, k), of_one) in enumerate(zip(asked, facts, strict=True))
-            if of_one is not None and world.is_main
-        ]
-
-    files = in_slices(stage, "rollouts", problems, config.rollouts_per_prompt, world, rows_of)
-    release_memory(engine)
-    on_main(world, lambda: write_pairs(run, stage, files))
+    if not on_main(world, lambda: "pairs.jsonl" in stage.made):
+        files = sample_answers(run, world, stage, model, tokenizer)
+        on_main(world, lambda: write_pairs(run, stage, files))
 
 
 def write_pairs(run: RunConfig, stage: Stage, files: list[Path]) -> None:

@@ -40,7 +40,7 @@ from phimini.stages.rl.prompt_pool import select_prompts
 from phimini.stages.rl.rollouts import Rollout, to_trainers
 from phimini.stages.rlvr import choose, count_unused, describe, rollout_batches, write_rollouts
 from phimini.stages.rollout.dispatch import Progress, Request
-from phimini.stages.rollout.engine import Arrived, Sampled, Span, share_of, unnoticed
+from phimini.stages.rollout.engine import Arrived, First, Sampled, Span, share_of, unnoticed
 from phimini.stages.rollout.messages import LOGPROBS, TOKENS, Answer, as_bytes, encode
 
 CONFIG = preset("phi-4-mini")
@@ -69,6 +69,7 @@ class Synthetic:
         params: SamplingParams,
         seeds: list[int],
         arrived: Arrived = unnoticed,
+        first: First | None = None,
     ) -> list[Sampled | None]:
         """Return this rank's answers; see `Sampler`."""
         mine = share_of(prompts, self._world.rank, self._world.world_size)
@@ -123,6 +124,11 @@ class Parts:
         if tracemalloc.is_tracing():
             self.held_bytes[name] = tracemalloc.get_traced_memory()[0]
 
+    def add_held(self, name: str, num_bytes: int) -> None:
+        """Add to the bytes held at a part's end, if they are counted."""
+        if name in self.held_bytes:
+            self.held_bytes[name] += num_bytes
+
 
 def one_rank(
     work: Callable[..., int], run: RunConfig, engine: str, tokens: int, tracing: bool
@@ -159,6 +165,10 @@ def step(run: RunConfig, sampler: GroupSampler, parts: Parts) -> int:
         del groups
     with parts.part("deliver"):
         chosen = to_trainers(chosen, model)
+    # What came from other ranks is in torch's memory, which tracemalloc does not see.
+    came = [r.answer for r in chosen if r.answer is not None and world.world_size > 1]
+    parts.add_held("deliver", sum(c.tokens.nbytes + c.logprobs.nbytes for c in came))
+    del came
     with parts.part("pack"):
         batches = rollout_batches(chosen, model, config)
         check_same_data(world, "bench", digests, batches)

@@ -60,7 +60,7 @@ class World:
         return values
 
     def gather_objects(self, value: T) -> list[T]:
-        """Return the `value` of every rank, by rank, on rank 0, and nothing on the others. Collective."""
+        """Return the `value` of every rank, by rank, on rank 0, and an empty list on the others. Collective."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size if self.is_main else []

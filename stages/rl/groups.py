@@ -17,13 +17,7 @@ from phimini.stages.rl.mismatch_diagnosis import EXAMINED
 from phimini.stages.rl.remedies import is_hard, next_size, temperature_at
 from phimini.stages.rl.rollouts import Rollout, without_answers
 from phimini.stages.rl.scored import sample_and_score
-from phimini.stages.rollout.engine import (
-    Arrived,
-    OversamplingSampler,
-    PrefetchingEngine,
-    RolloutEngine,
-    Sampled,
-)
+from phimini.stages.rollout.engine import First, PrefetchingEngine, RolloutEngine
 from phimini.stages.rollout.engine import Sampler as EngineSampler
 from phimini.stages.rollout.prefetch import Background
 from phimini.stages.verify.scorer import Scorer
@@ -99,15 +93,13 @@ class GroupSampler:
         prompts = [given[id] for id in ids]
         seeds = [derive(self.run.seed, "rlvr", purpose, step, id, k) for id, k in asked]
 
-        def generate(arrived: Arrived) -> list[Sampled | None]:
-            if group_size is None:
-                return self.engine.generate(prompts, params, seeds, arrived)
-            assert isinstance(self.engine, OversamplingSampler), "build_engine allows no other"
-            return self.engine.generate_first(prompts, params, seeds, ids, group_size, arrived)
-
-        problems = [self.problems[id] for id in ids]
+        first = None if group_size is None else First(ids, group_size)
         answers, facts = sample_and_score(
-            generate, problems, self.scorer, self.world, collective=self.collective
+            lambda arrived: self.engine.generate(prompts, params, seeds, arrived, first),
+            [self.problems[id] for id in ids],
+            self.scorer,
+            self.world,
+            collective=self.collective,
         )
         rollouts = [
             Rollout(

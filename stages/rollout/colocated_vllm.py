@@ -23,6 +23,7 @@ from phimini.stages.config.schema import RunConfig
 from phimini.stages.rollout.engine import (
     LOADED,
     Arrived,
+    First,
     Sampled,
     check_prompts,
     check_temperature,
@@ -113,11 +114,13 @@ class ColocatedVllm:
         params: SamplingParams,
         seeds: list[int],
         arrived: Arrived = unnoticed,
+        first: First | None = None,
     ) -> list[Sampled | None]:
         """Return the completions of this engine's share of the prompts, on the first of its ranks; see `Sampler`.
 
         Raises ValueError for prompts, seeds or a temperature that cannot be sampled, RuntimeError without a whole set of weights.
         """
+        assert first is None, "build_engine refuses rollout.oversample"
         check_temperature("temperature", params.temperature)
         check_prompts(prompts, seeds, params, self.config.vocab_size, self.settings.max_model_len)
         if self.version is None:
@@ -133,11 +136,11 @@ class ColocatedVllm:
             [vllm_params(params, seeds[i]) for i in mine],
             use_tqdm=False,
         )
-        first = int(ids[0].partition("-")[0]) if ids else 0  # vLLM numbers its requests
+        start = int(ids[0].partition("-")[0]) if ids else 0  # vLLM numbers its requests
         while self._llm.llm_engine.has_unfinished_requests():
             for output in self._llm.llm_engine.step():
                 if output.finished and self._world.rank % size == 0:
-                    number = mine[int(output.request_id) - first]
+                    number = mine[int(output.request_id) - start]
                     done[number] = completion = sampled(output.outputs[0])
                     arrived(number, completion)
         return done

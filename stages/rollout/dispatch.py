@@ -40,7 +40,7 @@ class Request:
 
 
 @dataclass(slots=True)
-class _Progress:
+class Progress:
     """A request and the tokens sampled for it so far."""
 
     request: Request
@@ -64,6 +64,16 @@ class _Progress:
             if last is not None and last.version == version:
                 span = Span(version, self.versions.pop().start, span.end)
             self.versions.append(span)
+
+    def completion(self, finish_reason) -> Sampled:
+        """Return the request's completion, which is whole."""
+        versions = tuple(self.versions)
+        return Sampled(
+            tokens=self.tokens,
+            logprobs=self.logprobs,
+            finish_reason=finish_reason,
+            versions=versions,
+        )
 
     def ask(self) -> Ask:
         """Return the request as it is sent: tokens that are sampled already are part of the prompt."""
@@ -153,7 +163,7 @@ class _Batch:
 
     async def complete(self, request: Request) -> None:
         """Bring one request to its end, through as many engines and parts as it takes."""
-        progress, reason = _Progress(request), "abort"
+        progress, reason = Progress(request), "abort"
         while reason == "abort" and progress.left:
             async with self.room:
                 engine = self.least_loaded()
@@ -181,16 +191,11 @@ class _Batch:
             )
         return min(engines, key=lambda engine: self.load[engine])
 
-    def finish(self, progress: _Progress, reason) -> None:
+    def finish(self, progress: Progress, reason) -> None:
         """Record a complete request, and abort the others of its group if the group is full."""
         request = progress.request
         assert request.id not in self.done, f"request {request.id} was answered twice"
-        self.done[request.id] = completion = Sampled(
-            tokens=progress.tokens,
-            logprobs=progress.logprobs,
-            finish_reason=reason,
-            versions=tuple(progress.versions),
-        )
+        self.done[request.id] = completion = progress.completion(reason)
         self.arrived(request.id, completion)
         self.filled[request.group] += 1
         if self.filled[request.group] == self.group_size:

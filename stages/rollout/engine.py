@@ -49,7 +49,15 @@ Arrived = Callable[[int, Sampled], None]
 
 
 def unnoticed(number: int, completion: Sampled) -> None:
-    """Do nothing when a completion arrives."""
+    """Ignore a completion's arrival."""
+
+
+class First(NamedTuple):
+    """The completions that are wanted of each group: the first `size` to end. Those that were aborted are None."""
+
+    groups: Sequence[str]
+    """of each prompt"""
+    size: int
 
 
 def on_all_ranks(world: World, held: Sequence[T | None]) -> list[T | None]:
@@ -73,31 +81,13 @@ class Sampler(Protocol):
         params: SamplingParams,
         seeds: list[int],
         arrived: Arrived = unnoticed,
+        first: First | None = None,
     ) -> list[Sampled | None]:
         """Return one completion per prompt, in order. Each depends only on its prompt, params, seed and the weights.
 
-        Each completion is on one rank, and None on the others. Raises ValueError for prompts or seeds that cannot be sampled
+        Each completion is on one rank, and None on the others. first: abort the rest of a group once enough of it are complete;
+        only separate engines can (`build_engine`). Raises ValueError for prompts or seeds that cannot be sampled
         (`check_prompts`).
-        """
-        ...
-
-
-@runtime_checkable
-class OversamplingSampler(Sampler, Protocol):
-    """A sampler that can abort the completions of a group once enough of the group are complete."""
-
-    def generate_first(
-        self,
-        prompts: list[list[int]],
-        params: SamplingParams,
-        seeds: list[int],
-        groups: list[str],
-        group_size: int,
-        arrived: Arrived = unnoticed,
-    ) -> list[Sampled | None]:
-        """Return the first `group_size` completions of each group to end, in the order of the prompts.
-
-        groups: the group of each prompt. The completions that were aborted are None on every rank.
         """
         ...
 
@@ -242,8 +232,10 @@ class LocalEngine:
         params: SamplingParams,
         seeds: list[int],
         arrived: Arrived = unnoticed,
+        first: First | None = None,
     ) -> list[Sampled | None]:
         """Return the completions of this rank's share of the prompts; see `Sampler`. Collective."""
+        assert first is None, "build_engine refuses rollout.oversample"
         check_prompts(prompts, seeds, params, self._vocab_size, self._max_model_len)
         mine = share_of(prompts, self._world.rank, self._world.world_size)
         done: list[Sampled | None] = [None] * len(prompts)

@@ -25,6 +25,7 @@ from phimini.stages.rollout.dispatch import Request, RolloutError, RolloutServic
 from phimini.stages.rollout.engine import (
     LOADED,
     Arrived,
+    First,
     Sampled,
     check_prompts,
     check_temperature,
@@ -67,34 +68,13 @@ class EngineSampler:
         params: SamplingParams,
         seeds: list[int],
         arrived: Arrived = unnoticed,
+        first: First | None = None,
     ) -> list[Sampled | None]:
-        """Return one completion per prompt; see `Sampler`. Raises RolloutError if all engines are lost."""
-        return self._run(prompts, params, seeds, [""] * len(prompts), None, arrived)
-
-    def generate_first(
-        self,
-        prompts: list[list[int]],
-        params: SamplingParams,
-        seeds: list[int],
-        groups: list[str],
-        group_size: int,
-        arrived: Arrived = unnoticed,
-    ) -> list[Sampled | None]:
-        """Return the first completions of each group; see `OversamplingSampler`."""
-        return self._run(prompts, params, seeds, groups, group_size, arrived)
-
-    def _run(
-        self,
-        prompts: list[list[int]],
-        params: SamplingParams,
-        seeds: list[int],
-        groups: list[str],
-        group_size: int | None,
-        arrived: Arrived,
-    ) -> list[Sampled | None]:
+        """Return the completions; see `Sampler`. Raises RolloutError if all engines are lost."""
         check_temperature("temperature", params.temperature)
         vocab_size, longest = self._engine.config.vocab_size, self._engine.settings.max_model_len
         check_prompts(prompts, seeds, params, vocab_size, longest)
+        groups, group_size = first or ([""] * len(prompts), None)
         requests = [
             Request(id=str(i), prompt=prompt, params=params, seed=seed, group=group)
             for i, (prompt, seed, group) in enumerate(zip(prompts, seeds, groups, strict=True))
@@ -151,33 +131,12 @@ class SeparateVllm:
         params: SamplingParams,
         seeds: list[int],
         arrived: Arrived = unnoticed,
+        first: First | None = None,
     ) -> list[Sampled | None]:
-        """Return one completion per prompt, on rank 0; see `Sampler`."""
-        return self._held(prompts, lambda: self.on_main.generate(prompts, params, seeds, arrived))
-
-    def generate_first(
-        self,
-        prompts: list[list[int]],
-        params: SamplingParams,
-        seeds: list[int],
-        groups: list[str],
-        group_size: int,
-        arrived: Arrived = unnoticed,
-    ) -> list[Sampled | None]:
-        """Return the first completions of each group, on rank 0; see `OversamplingSampler`."""
-        return self._held(
-            prompts,
-            lambda: self.on_main.generate_first(
-                prompts, params, seeds, groups, group_size, arrived
-            ),
-        )
-
-    def _held(
-        self, prompts: list[list[int]], action: Callable[[], list[Sampled | None]]
-    ) -> list[Sampled | None]:
-        """Run `action` on rank 0 and return its result there, and None for each prompt elsewhere. Collective."""
+        """Return the completions on rank 0; see `Sampler`."""
         done: list[Sampled | None] = []
-        self._run_on_main(lambda: done.extend(action()))
+        action = lambda: done.extend(self.on_main.generate(prompts, params, seeds, arrived, first))
+        self._run_on_main(action)
         return done or [None] * len(prompts)
 
     def close(self) -> None:

@@ -176,7 +176,7 @@ class Slept(LocalEngine):
         if self.answered:
             return done
         self.answered = self.asleep = True
-        return [dataclasses.replace(c, logprobs=c.logprobs - np.float32(0.2)) for c in done]
+        return [c and dataclasses.replace(c, logprobs=c.logprobs - np.float32(0.2)) for c in done]
 
 
 def examined(engine_type: type[LocalEngine]) -> Verdict:

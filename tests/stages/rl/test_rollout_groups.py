@@ -30,7 +30,7 @@ class Seeded:
         self.calls: list[int] = []
 
     def generate(
-        self, prompts: list, params: SamplingParams, seeds: list[int], arrived: Arrived
+        self, prompts: list, params: SamplingParams, seeds: list[int], arrived: Arrived, first: None
     ) -> list[Sampled]:
         self.calls.append(len(prompts))
         done = [

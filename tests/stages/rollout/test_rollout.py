@@ -19,6 +19,7 @@ from phimini.parallel.ranks.world import initialize
 from phimini.stages import evaluate, rollout_dpo
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
+from phimini.stages.rl import answers
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import LocalEngine
 from phimini.stages.verify import verdict
@@ -77,7 +78,7 @@ def sampled_for(stage: str, folder: Path) -> list[str]:
     engine = Noting(LONG, model.world, 16)
     verdicts = itertools.cycle([True, False])
     verdict.is_right = lambda *_: next(verdicts)
-    stages: list[Any] = [evaluate, rollout_dpo]
+    stages: list[Any] = [evaluate, answers]
     for module in stages:
         module.build_engine = lambda *_: engine
     if stage == "evaluate":
