@@ -37,6 +37,10 @@ BENCHES = {
         "system.rollout", "[--model NAME] [--rounds N] [--quick] [--json PATH]",
         "Tokens per second of the local engine and of vLLM, in turns",
     ),
+    "rl-host": Bench(
+        "system.rl_host", "[--rollouts N] [--probed N] [--tokens N] [--data-ranks N] [--judges N] [--json PATH]",
+        "CPU seconds and memory of a rank in an RL step and the probe, on synthetic answers",
+    ),
     "weight-sync": Bench(
         "system.weight_sync", "[--model NAME] [--repeats N] [--quick] [--json PATH]",
         "Time a weight sync into vLLM by phase, over every layout and transport",

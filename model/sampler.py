@@ -8,9 +8,11 @@ arithmetic. A matrix product of another shape may round its last bit differently
 B rows still sampling, V vocabulary, S cached tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,14 +48,14 @@ class SamplingParams:
             raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens!r}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Completion:
-    """Tokens that the model sampled after one prompt, with their log-probs."""
+    """Tokens that the model sampled after one prompt, with their log-probs: 8 bytes a token."""
 
-    tokens: list[int]
-    """with the stop token, if one was sampled"""
-    logprobs: list[float]
-    """of each token under the distribution it was drawn from, after temperature and top_p;
+    tokens: np.ndarray
+    """(n,) int32, with the stop token, if one was sampled"""
+    logprobs: np.ndarray
+    """(n,) float32, of each token under the distribution it was drawn from, after temperature and top_p;
     for greedy decoding (temperature 0) under the model's distribution at temperature 1"""
     finish_reason: Literal["stop", "length"]
 
@@ -66,9 +68,11 @@ def sample(
     seeds: list[int],
     *,
     max_batch: int = 256,
+    arrived: Callable[[int, Completion], None] = lambda i, completion: None,
 ) -> list[Completion]:
     """Return one completion per prompt, in the order of the prompts, with at most `max_batch` rows in the cache.
 
+    arrived: called with each prompt's number and completion as soon as it is complete.
     Raises ValueError for an empty prompt, a token outside the vocabulary, another number of seeds than prompts, or a
     prompt that with max_new_tokens exceeds the model's max_positions.
     """
@@ -78,7 +82,7 @@ def sample(
     # Sorting puts similar lengths together, which needs less padding and reads less of the cache per step, and equal
     # prompts together, so that each is prefilled once.
     waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
-    slots = _Slots(model, params, min(max_batch, len(prompts)), max(map(len, prompts)))
+    slots = _Slots(model, params, min(max_batch, len(prompts)), max(map(len, prompts)), arrived)
     parked = 0
     while waiting or parked:
         # A batch of a few rows wastes the machine. The last few rows of a wave wait in the first slots until they
@@ -98,10 +102,15 @@ class _Slots:
     """Rows being sampled. The active rows of a wave are contiguous: the last one replaces one that has ended."""
 
     def __init__(
-        self, model: Phi4Mini, params: SamplingParams, num_slots: int, longest_prompt: int
+        self,
+        model: Phi4Mini,
+        params: SamplingParams,
+        num_slots: int,
+        longest_prompt: int,
+        arrived: Callable[[int, Completion], None],
     ) -> None:
         device = model.head_weight_VD.device
-        self.model, self.params, self.num_slots = model, params, num_slots
+        self.model, self.params, self.num_slots, self.arrived = model, params, num_slots, arrived
         self.decoder = Decoder(model, num_slots, longest_prompt + params.max_new_tokens)
         self.stop_ids = torch.tensor(params.stop_ids, dtype=torch.long, device=device)
         # One entry per slot: prompt number, random stream, position of the next token, tokens so far.
@@ -184,12 +193,13 @@ class _Slots:
         return end
 
     def _complete(self, slot: int, stopped: bool) -> None:
-        n = int(self.count_N[slot])
-        self.completions[int(self.prompt_N[slot])] = Completion(
-            tokens=self.tokens_NM[slot, :n].tolist(),
-            logprobs=self.logprobs_NM[slot, :n].tolist(),
+        n, prompt = int(self.count_N[slot]), int(self.prompt_N[slot])
+        self.completions[prompt] = completion = Completion(
+            tokens=self.tokens_NM[slot, :n].to(torch.int32).cpu().numpy(),
+            logprobs=self.logprobs_NM[slot, :n].clone().cpu().numpy(),
             finish_reason="stop" if stopped else "length",
         )
+        self.arrived(prompt, completion)
 
     def _move(self, source: int, target: int) -> None:
         self.decoder.move(source, target, int(self.position_N[source]))

@@ -40,7 +40,7 @@ def controls(run: RunConfig, world: World, *, redo: bool = False) -> None:
 
     Raises ValueError if the run's four stages are not complete, or stage 3 sampled no rollouts.
     """
-    sampled = Path(run.out) / "rollout_dpo" / "rollouts.jsonl"
+    sampled = Path(run.out) / "rollout_dpo" / "rollouts"
     if (sampled.parent / "summary.json").exists() and not sampled.exists():
         raise ValueError(
             f"controls: {sampled} is missing, which rejection_sft trains on: stage 3 was run with "
@@ -75,8 +75,9 @@ def train_from_stage_2(run: RunConfig, world: World, stage: Stage, arm: str) -> 
     if arm == "rejection_sft":
         rows = stage.path / "correct.jsonl"
         if world.is_main:
-            rollouts = read_rows(out / "rollout_dpo" / "rollouts.jsonl", {"correct": bool})
-            write_rows(rows, [plain(r) for r in rollouts if r["correct"]])
+            files = sorted((out / "rollout_dpo" / "rollouts").glob("*.jsonl"))
+            rollouts = (row for file in files for row in read_rows(file, {"correct": bool}))
+            write_rows(rows, (plain(r) for r in rollouts if r["correct"]))
         world.barrier()
     fine_tune(run, world, stage, "sft", rows, steps=steps)
 

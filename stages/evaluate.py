@@ -7,6 +7,7 @@ share of k samples that verify; pass@k is the unbiased estimate of Chen et al. (
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,17 @@ from phimini.model.io.checked_files import read_sealed, write_sealed
 from phimini.model.io.huggingface import load_config
 from phimini.model.io.json_files import read_rows
 from phimini.model.io.tokenizer import Tokenizer
-from phimini.model.sampler import Completion, SamplingParams
-from phimini.parallel.ranks.world import World, on_main
+from phimini.model.sampler import SamplingParams
+from phimini.parallel.ranks.world import World
 from phimini.stages.config.schema import RunConfig, to_dict
 from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
 from phimini.stages.report.intervals import mean_interval, pass_at_k, wilson_interval
+from phimini.stages.rl.scored import sample_and_score
 from phimini.stages.rollout.build import build_engine
-from phimini.stages.rollout.engine import Sampler, release_memory
+from phimini.stages.rollout.engine import Sampled, Sampler, on_all_ranks, release_memory
 from phimini.stages.run.outputs import SUMMARY, check_inputs
-from phimini.stages.verify.verdict import Answered, Scorer
+from phimini.stages.verify.scorer import Scorer
 
 SHOWN_PER_CELL = 1
 
@@ -60,72 +62,72 @@ def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) ->
 def evaluate_problems(
     run: RunConfig, world: World, engine: Sampler, tokenizer: Tokenizer, problems: list[dict]
 ) -> dict:
-    """Sample answers, judge them on rank 0, and return the result on every rank. Collective.
+    """Sample answers, judge each once, and return the result on every rank. Collective.
 
-    Only one rank judges: verdicts have a time limit, so ranks could differ.
     Raises ValueError for fewer than 8 `evaluate.samples`.
     """
     config, started = run.evaluate, time.perf_counter()
-    judge = Scorer("evaluate.judge", config.judge, run.rollout.judges if world.is_main else 0)
+    judge = Scorer("evaluate.judge", config.judge, run.rollout.judges, tokenizer.decode)
     prompts = list(encode_problems(tokenizer, problems, run.chat_template).values())
     greedy_params = SamplingParams(
         temperature=0.0, max_new_tokens=config.max_new_tokens, stop_ids=tokenizer.stop_ids
     )
-    greedy = engine.generate(prompts, greedy_params, [0] * len(prompts))
-    params = SamplingParams(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_new_tokens=config.max_new_tokens,
-        stop_ids=tokenizer.stop_ids,
-    )
     k = config.samples
     if k < 8:
         raise ValueError(f"evaluate.samples: mean@8 and pass@8 need at least 8, got {k}")
+    params = replace(greedy_params, temperature=config.temperature, top_p=config.top_p)
     seeds = [derive(config.seed, p["id"], j) for p in problems for j in range(k)]
-    sampled = engine.generate([prompt for prompt in prompts for _ in range(k)], params, seeds)
-    asked = [*problems, *(p for p in problems for _ in range(k))]
-    pairs = zip([*greedy, *sampled], asked, strict=True)
-    verdicts = on_main(world, lambda: judge.scores([answered(tokenizer, c, p) for c, p in pairs]))
-    verdicts = [score > 0 for score in verdicts]
-    greedy_ok = np.array(verdicts[: len(problems)])
-    sampled_ok = np.array(verdicts[len(problems) :]).reshape(len(problems), k)
+    repeated = [prompt for prompt in prompts for _ in range(k)]
+    answers, greedy = sample_and_score(
+        lambda arrived: engine.generate(prompts, greedy_params, [0] * len(prompts), arrived),
+        problems, judge, world,
+    )  # fmt: skip
+    _, sampled = sample_and_score(
+        lambda arrived: engine.generate(repeated, params, seeds, arrived),
+        [problem for problem in problems for _ in range(k)], judge, world,
+    )  # fmt: skip
+    greedy, sampled = (
+        [answer for answer in all_of if answer is not None] for all_of in (greedy, sampled)
+    )
+    greedy_ok = np.array([answer.score > 0 for answer in greedy])
+    sampled_ok = np.array([answer.score > 0 for answer in sampled]).reshape(len(problems), k)
     return summarize(problems, greedy_ok, sampled_ok) | {
-        "truncated": float(np.mean([c.finish_reason == "length" for c in sampled])),
-        "response_length": float(np.mean([len(c.tokens) for c in sampled])),
-        "samples": shown_samples(tokenizer, problems, greedy, greedy_ok),
-        "tokens": sum(len(c.tokens) for c in greedy) + sum(len(c.tokens) for c in sampled),
+        "truncated": float(np.mean([answer.finish_reason == "length" for answer in sampled])),
+        "response_length": float(np.mean([answer.length for answer in sampled])),
+        "samples": shown_samples(tokenizer, problems, answers, greedy_ok, world),
+        "tokens": sum(answer.length for answer in (*greedy, *sampled)),
         "seconds": time.perf_counter() - started,
     }
 
 
 def shown_samples(
-    tokenizer: Tokenizer, problems: list[dict], greedy: Sequence[Completion], greedy_ok: np.ndarray
+    tokenizer: Tokenizer,
+    problems: list[dict],
+    here: Sequence[Sampled | None],
+    greedy_ok: np.ndarray,
+    world: World,
 ) -> list[dict]:
-    """Return the greedy answers to the first problems of each family and level, for the report.
+    """Return the greedy answers to the first problems of each family and level, for the report. Collective.
 
-    greedy_ok: (P,) bool, a verdict per problem.
+    here: the answers that this rank has. greedy_ok: (P,) bool, a verdict per problem.
     """
-    shown: dict[tuple, list[dict]] = defaultdict(list)
-    for problem, completion, correct in zip(problems, greedy, greedy_ok, strict=True):
-        family, level = problem.get("family", ""), problem.get("level", 0)
-        if len(shown[family, level]) < SHOWN_PER_CELL:
-            shown[family, level].append(
-                {
-                    "question": problem["question"],
-                    "answer": problem["answer"],
-                    "response": tokenizer.decode(completion.tokens),
-                    "correct": bool(correct),
-                    "family": family,
-                    "level": level,
-                }
-            )
-    return [sample for cell in shown.values() for sample in cell]
-
-
-def answered(tokenizer: Tokenizer, completion: Completion, problem: dict) -> Answered:
-    """Return a completion's text with its problem, for a `Scorer`."""
-    text = tokenizer.decode(completion.tokens)
-    return Answered(problem["question"], problem["answer"], text, completion.finish_reason)
+    cells: dict[tuple, list[int]] = defaultdict(list)
+    for i, problem in enumerate(problems):
+        cells[problem.get("family", ""), problem.get("level", 0)].append(i)
+    shown = [i for cell in cells.values() for i in cell[:SHOWN_PER_CELL]]
+    held = [here[i] for i in shown]
+    texts = on_all_ranks(world, [None if c is None else tokenizer.decode(c.tokens) for c in held])
+    return [
+        {
+            "question": problems[i]["question"],
+            "answer": problems[i]["answer"],
+            "response": text,
+            "correct": bool(greedy_ok[i]),
+            "family": problems[i].get("family", ""),
+            "level": problems[i].get("level", 0),
+        }
+        for i, text in zip(shown, texts, strict=True)
+    ]
 
 
 def summarize(problems: list[dict], greedy_ok: np.ndarray, sampled_ok: np.ndarray) -> dict:

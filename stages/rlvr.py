@@ -17,18 +17,18 @@ from typing import NoReturn
 import numpy as np
 from torch import Tensor
 
-from phimini.model.io.json_files import read_rows, write_rows
+from phimini.model.io.json_files import atomic_file, dump, read_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.ranks.timing import phase
 from phimini.parallel.ranks.world import World
-from phimini.parallel.training.batch import Document, PackedBatch, check_same_data, pack
+from phimini.parallel.training.batch import IGNORE, Document, PackedBatch, check_same_data, pack
 from phimini.parallel.training.optimizer import StepInfo
 from phimini.parallel.training.step import StepMetrics, forward_backward, forward_only
 from phimini.stages.config.schema import RlvrConfig, RunConfig
-from phimini.stages.data.packing import Example, derive, flops_of, micro_batches
+from phimini.stages.data.packing import derive, micro_batches
 from phimini.stages.data.row_fields import PROBLEM_FIELDS
-from phimini.stages.rl.groups import GroupSampler, Rollout, RolloutSource
+from phimini.stages.rl.groups import GroupSampler, RolloutSource
 from phimini.stages.rl.loss import logps, policy_head, with_reference_logps
 from phimini.stages.rl.mismatch import (
     ROUNDING,
@@ -42,8 +42,9 @@ from phimini.stages.rl.mismatch import (
 from phimini.stages.rl.mismatch_diagnosis import EXAMINED, Case, diagnose
 from phimini.stages.rl.prompt_pool import select_prompts
 from phimini.stages.rl.remedies import advantages, is_too_easy, keeps_prompt, rebalance
+from phimini.stages.rl.rollouts import Rollout, costs_of, delivered, from_row, to_trainers
 from phimini.stages.rollout.build import build_engine
-from phimini.stages.rollout.engine import RolloutEngine, release_memory
+from phimini.stages.rollout.engine import RolloutEngine, on_all_ranks, release_memory
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import Row, load_model, start_optimizer, training_steps
 
@@ -82,7 +83,8 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
             engine.sync(model)
         for step in remaining:
             groups = source.groups(step.index)
-            waiting = [Rollout(**row) for row in state["waiting"]]
+            write_rollouts(stage, step.index, groups, source.sampler)
+            waiting = [from_row(row, source.sampler.prompts, world) for row in state["waiting"]]
             usable = waiting + choose(
                 groups, config, derive(run.seed, "rlvr", "choose", step.index)
             )
@@ -90,17 +92,19 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
             step.row = describe(groups, chosen, config, source.temperature(step.index))
             step.row["too_stale"] = len(usable) - len(chosen)
             count_unused(state["unused"], groups, step.row, config)
-            state["sampled_tokens"] += sum(len(r.response) for group in groups for r in group)
+            state["sampled_tokens"] += sum(r.facts.length for group in groups for r in group)
             # Before anything depends on the rollouts: even their number decides whether there is an update.
             digests = [rollout.digest() for rollout in chosen]
             check_same_data(world, step.name, digests)
+            del groups, waiting, usable  # their tokens
             if len(chosen) < config.min_rollouts:
-                state["waiting"] = [dataclasses.asdict(rollout) for rollout in chosen]
+                state["waiting"] = rows_on_main(chosen, world)
                 optimizer.skip()
             else:
                 state["waiting"] = []
                 release_memory(engine)
                 optimizer.zero_grad()
+                chosen = to_trainers(chosen, model)
                 microbatches = rollout_batches(chosen, model, config)
                 check_same_data(world, step.name, digests, microbatches)
                 if reference is not None:
@@ -111,8 +115,6 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
                 with phase("sync"):
                     engine.sync(model)
             step.row["waiting"] = len(state["waiting"])
-            if world.is_main:
-                write_rollouts(stage, step.index, groups, tokenizer)
         state["waiting"], unused = len(state["waiting"]), state.pop("unused")  # for the summary
         if not model.num_updates:
             raise ValueError(no_update(unused, state["waiting"], config, run.rollout.max_staleness))
@@ -151,8 +153,8 @@ def choose(groups: list[list[Rollout]], config: RlvrConfig, seed: int) -> list[R
 
 @phase("data")
 def rollout_batches(rollouts: list[Rollout], model: Model, config: RlvrConfig) -> list[PackedBatch]:
-    """Return this rank's micro-batches; see `micro_batches`."""
-    costs = [flops_of([len(r)], model.config) for r in rollouts]
+    """Return this rank's micro-batches of what `to_trainers` gave it; see `micro_batches`."""
+    costs = costs_of(rollouts, model.config)
     make = lambda part: rollout_batch(part, model.num_updates, config, model.world)
     return micro_batches(rollouts, costs, config.micro_rollouts, model.world, make)
 
@@ -165,28 +167,36 @@ def rollout_batch(
     old_logp, advantage, weight (of the row in the loss; 0 in the prompt), share (of the rollout, in the count that the
     loss is divided by), temperature, age (staleness at `version`).
     """
-    pieces = []
-    for rollout in rollouts:
-        example = Example(rollout.id, rollout.prompt + rollout.response, len(rollout.prompt))
-        before, length = len(rollout.prompt) - 1, len(rollout.response)
-        weights = {"token": 1.0, "sequence": 1.0 / length, "constant": 1.0 / config.max_new_tokens}
-        weight = weights[config.normalizer]
-        share = 1.0 if config.normalizer == "token" else 1.0 / length
-        pieces.append(
-            Document(
-                tokens=example.inputs,
-                targets=example.targets,
-                token_fields={
-                    "old_logp": [0.0] * before + rollout.logprobs,
-                    "advantage": [0.0] * before + [rollout.advantage] * length,
-                    "weight": [0.0] * before + [weight] * length,
-                    "share": [0.0] * before + [share] * length,
-                    "temperature": [1.0] * before + [rollout.temperature] * length,
-                    "age": [0] * before + rollout.ages(version),
-                },
-            )
-        )
-    return pack(pieces, multiple_of=world.layout.token_multiple)
+    documents = [document_of(rollout, version, config) for rollout in rollouts]
+    return pack(documents, multiple_of=world.layout.token_multiple)
+
+
+def document_of(rollout: Rollout, version: int, config: RlvrConfig) -> Document:
+    """Return a rollout, whose answer this rank has, with the fields of `rollout_batch`."""
+    assert rollout.answer is not None, f"the tokens of {rollout.id} are on another rank"
+    tokens = np.concatenate([rollout.prompt, rollout.answer.tokens])
+    before, length = len(rollout.prompt) - 1, rollout.facts.length
+    weights = {"token": 1.0, "sequence": 1.0 / length, "constant": 1.0 / config.max_new_tokens}
+
+    def per_token(
+        of_answer: np.ndarray | float, of_prompt: float = 0, kind: type = np.float32
+    ) -> np.ndarray:
+        values = np.full(before + length, of_prompt, kind)
+        values[before:] = of_answer
+        return values
+
+    return Document(
+        tokens=tokens[:-1],
+        targets=per_token(rollout.answer.tokens, IGNORE, np.int64),
+        token_fields={
+            "old_logp": per_token(rollout.answer.logprobs),
+            "advantage": per_token(rollout.advantage),
+            "weight": per_token(weights[config.normalizer]),
+            "share": per_token(1.0 if config.normalizer == "token" else 1.0 / length),
+            "temperature": per_token(rollout.temperature, of_prompt=1.0),
+            "age": per_token(rollout.ages(version), kind=np.int64),
+        },
+    )
 
 
 def check_mismatch(
@@ -228,21 +238,24 @@ def measure(
         return logp_M
 
     if rollouts:
-        forward_only(model, rollout_batches(rollouts, model, config), head)
+        batches = rollout_batches(to_trainers(rollouts, model), model, config)
+        forward_only(model, batches, head)
 
 
 def stop_on_mismatch(
     mismatch: Mismatch, rollouts: list[Rollout], engine: RolloutEngine, model: Model, stage: Stage
 ) -> NoReturn:
     """Diagnose why sampler and trainer differ, write the page `mismatch.txt`, and raise MismatchError. Collective."""
+    fresh = [r for r in rollouts if r.age(model.num_updates) == 0][:EXAMINED]
+    answers = on_all_ranks(model.world, [rollout.answer for rollout in fresh])
     cases = [
-        Case(prompt=r.prompt, response=r.response, logprobs=r.logprobs, temperature=r.temperature)
-        for r in rollouts
-        if r.age(model.num_updates) == 0
+        Case(r.prompt, a.tokens, a.logprobs, r.temperature)
+        for r, a in zip(fresh, answers, strict=True)
+        if a is not None
     ]
     page = "No diagnosis: every answer has tokens of older weights."
     if cases:
-        page = diagnose(engine, model, cases[:EXAMINED]).page()
+        page = diagnose(engine, model, cases).page()
     if model.world.is_main:
         (stage.path / "mismatch.txt").write_text(page + "\n")
     raise MismatchError(
@@ -274,7 +287,7 @@ def describe(
         "temperature": temperature,
         "reward": float(np.mean([r.reward for r in first])),
         "accuracy": float(np.mean([r.reward > 0 for r in first])),
-        "response_length": float(np.mean([len(r.response) for r in first])),
+        "response_length": float(np.mean([r.facts.length for r in first])),
         "truncated": float(np.mean([r.truncated for r in first])),
         "zero_groups": float(np.mean(zero)),
         "rollouts": sum(map(len, groups)),
@@ -317,25 +330,37 @@ def no_update(unused: dict[str, int], waiting: int, config: RlvrConfig, max_stal
     )
 
 
+def rows_on_main(rollouts: list[Rollout], world: World) -> list[Row]:
+    """Return the rollouts for the checkpoint, which keeps rank 0's rows: only those have the answers. Collective."""
+    everything = set(range(len(rollouts)))
+    wanted = [everything if rank == 0 else set() for rank in range(world.world_size)]
+    return [rollout.to_row() for rollout in delivered(rollouts, wanted, world)]
+
+
 def write_rollouts(
-    stage: Stage, step: int, groups: list[list[Rollout]], tokenizer: Tokenizer
+    stage: Stage, step: int, groups: list[list[Rollout]], sampler: GroupSampler
 ) -> None:
-    """Write a step's rollouts to a file of `rollouts/` that is named by the number of steps done. Not collective."""
+    """Write a step's rollouts to a file of `rollouts/` that is named by the number of steps done. Collective."""
+    rollouts = [rollout for group in groups for rollout in group]
+    here = {r.id: r.answer.tokens for r in rollouts if r.answer is not None}
+    own = dict(zip(here, sampler.scorer.texts(here.values()), strict=True))
+    texts = {id: text for part in sampler.world.gather_objects(own) for id, text in part.items()}
+    if not sampler.world.is_main:
+        return
     name = f"rollouts/{step + 1:06d}.jsonl"
-    write_rows(
-        stage.path / name,
-        [
-            {
-                "id": r.id,
-                "prompt_id": r.prompt_id,
-                "step": r.step,
-                "temperature": r.temperature,
-                "reward": r.reward,
-                "truncated": r.truncated,
-                "response": tokenizer.decode(r.response),
-            }
-            for group in groups
-            for r in group
-        ],
-    )
+
+    def line(r: Rollout) -> bytes:
+        row = {
+            "id": r.id,
+            "prompt_id": r.prompt_id,
+            "step": r.step,
+            "temperature": r.temperature,
+            "reward": r.reward,
+            "truncated": r.truncated,
+        }
+        start = dump(row, f"{name}: {r.id}").removesuffix("}").encode()
+        return b'%b, "response": %b}\n' % (start, texts[r.id])
+
+    with atomic_file(stage.path / name) as file:
+        file.writelines(map(line, rollouts))
     stage.note(name)

@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from phimini.kernels import linear_dpo, linear_logprob
 from phimini.model.io.chat import TemplateName, encode_example, encode_prompt
-from phimini.model.io.json_files import read_rows, write_rows
+from phimini.model.io.json_files import array_of, read_rows, write_rows
 from phimini.model.io.tokenizer import Tokenizer
-from phimini.model.sampler import Completion, SamplingParams
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.megatron.layers import main_grad_of
 from phimini.parallel.ranks.timing import phase
@@ -41,11 +41,7 @@ from phimini.stages.data.packing import (
     flops_of,
     micro_batches,
 )
-from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
-from phimini.stages.evaluate import answered
-from phimini.stages.rl.groups import check_room
-from phimini.stages.rollout.build import build_engine
-from phimini.stages.rollout.engine import release_memory
+from phimini.stages.rl.answers import sample_answers
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import (
     Ahead,
@@ -57,7 +53,6 @@ from phimini.stages.run.training import (
     training_steps,
     update_row,
 )
-from phimini.stages.verify.verdict import is_right
 
 PAIR_FIELDS = {"problem_id": str, "question": str, "chosen": str, "rejected": str}
 LN2_TOLERANCE, LN2_TOLERANCE_ROUNDED = 1e-3, 5e-2
@@ -137,73 +132,31 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
 def sample_pairs(
     run: RunConfig, world: World, stage: Stage, model: Model, tokenizer: Tokenizer
 ) -> None:
-    """Sample answers of stage 2's model and write `rollouts.jsonl` and `pairs.jsonl` into the stage. Collective.
+    """Sample answers of stage 2's model, and write `rollouts/` and `pairs.jsonl` into the stage. Collective.
 
-    Raises ValueError if a prompt has no room for an answer, or too few pairs are found.
+    Raises ValueError as `sample_answers`, and if the pairs are fewer than one step's.
     """
-    config = run.rollout_dpo
     # An interrupted run resumes with its pairs.
-    if on_main(world, lambda: "pairs.jsonl" in stage.made):
-        return
-    problems = read_rows(Path(run.out) / "distill" / "prompts.jsonl", PROBLEM_FIELDS)[
-        : config.num_prompts
-    ]
-    prompts = encode_problems(tokenizer, problems, run.chat_template)
-    check_room(prompts, config, "rollout_dpo")
-    engine = build_engine(run, model.config, world)
-    engine.sync(model)
-    params = SamplingParams(
-        temperature=config.temperature,
-        max_new_tokens=config.max_new_tokens,
-        stop_ids=tokenizer.stop_ids,
-    )
-    asked = [(problem, k) for problem in problems for k in range(config.rollouts_per_prompt)]
-    completions = engine.generate(
-        [prompts[problem["id"]] for problem, _ in asked],
-        params,
-        [derive(run.seed, "rollout_dpo", problem["id"], k) for problem, k in asked],
-    )
-    release_memory(engine)
-    on_main(world, lambda: write_pairs(run, stage, tokenizer, asked, completions))
+    if not on_main(world, lambda: "pairs.jsonl" in stage.made):
+        files = sample_answers(run, world, stage, model, tokenizer)
+        on_main(world, lambda: write_pairs(run, stage, files))
 
 
-def write_pairs(
-    run: RunConfig,
-    stage: Stage,
-    tokenizer: Tokenizer,
-    asked: list[tuple[dict, int]],
-    completions: Sequence[Completion],
-) -> None:
-    """Judge the completions of `asked` (problem, index of its rollout) and write both files. Not collective.
+def write_pairs(run: RunConfig, stage: Stage, files: list[Path]) -> None:
+    """Write the pairs of the rollouts in `files`. Not collective.
 
     Raises ValueError if the pairs are fewer than one step's.
     """
     config = run.rollout_dpo
-    rollouts = [
-        {
-            "id": f"{problem['id']}/{k}",
-            "problem_id": problem["id"],
-            "family": problem.get("family", ""),
-            "level": problem.get("level", 0),
-            "question": problem["question"],
-            "answer": problem["answer"],
-            "response": tokenizer.decode(completion.tokens),
-            "response_tokens": completion.tokens,
-            "correct": is_right(*answered(tokenizer, completion, problem)),
-            "finish_reason": completion.finish_reason,
-            "temperature": config.temperature,
-        }
-        for (problem, k), completion in zip(asked, completions, strict=True)
-    ]
+    rollouts = [row for file in files for row in read_rows(file, {"correct": bool}, ())]
     pairs = pair_up(rollouts, config.pairs_per_prompt, derive(run.seed, "rollout_dpo", "pairs"))
     if len(pairs) < config.pairs_per_step:
         raise ValueError(
             f"rollout_dpo: {len(rollouts)} rollouts gave {len(pairs)} pairs, fewer than one step's "
             f"{config.pairs_per_step}; raise rollout_dpo.num_prompts or rollouts_per_prompt"
         )
-    write_rows(stage.path / "rollouts.jsonl", rollouts)
     write_rows(stage.path / "pairs.jsonl", pairs)
-    stage.record("rollouts.jsonl", "pairs.jsonl")
+    stage.record("pairs.jsonl")
 
 
 def pair_up(rollouts: list[dict], pairs_per_prompt: int, seed: int) -> list[dict]:
@@ -262,7 +215,7 @@ def _encode_side(
 ) -> tuple[list[int], int]:
     if f"{side}_tokens" in row:
         prompt = encode_prompt(tokenizer, row["question"], template)
-        return prompt + row[f"{side}_tokens"], len(prompt)
+        return prompt + array_of(row[f"{side}_tokens"], np.int32).tolist(), len(prompt)
     ended = row.get(f"{side}_ended", True)
     return encode_example(tokenizer, row["question"], row[side], template, ended=ended)
 
@@ -281,7 +234,7 @@ def pair_batch(
         Document(
             tokens=example.inputs,
             targets=example.targets,
-            token_fields={"sequence": [2 * p + side] * len(example)},
+            token_fields={"sequence": np.full(len(example), 2 * p + side)},
             document_fields={"reference_logp": float(reference_P2[p, side])} | of_documents,
         )
         for p, pair in enumerate(pairs)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from phimini.kernels import linear_logprob
@@ -24,8 +25,10 @@ from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
 from phimini.stages.data.packing import documents
 from phimini.stages.recipe import DATA, TRAINING
-from phimini.stages.rl.groups import Rollout
 from phimini.stages.rl.mismatch import MismatchMeter
+from phimini.stages.rl.rollouts import Rollout
+from phimini.stages.rl.scored import facts_of
+from phimini.stages.rollout.engine import Sampled, Span
 from phimini.stages.run.training import cross_entropy_head, load_model, read_examples
 
 TASKS = ("sft", "dpo", "grpo")
@@ -111,23 +114,24 @@ def dpo_loss(run: RunConfig, world: World, folder: Path) -> float:
 def grpo_loss(run: RunConfig, world: World, folder: Path) -> float:
     """Return the GRPO loss of teacher rollouts with advantages of both signs and shifted old log-probs, so that some clip."""
     model, tokenizer = load_model(run, world, "sft")
-    rows = Path(run.out) / "distill" / "rollouts.jsonl"
-    examples = read_examples(rows, tokenizer, run.chat_template)[:64]
+    path = Path(run.out) / "distill" / "rollouts.jsonl"
+    examples = read_examples(path, tokenizer, run.chat_template)[:64]
     logps = _logps(model, pack(documents(examples))).split([len(e.tokens) - 1 for e in examples])
     generator = torch.Generator().manual_seed(0)
-    rollouts = []
+    rollouts, rows = [], []
     for i, (example, logp) in enumerate(zip(examples, logps, strict=True)):
-        mine = logp[example.loss_from - 1 :]
-        old = mine + 0.2 * torch.randn(len(mine), generator=generator)
+        mine, tokens = logp[example.loss_from - 1 :], np.array(example.tokens, np.int32)
+        prompt, response = np.split(tokens, [example.loss_from])
+        old = (mine + 0.2 * torch.randn(len(mine), generator=generator)).numpy()
+        answer = Sampled(tokens=response, logprobs=old, finish_reason="stop", versions=(Span(0, 0, len(old)),))  # fmt: skip
         rollouts.append(Rollout(
-            id=str(i), prompt_id=str(i), step=0, prompt=example.tokens[: example.loss_from],
-            response=example.tokens[example.loss_from :], logprobs=old.tolist(), temperature=1.0,
-            reward=0.0, truncated=False, versions=[[0, 0, len(mine)]], advantage=(-1.0) ** i * (1 + i % 3),
+            id=str(i), prompt_id=str(i), step=0, prompt=prompt, temperature=1.0, reward=0.0,
+            facts=facts_of(answer, 0.0, world.rank), answer=answer, advantage=(-1.0) ** i * (1 + i % 3),
         ))  # fmt: skip
-    write_json(
-        folder / "grpo_batch.json",
-        [{"prompt": r.prompt, "response": r.response, "old_logps": r.logprobs, "advantage": r.advantage} for r in rollouts],
-    )  # fmt: skip
+        lists = {"prompt": prompt, "response": response, "old_logps": old}
+        row = {name: array.tolist() for name, array in lists.items()}
+        rows.append(row | {"advantage": rollouts[-1].advantage})
+    write_json(folder / "grpo_batch.json", rows)
     head = rlvr.policy_head(run.rlvr, MismatchMeter(), 0.0, "off")
     batch = rlvr.rollout_batch(rollouts, 0, run.rlvr, world)
     return forward_backward(model, [batch], head).loss

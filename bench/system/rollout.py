@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -115,8 +116,9 @@ def measure_shape(
         for name in order:
             clock = cpu_seconds if name == "vllm-served" else time.process_time
             wall, cpu = time.perf_counter(), clock()
-            done = engines[name].generate(prompts, params, list(range(batch)))
+            held = engines[name].generate(prompts, params, list(range(batch)))
             spent = time.perf_counter() - wall, clock() - cpu
+            done = [c for c in held if c is not None]
             assert sum(len(c.tokens) for c in done) == batch * new_tokens, "no answer stops early"
             if number == 0:
                 errors[name] = error_of(reference, prompts, done)
@@ -155,14 +157,13 @@ def measure_shape(
 def error_of(reference: Phi4Mini, prompts: list[list[int]], done: list[Sampled]) -> float:
     """Return the largest |reported log-prob - the reference model's|."""
     device = reference.head_weight_VD.device
-    tokens_BT = torch.tensor(
-        [p + c.tokens for p, c in zip(prompts, done, strict=True)], device=device
-    )
+    answers_BT = torch.from_numpy(np.stack([c.tokens for c in done])).long()
+    tokens_BT = torch.cat([torch.tensor(prompts), answers_BT], 1).to(device)
     first = len(prompts[0])
     hidden_BTD = reference(tokens_BT[:, :-1])[:, first - 1 :]
     logp_BTV = (hidden_BTD @ reference.head_weight_VD.T).float().log_softmax(-1)
     expected = logp_BTV.gather(2, tokens_BT[:, first:, None])[..., 0].cpu()
-    return (expected - torch.tensor([c.logprobs for c in done])).abs().max().item()
+    return (expected - torch.from_numpy(np.stack([c.logprobs for c in done]))).abs().max().item()
 
 
 def plain(row: Row) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
@@ -115,9 +116,10 @@ class Tokenizer:
         self.check(text)
         return self.inner.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray, skip_special: bool = False) -> str:
         """Return the text of ids. `skip_special` drops control tokens; `<think>` and `</think>` are text and stay."""
-        return self.inner.decode(list(ids), skip_special_tokens=skip_special)
+        numbers = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        return self.inner.decode(numbers, skip_special_tokens=skip_special)
 
     def _required_id(self, token: str) -> int:
         token_id = self.inner.token_to_id(token)

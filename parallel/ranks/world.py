@@ -59,6 +59,17 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_objects(self, value: T) -> list[T]:
+        """Return the `value` of every rank, by rank, on rank 0, and an empty list on the others. Collective."""
+        if self.world_size == 1:
+            return [value]
+        if not self.is_main:
+            dist.gather_object(value)
+            return []
+        values: list[Any] = [None] * self.world_size
+        dist.gather_object(None, values)  # its own needs no pickle
+        return [value, *values[1:]]
+
     def broadcast_object(self, value: T, src: int = 0) -> T:
         """Return rank `src`'s `value` on every rank. Collective."""
         if self.world_size == 1:

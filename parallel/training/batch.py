@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,12 +38,12 @@ KEPT_ON_HOST = ("cu_seqlens", "rows")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """One sequence with its targets, before packing."""
+    """One sequence with its targets, before packing; lists, or arrays, which pack a hundred times faster."""
 
-    tokens: Sequence[int]
-    targets: Sequence[int]
+    tokens: Sequence[int] | np.ndarray
+    targets: Sequence[int] | np.ndarray
     """targets[i] is the token that position i predicts, or IGNORE; as long as `tokens`"""
-    token_fields: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    token_fields: Mapping[str, Sequence[float] | np.ndarray] = field(default_factory=dict)
     """one value per token, e.g. the log-probability it was sampled with"""
     document_fields: Mapping[str, float] = field(default_factory=dict)
     """one value per document, e.g. its advantage"""
@@ -179,7 +180,7 @@ def pack(documents: Sequence[Document], multiple_of: int = 1) -> PackedBatch:
     lengths = [len(d.tokens) for d in documents]
     tail = -sum(lengths) % multiple_of
     fields = {
-        name: torch.tensor([v for d in documents for v in d.token_fields[name]] + [0] * tail)
+        name: _joined([d.token_fields[name] for d in documents], tail)
         for name in first.token_fields
     }
     document_fields = {
@@ -189,17 +190,23 @@ def pack(documents: Sequence[Document], multiple_of: int = 1) -> PackedBatch:
     if tail:
         lengths.append(tail)
     return PackedBatch(
-        tokens_T=torch.tensor(
-            [t for d in documents for t in d.tokens] + [0] * tail, dtype=torch.int64
-        ),
-        targets_T=torch.tensor(
-            [t for d in documents for t in d.targets] + [IGNORE] * tail, dtype=torch.int64
-        ),
+        tokens_T=_joined([d.tokens for d in documents], tail, np.int64),
+        targets_T=_joined([d.targets for d in documents], tail, np.int64, IGNORE),
         cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         fields=fields,
         document_fields=document_fields,
         names=tuple(d.name for d in documents) if any(d.name for d in documents) else (),
     )
+
+
+def _joined(
+    parts: Sequence[Sequence[float] | np.ndarray], tail: int, kind: Any = None, last: int = 0
+) -> Tensor:
+    """Return all values, then `last` `tail` times. kind: default float32, or int64 where all are integers."""
+    arrays = [np.asarray(part) for part in parts]
+    kind = kind or (np.float32 if np.result_type(*arrays).kind == "f" else np.int64)
+    arrays.append(np.full(tail, last))
+    return torch.from_numpy(np.concatenate(arrays, dtype=kind, casting="same_kind"))
 
 
 # --- the same data on all ranks -------------------------------------------------------------------
@@ -208,7 +215,10 @@ class DivergedError(RuntimeError):
 
 
 def digest(*values: Any) -> int:
-    """Return a 64-bit checksum of numbers, strings, None, and lists and tuples of them, equal for equal values."""
+    """Return a 64-bit checksum of numbers, strings, None, and lists and tuples of them, equal for equal values.
+
+    Of a numpy array the bytes count.
+    """
     # marshal takes a hundredth of a step. Later versions than 2, and pickle, also encode which objects are shared.
     return _number(hashlib.blake2b(marshal.dumps(values, 2), digest_size=8).digest())
 

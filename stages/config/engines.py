@@ -16,7 +16,7 @@ class RolloutConfig:
     max_batch: Count = 256
     """sequences decoded at once by one engine"""
     judges: CountOrZero = 0
-    """processes that score answers, beside the first rank; 0: that rank itself"""
+    """processes that score answers as they arrive, beside each rank that samples; 0: that rank itself, afterwards"""
     placement: Literal["colocated", "separate"] = "colocated"
     """vLLM in the training ranks, or in processes of its own"""
     addresses: tuple[str, ...] = ()

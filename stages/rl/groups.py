@@ -1,70 +1,33 @@
-"""Scored rollouts: sampled answers in groups, one group per prompt, which stage 4 trains on."""
+"""Groups of scored rollouts: sampled answers, one group per prompt, which stage 4 trains on."""
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sized
+
+import numpy as np
 
 from phimini.model.io.tokenizer import Tokenizer
-from phimini.model.sampler import Completion, SamplingParams
+from phimini.model.sampler import SamplingParams
 from phimini.parallel.ranks.timing import count, phase
-from phimini.parallel.ranks.world import World, on_main
-from phimini.parallel.training.batch import digest
+from phimini.parallel.ranks.world import World
 from phimini.stages.config.schema import RlvrConfig, RolloutDpoConfig, RunConfig
 from phimini.stages.data.packing import EpochSampler, derive
 from phimini.stages.data.row_fields import encode_problems
 from phimini.stages.rl.mismatch_diagnosis import EXAMINED
 from phimini.stages.rl.remedies import is_hard, next_size, temperature_at
-from phimini.stages.rollout.engine import OversamplingSampler, PrefetchingEngine, RolloutEngine
+from phimini.stages.rl.rollouts import Rollout, without_answers
+from phimini.stages.rl.scored import sample_and_score
+from phimini.stages.rollout.engine import First, PrefetchingEngine, RolloutEngine
 from phimini.stages.rollout.engine import Sampler as EngineSampler
 from phimini.stages.rollout.prefetch import Background
-from phimini.stages.verify.verdict import Answered, Scorer
+from phimini.stages.verify.scorer import Scorer
 
 SHORT_TOKENS = 64
 """longest answer that is sampled for the mismatch measure only"""
 
 
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """One sampled answer with its reward. `advantage` is set once its group is complete."""
-
-    id: str
-    prompt_id: str
-    step: int
-    prompt: list[int]
-    """token ids"""
-    response: list[int]
-    """token ids"""
-    logprobs: list[float]
-    """log-prob of each token of the response when it was sampled"""
-    temperature: float
-    reward: float
-    truncated: bool
-    """cut off at max_new_tokens"""
-    versions: list[list[int]]
-    """[version, start, end]: the trainer's updates before each span of the response was sampled"""
-    advantage: float = 0.0
-
-    def __len__(self) -> int:
-        """Return the number of input positions: one fewer than tokens."""
-        return len(self.prompt) + len(self.response) - 1
-
-    def digest(self) -> int:
-        """Return a checksum of all that training sees."""
-        spans = [list(span) for span in self.versions]
-        numbers = self.temperature, self.reward, self.truncated, self.advantage
-        return digest(self.id, self.prompt, self.response, self.logprobs, *numbers, spans)
-
-    def age(self, version: int) -> int:
-        """Return the staleness: updates up to `version` since the oldest token was sampled."""
-        return version - min(v for v, _, _ in self.versions)
-
-    def ages(self, version: int) -> list[int]:
-        """Return the staleness of each token of the response, in updates."""
-        return [version - v for v, start, end in self.versions for _ in range(start, end)]
-
-
 def check_room(
-    prompts: Mapping[str, list[int]], config: RlvrConfig | RolloutDpoConfig, stage: str
+    prompts: Mapping[str, Sized], config: RlvrConfig | RolloutDpoConfig, stage: str
 ) -> None:
     """Raise ValueError unless each prompt and its longest answer fit into `sequence_length`.
 
@@ -79,10 +42,7 @@ def check_room(
 
 
 class GroupSampler:
-    """A sampler of scored rollouts by prompt id; the rollouts are the same on every rank.
-
-    collective: all ranks sample together, and rank 0 judges for all. False: one rank calls it and tells no other.
-    """
+    """A sampler of scored rollouts by prompt id; every rank gets the facts about all, and its own answers."""
 
     def __init__(
         self,
@@ -91,16 +51,21 @@ class GroupSampler:
         engine: EngineSampler,
         tokenizer: Tokenizer,
         problems: dict[str, dict],
-        *,
-        collective: bool = True,
-        scorer: Scorer | None = None,
     ) -> None:
-        self.run, self.config, self.world, self.collective = run, run.rlvr, world, collective
+        self.run, self.config, self.world = run, run.rlvr, world
         self.engine, self.tokenizer, self.problems = engine, tokenizer, problems
-        self.scorer = scorer or Scorer(
-            "rlvr.reward", run.rlvr.reward, run.rollout.judges if world.is_main else 0
-        )
-        self.prompts = encode_problems(tokenizer, list(problems.values()), run.chat_template)
+        self.collective = True
+        """all ranks sample together"""
+        judges = run.rollout.judges
+        self.scorer = Scorer("rlvr.reward", run.rlvr.reward, judges, tokenizer.decode)
+        encoded = encode_problems(tokenizer, list(problems.values()), run.chat_template)
+        self.prompts = {id: np.array(tokens, np.int32) for id, tokens in encoded.items()}
+
+    def alone(self, engine: EngineSampler) -> "GroupSampler":
+        """Return this sampler with another engine, for one rank that calls it and tells no other."""
+        other = copy.copy(self)
+        other.engine, other.collective = engine, False
+        return other
 
     @phase("rollout")
     def sample(
@@ -124,54 +89,39 @@ class GroupSampler:
             stop_ids=self.tokenizer.stop_ids,
         )
         ids = [id for id, _ in asked]
-        prompts = [self.prompts[id] for id in ids]
+        given = {id: self.prompts[id].tolist() for id in set(ids)}
+        prompts = [given[id] for id in ids]
         seeds = [derive(self.run.seed, "rlvr", purpose, step, id, k) for id, k in asked]
-        completions: Sequence[Completion | None]
-        if group_size is None:
-            completions = self.engine.generate(prompts, params, seeds)
-        else:
-            assert isinstance(self.engine, OversamplingSampler), "build_engine allows no other"
-            completions = self.engine.generate_first(prompts, params, seeds, ids, group_size)
-        done = [(a, c) for a, c in zip(asked, completions, strict=True) if c is not None]
-        count("samples", len(done))
-        count("sampled_tokens", sum(len(c.tokens) for _, c in done))
-        rewards = self.rewards([id for (id, _), _ in done], [c for _, c in done])
-        return [
+
+        first = None if group_size is None else First(ids, group_size)
+        answers, facts = sample_and_score(
+            lambda arrived: self.engine.generate(prompts, params, seeds, arrived, first),
+            [self.problems[id] for id in ids],
+            self.scorer,
+            self.world,
+            collective=self.collective,
+        )
+        rollouts = [
             Rollout(
                 id=f"{purpose}/{step}/{id}/{k}",
                 prompt_id=id,
                 step=step,
                 prompt=self.prompts[id],
-                response=completion.tokens,
-                logprobs=completion.logprobs,
                 temperature=temperature,
-                reward=reward,
-                truncated=completion.finish_reason == "length",
-                versions=[list(span) for span in completion.versions],
+                reward=self.reward(of_one.score),
+                facts=of_one,
+                answer=answer,
             )
-            for ((id, k), completion), reward in zip(done, rewards, strict=True)
+            for (id, k), answer, of_one in zip(asked, answers, facts, strict=True)
+            if of_one is not None
         ]
+        count("samples", len(rollouts))
+        count("sampled_tokens", sum(rollout.facts.length for rollout in rollouts))
+        return rollouts
 
-    @phase("verify")
-    def rewards(self, ids: list[str], completions: Sequence[Completion]) -> list[float]:
-        """Return the reward of each completion of the prompts `ids`; the same on every rank. Collective.
-
-        Rank 0 judges for all: a verdict has a time limit, so ranks that judged for themselves could differ.
-        """
-
-        def judge() -> list[float]:
-            asked = zip(map(self.problems.__getitem__, ids), completions, strict=True)
-            scores = self.scorer.scores(
-                [
-                    Answered(p["question"], p["answer"], self.tokenizer.decode(c.tokens), c.finish_reason)
-                    for p, c in asked
-                ]
-            )  # fmt: skip
-            if self.config.reward is not None:
-                return scores
-            return [1.0 if score else -1.0 for score in scores]
-
-        return on_main(self.world, judge) if self.collective else judge()
+    def reward(self, score: float) -> float:
+        """Return the reward of a score: that of the user's function as it is, the verifier's as +1 or -1."""
+        return score if self.config.reward is not None else 1.0 if score else -1.0
 
     def sample_groups(self, ids: list[str], step: int, temperature: float) -> list[list[Rollout]]:
         """Return a group of rollouts per prompt.
@@ -212,7 +162,7 @@ class RolloutSource:
 
     def __init__(self, sampler: GroupSampler, engine: RolloutEngine, pool: list[str]) -> None:
         self._run, self._world = sampler.run, sampler.world
-        self._sampler, self.pool = sampler, pool
+        self.sampler, self.pool = sampler, pool
         config = sampler.config
         size = min(config.prompts_per_step, len(pool))
         self._prompts = EpochSampler(len(pool), size, derive(sampler.run.seed, "rlvr"))
@@ -220,8 +170,7 @@ class RolloutSource:
         self._short: list[Rollout] = []
         if self._run.rollout.asynchronous:
             assert isinstance(engine, PrefetchingEngine), "build_engine allows no other"
-            s = sampler
-            self._on_main = GroupSampler(s.run, s.world, engine.on_main, s.tokenizer, s.problems, collective=False, scorer=s.scorer)  # fmt: skip
+            self._on_main = sampler.alone(engine.on_main)
 
     def temperature(self, step: int) -> float:
         """Return remedy 3's temperature. Like the learning rate it follows the steps, not the updates."""
@@ -235,7 +184,7 @@ class RolloutSource:
         if self._prefetched is not None:
             groups = self._prefetched.result()
         else:
-            groups = self._sampler.sample_groups(*self._plan(step))
+            groups = self.sampler.sample_groups(*self._plan(step))
         self._prefetched, self._short = None, []
         if self._run.rollout.asynchronous:
             self._prefetch(step)
@@ -265,7 +214,8 @@ class RolloutSource:
     def _prefetch(self, step: int) -> None:
         is_last = step + 1 == self._run.rlvr.steps
         if self._run.rollout.partial or is_last:
-            self._short = self._sampler.sample_short(*self._plan(step))
+            self._short = self.sampler.sample_short(*self._plan(step))
         if not is_last:
             plan = self._plan(step + 1)
-            self._prefetched = Background(self._world, lambda: self._on_main.sample_groups(*plan))
+            sample = lambda: self._on_main.sample_groups(*plan)
+            self._prefetched = Background(self._world, sample, without_answers)

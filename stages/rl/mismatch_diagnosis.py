@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,13 @@ from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
 from phimini.stages.rl.mismatch import alarm_level, precision_of
 from phimini.stages.rollout.build import build_engine
-from phimini.stages.rollout.engine import RolloutEngine, SleepingEngine, VllmEngine
+from phimini.stages.rollout.engine import (
+    RolloutEngine,
+    Sampled,
+    SleepingEngine,
+    VllmEngine,
+    on_all_ranks,
+)
 from phimini.stages.run.outputs import check_inputs
 from phimini.stages.run.training import load_model
 
@@ -41,14 +48,35 @@ EXPLAINS = 0.2
 """a hypothesis is the cause if it leaves less than this share of the difference"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Case:
     """One sampled answer as the sampler reported it."""
 
-    prompt: list[int]
-    response: list[int]
-    logprobs: list[float]
+    prompt: Sequence[int] | np.ndarray
+    response: np.ndarray
+    logprobs: np.ndarray
     temperature: float
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Prompt and response, int64."""
+        return np.concatenate([self.prompt, self.response]).astype(np.int64)
+
+
+def cases_of(
+    world: World,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    held: Sequence[Sampled | None],
+    temperature: float,
+) -> list[Case]:
+    """Return on every rank the cases of an engine's completions, each of which some rank has. Collective."""
+    pairs = zip(prompts, on_all_ranks(world, held), strict=True)
+    return [Case(p, c.tokens, c.logprobs, temperature) for p, c in pairs if c is not None]
+
+
+def reported_logprobs(cases: Sequence[Case]) -> Tensor:
+    """Return the sampler's log-probs of all cases' response tokens, concatenated."""
+    return torch.from_numpy(np.concatenate([case.logprobs for case in cases]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +135,7 @@ class Arbiter:
         device = model.head_weight_VD.device
         values = []
         for case in cases:
-            tokens_1T = torch.tensor([case.prompt + case.response], device=device)
+            tokens_1T = torch.from_numpy(case.tokens)[None].to(device)
             hidden_MD = model(tokens_1T[:, :-1])[0, len(case.prompt) - 1 :]
             logits_MV = (hidden_MD @ model.head_weight_VD.T).float()
             logits_MV = logits_MV / (temperature or case.temperature or 1.0)
@@ -162,7 +190,7 @@ def diagnose(
     if not cases:
         raise ValueError("doctor: expected at least one sampled answer, got none")
     arbiter = Arbiter(model)
-    reported = torch.tensor([x for case in cases for x in case.logprobs])
+    reported = reported_logprobs(cases)
     evidence: list[Evidence] = []
 
     def left(hypothesis: str, predicted: Tensor) -> float:
@@ -208,8 +236,8 @@ def trainer_logprobs(model: Model, cases: Sequence[Case]) -> Tensor:
     """Return the trainer's log-probs of all cases' response tokens, concatenated, on the CPU. Collective."""
     documents = [
         Document(
-            tokens=(case.prompt + case.response)[:-1],
-            targets=[IGNORE] * (len(case.prompt) - 1) + case.response,
+            tokens=case.tokens[:-1],
+            targets=np.concatenate([np.full(len(case.prompt) - 1, IGNORE), case.response]),
             document_fields={"temperature": case.temperature or 1.0},
         )
         for case in cases
@@ -249,10 +277,7 @@ def doctor(run: RunConfig, world: World, *, samples: int = EXAMINED) -> Verdict:
         stop_ids=tokenizer.stop_ids,
     )
     done = engine.generate(prompts, params, [derive(run.seed, "doctor", p["id"]) for p in problems])
-    cases = [
-        Case(prompt=p, response=c.tokens, logprobs=c.logprobs, temperature=params.temperature)
-        for p, c in zip(prompts, done, strict=True)
-    ]
+    cases = cases_of(world, prompts, done, params.temperature)
     precision = precision_of(run.rollout, world.device.type == "cuda")
     tolerance = alarm_level(run.rlvr.max_mismatch, precision)
     verdict = diagnose(engine, model, cases, tolerance=tolerance)
@@ -314,15 +339,12 @@ def _sample_again(
     params = SamplingParams(
         temperature=cases[0].temperature, max_new_tokens=max_new_tokens, stop_ids=()
     )
-    prompts = [case.prompt for case in cases]
+    prompts = [np.asarray(case.prompt).tolist() for case in cases]
 
     def again(name: str) -> float:
         done = engine.generate(prompts, params, list(range(len(prompts))))
-        fresh = [
-            Case(prompt=p, response=c.tokens, logprobs=c.logprobs, temperature=params.temperature)
-            for p, c in zip(prompts, done, strict=True)
-        ]
-        reported = torch.tensor([x for case in fresh for x in case.logprobs])
+        fresh = cases_of(model.world, prompts, done, params.temperature)
+        reported = reported_logprobs(fresh)
         size = (arbiter.logprobs(fresh) - reported).abs().mean().item()
         evidence.append(Evidence(name, size))
         return size

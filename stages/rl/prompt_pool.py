@@ -1,14 +1,27 @@
 """The pool of prompts that stage 4 trains on, chosen before the first step by sampling answers to candidates."""
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from phimini.model.io.json_files import read_json, write_json
+from phimini.model.io.json_files import Row, read_json, read_rows, write_json
 from phimini.parallel.ranks.world import World, on_main
 from phimini.stages.config.schema import RlvrConfig
-from phimini.stages.rl.groups import GroupSampler, Rollout, check_room
+from phimini.stages.rl.groups import GroupSampler, check_room
 from phimini.stages.rl.remedies import is_too_easy, select_uniform_length
+from phimini.stages.rl.slices import in_slices
 from phimini.stages.run.stage_folder import Stage
+
+PROBE_FIELDS = {"prompt_id": str, "length": int, "reward": float, "truncated": bool}
+
+
+class Probed(NamedTuple):
+    """One answer of the probe."""
+
+    length: int
+    """tokens"""
+    reward: float
+    truncated: bool
 
 
 def select_prompts(
@@ -17,40 +30,64 @@ def select_prompts(
     """Return the ids of the prompts whose answers have like lengths (remedy 1), after rounds of sampling. Collective.
 
     Prompts that are too easy are left out: remedy 2 would drop them at every step. Those without a right answer stay:
-    remedy 2 oversamples them. Written to `pool.json`, which a resumed run reads.
-    Raises ValueError as `pool_of` and `check_room`.
+    remedy 2 oversamples them. The answers' lengths and rewards go to files of `probe/`, the pool to `pool.json`: a resumed
+    run reads those. Raises ValueError as `pool_of` and `check_room`, and for files of another probe.
     """
     path = stage.path / "pool.json"
     if found := on_main(world, lambda: read_json(path) if path.name in stage.made else None):
         return found["kept"]
     candidates = list(sampler.problems)[-config.probe_prompts :]
     check_room({id: sampler.prompts[id] for id in candidates}, config, "rlvr")
-    seen: dict[str, list[Rollout]] = defaultdict(list)
-    for round in range(config.probe_rounds):
-        asked = [(id, k) for id in candidates for k in range(config.probe_rollouts)]
-        for rollout in sampler.sample(asked, round, config.start_temperature, "probe"):
-            seen[rollout.prompt_id].append(rollout)
-    found = pool_of(seen, config)
 
-    def write() -> None:
+    def rows_of(part: list[str], round: int) -> list[Row]:
+        asked = [(id, k) for id in part for k in range(config.probe_rollouts)]
+        return [
+            {
+                "prompt_id": r.prompt_id,
+                "length": r.facts.length,
+                "reward": r.reward,
+                "truncated": r.truncated,
+            }
+            for r in sampler.sample(asked, round, config.start_temperature, "probe")
+        ]
+
+    files = [
+        file
+        for round in range(config.probe_rounds)
+        for file in in_slices(
+            stage, f"probe/{round + 1}", candidates, config.probe_rollouts, world,
+            lambda part, round=round: rows_of(part, round),
+        )
+    ]  # fmt: skip
+
+    def write() -> list[str]:
+        seen: dict[str, list[Probed]] = defaultdict(list)
+        for row in (row for file in files for row in read_rows(file, PROBE_FIELDS)):
+            seen[row["prompt_id"]].append(Probed(row["length"], row["reward"], row["truncated"]))
+        number = config.probe_rounds * config.probe_rollouts
+        if {id: len(answers) for id, answers in seen.items()} != dict.fromkeys(candidates, number):
+            raise ValueError(
+                f"{files[0].parent.parent}: expected {number} answers to each of {len(candidates)} prompts; use --redo"
+            )
+        found = pool_of(seen, config)
         write_json(path, found)
         stage.record(path.name)
+        return found["kept"]
 
-    on_main(world, write)
-    return found["kept"]
+    return on_main(world, write)
 
 
-def pool_of(seen: dict[str, list[Rollout]], config: RlvrConfig) -> dict[str, Any]:
+def pool_of(seen: Mapping[str, Sequence[Probed]], config: RlvrConfig) -> dict[str, Any]:
     """Return `kept`, the ids of the prompts to train on, and how many were left out and why.
 
-    seen: rollouts by prompt id. The length of an answer that was cut off is not known, so a prompt whose answers were
+    seen: answers by prompt id. The length of an answer that was cut off is not known, so a prompt whose answers were
     all cut off is left out: their lengths would look uniform.
     Raises ValueError if no answer is right, or no prompt is left.
     """
     probed = f"of {len(seen)} probed prompts"
-    answers = [rollout for rollouts in seen.values() for rollout in rollouts]
-    cut = sum(rollout.truncated for rollout in answers)
-    if not any(rollout.reward > 0 for rollout in answers):
+    answers = [answer for of_prompt in seen.values() for answer in of_prompt]
+    cut = sum(answer.truncated for answer in answers)
+    if not any(answer.reward > 0 for answer in answers):
         raise ValueError(
             f"rlvr: {probed} none is answered right in {len(answers)} answers, {cut} of them cut off at "
             f"max_new_tokens={config.max_new_tokens}; the stage-3 model is too weak for them"
@@ -68,6 +105,6 @@ def pool_of(seen: dict[str, list[Rollout]], config: RlvrConfig) -> dict[str, Any
         )
     kept = list(left)
     if config.uniform_length:
-        lengths = {id: [len(r.response) for r in rollouts] for id, rollouts in left.items()}
+        lengths = {id: [answer.length for answer in of_prompt] for id, of_prompt in left.items()}
         kept = select_uniform_length(lengths, config.keep_share)
     return {"probed": len(seen), "too_easy": easy, "unfinished": unfinished, "kept": kept}

@@ -20,7 +20,16 @@ from phimini.parallel.weight_sync.cpu_transports import InprocTransport
 from phimini.parallel.weight_sync.deadline import WeightSyncError, completed
 from phimini.parallel.weight_sync.sync import SyncReport, WeightSync
 from phimini.stages.config.schema import RunConfig
-from phimini.stages.rollout.engine import LOADED, Sampled, check_prompts, check_temperature
+from phimini.stages.rollout.engine import (
+    LOADED,
+    Arrived,
+    First,
+    Sampled,
+    check_prompts,
+    check_temperature,
+    share_of,
+    unnoticed,
+)
 from phimini.stages.rollout.engine_folder import engine_folder
 from phimini.stages.rollout.vllm_settings import (
     EngineSettings,
@@ -100,31 +109,41 @@ class ColocatedVllm:
             raise RuntimeError("vllm: the prefix cache is in use and was not reset")
 
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
-    ) -> list[Sampled]:
-        """Return one completion per prompt, on every rank; see `Sampler`.
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        arrived: Arrived = unnoticed,
+        first: First | None = None,
+    ) -> list[Sampled | None]:
+        """Return the completions of this engine's share of the prompts, on the first of its ranks; see `Sampler`.
 
         Raises ValueError for prompts, seeds or a temperature that cannot be sampled, RuntimeError without a whole set of weights.
         """
+        assert first is None, "build_engine refuses rollout.oversample"
         check_temperature("temperature", params.temperature)
         check_prompts(prompts, seeds, params, self.config.vocab_size, self.settings.max_model_len)
         if self.version is None:
             raise RuntimeError(
                 "vllm: the engine has no whole set of weights; sync or load comes first"
             )
-        # Ranks of one engine get the same prompts in the same order.
+        # Ranks of one engine get the same prompts in the same order, and the same answers.
         size = self.settings.tensor_parallel
-        engine, engines = self._world.rank // size, self._world.world_size // size
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-        mine = order[engine::engines]
-        outputs = self._llm.generate(
+        mine = share_of(prompts, self._world.rank // size, self._world.world_size // size)
+        done: list[Sampled | None] = [None] * len(prompts)
+        ids = self._llm.enqueue(
             [{"prompt_token_ids": prompts[i]} for i in mine],
             [vllm_params(params, seeds[i]) for i in mine],
             use_tqdm=False,
         )
-        done = {i: sampled(output.outputs[0]) for i, output in zip(mine, outputs, strict=True)}
-        everyone = {i: c for part in self._world.all_gather_objects(done) for i, c in part.items()}
-        return [everyone[i] for i in range(len(prompts))]
+        start = int(ids[0].partition("-")[0]) if ids else 0  # vLLM numbers its requests
+        while self._llm.llm_engine.has_unfinished_requests():
+            for output in self._llm.llm_engine.step():
+                if output.finished and self._world.rank % size == 0:
+                    number = mine[int(output.request_id) - start]
+                    done[number] = completion = sampled(output.outputs[0])
+                    arrived(number, completion)
+        return done
 
     def _receive(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         old, self.version = self.version, None

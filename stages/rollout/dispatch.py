@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,12 +40,12 @@ class Request:
 
 
 @dataclass(slots=True)
-class _Progress:
+class Progress:
     """A request and the tokens sampled for it so far."""
 
     request: Request
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, TOKENS))
+    logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, LOGPROBS))
     versions: list[Span] = field(default_factory=list)
 
     @property
@@ -56,8 +56,11 @@ class _Progress:
     def add(self, answer: Answer) -> None:
         """Append an engine's answer; spans of the same version that meet become one."""
         start = len(self.tokens)
-        self.tokens += np.frombuffer(answer.tokens, TOKENS).tolist()
-        self.logprobs += np.frombuffer(answer.logprobs, LOGPROBS).tolist()
+        tokens = np.frombuffer(answer.tokens, TOKENS)
+        logprobs = np.frombuffer(answer.logprobs, LOGPROBS)
+        if start:  # else the message's memory serves
+            tokens, logprobs = np.append(self.tokens, tokens), np.append(self.logprobs, logprobs)
+        self.tokens, self.logprobs = tokens, logprobs
         for version, first, end in answer.versions:
             span = Span(version, start + first, start + end)
             last = self.versions[-1] if self.versions else None
@@ -65,13 +68,24 @@ class _Progress:
                 span = Span(version, self.versions.pop().start, span.end)
             self.versions.append(span)
 
+    def completion(self, finish_reason) -> Sampled:
+        """Return the request's completion, which is whole."""
+        versions = tuple(self.versions)
+        return Sampled(
+            tokens=self.tokens,
+            logprobs=self.logprobs,
+            finish_reason=finish_reason,
+            versions=versions,
+        )
+
     def ask(self) -> Ask:
         """Return the request as it is sent: tokens that are sampled already are part of the prompt."""
         request, seed = self.request, self.request.seed
-        if self.tokens:
+        if len(self.tokens):
             seed = derive(seed, "continued", len(self.tokens))
         params = dataclasses.replace(request.params, max_new_tokens=self.left)
-        return Ask(as_bytes(request.prompt + self.tokens, TOKENS), params, seed)
+        prompt = as_bytes(request.prompt, TOKENS) + as_bytes(self.tokens, TOKENS)
+        return Ask(prompt, params, seed)
 
 
 @dataclass(slots=True)
@@ -102,21 +116,30 @@ class RolloutService:
         return [engine for engine in self.engines if engine.alive]
 
     def run(
-        self, requests: Sequence[Request], *, group_size: int | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        group_size: int | None = None,
+        arrived: Callable[[str, Sampled], None] = lambda id, completion: None,
     ) -> dict[str, Sampled]:
         """Return each request's completion by id; with `group_size`, those of the first so many of each group.
 
-        Raises RolloutError when no engine is left, RuntimeError for a request that an engine refuses.
+        arrived: called with each id and completion, in the thread of the connections. Raises RolloutError when no engine is left, RuntimeError for a request that an engine refuses.
         """
         self.report = ServiceReport()
-        return self.engines[0].loop.run(_Batch(self, requests, group_size).run())
+        return self.engines[0].loop.run(_Batch(self, requests, group_size, arrived).run())
 
 
 class _Batch:
     def __init__(
-        self, service: RolloutService, requests: Sequence[Request], group_size: int | None
+        self,
+        service: RolloutService,
+        requests: Sequence[Request],
+        group_size: int | None,
+        arrived: Callable[[str, Sampled], None],
     ) -> None:
         self.service, self.group_size, self.requests = service, group_size, requests
+        self.arrived = arrived
         self.done: dict[str, Sampled] = {}
         self.filled: dict[str, int] = defaultdict(int)
         self.load: dict[ServedEngine, int] = defaultdict(int)
@@ -143,7 +166,7 @@ class _Batch:
 
     async def complete(self, request: Request) -> None:
         """Bring one request to its end, through as many engines and parts as it takes."""
-        progress, reason = _Progress(request), "abort"
+        progress, reason = Progress(request), "abort"
         while reason == "abort" and progress.left:
             async with self.room:
                 engine = self.least_loaded()
@@ -171,16 +194,12 @@ class _Batch:
             )
         return min(engines, key=lambda engine: self.load[engine])
 
-    def finish(self, progress: _Progress, reason) -> None:
+    def finish(self, progress: Progress, reason) -> None:
         """Record a complete request, and abort the others of its group if the group is full."""
         request = progress.request
         assert request.id not in self.done, f"request {request.id} was answered twice"
-        self.done[request.id] = Sampled(
-            tokens=progress.tokens,
-            logprobs=progress.logprobs,
-            finish_reason=reason,
-            versions=tuple(progress.versions),
-        )
+        self.done[request.id] = completion = progress.completion(reason)
+        self.arrived(request.id, completion)
         self.filled[request.group] += 1
         if self.filled[request.group] == self.group_size:
             others = [

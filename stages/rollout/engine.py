@@ -1,15 +1,15 @@
 """Rollout engines: their protocols, and the local engine.
 
-Token ids go in; sampled token ids, their log-probs and the weights' version come out. The local engine samples with
-the reference model; each rank samples its share of the prompts. A completion depends only on its prompt, seed and the
-weights, so the number of ranks does not change it. The vLLM engines are in `colocated_vllm.py` (inside the training
+Token ids go in; sampled token ids, their log-probs and the weights' version come out, as arrays. The local engine samples
+with the reference model; each rank samples its share of the prompts. A completion depends only on its prompt, seed and
+the weights, so the number of ranks does not change it. It stays on the rank that has it first. The vLLM engines are in `colocated_vllm.py` (inside the training
 ranks) and `separate_vllm.py` (processes of `vllm serve`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from phimini.parallel.ranks.timing import phase
 from phimini.parallel.ranks.world import World
 from phimini.parallel.weight_sync.sync import SyncReport
 
+T = TypeVar("T")
 LOADED = -1
 """version of weights that came from a folder"""
 
@@ -36,41 +37,57 @@ class Span(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sampled(Completion):
     """A completion with the versions of the weights it was sampled from: several spans if a sync came in between."""
 
     versions: tuple[Span, ...]
 
 
+Arrived = Callable[[int, Sampled], None]
+"""called with a prompt's number and its completion, on the rank that has it, perhaps in another thread"""
+
+
+def unnoticed(number: int, completion: Sampled) -> None:
+    """Ignore a completion's arrival."""
+
+
+class First(NamedTuple):
+    """The completions that are wanted of each group: the first `size` to end. Those that were aborted are None."""
+
+    groups: Sequence[str]
+    """of each prompt"""
+    size: int
+
+
+def on_all_ranks(world: World, held: Sequence[T | None]) -> list[T | None]:
+    """Return on every rank the items of which some rank has each; one that no rank has stays None. Collective.
+
+    For few items: every rank gets all of them.
+    """
+    everything: list[T | None] = [None] * len(held)
+    for part in world.all_gather_objects({i: x for i, x in enumerate(held) if x is not None}):
+        for i, item in part.items():
+            everything[i] = item
+    return everything
+
+
 class Sampler(Protocol):
     """A source of completions: prompts in, sampled tokens out."""
 
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
-    ) -> list[Sampled]:
-        """Return one completion per prompt, in order. Each depends only on its prompt, params, seed and the weights.
-
-        Raises ValueError for prompts or seeds that cannot be sampled (`check_prompts`).
-        """
-        ...
-
-
-@runtime_checkable
-class OversamplingSampler(Sampler, Protocol):
-    """A sampler that can abort the completions of a group once enough of the group are complete."""
-
-    def generate_first(
         self,
         prompts: list[list[int]],
         params: SamplingParams,
         seeds: list[int],
-        groups: list[str],
-        group_size: int,
+        arrived: Arrived = unnoticed,
+        first: First | None = None,
     ) -> list[Sampled | None]:
-        """Return the first `group_size` completions of each group to end, in the order of the prompts.
+        """Return one completion per prompt, in order. Each depends only on its prompt, params, seed and the weights.
 
-        groups: the group of each prompt. The completions that were aborted are None.
+        Each completion is on one rank, and None on the others. first: abort the rest of a group once enough of it are complete;
+        only separate engines can (`build_engine`). Raises ValueError for prompts or seeds that cannot be sampled
+        (`check_prompts`).
         """
         ...
 
@@ -88,7 +105,7 @@ class WeightTarget(Protocol):
 
 
 class RolloutEngine(Sampler, WeightTarget, Protocol):
-    """A sampler with weights of its own. All ranks call each method together, and each gets the same result."""
+    """A sampler with weights of its own. All ranks call each method together."""
 
 
 @runtime_checkable
@@ -171,6 +188,12 @@ def check_prompts(
             )
 
 
+def share_of(prompts: list[list[int]], engine: int, engines: int) -> list[int]:
+    """Return the numbers of the prompts that one of several engines samples: short and long ones alike for each."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    return order[engine::engines]
+
+
 class LocalEngine:
     """The reference model's sampler inside the training ranks.
 
@@ -204,29 +227,36 @@ class LocalEngine:
         self._version = model.num_updates
 
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
-    ) -> list[Sampled]:
-        """Return one completion per prompt, on every rank; see `Sampler`. Collective."""
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        seeds: list[int],
+        arrived: Arrived = unnoticed,
+        first: First | None = None,
+    ) -> list[Sampled | None]:
+        """Return the completions of this rank's share of the prompts; see `Sampler`. Collective."""
+        assert first is None, "build_engine refuses rollout.oversample"
         check_prompts(prompts, seeds, params, self._vocab_size, self._max_model_len)
-        # Sorted by length, so that every rank gets as much work.
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-        mine = order[self._world.rank :: self._world.world_size]
-        done = sample(
+        mine = share_of(prompts, self._world.rank, self._world.world_size)
+        done: list[Sampled | None] = [None] * len(prompts)
+
+        def complete(number: int, c: Completion) -> None:
+            versions = (Span(self._version, 0, len(c.tokens)),)
+            completion = Sampled(
+                tokens=c.tokens,
+                logprobs=c.logprobs,
+                finish_reason=c.finish_reason,
+                versions=versions,
+            )
+            done[mine[number]] = completion
+            arrived(mine[number], completion)
+
+        sample(
             self._model,
             [prompts[i] for i in mine],
             params,
             [seeds[i] for i in mine],
             max_batch=self._max_batch,
+            arrived=complete,
         )
-        tagged = [
-            Sampled(
-                tokens=c.tokens,
-                logprobs=c.logprobs,
-                finish_reason=c.finish_reason,
-                versions=(Span(self._version, 0, len(c.tokens)),),
-            )
-            for c in done
-        ]
-        parts = self._world.all_gather_objects(dict(zip(mine, tagged, strict=True)))
-        everyone = {index: completion for part in parts for index, completion in part.items()}
-        return [everyone[i] for i in range(len(prompts))]
+        return done

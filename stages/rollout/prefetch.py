@@ -12,11 +12,11 @@ T = TypeVar("T")
 class Background(Generic[T]):
     """An action that runs in a thread of rank 0, with a collective result.
 
-    The action may not communicate with the other ranks.
+    The action may not communicate with the other ranks. told: turns its result into that of the other ranks.
     """
 
-    def __init__(self, world: World, action: Callable[[], T]) -> None:
-        self._world, self._action = world, action
+    def __init__(self, world: World, action: Callable[[], T], told: Callable[[T], T]) -> None:
+        self._world, self._action, self._told = world, action, told
         self._outcome: tuple[T | None, Exception | None] = (None, None)
         self._thread: threading.Thread | None = None
         self._known = False
@@ -31,11 +31,15 @@ class Background(Generic[T]):
             self._outcome = (None, error)
 
     def result(self) -> T:
-        """Wait for the action; return its result, or raise its error, on every rank. May be called again. Collective."""
+        """Wait for the action; return its result, or raise its error. May be called again. Collective."""
         if not self._known:
             if self._thread is not None:
                 self._thread.join()
-            self._outcome = self._world.broadcast_object(self._outcome)
+            result, error = self._outcome
+            told = None if result is None else self._told(result)
+            outcome = self._world.broadcast_object((told, error))
+            if not self._world.is_main:
+                self._outcome = outcome
             self._known = True
         result, error = self._outcome
         if error is not None:

@@ -1,4 +1,4 @@
-"""Engines of `vllm serve` as one rollout engine: rank 0 talks to them, every rank gets the results.
+"""Engines of `vllm serve` as one rollout engine: rank 0 talks to them.
 
 rollout.addresses has the URLs of running engines (`phimini serve`); without it rank 0 starts `rollout.num_engines`
 on its machine. Weights travel by rollout.transport: shm and gloo on a CPU, ipc and nccl on GPUs.
@@ -22,7 +22,15 @@ from phimini.parallel.weight_sync.gpu_transports import IpcTransport, NcclTransp
 from phimini.parallel.weight_sync.sync import SyncReport, Transport, WeightSync
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.rollout.dispatch import Request, RolloutError, RolloutService
-from phimini.stages.rollout.engine import LOADED, Sampled, check_prompts, check_temperature
+from phimini.stages.rollout.engine import (
+    LOADED,
+    Arrived,
+    First,
+    Sampled,
+    check_prompts,
+    check_temperature,
+    unnoticed,
+)
 from phimini.stages.rollout.launch import (
     EngineProcess,
     check_addresses,
@@ -55,44 +63,30 @@ class EngineSampler:
         self._engine = engine
 
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
-    ) -> list[Sampled]:
-        """Return one completion per prompt; see `Sampler`. Raises RolloutError if all engines are lost."""
-        requests = self._requests(prompts, params, seeds, [""] * len(prompts))
-        done = self._engine.service.run(requests)
-        return [done[request.id] for request in requests]
-
-    def generate_first(
         self,
         prompts: list[list[int]],
         params: SamplingParams,
         seeds: list[int],
-        groups: list[str],
-        group_size: int,
+        arrived: Arrived = unnoticed,
+        first: First | None = None,
     ) -> list[Sampled | None]:
-        """Return the first completions of each group; see `OversamplingSampler`."""
-        requests = self._requests(prompts, params, seeds, groups)
-        done = self._engine.service.run(requests, group_size=group_size)
-        return [done.get(request.id) for request in requests]
-
-    def _requests(
-        self,
-        prompts: list[list[int]],
-        params: SamplingParams,
-        seeds: list[int],
-        groups: list[str],
-    ) -> list[Request]:
+        """Return the completions; see `Sampler`. Raises RolloutError if all engines are lost."""
         check_temperature("temperature", params.temperature)
         vocab_size, longest = self._engine.config.vocab_size, self._engine.settings.max_model_len
         check_prompts(prompts, seeds, params, vocab_size, longest)
-        return [
+        groups, group_size = first or ([""] * len(prompts), None)
+        requests = [
             Request(id=str(i), prompt=prompt, params=params, seed=seed, group=group)
             for i, (prompt, seed, group) in enumerate(zip(prompts, seeds, groups, strict=True))
         ]
+        done = self._engine.service.run(
+            requests, group_size=group_size, arrived=lambda id, c: arrived(int(id), c)
+        )
+        return [done.get(request.id) for request in requests]
 
 
 class SeparateVllm:
-    """Engines behind HTTP. Rank 0 talks to them; every method is collective and returns the same on all ranks."""
+    """Engines behind HTTP. Rank 0 talks to them, and has their completions; every method is collective."""
 
     def __init__(
         self, run: RunConfig, config: ModelConfig, settings: EngineSettings, world: World
@@ -132,23 +126,18 @@ class SeparateVllm:
         self._run_on_main(reset)
 
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]
-    ) -> list[Sampled]:
-        """Return one completion per prompt, on every rank; see `Sampler`."""
-        return self._run_on_main(lambda: self.on_main.generate(prompts, params, seeds))
-
-    def generate_first(
         self,
         prompts: list[list[int]],
         params: SamplingParams,
         seeds: list[int],
-        groups: list[str],
-        group_size: int,
+        arrived: Arrived = unnoticed,
+        first: First | None = None,
     ) -> list[Sampled | None]:
-        """Return the first completions of each group, on every rank; see `OversamplingSampler`."""
-        return self._run_on_main(
-            lambda: self.on_main.generate_first(prompts, params, seeds, groups, group_size)
-        )
+        """Return the completions on rank 0; see `Sampler`."""
+        done: list[Sampled | None] = []
+        action = lambda: done.extend(self.on_main.generate(prompts, params, seeds, arrived, first))
+        self._run_on_main(action)
+        return done or [None] * len(prompts)
 
     def close(self) -> None:
         """End the connections; engines that this run started end too."""

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -226,17 +227,18 @@ def vllm_params(params: SamplingParams, seed: int) -> Any:
 def sampled(output: Any) -> Sampled:
     """Convert one finished vLLM CompletionOutput."""
     return Sampled(
-        tokens=list(output.token_ids),
+        tokens=np.array(output.token_ids, np.int32),
         logprobs=logprobs_of(output),
         finish_reason="stop" if output.finish_reason == "stop" else "length",
         versions=spans_of(output),
     )
 
 
-def logprobs_of(output: Any) -> list[float]:
-    """Return the log-prob of each token of a CompletionOutput."""
+def logprobs_of(output: Any) -> np.ndarray:
+    """Return (n,) float32: the log-prob of each token of a CompletionOutput."""
     flat = output.logprobs
-    return [flat.logprobs[i] for i in flat.start_indices]  # the sampled token is a position's first
+    # The sampled token is a position's first.
+    return np.array(flat.logprobs, np.float32)[np.array(flat.start_indices, np.int64)]
 
 
 def spans_of(output: Any) -> tuple[Span, ...]:

@@ -1,6 +1,7 @@
 """The control arms: start model, data, steps and description of each."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ def run(tmp_path: Path) -> RunConfig:
         {"question": "1+3?", "response": "4<|endoftext|>", "correct": True},
         {"question": "1+2?", "response": "4<|end|>", "correct": False},
     ]
-    write_rows(tmp_path / "rollout_dpo" / "rollouts.jsonl", rollouts)
+    write_rows(tmp_path / "rollout_dpo" / "rollouts" / "000001.jsonl", rollouts)
     for stage in ("distill", "curate", *NAMES):
         steps, cpu = spent.get(stage, (0, 0.0))
         write_summary(
@@ -116,10 +117,10 @@ def test_the_summary_pairs_each_arm_with_the_same_problems(run: RunConfig) -> No
 
 
 def test_without_sampled_rollouts_no_arm_starts(run: RunConfig) -> None:
-    (Path(run.out) / "rollout_dpo" / "rollouts.jsonl").unlink()
+    shutil.rmtree(Path(run.out) / "rollout_dpo" / "rollouts")
     teacher = dataclasses.replace(
         run, rollout_dpo=dataclasses.replace(run.rollout_dpo, pairs="teacher")
     )
-    with pytest.raises(ValueError, match="rollouts.jsonl is missing.*pairs=teacher, not policy"):
+    with pytest.raises(ValueError, match="rollouts is missing.*pairs=teacher, not policy"):
         controls(teacher, ALONE)
     assert not (Path(run.out) / "controls").exists()

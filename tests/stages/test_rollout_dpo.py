@@ -116,7 +116,7 @@ def test_the_teachers_pairs_are_limited_in_the_stage(tmp_path: Path) -> None:
 
 
 def test_a_models_own_pairs_have_no_text_twice() -> None:
-    rows = [row | {"response_tokens": [1]} for row in teachers()]
+    rows = [row | {"response_tokens": "AQAAAA=="} for row in teachers()]
     pairs = pair_up(rows, 9, seed=0)
     assert len({p["chosen"] for p in pairs}) == len({p["rejected"] for p in pairs}) == len(pairs) == 3  # fmt: skip
 

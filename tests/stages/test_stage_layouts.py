@@ -16,6 +16,7 @@ from parity_cases import (  # noqa: F401
     poison_uninitialised_memory,
     worst_error,
 )
+from rl_run import rollout_of
 from torch import Tensor
 
 from phimini.parallel.megatron.builder import build_model
@@ -26,9 +27,9 @@ from phimini.parallel.training.batch import PackedBatch, pack
 from phimini.parallel.training.step import forward_backward
 from phimini.stages.config.schema import OptimizerSettings, RlvrConfig, RolloutDpoConfig
 from phimini.stages.data.packing import Example, documents, flops_of, micro_batches, shares
-from phimini.stages.rl.groups import Rollout
 from phimini.stages.rl.loss import policy_head
 from phimini.stages.rl.mismatch import MismatchMeter
+from phimini.stages.rl.rollouts import Rollout
 from phimini.stages.rlvr import rollout_batch
 from phimini.stages.rollout_dpo import Pair, dpo_head, pair_batch, reference_logps
 from phimini.stages.run.training import cross_entropy_head
@@ -103,7 +104,7 @@ def rollouts() -> list[Rollout]:
     rng = random.Random(0)
     ids = lambda n: [rng.randrange(128) for _ in range(n)]
     return [
-        Rollout(f"r{k}", f"p{k}", 0, ids(rng.randint(1, 5)), ids(n), [-4.9] * n, 0.8, 1.0, False, [[0, 0, n]], (-1.0) ** k)
+        rollout_of(f"r{k}", ids(rng.randint(1, 5)), ids(n), -4.9, temperature=0.8, advantage=(-1.0) ** k)
         for k, n in enumerate((7, 12, 3, 9, 20))
     ]  # fmt: skip
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from rollout_cases import LONG, reference
 
 from phimini.model.io.chat import TEMPLATES
@@ -16,6 +17,9 @@ from phimini.parallel.ranks.world import initialize
 from phimini.stages import rlvr
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
+from phimini.stages.rl.rollouts import Rollout
+from phimini.stages.rl.scored import facts_of
+from phimini.stages.rollout.engine import Sampled, Span
 from phimini.stages.run.outputs import write_summary
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.verify import verdict as scorer
@@ -66,3 +70,25 @@ def reinforce(
     stage = Stage.begin(run, "rlvr", world)
     rlvr.reinforce(run, world, stage, "rollout_dpo")
     return [json.loads(line) for line in (stage.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def rollout_of(
+    id: str,
+    prompt: list[int],
+    response: list[int],
+    logprob: float = -1.0,
+    *,
+    temperature: float = 1.0,
+    advantage: float = 0.0,
+) -> Rollout:
+    """Return a rollout of the present weights, on this rank."""
+    answer = Sampled(
+        tokens=np.array(response, np.int32),
+        logprobs=np.full(len(response), logprob, np.float32),
+        finish_reason="stop",
+        versions=(Span(0, 0, len(response)),),
+    )
+    return Rollout(
+        id=id, prompt_id="p", step=0, prompt=np.array(prompt, np.int32), temperature=temperature, reward=1.0,
+        facts=facts_of(answer, 1.0, 0), answer=answer, advantage=advantage,
+    )  # fmt: skip

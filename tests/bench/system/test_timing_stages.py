@@ -27,8 +27,8 @@ from phimini.stages import rlvr
 from phimini.stages.base import base_config
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
-from phimini.stages.rl import groups as rollout_groups
 from phimini.stages.rl import loss as policy_head
+from phimini.stages.rl import scored
 from phimini.stages.rollout import engine as rollout
 
 SMALL = [
@@ -93,7 +93,7 @@ class Planted:
         self.before(dist.ProcessGroup, "allreduce", "communication")
         self.before(optimizer, "refuse_unscheduled_decay", "optimizer")
         self.before(rollout, "sample", "rollout")
-        self.before(rollout_groups, "on_main", "verify")  # rank 0 judges, the others wait
+        self.before(scored, "on_every", "verify")
         self.before(rollout, "to_hf", "sync")
         self.before(rlvr, "choose", "other")
 

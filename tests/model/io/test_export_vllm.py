@@ -3,8 +3,20 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
-from rollout_cases import GREEDY, LENGTHS, LIMIT, LONG, SHORT, STOP, difference, prompts, reference
+from rollout_cases import (  # fmt: skip
+    GREEDY,
+    LENGTHS,
+    LIMIT,
+    LONG,
+    SHORT,
+    STOP,
+    difference,
+    prompts,
+    reference,
+    tokens_of,
+)
 from vllm_process import in_vllm
 
 from phimini.model.config import ModelConfig
@@ -42,8 +54,11 @@ def default_engine(folder: str) -> dict[str, Any]:
         outputs: list[Any] = [request.outputs[0] for request in done]
         return [
             Sampled(
-                tokens=list(c.token_ids),
-                logprobs=[at[t].logprob for t, at in zip(c.token_ids, c.logprobs, strict=True)],
+                tokens=np.array(c.token_ids, np.int32),
+                logprobs=np.array(
+                    [at[t].logprob for t, at in zip(c.token_ids, c.logprobs, strict=True)],
+                    np.float32,
+                ),
                 finish_reason=c.finish_reason,
                 versions=(),
             )
@@ -67,7 +82,7 @@ def test_a_default_engine_answers_as_we_do(config: ModelConfig, tmp_path) -> Non
     boundary = config.original_max_positions
     assert min(LENGTHS) < boundary < max(LENGTHS) and boundary in LENGTHS
     for c, done in zip(ours, found["answers"], strict=True):
-        assert (done.tokens, done.finish_reason) == (c.tokens, c.finish_reason)
+        assert tokens_of([done]) == tokens_of([c]) and done.finish_reason == c.finish_reason
     assert difference(model, asked, found["answers"]) <= LIMIT
     # The other table is told apart, below the boundary and above it.
     other = reference(SHORT if config is LONG else LONG, 5)

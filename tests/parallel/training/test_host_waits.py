@@ -9,6 +9,7 @@ import torch
 from device_stand_in import DeviceStandIn, HostWaitsError
 from forked_ranks import run_ranks
 from parity_cases import config, documents
+from rl_run import rollout_of
 from torch import Tensor
 
 from phimini.kernels.head import rows
@@ -21,7 +22,6 @@ from phimini.parallel.training.batch import PackedBatch, pack
 from phimini.parallel.training.step import start_step
 from phimini.stages.config.recipes import tiny
 from phimini.stages.data.packing import Example
-from phimini.stages.rl.groups import Rollout
 from phimini.stages.rl.loss import policy_head
 from phimini.stages.rl.mismatch import MismatchMeter
 from phimini.stages.rlvr import rollout_batch
@@ -41,12 +41,8 @@ def of_pairs(world: World) -> tuple[list[PackedBatch], Any]:
 def of_rollouts(importance: str) -> Callable[[World], tuple[list[PackedBatch], Any]]:
     def make(world: World) -> tuple[list[PackedBatch], Any]:
         rollouts = [
-            Rollout(
-                id=str(n), prompt_id="p", prompt=[1, 2, 3], response=[5] * n, logprobs=[-1.0] * n, reward=1.0,
-                temperature=0.8, step=0, truncated=False, versions=[[0, 0, n]], advantage=0.5,
-            )
-            for n in (4, 11)
-        ]  # fmt: skip
+            rollout_of(str(n), [1, 2, 3], [5] * n, temperature=0.8, advantage=0.5) for n in (4, 11)
+        ]
         batches = [rollout_batch(rollouts, 0, tiny().rlvr, world) for _ in range(2)]
         return batches, policy_head(tiny().rlvr, MismatchMeter(), 0.0, importance)
 

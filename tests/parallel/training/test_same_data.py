@@ -12,6 +12,7 @@ from parity_cases import GROUPS, config, poison_uninitialised_memory, share_of  
 from recipe_cases import MICRO, finished  # noqa: F401
 from rl_run import make_run, reinforce, run_config
 
+from phimini.model.io.checked_files import read_sealed
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.local_launch import RankFailure
 from phimini.parallel.ranks.world import initialize
@@ -208,8 +209,8 @@ def test_stage_4_stops_before_it_trains_on_different_data(
 
 
 # --- verdicts ----------------------------------------------------------------------------------------
-def test_one_rank_judges_stage_4_s_rollouts_for_all(tmp_path: Path) -> None:
-    """Rank 1's verdicts would be others; it is never asked."""
+def test_the_rank_that_has_an_answer_judges_it_for_all(tmp_path: Path) -> None:
+    """Another rank's verdict would be another; it is never asked."""
 
     def rank(run: Any) -> tuple[list[dict], int]:
         asked = []
@@ -221,24 +222,28 @@ def test_one_rank_judges_stage_4_s_rollouts_for_all(tmp_path: Path) -> None:
         return reinforce(run, is_right=is_right), len(asked)
 
     run = run_config(make_run(tmp_path / "run"))
-    (rows, of_main), (_, of_other) = run_ranks(rank, 2, run, timeout_s=200)
-    assert len(rows) == 3 and of_main > 0 and of_other == 0
-    assert all(row["used_rollouts"] > 0 for row in rows)
+    (rows, *by_rank_0), (_, by_rank_1) = run_ranks(rank, 2, run, timeout_s=200)
+    asked = [*by_rank_0, by_rank_1]
+    assert len(rows) == 3 and all(row["used_rollouts"] > 0 for row in rows)
+    probed = run.rlvr.probe_prompts * run.rlvr.probe_rollouts * run.rlvr.probe_rounds
+    assert sum(asked) == probed + sum(row["rollouts"] for row in rows) and min(asked) > 0
 
 
-def test_one_rank_judges_the_evaluation_for_all(
+def test_each_answer_of_an_evaluation_is_judged_once(
     finished: Path, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
     inputs_of(finished, tmp_path, "rollout_dpo")
 
-    def plant() -> None:
-        def refuse(*_: Any) -> bool:
-            raise AssertionError("rank 1 was asked for a verdict")
-
-        scorer.is_right = refuse
+    def rank(words: list[str]) -> int:
+        judge, asked = scorer.is_right, []
+        scorer.is_right = lambda *answered: asked.append(1) or judge(*answered)
+        assert main(words) == 0
+        return len(asked)
 
     words = ["evaluate", "tiny", "stage=sft", f"out={tmp_path}", *MICRO]
-    assert run_ranks(on_rank_1, 2, plant, main, words, timeout_s=200) == [0, 0]
+    asked = run_ranks(rank, 2, words, timeout_s=200)
+    found = read_sealed(tmp_path / "evaluate" / "sft.json")
+    assert sum(asked) == found["num_problems"] * (1 + found["num_samples"]) and min(asked) > 0
 
 
 def test_a_verdict_that_cannot_be_had_is_an_error_on_every_rank(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from rollout_cases import (
     move,
     prompts,
     reference,
+    sampled_by,
+    tokens_of,
     trainer,
     weights,
 )
@@ -139,7 +141,7 @@ def examined(stale: bool) -> Verdict:
     if stale:
         move(model, 2)
     asked = prompts()
-    done = engine.generate(asked, SAMPLING, list(range(len(asked))))
+    done = sampled_by(engine, asked, SAMPLING, list(range(len(asked))))
     return diagnose(engine, model, cases(asked, done, SAMPLING.temperature))
 
 
@@ -179,7 +181,7 @@ def in_fp8() -> dict[str, Any]:
     engine = ColocatedVllm(CONFIG, settings, model.world, 60.0)
     engine.sync(model)
     asked = prompts()
-    done = engine.generate(asked, SAMPLING, list(range(len(asked))))
+    done = sampled_by(engine, asked, SAMPLING, list(range(len(asked))))
     exact = reference(CONFIG, 1)
     rounded = Phi4Mini(CONFIG).eval()
     rounded.load_state_dict(exact.state_dict())
@@ -203,8 +205,8 @@ def in_fp8() -> dict[str, Any]:
     results["scales doubled"] = e.value
     del network.load_weights
     engine.sync(model)
-    again = engine.generate(asked, SAMPLING, list(range(len(asked))))
-    results["recovered"] = [a.tokens == b.tokens for a, b in zip(again, done, strict=True)]
+    again = sampled_by(engine, asked, SAMPLING, list(range(len(asked))))
+    results["recovered"] = [a == b for a, b in zip(tokens_of(again), tokens_of(done), strict=True)]
     return results
 
 

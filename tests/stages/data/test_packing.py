@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rl_run import rollout_of
 
 from phimini.model.config import preset
 from phimini.parallel.training.batch import IGNORE, PackedBatch, idle, pack
@@ -21,7 +22,6 @@ from phimini.stages.data.packing import (
     micro_batches,
     shares,
 )
-from phimini.stages.rl.groups import Rollout
 from phimini.stages.rlvr import rollout_batches
 
 
@@ -117,9 +117,9 @@ def test_every_data_rank_has_as_many_micro_batches_and_every_rollout_is_in_one(
     config = dataclasses.replace(tiny().rlvr, micro_rollouts=micro)
     lengths = [random.randint(1, 9) for _ in range(num_rollouts)]
     rollouts = [
-        Rollout(f"r{k}", "p", 0, [1] * random.randint(1, 4), [100 + k] * n, [-1.0] * n, 1.0, 1.0, False, [[0, 0, n]], 1.0)
+        rollout_of(f"r{k}", [1] * random.randint(1, 4), [100 + k] * n, advantage=1.0)
         for k, n in enumerate(lengths)
-    ]  # fmt: skip
+    ]
     model = lambda world: types.SimpleNamespace(world=world, num_updates=0, config=preset("tiny"))
     everywhere = of_each_rank(ranks, lambda w: rollout_batches(rollouts, model(w), config))  # pyright: ignore[reportArgumentType]
     assert {len(batches) for batches in everywhere} == {-(-num_rollouts // (micro * ranks))}

@@ -3,10 +3,11 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from forked_ranks import run_ranks
-from rollout_cases import LONG, SAMPLING, cases, prompts, trainer
+from rollout_cases import LONG, SAMPLING, cases, prompts, sampled_by, trainer
 from torch import Tensor
 
 from phimini.parallel.ranks.layout import Layout
@@ -175,7 +176,7 @@ class Slept(LocalEngine):
         if self.answered:
             return done
         self.answered = self.asleep = True
-        return [dataclasses.replace(c, logprobs=[x - 0.2 for x in c.logprobs]) for c in done]
+        return [c and dataclasses.replace(c, logprobs=c.logprobs - np.float32(0.2)) for c in done]
 
 
 def examined(engine_type: type[LocalEngine]) -> Verdict:
@@ -183,7 +184,7 @@ def examined(engine_type: type[LocalEngine]) -> Verdict:
     engine = engine_type(LONG, model.world, 16)
     engine.sync(model)
     asked = prompts()
-    done = engine.generate(asked, SAMPLING, list(range(len(asked))))
+    done = sampled_by(engine, asked, SAMPLING, list(range(len(asked))))
     found = cases(asked, done, SAMPLING.temperature)
     return diagnose(engine, model, found)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from forked_ranks import run_ranks
 from parity_cases import config
-from rl_run import SETTINGS
+from rl_run import SETTINGS, rollout_of
 
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.world import initialize
@@ -14,9 +14,9 @@ from phimini.parallel.training.batch import PackedBatch
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RlvrConfig, override
 from phimini.stages.rl import loss
-from phimini.stages.rl.groups import Rollout
 from phimini.stages.rl.mismatch import MismatchMeter
 from phimini.stages.rl.remedies import advantages
+from phimini.stages.rl.rollouts import Rollout
 from phimini.stages.rlvr import rollout_batch
 
 LENGTHS = (4, 10, 2)
@@ -28,9 +28,9 @@ def options(*words: str) -> RlvrConfig:
 
 def rollouts() -> list[Rollout]:
     return [
-        Rollout(f"r{k}", "p", 0, [1, 2, 3], [5] * n, [-4.0 - k] * n, 1.0, 1.0, False, [[0, 0, n]], (-1.0) ** k)
+        rollout_of(f"r{k}", [1, 2, 3], [5] * n, -4.0 - k, advantage=(-1.0) ** k)
         for k, n in enumerate(LENGTHS)
-    ]  # fmt: skip
+    ]
 
 
 def batch_of(chosen: RlvrConfig) -> PackedBatch:

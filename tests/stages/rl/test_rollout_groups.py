@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 from forked_ranks import run_ranks
 from rollout_cases import LONG
@@ -14,9 +15,10 @@ from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.world import initialize
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
-from phimini.stages.rl.groups import GroupSampler, Rollout
-from phimini.stages.rl.prompt_pool import pool_of
-from phimini.stages.rollout.engine import Sampled, Span
+from phimini.stages.rl.groups import GroupSampler
+from phimini.stages.rl.prompt_pool import Probed, pool_of
+from phimini.stages.rl.rollouts import Rollout
+from phimini.stages.rollout.engine import Arrived, Sampled, Span
 from phimini.stages.run.workloads import most_rollouts
 from phimini.stages.verify import verdict as scorer
 
@@ -27,17 +29,22 @@ class Seeded:
     def __init__(self) -> None:
         self.calls: list[int] = []
 
-    def generate(self, prompts: list, params: SamplingParams, seeds: list[int]) -> list[Sampled]:
+    def generate(
+        self, prompts: list, params: SamplingParams, seeds: list[int], arrived: Arrived, first: None
+    ) -> list[Sampled]:
         self.calls.append(len(prompts))
-        return [
+        done = [
             Sampled(
-                tokens=[(seed >> 8 * i) % 256 % 200 for i in range(7)],
-                logprobs=[-1.0] * 7,
+                tokens=np.array([(seed >> 8 * i) % 256 % 200 for i in range(7)], np.int32),
+                logprobs=np.full(7, -1.0, np.float32),
                 finish_reason="stop",
                 versions=(Span(0, 0, 7),),
             )
             for seed in seeds
         ]
+        for number, completion in enumerate(done):
+            arrived(number, completion)
+        return done
 
 
 def sampled(
@@ -63,7 +70,7 @@ def sampled(
 def test_a_prompt_twice_in_a_step_gives_no_rollout_twice() -> None:
     groups, _ = run_ranks(sampled, 1, ["a", "b", "a"], {}, ["rlvr.oversample_to=16"])[0]
     rollouts = [rollout for group in groups for rollout in group]
-    assert len(rollouts) == len({r.id for r in rollouts}) == len({tuple(r.response) for r in rollouts})  # fmt: skip
+    assert len(rollouts) == len({r.id for r in rollouts}) == len({tuple(r.answer.tokens) for r in rollouts if r.answer})  # fmt: skip
     assert [{r.prompt_id for r in group} for group in groups] == [{"a"}, {"b"}]
 
 
@@ -86,13 +93,7 @@ def test_without_rebalancing_no_group_grows() -> None:
 # --- the probe -------------------------------------------------------------------------------------
 def probed(answers: Mapping[str, list[tuple[int, float, bool]]], *words: str) -> dict[str, Any]:
     """Return the pool for each prompt's answers (length, reward, cut off)."""
-    seen = {
-        id: [
-            Rollout(f"{id}/{k}", id, 0, [1], [2] * length, [0.0] * length, 1.0, reward, cut, [[0, 0, length]])
-            for k, (length, reward, cut) in enumerate(rows)
-        ]
-        for id, rows in answers.items()
-    }  # fmt: skip
+    seen = {id: [Probed(*row) for row in rows] for id, rows in answers.items()}
     return pool_of(seen, override(tiny(), list(words)).rlvr)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from forked_ranks import RankFailure, run_ranks
 from rl_run import make_run, run_config
-from rollout_cases import LONG, trainer
+from rollout_cases import LONG, sampled_by, trainer
 
 from phimini.model.config import preset
 from phimini.model.io.json_files import read_rows, write_rows
@@ -19,8 +19,10 @@ from phimini.parallel.ranks.world import initialize
 from phimini.stages import evaluate, rollout_dpo
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
+from phimini.stages.rl import answers
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import LocalEngine
+from phimini.stages.verify import verdict
 
 CONFIG = preset("tiny")
 PARAMS = SamplingParams(temperature=1.0, max_new_tokens=4, stop_ids=())
@@ -30,7 +32,7 @@ def lengths(words: list[str], prompts: list[list[int]], seeds: list[int]) -> lis
     """Return the lengths of a random model's answers on one rank."""
     run = override(tiny(), words)
     engine = build_engine(run, CONFIG, initialize(Layout(), CONFIG))
-    return [len(done.tokens) for done in engine.generate(prompts, PARAMS, seeds)]
+    return [len(done.tokens) for done in sampled_by(engine, prompts, PARAMS, seeds)]
 
 
 def test_answers_end_within_max_model_len() -> None:
@@ -75,10 +77,10 @@ def sampled_for(stage: str, folder: Path) -> list[str]:
     model = trainer(LONG, Layout(), 1)
     engine = Noting(LONG, model.world, 16)
     verdicts = itertools.cycle([True, False])
-    stages: list[Any] = [evaluate, rollout_dpo]
+    verdict.is_right = lambda *_: next(verdicts)
+    stages: list[Any] = [evaluate, answers]
     for module in stages:
         module.build_engine = lambda *_: engine
-        module.is_right = lambda *_: next(verdicts)
     if stage == "evaluate":
         evaluate.evaluate(run, model.world, "rollout_dpo")
     else:

@@ -19,7 +19,7 @@ AHEAD = ("rollout.asynchronous=true", "rlvr.steps=4")
 class AtOnce:
     """A prefetch that finishes the next step's answers before this step trains, all from the same weights."""
 
-    def __init__(self, world: Any, action: Any) -> None:
+    def __init__(self, world: Any, action: Any, told: Any) -> None:
         self._result = action()
 
     def result(self) -> Any:

@@ -7,14 +7,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from forked_ranks import run_ranks
 from rl_run import make_run, reinforce, run_config
 
-from phimini.stages.verify.verdict import Answered, Scorer
+from phimini.model.io.tokenizer import train_tiny_tokenizer
+from phimini.stages.verify.scorer import Answered, Scorer
 
-FUNCTIONS = """
-import os
+SLOW_S = 3.0
+FUNCTIONS = f"""
+import os, time
+SLOW_S = {SLOW_S}
 def length(question, answer, response, finish_reason):
     return len(response) * (0.5 if finish_reason == "length" else 1) + len(question) * 100
 def even(question, answer, response, finish_reason):
@@ -27,6 +31,9 @@ def infinite(question, answer, response, finish_reason):
     return float("inf")
 def huge(question, answer, response, finish_reason):
     return 10**400
+def slow(question, answer, response, finish_reason):
+    time.sleep(SLOW_S if answer == "slow" else 0)
+    return 2 if answer == "slow" else 1
 def dies(question, answer, response, finish_reason):
     os._exit(9)
 def three(question, answer, response):
@@ -39,6 +46,10 @@ ITEMS = [
 ] * 7
 
 
+def scores(scorer: Scorer, items: list[Answered]) -> list[float]:
+    return [score() for score in [scorer.start(item) for item in items]]
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> str:
     (tmp_path / "mine.py").write_text(FUNCTIONS)
@@ -47,9 +58,30 @@ def file(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_scores_come_in_order(workers: int, file: str) -> None:
-    assert Scorer("rlvr.reward", workers=workers).scores(ITEMS) == [1.0, 0.0, 0.0] * 7
-    scores = Scorer("rlvr.reward", f"{file}:length", workers).scores(ITEMS)
-    assert scores == [609.0, 609.0, 604.5] * 7
+    assert scores(Scorer("rlvr.reward", workers=workers), ITEMS) == [1.0, 0.0, 0.0] * 7
+    mine = Scorer("rlvr.reward", f"{file}:length", workers)
+    assert scores(mine, ITEMS) == [609.0, 609.0, 604.5] * 7
+
+
+def test_responses_are_decoded_by_the_workers(file: str) -> None:
+    tokenizer = train_tiny_tokenizer([r"1 + 1? \boxed{2}"] * 3, vocab_size=256)
+    tokens = [np.array(tokenizer.encode(item.response), np.int32) for item in ITEMS]
+    given = [item._replace(response=t) for item, t in zip(ITEMS, tokens, strict=True)]
+    for workers in (0, 2):
+        scorer = Scorer("rlvr.reward", f"{file}:length", workers, tokenizer.decode)
+        assert scores(scorer, given) == [609.0, 609.0, 604.5] * 7
+        assert [json.loads(text) for text in scorer.texts(tokens)] == [i.response for i in ITEMS]
+
+
+def test_an_answer_that_takes_long_delays_no_other(file: str) -> None:
+    """The slow one is first, and the workers' start, which takes seconds, is before the clock starts."""
+    items = [item._replace(answer="slow" if i == 2 else "2") for i, item in enumerate(ITEMS)]
+    scorer = Scorer("rlvr.reward", f"{file}:slow", 2)
+    scores(scorer, ITEMS[:8])
+    begun = time.monotonic()
+    slow, *quick = [scorer.start(item) for item in (items[2], *items[3:])]
+    assert [score() for score in quick] == [1.0] * 18 and time.monotonic() - begun < SLOW_S
+    assert slow() == 2.0 and time.monotonic() - begun >= SLOW_S
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -67,7 +99,7 @@ def test_a_function_that_fails_is_named_with_its_question(
     function: str, got: str, workers: int, file: str
 ) -> None:
     with pytest.raises(ValueError) as caught:
-        Scorer("rlvr.reward", f"{file}:{function}", workers).scores(ITEMS)
+        scores(Scorer("rlvr.reward", f"{file}:{function}", workers), ITEMS)
     text = str(caught.value)
     assert text.startswith(f"rlvr.reward {file}:{function}: expected a finite number")
     assert "'1 + 1?'" in text and got in text
@@ -75,16 +107,16 @@ def test_a_function_that_fails_is_named_with_its_question(
 
 def test_a_worker_that_dies_is_an_error(file: str) -> None:
     with pytest.raises(RuntimeError, match=r"rlvr\.reward: a process that scores answers died"):
-        Scorer("rlvr.reward", f"{file}:dies", 1).scores(ITEMS)
+        scores(Scorer("rlvr.reward", f"{file}:dies", 1), ITEMS)
 
 
 def test_workers_end_with_a_parent_that_is_killed(file: str) -> None:
     code = (
-        "from phimini.stages.verify.verdict import *\n"
+        "from phimini.stages.verify.scorer import *\n"
         "import os\n"
         "if __name__ == '__main__':\n"
         f"    scorer = Scorer('rlvr.reward', {file + ':length'!r}, 1)\n"
-        "    scorer.scores([Answered('q', 'a', 'r', 'stop')])\n"
+        "    scorer.start(Answered('q', 'a', 'r', 'stop'))()\n"
         "    print(*scorer._pool._processes, flush=True)\n"
         "    os.kill(os.getpid(), 9)\n"
     )

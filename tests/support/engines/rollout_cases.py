@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from phimini.kernels import linear_logprob
 from phimini.model.config import ModelConfig, preset
 from phimini.model.reference import Phi4Mini
-from phimini.model.sampler import SamplingParams, sample
+from phimini.model.sampler import Completion, SamplingParams, sample
 from phimini.parallel.megatron.builder import Model, build_model
 from phimini.parallel.megatron.hf_weights import from_hf
 from phimini.parallel.megatron.weight_names import hf_names
@@ -19,7 +20,7 @@ from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.batch import Document, pack
 from phimini.parallel.training.step import forward_only
 from phimini.stages.rl.mismatch_diagnosis import Case
-from phimini.stages.rollout.engine import RolloutEngine, Sampled
+from phimini.stages.rollout.engine import Sampled, on_all_ranks
 from phimini.stages.rollout.vllm_settings import EngineSettings
 
 BOUNDARY = 64
@@ -60,14 +61,27 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[list[int]]:
 
 
 @torch.no_grad()
+def sampled_by(
+    engine: Any, asked: list[list[int]], params: SamplingParams, seeds: list[int]
+) -> list[Sampled]:
+    """Return an engine's completions on every rank."""
+    everywhere = on_all_ranks(engine._world, engine.generate(asked, params, seeds))
+    assert None not in everywhere, "some rank has each"
+    return [completion for completion in everywhere if completion is not None]
+
+
+def tokens_of(done: Sequence[Completion]) -> list[list[int]]:
+    return [completion.tokens.tolist() for completion in done]
+
+
 def logprobs(
-    model: Phi4Mini, prompt: list[int], response: list[int], temperature: float = 1.0
+    model: Phi4Mini, prompt: list[int], response: np.ndarray, temperature: float = 1.0
 ) -> Tensor:
     """Return teacher-forced log-probs of each token of the response."""
-    tokens_1T = torch.tensor([prompt + response])
+    tokens_1T = torch.tensor([prompt + response.tolist()])
     hidden_TD = model(tokens_1T[:, :-1])[0, len(prompt) - 1 :]
     logp_TV = (hidden_TD @ model.head_weight_VD.T / (temperature or 1.0)).log_softmax(-1)
-    return logp_TV.gather(1, torch.tensor(response)[:, None])[:, 0]
+    return logp_TV.gather(1, torch.from_numpy(response).long()[:, None])[:, 0]
 
 
 def difference(
@@ -84,9 +98,9 @@ def trainer_difference(model: Model, asked: list[list[int]], done: Sequence[Samp
     """Return the same difference from the trainer at its layout, on every rank."""
     documents = [
         Document(
-            tokens=(p + c.tokens)[:-1],
-            targets=[-100] * (len(p) - 1) + c.tokens,
-            token_fields={"reported": [0.0] * (len(p) - 1) + c.logprobs},
+            tokens=(p + c.tokens.tolist())[:-1],
+            targets=[-100] * (len(p) - 1) + c.tokens.tolist(),
+            token_fields={"reported": [0.0] * (len(p) - 1) + c.logprobs.tolist()},
         )
         for p, c in zip(asked, done, strict=True)
     ]
@@ -105,7 +119,7 @@ def greedy_agrees(model: Phi4Mini, asked: list[list[int]], done: Sequence[Sample
     return [
         i
         for i, (e, c) in enumerate(zip(expected, done, strict=True))
-        if (e.tokens, e.finish_reason) != (c.tokens, c.finish_reason)
+        if (tokens_of([e]), e.finish_reason) != (tokens_of([c]), c.finish_reason)
     ]
 
 
@@ -122,15 +136,12 @@ def move(model: Model, seed: int) -> None:
 
 
 def cases(asked: list[list[int]], done, temperature: float) -> list[Case]:
-    return [
-        Case(prompt=p, response=c.tokens, logprobs=c.logprobs, temperature=temperature)
-        for p, c in zip(asked, done, strict=True)
-    ]
+    return [Case(p, c.tokens, c.logprobs, temperature) for p, c in zip(asked, done, strict=True)]
 
 
-def parity(engine: RolloutEngine, model: Model, seed: int) -> dict[str, Any]:
+def parity(engine: Any, model: Model, seed: int) -> dict[str, Any]:
     asked, expected = prompts(), reference(model.config, seed)
-    done = engine.generate(asked, GREEDY, [0] * len(asked))
+    done = sampled_by(engine, asked, GREEDY, [0] * len(asked))
     return {
         "other tokens": greedy_agrees(expected, asked, done),
         "reference": difference(expected, asked, done),

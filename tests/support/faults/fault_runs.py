@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from phimini.stages import rollout_dpo
 from phimini.stages.cli import main
 from phimini.stages.run import training
 from phimini.stages.verify import verdict as scorer
@@ -88,9 +87,7 @@ def _in_child(words: list[str], log: Path, prepare: Callable[[], None] | None) -
         os.environ.pop(name, None)
     torch.set_num_threads(1)
     coin: Any = lambda text: len(text) % 2 == 0
-    judges: list[Any] = [rollout_dpo, scorer]
-    for module in judges:
-        module.is_right = lambda question, answer, response, finish_reason: coin(response)
+    scorer.is_right = lambda question, answer, response, finish_reason: coin(response)
     if prepare is not None:
         prepare()
     return main(words)

@@ -1,0 +1,144 @@
+"""Scores of answers, by the verifier or by a function of the user's, in worker processes if wanted.
+
+That function is called as `function(question, answer, response, finish_reason)`: the row's question and reference
+answer, the decoded text, and "stop" or, for an answer that was cut off, "length". It returns a number.
+
+Answers go to the workers one by one, so that an answer which takes long delays those of its own worker only.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
+
+from phimini.model.user_file import function_of
+from phimini.stages.verify import verdict
+
+CHUNK = 8
+"""responses that a worker decodes at a time where nobody waits for a single one"""
+
+
+class Answered(NamedTuple):
+    """The arguments of a scoring function."""
+
+    question: str
+    answer: str
+    response: Any
+    """text, or whatever the scorer's `decode` turns into text"""
+    finish_reason: str
+
+
+class Scorer:
+    """Scores of answers; `field` and `name` tell errors which setting named the user's function."""
+
+    def __init__(
+        self,
+        field: str,
+        name: str | None = None,
+        workers: int = 0,
+        decode: Callable[[Any], str] = str,
+    ) -> None:
+        """Raises ValueError for a function that cannot be had. `workers`: processes; 0 for this one."""
+        self.field, self.name, self.decode = field, name, decode
+        self._function = None if name is None else function_of(name, field)
+        self._pool = None
+        if workers:
+            self._pool = ProcessPoolExecutor(
+                workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(field, name, decode, os.getpid()),
+            )
+
+    def start(self, item: Answered) -> Callable[[], float]:
+        """Give an answer to the next free worker and return at once; the result, called, waits for the finite score.
+
+        Without workers that call computes it. It raises ValueError, naming function and question, for a function that raises
+        or returns anything else, and RuntimeError if a worker process died.
+        """
+        if self._pool is None:
+            return lambda: self._checked(_call(self._function, self.decode, item), item)
+        try:
+            future = self._pool.submit(_call_in_worker, item)
+        except BrokenProcessPool as error:
+            future = Future()
+            future.set_exception(error)
+        return lambda: self._checked(self._result(future.result), item)
+
+    def texts(self, responses: Iterable[Any]) -> list[bytes]:
+        """Return the decoded responses as JSON strings, in order. Raises RuntimeError if a worker process died."""
+        if self._pool is None:
+            return [_json_text(self.decode, response) for response in responses]
+        pool = self._pool
+        return self._result(lambda: list(pool.map(_decode_in_worker, responses, chunksize=CHUNK)))
+
+    def _result(self, wait: Callable[[], Any]) -> Any:
+        try:
+            return wait()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"{self.field}: a process that scores answers died; `dmesg` tells whether memory ran out"
+            ) from error
+
+    def _checked(self, value: Any, item: Answered) -> float:
+        if not isinstance(value, _Raised):
+            return float(value)
+        raise ValueError(
+            f"{self.field} {self.name}: expected a finite number for the question {item.question!r:.60}, the function {value.text}"
+        )
+
+
+class _Raised(NamedTuple):
+    """The failure of a user's function to return a finite number, as text: an exception may fail to pickle."""
+
+    text: str
+
+
+def _call(function: Callable[..., Any] | None, decode: Callable[[Any], str], item: Answered) -> Any:
+    item = item._replace(response=decode(item.response))
+    if function is None:
+        return verdict.is_right(*item)
+    try:
+        value = function(*item)
+    # The user's code may raise any kind of error: `Scorer` raises it again, with question and function.
+    except Exception as error:
+        return _Raised(f"raised {error!r:.200}")
+    is_number = isinstance(value, bool | int | float)
+    if not is_number or not -sys.float_info.max <= value <= sys.float_info.max:
+        return _Raised(f"returned {value!r:.60}")
+    return float(value)
+
+
+_of_worker: tuple[Callable[..., Any] | None, Callable[[Any], str]] = (None, str)
+"""a worker's function and `decode`"""
+
+
+def _start_worker(field: str, name: str | None, decode: Callable[[Any], str], parent: int) -> None:
+    """Load the function once per process, and end the process with its parent, which may be killed."""
+    global _of_worker
+    _of_worker = None if name is None else function_of(name, field), decode
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _call_in_worker(item: Answered) -> Any:
+    return _call(*_of_worker, item)
+
+
+def _decode_in_worker(response: Any) -> bytes:
+    return _json_text(_of_worker[1], response)
+
+
+def _json_text(decode: Callable[[Any], str], response: Any) -> bytes:
+    return json.dumps(decode(response), ensure_ascii=False).encode()
