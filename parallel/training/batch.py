@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,8 +40,8 @@ KEPT_ON_HOST = ("cu_seqlens", "rows")
 class Document:
     """One sequence with its targets, before packing."""
 
-    tokens: Sequence[int]
-    targets: Sequence[int]
+    tokens: Sequence[int] | np.ndarray
+    targets: Sequence[int] | np.ndarray
     """targets[i] is the token that position i predicts, or IGNORE; as long as `tokens`"""
     token_fields: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """one value per token, e.g. the log-probability it was sampled with"""
@@ -189,17 +190,17 @@ def pack(documents: Sequence[Document], multiple_of: int = 1) -> PackedBatch:
     if tail:
         lengths.append(tail)
     return PackedBatch(
-        tokens_T=torch.tensor(
-            [t for d in documents for t in d.tokens] + [0] * tail, dtype=torch.int64
-        ),
-        targets_T=torch.tensor(
-            [t for d in documents for t in d.targets] + [IGNORE] * tail, dtype=torch.int64
-        ),
+        tokens_T=_joined([d.tokens for d in documents], [0] * tail),
+        targets_T=_joined([d.targets for d in documents], [IGNORE] * tail),
         cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         fields=fields,
         document_fields=document_fields,
         names=tuple(d.name for d in documents) if any(d.name for d in documents) else (),
     )
+
+
+def _joined(parts: Sequence[Sequence[int] | np.ndarray], tail: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(p, np.int64) for p in (*parts, tail)]))
 
 
 # --- the same data on all ranks -------------------------------------------------------------------
