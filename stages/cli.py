@@ -68,6 +68,7 @@ VERBS = {
     "distill": _stage("data: questions, the teacher's rollouts, verdicts", "prepare"),
     "curate": _stage("data: the subset for stage 2", "prepare"),
     "base": _stage("the model and tokenizer that stage 1 starts from", "prepare"),
+    "tokenize": _stage("data: the rows of stages 1 and 2 as token ids, by all cores", "prepare"),
     "midtrain": _stage("stage 1: mid-training on every correct rollout"),
     "sft": _stage("stage 2: fine-tuning on the subset"),
     "rollout_dpo": _stage("stage 3: DPO on pairs of correct and incorrect rollouts"),

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from phimini.model.io.checked_files import read_sealed, write_sealed
 from phimini.model.io.json_files import read_rows, write_rows
-from phimini.model.io.tokenizer import END, EOS
-from phimini.parallel.ranks.world import World
+from phimini.model.io.tokenizer import END, EOS, Tokenizer
+from phimini.parallel.ranks.world import World, on_main
 from phimini.stages.config.schema import RunConfig
+from phimini.stages.data.token_files import shards_of, write_shard
 from phimini.stages.evaluate import evaluate
 from phimini.stages.report.intervals import paired_gain
 from phimini.stages.rlvr import reinforce
@@ -71,15 +72,22 @@ def train_from_stage_2(run: RunConfig, world: World, stage: Stage, arm: str) -> 
         reinforce(longer, world, stage, "sft")
         return
     steps = round(spent["sft"]["steps"] * budget / spent["sft"]["cpu_seconds"])
-    rows = out / "curate" / "sft.jsonl"
+    tokens = out / "tokenize" / "sft"
     if arm == "rejection_sft":
-        rows = stage.path / "correct.jsonl"
-        if world.is_main:
-            files = sorted((out / "rollout_dpo" / "rollouts").glob("*.jsonl"))
-            rollouts = (row for file in files for row in read_rows(file, {"correct": bool}))
-            write_rows(rows, (plain(r) for r in rollouts if r["correct"]))
-        world.barrier()
-    fine_tune(run, world, stage, "sft", rows, steps=steps)
+        tokens = stage.path / "correct"
+        on_main(world, lambda: write_correct(run, tokens))
+    fine_tune(run, world, stage, "sft", tokens, steps=steps)
+
+
+def write_correct(run: RunConfig, folder: Path) -> None:
+    """Write the tokens of stage 3's correct rollouts into `folder`, and their rows beside it."""
+    out, rows = Path(run.out), folder.with_suffix(".jsonl")
+    files = sorted((out / "rollout_dpo" / "rollouts").glob("*.jsonl"))
+    rollouts = (row for file in files for row in read_rows(file, {"correct": bool}))
+    write_rows(rows, (plain(r) for r in rollouts if r["correct"]))
+    tokenizer = Tokenizer.load(out / "sft" / "model")
+    for shard in shards_of(rows, folder):
+        write_shard(shard, tokenizer, run.chat_template)
 
 
 def plain(rollout: dict) -> dict:

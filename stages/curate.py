@@ -13,8 +13,7 @@ from phimini.model.io.checked_files import read_sealed
 from phimini.model.io.json_files import read_rows, write_rows
 from phimini.stages.config.schema import CurateConfig, RunConfig
 from phimini.stages.data.packing import derive
-from phimini.stages.data.row_fields import ROLLOUT_FIELDS
-from phimini.stages.distill import has_ended
+from phimini.stages.data.row_fields import ROLLOUT_FIELDS, has_ended
 from phimini.stages.run.outputs import SUMMARY
 from phimini.stages.run.stage_folder import Stage
 

@@ -13,10 +13,12 @@ from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.arithmetic_problems import Problem, generate_problems, teach
 from phimini.stages.data.decontaminate import Questions, paraphrase_groups
 from phimini.stages.data.gym_prompts import gym_prompts
-from phimini.stages.data.own_rows import own_problems, own_rollouts
+from phimini.stages.data.layouts import mapping_of
+from phimini.stages.data.own_rows import SETS, own_problems, own_rollouts, sets_in
 from phimini.stages.data.packing import derive
+from phimini.stages.data.row_fields import is_correct
 from phimini.stages.run.stage_folder import Stage
-from phimini.stages.verify.verdict import extract_answer, verify
+from phimini.stages.verify.verdict import verify
 
 
 def distill(run: RunConfig, *, redo: bool = False) -> Path:
@@ -126,19 +128,23 @@ def _rollout_row(run: RunConfig, problem: Problem, k: int) -> dict:
 
 
 def _read(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
-    """Read the user's own rollouts: a file, or a folder with rollouts, prompts, validation and heldout.jsonl."""
+    """Read the user's own rollouts: a file or a folder of them, or a folder with rollouts, prompts, validation and heldout."""
     source = Path(run.distill.source)
     if not source.exists():
         raise ValueError(
             f"distill.source: expected `generator`, a folder or a file of rollouts, got {source}"
         )
-    if source.is_file():
+    sets = sets_in(source)
+    if not sets:
         return _divide(run, _read_rollouts(run, source, str(source)))
+    if missing := [name for name in SETS if name not in sets]:
+        raise ValueError(f"distill.source={source}: the folder has no set {', '.join(missing)}")
     rollouts, validation = (
-        _read_rollouts(run, source / name, name) for name in ("rollouts.jsonl", "validation.jsonl")
+        _read_rollouts(run, sets[name], sets[name].name) for name in ("rollouts", "validation")
     )
+    mapped = mapping_of(run.distill.layout, run.distill.fields)
     prompts, heldout = (
-        list(own_problems(source / name)) for name in ("prompts.jsonl", "heldout.jsonl")
+        list(own_problems(sets[name], mapped=mapped)) for name in ("prompts", "heldout")
     )
     kept = [_without(heldout, rows) for rows in (rollouts, prompts, validation)]
     dropped = len(rollouts) + len(prompts) + len(validation) - sum(map(len, kept))
@@ -189,21 +195,8 @@ def _divide(
 
 def _read_rollouts(run: RunConfig, path: Path, name: str) -> list[dict]:
     """Read and verify rollouts; ids and errors name the line of the file `name`."""
+    mapped = mapping_of(run.distill.layout, run.distill.fields)
     return [
         row | {"correct": is_correct(row)}
-        for row in own_rollouts(path, name, len(run.curate.level_weights))
+        for row in own_rollouts(path, name, len(run.curate.level_weights), mapped=mapped)
     ]
-
-
-def is_correct(row: dict) -> bool:
-    """Return the verdict on a rollout: whole, and its answer right."""
-    return has_ended(row) and verify(row["response"], row["answer"])
-
-
-def has_ended(row: dict) -> bool:
-    """Return True if a rollout is whole, by its `finish_reason`; without one, by a closed box and no open <think>."""
-    if row.get("finish_reason") is not None:
-        return row["finish_reason"] == "stop"
-    response = row["response"]
-    thinking = response.rfind("<think>") > response.rfind("</think>")
-    return not thinking and extract_answer(response) is not None

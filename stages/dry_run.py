@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,10 @@ from phimini.parallel.plan.memory import GIB, GPUS, Gpu, decode_bytes_per_token
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages.base import base_config
-from phimini.stages.check_rows import check_files, problems_of
 from phimini.stages.config.schema import RunConfig
+from phimini.stages.data.check_rows import check_files, problems_of
 from phimini.stages.midtrain import step_budget
+from phimini.stages.rl.groups import check_room
 from phimini.stages.rollout.launch import check_addresses
 from phimini.stages.run.trackers import missing_packages
 from phimini.stages.run.training import layout_of
@@ -85,7 +86,7 @@ def dry_run(run: RunConfig, gpu: str = "h100", gpus: int = 8) -> int:
 
     gpu: a name of `plan.memory.GPUS`. Raises as `examine`.
     """
-    problems, costs = examine(run, gpus, gpu)
+    problems, costs = examine(run, gpus, gpu, print)
     print(
         f"{run.name}: {run.model}, {preset(run.model).num_parameters:,} parameters, on {gpus} x {gpu}"
     )
@@ -106,9 +107,12 @@ def is_ready(run: RunConfig, gpu: str | None, gpus: int) -> bool:
     return not problems
 
 
-def examine(run: RunConfig, gpus: int, gpu: str | None) -> tuple[list[str], list[StageCost]]:
+def examine(
+    run: RunConfig, gpus: int, gpu: str | None, told: Callable[[str], None] = lambda line: None
+) -> tuple[list[str], list[StageCost]]:
     """Return the problems that prevent the run from starting and, for a `gpu`, the costs of its stages.
 
+    told: gets lines on the amount of data.
     Raises ValueError for an unknown GPU or preset, an impossible layout, or a stage without a budget.
     """
     if gpu is not None and gpu not in GPUS:
@@ -116,7 +120,7 @@ def examine(run: RunConfig, gpus: int, gpu: str | None) -> tuple[list[str], list
     if gpus < 1:
         raise ValueError(f"dry run: gpus={gpus}: expected at least 1")
     config = preset(run.model)
-    problems = missing_packages(run) + check_inputs(run, config) + check_lengths(run)
+    problems = missing_packages(run) + check_inputs(run, config, told) + check_lengths(run)
     problems += problems_of(lambda: check_addresses(run))
     layout = planned_layout(run).resolve(gpus, config)
     for stage in workloads(run):
@@ -148,7 +152,9 @@ def gpu_at_hand() -> str | None:
 
 
 # --- inputs --------------------------------------------------------------------------------------
-def check_inputs(run: RunConfig, config: ModelConfig) -> list[str]:
+def check_inputs(
+    run: RunConfig, config: ModelConfig, told: Callable[[str], None] = lambda line: None
+) -> list[str]:
     """Return every missing or wrong thing, each with its file or field."""
     found: list[str] = []
     tokenizer = None
@@ -172,7 +178,8 @@ def check_inputs(run: RunConfig, config: ModelConfig) -> list[str]:
         if name is not None:
             found += problems_of(partial(_check_function, name, field))
     if run.distill.source != "generator":
-        found += check_files(run, Path(run.distill.source), tokenizer)
+        check_prompts = lambda prompts: check_room(prompts, run.rlvr, "rlvr")
+        found += check_files(run, Path(run.distill.source), tokenizer, check_prompts, told)
     return found + _check_out(run, config)
 
 

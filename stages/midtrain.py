@@ -15,19 +15,22 @@ from phimini.stages.config.schema import MidtrainConfig, RunConfig
 from phimini.stages.data.packing import (
     EpochSampler,
     Example,
+    Rows,
     best_fit,
     derive,
     documents,
     flops_of,
     micro_batches,
 )
+from phimini.stages.data.token_files import TokenSet
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import (
     Ahead,
-    check_examples,
+    check_tokens,
     cross_entropy_head,
     load_model,
-    read_examples,
+    open_tokens,
+    shared_array,
     start_optimizer,
     training_steps,
     update_row,
@@ -36,7 +39,7 @@ from phimini.stages.run.training import (
 
 
 def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
-    """Train the base model on curate/midtrain.jsonl, into the folder midtrain/. Collective.
+    """Train the base model on the tokens of curate/midtrain.jsonl, into the folder midtrain/. Collective.
 
     redo: begin again even if the stage is complete. Raises ValueError for bad rows or settings, Stopped if interrupted.
     """
@@ -44,17 +47,18 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
     stage = Stage.begin(run, "midtrain", world, redo=redo)
     if stage.complete:
         return
-    model, tokenizer = load_model(run, world, "base")
-    examples, held_out = (
-        read_examples(path, tokenizer, run.chat_template, loss_on_question=config.loss_on_question)
-        for path in (out / "curate" / "midtrain.jsonl", out / "distill" / "validation.jsonl")
+    folder = out / "tokenize" / "midtrain"
+    examples, held_out = open_tokens(
+        run, world, "base", folder, loss_on_question=config.loss_on_question
     )
     limit = config.sequence_length
-    check_examples(world, stage.name, examples, held_out, limit, "midtrain.sequence_length")
-    rows = best_fit([len(e) for e in examples], limit)
+    check_tokens(world, stage.name, (examples, held_out), limit, "midtrain.sequence_length")
+    model, tokenizer = load_model(run, world, "base")
+    rows = packed_rows(stage, world, examples, limit)
     steps = step_budget(config, len(rows))
     optimizer = start_optimizer(run, model, config.optimizer, steps)
     sampler = EpochSampler(len(rows), config.rows_per_step, derive(run.seed, "midtrain"))
+    order = shared_array(stage, world, "steps", lambda: sampler.batches(steps))
 
     def batches(some: list[list[Example]]) -> list[PackedBatch]:
         """Return this rank's micro-batches of packed rows."""
@@ -65,17 +69,17 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
         )
         return micro_batches(some, costs, config.micro_rows, world, make)
 
-    packed = best_fit([len(e) for e in held_out], limit)
+    packed = best_fit(held_out.lengths, limit)
     validation = batches([[held_out[i] for i in row] for row in packed])
     summary = lambda steps: {
         "documents": len(examples),
-        "packing_efficiency": sum(map(len, examples)) / (len(rows) * limit),
+        "packing_efficiency": int(examples.lengths.sum()) / (len(rows) * limit),
         "epochs": steps * config.rows_per_step / len(rows),
     }
 
     def of_step(index: int) -> tuple[list[PackedBatch], list[list[int]]]:
         """Return this rank's micro-batches, and the digests of the whole step."""
-        some = [[examples[i] for i in rows[r]] for r in sampler.batch(index)]
+        some = [[examples[i] for i in rows[r]] for r in order[index]]
         return batches(some), [[example.digest() for example in row] for row in some]
 
     ahead = Ahead(of_step, steps)
@@ -94,6 +98,13 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
                 note_validation(state, step.row["validation_loss"])
             if config.stop == "saturation" and state["validations_since_best"] >= config.patience:
                 step.is_last = True
+
+
+def packed_rows(stage: Stage, world: World, examples: TokenSet, limit: int) -> Rows:
+    """Return the examples in packed rows, which rank 0 computes from their lengths. Collective."""
+    rows = best_fit(examples.lengths, limit) if world.is_main else None
+    made = lambda field: shared_array(stage, world, field, lambda: getattr(rows, field))
+    return Rows(made("documents"), made("ends"))
 
 
 def step_budget(config: MidtrainConfig, num_rows: int) -> int:

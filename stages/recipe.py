@@ -25,9 +25,15 @@ from phimini.stages.report.page import write_report
 from phimini.stages.rlvr import rlvr
 from phimini.stages.rollout_dpo import rollout_dpo
 from phimini.stages.sft import sft
+from phimini.stages.tokenize import tokenize
 
 # Data stages run on one rank; training stages on all.
-DATA: dict[str, Callable] = {"distill": distill, "curate": curate, "base": base}
+DATA: dict[str, Callable] = {
+    "distill": distill,
+    "curate": curate,
+    "base": base,
+    "tokenize": tokenize,
+}
 TRAINING: dict[str, Callable] = {
     "midtrain": midtrain,
     "sft": sft,

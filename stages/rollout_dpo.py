@@ -92,7 +92,8 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
         sample_pairs(run, world, stage, model, tokenizer)
     pairs = read_pairs(path, tokenizer, run.chat_template, config.pairs_per_prompt)
     sides = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
-    check_lengths(sides, config.sequence_length, "rollout_dpo.sequence_length")
+    limit, field = config.sequence_length, "rollout_dpo.sequence_length"
+    check_lengths([len(side) for side in sides], limit, field, lambda i: sides[i].id)
     check_same_data(world, "rollout_dpo, before step 1", [pair.digest() for pair in pairs])
     reference = reference_logps(model, pairs, config, world)
     steps = max(1, math.floor(config.epochs * len(pairs) / config.pairs_per_step))

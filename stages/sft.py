@@ -23,10 +23,11 @@ from phimini.stages.data.packing import (
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import (
     Ahead,
-    check_examples,
+    check_tokens,
     cross_entropy_head,
     load_model,
-    read_examples,
+    open_tokens,
+    shared_array,
     start_optimizer,
     training_steps,
     update_row,
@@ -35,35 +36,39 @@ from phimini.stages.run.training import (
 
 
 def sft(run: RunConfig, world: World, *, redo: bool = False) -> None:
-    """Train stage 1's model on curate/sft.jsonl, into the folder sft/. Collective.
+    """Train stage 1's model on the tokens of curate/sft.jsonl, into the folder sft/. Collective.
 
     redo: begin again even if the stage is complete. Raises ValueError for bad rows or settings, Stopped if interrupted.
     """
     stage = Stage.begin(run, "sft", world, redo=redo)
     if stage.complete:
         return
-    fine_tune(run, world, stage, "midtrain", Path(run.out) / "curate" / "sft.jsonl")
+    fine_tune(run, world, stage, "midtrain", Path(run.out) / "tokenize" / "sft")
 
 
 def fine_tune(
-    run: RunConfig, world: World, stage: Stage, start: str, rows: Path, *, steps: int | None = None
+    run: RunConfig,
+    world: World,
+    stage: Stage,
+    start: str,
+    tokens: Path,
+    *,
+    steps: int | None = None,
 ) -> None:
-    """Train the model of stage `start` on the examples in `rows`, into `stage`. Collective.
+    """Train the model of stage `start` on the token set in the folder `tokens`, into `stage`. Collective.
 
     steps: default `sft.epochs` passes over the examples.
     """
     config = run.sft
-    model, tokenizer = load_model(run, world, start)
-    examples, held_out = (
-        read_examples(path, tokenizer, run.chat_template)
-        for path in (rows, Path(run.out) / "distill" / "validation.jsonl")
-    )
+    examples, held_out = open_tokens(run, world, start, tokens)
     limit = config.sequence_length
-    check_examples(world, stage.name, examples, held_out, limit, "sft.sequence_length")
+    check_tokens(world, stage.name, (examples, held_out), limit, "sft.sequence_length")
+    model, tokenizer = load_model(run, world, start)
     if steps is None:
         steps = max(1, math.ceil(config.epochs * len(examples) / config.examples_per_step))
     optimizer = start_optimizer(run, model, config.optimizer, steps)
     sampler = EpochSampler(len(examples), config.examples_per_step, derive(run.seed, "sft"))
+    order = shared_array(stage, world, "steps", lambda: sampler.batches(steps))
 
     def batches(some: list[Example]) -> list[PackedBatch]:
         """Return this rank's micro-batches, with examples of like length together."""
@@ -73,11 +78,11 @@ def fine_tune(
 
     def of_step(index: int) -> tuple[list[PackedBatch], list[int]]:
         """Return this rank's micro-batches, and the digests of the whole step."""
-        some = [examples[i] for i in sampler.batch(index)]
+        some = [examples[i] for i in order[index]]
         return batches(some), [example.digest() for example in some]
 
     ahead = Ahead(of_step, steps)
-    validation = batches(held_out)
+    validation = batches(list(held_out))
     summary = lambda steps: {
         "examples": len(examples),
         "epochs": steps * config.examples_per_step / len(examples),

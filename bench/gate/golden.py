@@ -72,7 +72,7 @@ def measure(layouts: list[str]) -> Losses:
     losses: Losses = {stage: {} for stage in STAGES}
     with tempfile.TemporaryDirectory() as folder:
         single = Path(folder) / "1"
-        for stage in ("distill", "curate", "base", *STAGES):
+        for stage in ("distill", "curate", "base", "tokenize", *STAGES):
             _run(stage, single, "1")
         for stage in STAGES:
             losses[stage]["1"] = _read(single, stage)

@@ -117,7 +117,7 @@ def _linked(out: Path, task: str) -> Path:
     bench = out.parent / f"{task}-run"
     bench.mkdir()
     stages = {"sft": ("midtrain",), "dpo": ("midtrain", "sft"), "grpo": ("midtrain", "sft")}[task]
-    for stage in ("distill", "curate", "base", *stages):
+    for stage in ("distill", "curate", "base", "tokenize", *stages):
         os.symlink(out / stage, bench / stage)
     if task == "grpo":
         os.symlink(out / "sft", bench / "rollout_dpo")

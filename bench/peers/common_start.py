@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from phimini.kernels import linear_logprob
-from phimini.model.io.chat import render
+from phimini.model.io.chat import encode_example, render
 from phimini.model.io.json_files import read_rows, write_json, write_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.parallel.megatron.builder import Model
@@ -23,13 +23,16 @@ from phimini.stages import rlvr, rollout_dpo
 from phimini.stages.base import base_config
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
-from phimini.stages.data.packing import documents
+from phimini.stages.data.packing import Example, documents
+from phimini.stages.data.row_fields import GIVEN_FIELDS
+from phimini.stages.data.token_files import TokenSet
 from phimini.stages.recipe import DATA, TRAINING
 from phimini.stages.rl.mismatch import MismatchMeter
 from phimini.stages.rl.rollouts import Rollout
 from phimini.stages.rl.scored import facts_of
 from phimini.stages.rollout.engine import Sampled, Span
-from phimini.stages.run.training import cross_entropy_head, load_model, read_examples
+from phimini.stages.run.outputs import TOKENIZED
+from phimini.stages.run.training import cross_entropy_head, load_model
 
 TASKS = ("sft", "dpo", "grpo")
 BATCH = {"sft": 32, "dpo": 32, "grpo": 192}
@@ -51,20 +54,23 @@ def prepare(folder: Path) -> RunConfig:
         start = "midtrain" if task == "sft" else "sft"
         shutil.copytree(out / start / "model", folder / task / "model")
         shutil.copytree(out / "midtrain" / "model", folder / task / "reference")
-    examples = read_examples(out / "curate" / "sft.jsonl", tokenizer, run.chat_template)
+    examples = sft_examples(run)
     write_rows(
         folder / "sft" / "sft.jsonl",
         [
-            {"input_ids": e.tokens, "labels": [IGNORE] * e.loss_from + e.tokens[e.loss_from :]}
+            {
+                "input_ids": e.tokens.tolist(),
+                "labels": [IGNORE] * e.loss_from + e.tokens[e.loss_from :].tolist(),
+            }
             for e in examples
         ],
     )
     pairs = rollout_dpo.read_pairs(out / "curate" / "pairs.jsonl", tokenizer, run.chat_template)
     rows = []
     for pair in pairs:
-        prompt = pair.chosen.loss_from
-        rows.append({"prompt": "", "prompt_ids": pair.chosen.tokens[:prompt],
-                     "chosen_ids": pair.chosen.tokens[prompt:], "rejected_ids": pair.rejected.tokens[prompt:]})  # fmt: skip
+        prompt, chosen, rejected = pair.chosen.loss_from, pair.chosen.tokens.tolist(), pair.rejected.tokens.tolist()  # fmt: skip
+        rows.append({"prompt": "", "prompt_ids": chosen[:prompt], "chosen_ids": chosen[prompt:],
+                     "rejected_ids": rejected[prompt:]})  # fmt: skip
     write_rows(folder / "dpo" / "dpo.jsonl", rows)
     problems = read_rows(out / "distill" / "prompts.jsonl", {"question": str, "answer": str})
     write_rows(
@@ -76,6 +82,11 @@ def prepare(folder: Path) -> RunConfig:
         write_json(folder / task / "settings.json", {"batch": BATCH[task], "beta": BETA, "group": GROUP,
                    "max_new_tokens": MAX_NEW_TOKENS, "tokens_per_step": tokens})  # fmt: skip
     return run
+
+
+def sft_examples(run: RunConfig) -> list[Example]:
+    out = Path(run.out)
+    return list(TokenSet(out / "tokenize" / "sft", out / TOKENIZED["sft"]))
 
 
 def _prompt(question: str, run: RunConfig) -> str:
@@ -94,9 +105,8 @@ def _train(run: RunConfig) -> None:
 
 # --- the loss of the same batch ------------------------------------------------------------------
 def sft_loss(run: RunConfig, world: World, folder: Path) -> float:
-    model, tokenizer = load_model(run, world, "midtrain")
-    rows = Path(run.out) / "curate" / "sft.jsonl"
-    examples = read_examples(rows, tokenizer, run.chat_template)[: BATCH["sft"]]
+    model, _ = load_model(run, world, "midtrain")
+    examples = sft_examples(run)[: BATCH["sft"]]
     return forward_backward(model, [pack(documents(examples))], cross_entropy_head).loss
 
 
@@ -114,8 +124,9 @@ def dpo_loss(run: RunConfig, world: World, folder: Path) -> float:
 def grpo_loss(run: RunConfig, world: World, folder: Path) -> float:
     """Return the GRPO loss of teacher rollouts with advantages of both signs and shifted old log-probs, so that some clip."""
     model, tokenizer = load_model(run, world, "sft")
-    path = Path(run.out) / "distill" / "rollouts.jsonl"
-    examples = read_examples(path, tokenizer, run.chat_template)[:64]
+    rows = read_rows(Path(run.out) / "distill" / "rollouts.jsonl", GIVEN_FIELDS)[:64]
+    encode = lambda row: encode_example(tokenizer, row["question"], row["response"], run.chat_template)  # fmt: skip
+    examples = [Example(row["id"], *encode(row)) for row in rows]
     logps = _logps(model, pack(documents(examples))).split([len(e.tokens) - 1 for e in examples])
     generator = torch.Generator().manual_seed(0)
     rollouts, rows = [], []

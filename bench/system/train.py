@@ -130,7 +130,7 @@ def prepare(run: RunConfig, stage: str, source: Path | None) -> None:
     """Make the inputs of `stage`: small data and a new model, or links to a finished run's."""
     out = Path(run.out)
     out.mkdir(parents=True, exist_ok=True)
-    needed = {"distill", "curate", "base", *INPUTS[stage]}
+    needed = {"distill", "curate", "base", "tokenize", *INPUTS[stage]}
     if source is not None:
         for name in sorted(needed):
             if not (source / name / "summary.json").exists():

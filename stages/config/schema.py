@@ -57,8 +57,15 @@ class DistillConfig:
     """Questions, the teacher's rollouts of them, and a verdict on each rollout."""
 
     source: str = "generator"
-    """`generator` (our own problems and teacher); a folder of your own with rollouts.jsonl, validation.jsonl,
-    prompts.jsonl and heldout.jsonl; or one JSONL file of rollouts, whose questions are then divided over these"""
+    """`generator` (our own problems and teacher); a folder of your own with the sets rollouts, validation, prompts and
+    heldout; or rollouts whose questions are then divided over these. A set is a file (.jsonl, .jsonl.gz, .jsonl.zst,
+    .parquet) or a folder of such files"""
+    layout: Literal[
+        "auto", "plain", "openr1_math", "openthoughts", "conversation", "gsm8k", "math", "aqua_rat"
+    ] = "auto"
+    """published layout of the source's rows; auto: recognised by the fields of each row"""
+    fields: tuple[str, ...] = ()
+    """fields of any other layout, each OURS:PATH, e.g. question:prompt.0.content,answer:reward_model.ground_truth"""
     num_problems: Count = 1000
     """training questions that the teacher answers"""
     level_weights: tuple[NotNegative, ...] = (1.0, 1.0, 1.0)
@@ -89,6 +96,14 @@ class CurateConfig:
     """examples of stage 2, spread evenly over families and levels"""
     level_weights: tuple[NotNegative, ...] = (1.0, 1.0, 1.0)
     """relative share of each level"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizeConfig:
+    """Token ids of the rows of stages 1 and 2."""
+
+    workers: Count | None = None
+    """processes that encode; none: one for each core"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,6 +361,8 @@ class RunConfig:
     """data: questions and the teacher's rollouts"""
     curate: CurateConfig = field(default_factory=CurateConfig)
     """data: the subset for stage 2"""
+    tokenize: TokenizeConfig = field(default_factory=TokenizeConfig)
+    """data: the rows as token ids"""
     midtrain: MidtrainConfig
     """stage 1"""
     sft: SftConfig

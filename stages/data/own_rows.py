@@ -1,6 +1,7 @@
 """The rows of a user's own files: every known field is checked and completed where its row is read.
 
-A row has `question`, `answer` and, in a file of rollouts, `response`. It may have `id`, `problem_id`, `family`, `level`,
+A source is a file (JSON Lines, also `.gz` and `.zst`, or Parquet) or a folder of such files at any depth; it is read row by
+row. `layouts.py` maps the rows of published data sets to ours. A row of ours has `question`, `answer` and, in a file of rollouts, `response`. It may have `id`, `problem_id`, `family`, `level`,
 `source` and `finish_reason`; null is as if the field were missing. Ids may be integers. A level may be a number or
 `Level 5`, as in the MATH data set. Other fields are kept as they are.
 """
@@ -13,27 +14,58 @@ from typing import Any
 from phimini.model.io.json_files import Row, dump, numbered_rows
 from phimini.model.io.tokenizer import around
 from phimini.stages.data.decontaminate import fingerprint, same_question
+from phimini.stages.data.layouts import AUTO, Mapping
 from phimini.stages.data.row_fields import ASKED_FIELDS, GIVEN_FIELDS
 from phimini.stages.verify.numerals import MAX_CHARACTERS
 
 RowCheck = Callable[[Row], None]
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SETS = ("rollouts", "validation", "prompts", "heldout")
 
 _LEVEL = re.compile(r"\s*(?:level)?\s*([0-9]{1,3})\s*", re.IGNORECASE)
 _MAX_LEVELS = 1000
 
 
+def sets_in(folder: Path) -> dict[str, Path]:
+    """Return the file or folder of each of SETS in a user's folder. Raises ValueError for two of one name."""
+    found: dict[str, Path] = {}
+    for name in SETS:
+        paths = [folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
+        there = [path for path in paths if path.exists()]
+        if len(there) > 1:
+            raise ValueError(f"{folder}: expected one set {name}, found {[p.name for p in there]}")
+        found |= dict.fromkeys([name] * len(there), *there)
+    return found
+
+
+def files_of(source: Path) -> list[Path]:
+    """Return the file, or the files below a folder, in the order of their names. Raises ValueError for a folder without any."""
+    if not source.is_dir():
+        return [source]
+    found = [path for path in sorted(source.rglob("*")) if path.name.endswith(SUFFIXES)]
+    if not found:
+        raise ValueError(f"{source}: expected files named *{', *'.join(SUFFIXES)}, found none")
+    return found
+
+
 def own_rollouts(
-    path: Path, name: str, num_levels: int, check: RowCheck | None = None
+    source: Path,
+    name: str,
+    num_levels: int,
+    check: RowCheck | None = None,
+    mapped: Mapping = AUTO,
 ) -> Iterator[Row]:
-    """Yield a file's rollouts with every field of ours but the verdict; rows without an id get `name:line`.
+    """Yield a source's rollouts with all our fields but the verdict; rows without an id get `name:line`.
 
     num_levels: of `curate.level_weights`. check: raises ValueError that names a field that it refuses.
-    Raises one ValueError for all bad rows; see `numbered_rows`.
+    mapped: of a published layout. Raises one ValueError for all bad rows of a file; see `numbered_rows`.
     """
     asked: dict[str, tuple[str, str, str]] = {}
+    ids: set[int] = set()
 
     def completed(row: Row, at: str) -> Row:
         row = _completed(row, at, num_levels)
+        _check_id(ids, row, at)
         if row.get("finish_reason") not in (None, "stop", "length"):
             raise _refused(at, "finish_reason", "stop or length", row["finish_reason"])
         row.setdefault("problem_id", row["question"])
@@ -41,23 +73,45 @@ def own_rollouts(
         _apply(check, row, at)
         return row
 
-    for line, row in numbered_rows(path, GIVEN_FIELDS, completed=completed):
-        yield {"id": f"{name}:{line}"} | row
+    yield from _numbered(source, name, GIVEN_FIELDS, completed, mapped)
 
 
-def own_problems(path: Path, check: RowCheck | None = None) -> Iterator[Row]:
-    """Yield a file's questions; their ids are different. Other arguments and errors as in `own_rollouts`."""
-    first: dict[str, str] = {}
+def own_problems(
+    source: Path, check: RowCheck | None = None, mapped: Mapping = AUTO
+) -> Iterator[Row]:
+    """Yield a source's questions. Other arguments and errors as in `own_rollouts`."""
+    ids: set[int] = set()
 
     def completed(row: Row, at: str) -> Row:
         row = _completed(row, at, _MAX_LEVELS)
-        if "id" in row and first.setdefault(row["id"], at) != at:
-            raise _refused(at, "id", f"another one than in {first[row['id']]}", row["id"])
+        _check_id(ids, row, at)
         _apply(check, row, at)
         return row
 
-    for line, row in numbered_rows(path, ASKED_FIELDS, completed=completed):
-        yield {"id": f"{path.name}:{line}"} | row
+    yield from _numbered(source, source.name, ASKED_FIELDS, completed, mapped)
+
+
+def _numbered(
+    source: Path,
+    name: str,
+    required: dict[str, type],
+    completed: Callable[[Row, str], Row],
+    mapped: Mapping,
+) -> Iterator[Row]:
+    for path in files_of(source):
+        file = f"{name}/{path.relative_to(source)}" if path != source else name
+        before, k = 0, 0
+        for line, row in numbered_rows(path, required, completed=completed, mapped=mapped):
+            before, k = line, k + 1 if line == before else 0
+            yield {"id": f"{file}:{line}/{k}" if k else f"{file}:{line}"} | row
+
+
+def _check_id(ids: set[int], row: Row, at: str) -> None:
+    """Raise ValueError for an id that an earlier row has. Kept as hashes: 64 bits of ten million ids differ."""
+    if "id" in row:
+        if hash(row["id"]) in ids:
+            raise _refused(at, "id", "one that no earlier row has", row["id"])
+        ids.add(hash(row["id"]))
 
 
 def _completed(row: Row, at: str, num_levels: int) -> Row:

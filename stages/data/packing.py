@@ -4,14 +4,17 @@ An example becomes its tokens without the last one, each with the next token as 
 `loss_from` carry no loss. Documents never attend to one another, packed or not.
 """
 
-import bisect
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import TypeVar
+
+import numpy as np
 
 from phimini.model.config import ModelConfig, forward_flops
 from phimini.parallel.ranks.timing import phase
@@ -21,24 +24,30 @@ from phimini.parallel.training.batch import IGNORE, Document, PackedBatch, diges
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False, eq=False)
 class Example:
     """Token ids of a prompt and its answer; the answer (and its end) starts at `loss_from`."""
 
     id: str
-    tokens: list[int]
+    tokens: np.ndarray  # int32; of a token set, a view of the file
     loss_from: int
 
+    def __init__(self, id: str, tokens: Sequence[int] | np.ndarray, loss_from: int) -> None:
+        object.__setattr__(self, "id", id)
+        object.__setattr__(self, "tokens", np.asarray(tokens, dtype=np.int32))
+        object.__setattr__(self, "loss_from", loss_from)
+
     @property
-    def inputs(self) -> list[int]:
+    def inputs(self) -> np.ndarray:
         """The tokens without the last one."""
         return self.tokens[:-1]
 
     @property
-    def targets(self) -> list[int]:
+    def targets(self) -> np.ndarray:
         """The next token at each input position, IGNORE in the prompt."""
-        skipped = max(self.loss_from - 1, 0)
-        return [IGNORE] * skipped + self.tokens[skipped + 1 :]
+        targets = self.tokens[1:].copy()
+        targets[: max(self.loss_from - 1, 0)] = IGNORE
+        return targets
 
     @property
     def num_targets(self) -> int:
@@ -47,43 +56,100 @@ class Example:
 
     def digest(self) -> int:
         """Return a checksum of all that training sees."""
-        return digest(self.tokens, self.loss_from)
+        return digest(self.tokens.tobytes(), self.loss_from)
 
     def __len__(self) -> int:
         """Return the number of input positions: one fewer than tokens."""
         return len(self.tokens) - 1
 
 
-def check_lengths(examples: Sequence[Example], limit: int, field: str) -> None:
-    """Raise ValueError for an example longer than `limit` positions; `field` is the setting that the limit comes from."""
-    for example in examples:
-        if len(example) > limit:
-            raise ValueError(
-                f"{example.id}: {len(example)} tokens, but {field} is {limit}; raise it or drop the document"
-            )
+def check_lengths(lengths: Sequence[int] | np.ndarray, limit: int, field: str, name: Callable[[int], str]) -> None:  # fmt: skip
+    """Raise ValueError for an example of more than `limit` positions.
 
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return indices in rows of at most `capacity` tokens: longest first, into the fullest row that fits.
-
-    No document is cut. Best-fit decreasing (arXiv 2404.10830); O(n log n) but for list insertion.
+    field: the setting that the limit comes from. name: of the example at an index, for the message.
     """
-    rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (free space, row), sorted
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
-        assert length <= capacity, f"document {index} has {length} tokens, a row {capacity}"
-        at = bisect.bisect_left(open_rows, (length, -1))
-        if at == len(open_rows):
-            rows.append([index])
-            free, row = capacity - length, len(rows) - 1
-        else:
-            free, row = open_rows.pop(at)
-            rows[row].append(index)
-            free -= length
-        if free:
-            bisect.insort(open_rows, (free, row))
-    return rows
+    too_long = np.flatnonzero(np.asarray(lengths) > limit)
+    if len(too_long):
+        first = int(too_long[0])
+        raise ValueError(
+            f"{name(first)}: {lengths[first]} tokens, but {field} is {limit}; raise it or drop the document"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Documents in packed rows: row i holds documents[ends[i - 1] : ends[i]]."""
+
+    documents: np.ndarray  # (documents,) int32 indices
+    ends: np.ndarray  # (rows,) int64
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.ends)
+
+    def __getitem__(self, row: int) -> list[int]:
+        """Return the documents of a row, longest first."""
+        start = self.ends[row - 1] if row else 0
+        return self.documents[start : self.ends[row]].tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(self.__getitem__, range(len(self)))
+
+
+def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Rows:
+    """Return documents in rows of at most `capacity` tokens: longest first, into the fullest row that fits.
+
+    No document is cut. Best-fit decreasing (arXiv 2404.10830), for all documents of a length at once: of the rows that
+    fit, the fullest takes as many of them as it can, before the next.
+    """
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    row_of = np.empty(len(lengths), np.int32)  # of the documents in that order
+    open_rows = _OpenRows(capacity)
+    num_rows = at = 0
+    for length, count in zip(*(x[::-1].tolist() for x in np.unique(lengths, return_counts=True)), strict=True):  # fmt: skip
+        assert 0 < length <= capacity, f"a document has {length} tokens, a row {capacity}"
+        while count:
+            free, rows = open_rows.take(length)
+            each = free // length
+            if not len(rows):
+                rows = np.arange(num_rows, num_rows - (-count // each), dtype=np.int32)
+                num_rows += len(rows)
+            used = min(len(rows), -(-count // each))
+            placed = min(count, used * each)
+            row_of[at : at + placed] = np.repeat(rows[:used], each)[:placed]
+            open_rows.put(free - each * length, rows[: used - 1])
+            open_rows.put(free - (placed - (used - 1) * each) * length, rows[used - 1 : used])
+            open_rows.put(free, rows[used:])
+            at, count = at + placed, count - placed
+    placing = np.argsort(row_of, kind="stable")
+    ends = np.cumsum(np.bincount(row_of, minlength=num_rows))
+    return Rows(order[placing].astype(np.int32), ends)
+
+
+class _OpenRows:
+    """Rows with free space, by their free space."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._rows: dict[int, list[np.ndarray]] = defaultdict(list)
+        self._has_rows = np.zeros(capacity + 1, bool)
+
+    def put(self, free: int, rows: np.ndarray) -> None:
+        if free and len(rows):
+            self._rows[free].append(rows)
+            self._has_rows[free] = True
+
+    def take(self, least: int) -> tuple[int, np.ndarray]:
+        """Return the smallest free space of at least `least` tokens, and all rows that have it, in ascending order.
+
+        Without such rows, the space of a new row and no rows.
+        """
+        free = least + int(self._has_rows[least:].argmax())
+        if not self._has_rows[free]:
+            return self._capacity, np.empty(0, np.int32)
+        self._has_rows[free] = False
+        return free, np.sort(np.concatenate(self._rows.pop(free)), kind="stable")
 
 
 def shares(costs: Sequence[float], num_shares: int) -> list[list[int]]:
@@ -155,30 +221,41 @@ class EpochSampler:
         first = step * self.batch_size
         positions = range(first, first + self.batch_size)
         orders = _orders(self.num_items, self.batch_size, self.seed)
-        while len(orders) * self.num_items < positions.stop:
-            orders.append(self._order(len(orders), orders[-1] if orders else []))
+        self._extend(orders, positions.stop)
         return [
-            orders[position // self.num_items][position % self.num_items] for position in positions
+            int(orders[position // self.num_items][position % self.num_items])
+            for position in positions
         ]
 
-    def _order(self, epoch: int, before: list[int]) -> list[int]:
+    def batches(self, steps: int) -> np.ndarray:
+        """Return the item indices of steps 0 to `steps`, (steps, batch_size) int32."""
+        orders: list[np.ndarray] = []
+        self._extend(orders, steps * self.batch_size)
+        flat = np.concatenate(orders)[: steps * self.batch_size]
+        return flat.reshape(steps, self.batch_size)
+
+    def _extend(self, orders: list[np.ndarray], positions: int) -> None:
+        """Append epochs until there are so many positions."""
+        while len(orders) * self.num_items < positions:
+            orders.append(self._order(len(orders), orders[-1] if orders else np.empty(0, np.int32)))
+
+    def _order(self, epoch: int, before: np.ndarray) -> np.ndarray:
         """Return the shuffle of `epoch`.
 
         Items that the first batch has already, from the end of the epoch `before`, stand after that batch.
         """
-        order = list(range(self.num_items))
-        random.Random(derive(self.seed, "epoch", epoch)).shuffle(order)
+        shuffled = array("i", range(self.num_items))  # random's shuffle; numpy's has another order
+        random.Random(derive(self.seed, "epoch", epoch)).shuffle(shuffled)
+        order = np.frombuffer(shuffled, np.int32)
         missing = -epoch * self.num_items % self.batch_size
         if not missing or self.num_items < self.batch_size:
             return order
-        repeated = set(before[missing - self.batch_size :])
-        head = list(islice((item for item in order if item not in repeated), missing))
-        first = set(head)
-        return head + [item for item in order if item not in first]
+        head = order[~np.isin(order, before[missing - self.batch_size :])][:missing]
+        return np.concatenate([head, order[~np.isin(order, head)]])
 
 
 @lru_cache(maxsize=4)
-def _orders(num_items: int, batch_size: int, seed: int) -> list[list[int]]:
+def _orders(num_items: int, batch_size: int, seed: int) -> list[np.ndarray]:
     """Return the list of epochs so far, each of which depends on the one before.
 
     Kept from step to step: shuffling 64,000 items again takes 20 ms, a quarter of a small model's step.

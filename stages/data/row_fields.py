@@ -1,8 +1,9 @@
-"""The fields of the rows that stages read and write, and the prompts of such rows."""
+"""The fields of the rows that stages read and write, and the prompts and verdicts of such rows."""
 
 from phimini.model.io.chat import TemplateName, encode_prompt
 from phimini.model.io.json_files import Row
 from phimini.model.io.tokenizer import Tokenizer
+from phimini.stages.verify.verdict import extract_answer, verify
 
 ASKED_FIELDS = {"question": str, "answer": str}
 """of a user's own question; what else our own have is worked out"""
@@ -23,3 +24,17 @@ def encode_problems(
         except ValueError as error:
             raise ValueError(f"problem {row['id']!r:.60}: {error}") from error
     return prompts
+
+
+def is_correct(row: dict) -> bool:
+    """Return the verdict on a rollout: whole, and its answer right."""
+    return has_ended(row) and verify(row["response"], row["answer"])
+
+
+def has_ended(row: dict) -> bool:
+    """Return True if a rollout is whole, by its `finish_reason`; without one, by a closed box and no open <think>."""
+    if row.get("finish_reason") is not None:
+        return row["finish_reason"] == "stop"
+    response = row["response"]
+    thinking = response.rfind("<think>") > response.rfind("</think>")
+    return not thinking and extract_answer(response) is not None

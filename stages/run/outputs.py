@@ -7,14 +7,18 @@ from typing import Any
 from phimini.model.io.checked_files import check_file, describe_file, read_sealed, write_sealed
 from phimini.parallel.ranks.world import World, on_every
 from phimini.stages.config.schema import RunConfig
+from phimini.stages.data.own_rows import files_of, sets_in
 
 BEGUN, SUMMARY = "begun.json", "summary.json"
 METRICS = "metrics.jsonl"
-# What a stage reads of a folder that the user gives.
-_READ = {
-    "distill": ("rollouts.jsonl", "prompts.jsonl", "validation.jsonl", "heldout.jsonl"),
-    "base": ("*.json", "*.safetensors"),
+TOKENIZED = {
+    "midtrain": "curate/midtrain.jsonl",
+    "sft": "curate/sft.jsonl",
+    "validation": "distill/validation.jsonl",
 }
+"""the rows of each token set"""
+_ON_READING = (".bin",)
+"""suffixes of files that may exceed the memory; their reader checks the content of each part"""
 
 
 def output_names(folder: Path) -> list[str]:
@@ -44,12 +48,13 @@ def write_summary(
 def check_outputs(folder: Path, *, content: bool = True, share: slice = slice(None)) -> None:
     """Compare a complete stage's files with its summary.json.
 
-    content: False compares sizes alone. share: the part of the files that this rank reads, so that ranks divide them.
+    content: False compares sizes alone, as for the files of tokens, whose documents are checked when they are read.
+    share: the part of the files that this rank reads, so that ranks divide them.
     Raises ValueError that names the first file that is missing or altered.
     """
     files = sorted(read_sealed(folder / SUMMARY)["files"].items())
     for name, described in files[share]:
-        check_file(folder / name, described, content=content)
+        check_file(folder / name, described, content=content and not name.endswith(_ON_READING))
 
 
 def check_inputs(run: RunConfig, world: World, *stages: str) -> None:
@@ -59,20 +64,31 @@ def check_inputs(run: RunConfig, world: World, *stages: str) -> None:
         on_every(world, lambda stage=stage: check_outputs(Path(run.out) / stage, share=share))
 
 
-def sources_of(run: RunConfig, stage: str) -> list[Path]:
-    """Return the files outside of the run's folder that a stage reads: the user's data, or the base model."""
+def sources_of(run: RunConfig, stage: str) -> dict[str, Path]:
+    """Return, by name, the files that must not change once a stage is complete.
+
+    Those are the user's data and the base model, and the rows and the tokenizer that tokens were made with.
+    """
+    if stage == "tokenize":
+        names = (*TOKENIZED.values(), "base/model/tokenizer.json")
+        return {name: Path(run.out) / name for name in names if (Path(run.out) / name).exists()}
     given = {"distill": run.distill.source, "base": run.base}.get(stage)
     if given in (None, "generator", "random"):
-        return []
+        return {}
     path = Path(given)
-    return [path] if path.is_file() else sorted(p for glob in _READ[stage] for p in path.glob(glob))
+    if stage == "distill":
+        sources = sets_in(path).values() or [path]
+        files = [file for source in sources for file in files_of(source)]
+    else:
+        files = [p for glob in ("*.json", "*.safetensors") for p in path.glob(glob)]
+    return {str(p): p for p in sorted(files) if p.is_file()}
 
 
 def describe_sources(run: RunConfig, stage: str) -> dict[str, dict[str, Any]]:
     """Return the time of change, in ns, and the description of each file of `sources_of`."""
     return {
-        str(path): {"mtime_ns": path.stat().st_mtime_ns} | describe_file(path)
-        for path in sources_of(run, stage)
+        name: {"mtime_ns": path.stat().st_mtime_ns} | describe_file(path)
+        for name, path in sources_of(run, stage).items()
     }
 
 
@@ -80,7 +96,7 @@ def check_sources(
     run: RunConfig, stage: str, folder: Path, then: dict[str, dict[str, Any]]
 ) -> None:
     """Raise ValueError if a file that a complete stage was made from has changed. Of equal size and time, it is not read."""
-    now = {str(path): path for path in sources_of(run, stage)}
+    now = sources_of(run, stage)
     for name in sorted(then.keys() | now.keys()):
         changed = name not in then or name not in now
         if not changed:

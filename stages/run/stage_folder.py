@@ -4,6 +4,7 @@ runs/tiny/
   config.json        the whole config
   distill/ curate/   rows
   base/model/        what stage 1 starts from
+  tokenize/          the rows as token ids
   midtrain/ sft/ rollout_dpo/ rlvr/
     begun.json       what an unfinished stage was begun from: settings, inputs, and the files that a resumed run reads
     model/           the result, a Hugging Face folder
@@ -53,12 +54,13 @@ INPUTS = {
     "distill": [],
     "curate": ["distill"],
     "base": ["curate"],
-    "midtrain": ["base", "curate", "distill"],
-    "sft": ["midtrain", "curate", "distill"],
+    "tokenize": ["base", "curate", "distill"],
+    "midtrain": ["base", "tokenize"],
+    "sft": ["midtrain", "tokenize"],
     "rollout_dpo": ["sft", "curate", "distill"],
     "rlvr": ["rollout_dpo", "distill"],
-    "controls/sft_continued": ["sft", "curate", "distill", "rollout_dpo", "rlvr"],
-    "controls/rejection_sft": ["sft", "distill", "rollout_dpo", "rlvr"],
+    "controls/sft_continued": ["sft", "tokenize", "rollout_dpo", "rlvr"],
+    "controls/rejection_sft": ["sft", "tokenize", "rollout_dpo", "rlvr"],
     "controls/rl_without_dpo": ["sft", "distill", "rollout_dpo", "rlvr"],
     "controls/rl_without_uniform_length": ["distill", "rollout_dpo", "rlvr"],
     "controls/rl_without_rebalance": ["distill", "rollout_dpo", "rlvr"],
@@ -68,7 +70,16 @@ INPUTS = {
 # Settings that decide the result of every stage, in addition to its own.
 SHARED = ("seed", "model", "base", "chat_template", "rope_factors")
 # Settings of a stage that do not change its result: an unfinished stage may resume with others.
-FREE = ("micro_rows", "micro_examples", "micro_pairs", "micro_rollouts", "checkpoint_every")
+FREE = (
+    "micro_rows",
+    "micro_examples",
+    "micro_pairs",
+    "micro_rollouts",
+    "checkpoint_every",
+    "workers",
+)
+PACKING = "packing"
+"""the folder of arrays that rank 0 makes at each start of a stage"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +137,8 @@ class Stage:
         def opened() -> Stage:
             share = slice(world.rank, None, world.world_size)
             stage = cls.open(run, name, redo=redo, share=share)
-            begun = stage.path / BEGUN
-            if begun.exists() and not (redo or stage.complete):
-                if {path.name for path in stage.path.iterdir()} - {BEGUN, METRICS}:
-                    _check_origin(stage.path, read_sealed(begun), _origin(run, name))
+            if not (redo or stage.complete):
+                stage.check_begun()
             return stage
 
         # Every rank has looked before any removes or finishes something.
@@ -137,6 +146,12 @@ class Stage:
         if not stage.complete:
             on_main(world, lambda: stage.prepare(redo=redo))
         return stage
+
+    def check_begun(self) -> None:
+        """Raise ValueError if an unfinished stage that has made something was begun with other settings or inputs."""
+        begun = self.path / BEGUN
+        if begun.exists() and {p.name for p in self.path.iterdir()} - {BEGUN, METRICS, PACKING}:
+            _check_origin(self.path, read_sealed(begun), _origin(self.run, self.name))
 
     def prepare(self, *, redo: bool) -> None:
         """Make the folder; with `redo`, delete its content first. One rank calls it.
@@ -189,7 +204,7 @@ def settings(run: RunConfig, name: str) -> dict[str, Any]:
     config_of = {c: "rlvr" if "/rl_" in c else "sft" for c in INPUTS if c.startswith("controls/")}
     own = getattr(run, config_of.get(name, name), None)
     shared = {key: getattr(run, key) for key in SHARED}
-    if run.fp8 != "none":
+    if run.fp8 != "none" and name not in ("distill", "curate", "base", "tokenize"):
         shared |= {"fp8": run.fp8, "fp8_recipe": run.fp8_recipe}
     return json.loads(
         json.dumps(shared | ({name: to_dict(own)} if dataclasses.is_dataclass(own) else {}))

@@ -1,20 +1,21 @@
 """Parts that the four training stages share: data, model, optimizer, the steps with their log and checkpoints."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from phimini.kernels import linear_cross_entropy, linear_logprob
-from phimini.model.io.chat import TemplateName, encode_example
+from phimini.model.io.checked_files import read_sealed
 from phimini.model.io.huggingface import load_config
-from phimini.model.io.json_files import read_rows
+from phimini.model.io.json_files import atomic_file
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.parallel.checkpoint.save_load import (
     PendingCheckpoint,
@@ -30,7 +31,7 @@ from phimini.parallel.megatron.fp8 import Fp8, choose
 from phimini.parallel.megatron.hf_weights import export_hf, load_hf
 from phimini.parallel.megatron.layers import main_grad_of
 from phimini.parallel.ranks.layout import Layout
-from phimini.parallel.ranks.world import World, on_main
+from phimini.parallel.ranks.world import World, on_every, on_main
 from phimini.parallel.training.batch import PackedBatch, check_same_data
 from phimini.parallel.training.optimizer import (
     Optimizer,
@@ -40,50 +41,70 @@ from phimini.parallel.training.optimizer import (
 )
 from phimini.parallel.training.step import StepMetrics, forward_only
 from phimini.stages.config.schema import OptimizerSettings, RunConfig
-from phimini.stages.data.packing import Example, check_lengths
+from phimini.stages.data.packing import check_lengths
+from phimini.stages.data.token_files import TokenSet, fingerprint
 from phimini.stages.run.metrics import MetricsLog
-from phimini.stages.run.outputs import METRICS
-from phimini.stages.run.stage_folder import Interrupt, Stage, Stopped
+from phimini.stages.run.outputs import METRICS, SUMMARY, TOKENIZED
+from phimini.stages.run.stage_folder import PACKING, Interrupt, Stage, Stopped
 
 Row = dict[str, Any]
 T = TypeVar("T")
 
 
-def read_examples(
-    path: Path, tokenizer: Tokenizer, template: TemplateName, *, loss_on_question: bool = False
-) -> list[Example]:
-    """Return the rows' `question` and `response` as examples whose ids name file and line.
+def open_tokens(
+    run: RunConfig, world: World, start: str, folder: Path, *, loss_on_question: bool = False
+) -> tuple[TokenSet, TokenSet]:  # fmt: skip
+    """Return the token set in `folder` and the one of the validation, both mapped. Collective.
 
-    loss_on_question: train on the question's tokens too. Raises ValueError that names file and line.
+    start: the stage whose model is trained. loss_on_question: train on the question's tokens too. Raises ValueError if
+    tokenizer, chat template, a setting or a file is not that which the tokens were made with.
     """
-    rows = read_rows(path, {"question": str, "response": str})
-    examples = []
-    for line, row in enumerate(rows, 1):
-        try:
-            tokens, loss_from = encode_example(
-                tokenizer, row["question"], row["response"], template
-            )
-        except ValueError as error:
-            raise ValueError(f"{path}, line {line}, {error}") from error
-        examples.append(Example(f"{path}:{line}", tokens, 0 if loss_on_question else loss_from))
-    return examples
+    out = Path(run.out)
+
+    def opened() -> tuple[TokenSet, TokenSet]:
+        stage = Stage.open(run, "tokenize")
+        made = read_sealed(stage.path / SUMMARY)["fingerprint"]
+        model = out / start / "model"
+        for name, sha256 in fingerprint(Tokenizer.load(model), run.chat_template).items():
+            if made[name] != sha256:
+                raise ValueError(
+                    f"{stage.path}: was made with another {name} (sha256 {made[name]:.12}) than that of {model} "
+                    f"({sha256:.12}); run `phimini tokenize` with --redo"
+                )
+        validation = out / TOKENIZED["validation"]
+        rows = out / TOKENIZED.get(folder.name, f"{folder.relative_to(out)}.jsonl")
+        return (
+            TokenSet(folder, rows, loss_on_question=loss_on_question),
+            TokenSet(stage.path / "validation", validation, loss_on_question=loss_on_question),
+        )
+
+    return on_every(world, opened)
 
 
-def check_examples(
-    world: World,
-    stage: str,
-    examples: list[Example],
-    held_out: list[Example],
-    limit: int,
-    field: str,
+def check_tokens(
+    world: World, stage: str, sets: Iterable[TokenSet], limit: int, field: str
 ) -> None:
     """Check, before step 1, that examples have at most `limit` tokens and are the same on every rank. Collective.
 
     field: the setting that `limit` comes from. Raises ValueError, or DivergedError on every rank.
     """
-    check_lengths(examples + held_out, limit, field)
-    digests = [[example.digest() for example in some] for some in (examples, held_out)]
-    check_same_data(world, f"{stage}, before step 1", digests)
+    for tokens in sets:
+        check_lengths(tokens.lengths, limit, field, tokens.name_of)
+    check_same_data(world, f"{stage}, before step 1", [tokens.digest() for tokens in sets])
+
+
+def shared_array(
+    stage: Stage, world: World, name: str, make: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """Return an array that rank 0 makes and writes into the stage's folder, and that every rank maps. Collective."""
+    path = stage.path / PACKING / f"{name}.npy"
+
+    def write() -> None:
+        with atomic_file(path) as file:
+            np.save(file, make())
+
+    on_main(world, write)
+    return np.load(path, mmap_mode="r")
 
 
 def fp8_of(run: RunConfig, device: torch.device | None = None) -> Fp8 | None:

@@ -35,6 +35,7 @@ from phimini.stages.midtrain import midtrain
 from phimini.stages.rl import loss as policy_loss
 from phimini.stages.run import training
 from phimini.stages.run.stage_folder import Stage
+from phimini.stages.tokenize import tokenize
 from phimini.stages.verify import verdict as scorer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +95,7 @@ class Trace:
 
 
 def document(folder: Path) -> dict[str, list[str]]:
-    """Train one step of stage 1 on the tiny recipe."""
+    """Encode the rows of the tiny recipe, and train one step of stage 1 on them."""
     run = override(tiny(), [
         f"out={folder}", "processes=1", "distill.num_problems=60", "distill.num_prompts=20", "distill.num_heldout=24",
         "distill.num_validation=4", "curate.sft_examples=30", "midtrain.steps=1", "midtrain.rows_per_step=2",
@@ -102,12 +103,17 @@ def document(folder: Path) -> dict[str, list[str]]:
     ])  # fmt: skip
     for stage in (distill, curate, base):
         stage(run)
+    with Trace("write_shard", "Stage.record") as encoding:
+        tokenize(run)
     world = initialize(Layout(), preset("tiny"))
     loss: Any = training
     loss.linear_cross_entropy = functools.partial(loss.linear_cross_entropy, _backend="triton")
-    with Trace("read_examples", "Optimizer.step") as trace:
+    with Trace("open_tokens", "Optimizer.step") as training_step:
         midtrain(run, world)
-    return trace.files()
+    files = encoding.files()
+    for file, functions in training_step.files().items():
+        files[file] = list(dict.fromkeys([*files.get(file, []), *functions]))
+    return files
 
 
 def rollout(folder: Path) -> dict[str, list[str]]:

@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 
+from phimini.model.io.chat import encode_example
 from phimini.model.io.checked_files import read_sealed, write_sealed
 from phimini.model.io.json_files import read_rows, write_rows
+from phimini.model.io.tokenizer import train_tiny_tokenizer
 from phimini.stages import controls as module
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.controls import ARMS, WITHOUT, controls, summary
+from phimini.stages.data.token_files import TokenSet
 from phimini.stages.run.outputs import write_summary
 
+TOKENIZER = train_tiny_tokenizer(["1+2?"] * 9)
 NAMES = ("sft", "rollout_dpo", "rlvr")
 ALONE: Any = SimpleNamespace(
     is_main=True, rank=0, world_size=1, barrier=lambda: None,
@@ -34,7 +38,8 @@ def run(tmp_path: Path) -> RunConfig:
         {"question": "1+2?", "response": "4<|end|>", "correct": False},
     ]
     write_rows(tmp_path / "rollout_dpo" / "rollouts" / "000001.jsonl", rollouts)
-    for stage in ("distill", "curate", *NAMES):
+    TOKENIZER.save(tmp_path / "sft" / "model")
+    for stage in ("distill", "tokenize", *NAMES):
         steps, cpu = spent.get(stage, (0, 0.0))
         write_summary(
             tmp_path / stage,
@@ -60,8 +65,8 @@ def test_every_arm_trains_what_its_name_says(
         trained[stage.name] = what
         stage.finish({"steps": what["steps"], "seconds": 1.0, "cpu_seconds": 2.0})
 
-    def fine_tune(run: RunConfig, world: Any, stage: Any, start: str, rows: Path, *, steps: int):
-        finish(stage, start=start, rows=rows, steps=steps)
+    def fine_tune(run: RunConfig, world: Any, stage: Any, start: str, tokens: Path, *, steps: int):
+        finish(stage, start=start, tokens=tokens, steps=steps)
 
     def reinforce(run: RunConfig, world: Any, stage: Any, start: str):
         finish(stage, start=start, config=run.rlvr, steps=run.rlvr.steps)
@@ -75,11 +80,15 @@ def test_every_arm_trains_what_its_name_says(
 
     out = Path(run.out)
     assert trained["controls/sft_continued"] == {
-        "start": "sft", "rows": out / "curate" / "sft.jsonl", "steps": 900,
+        "start": "sft", "tokens": out / "tokenize" / "sft", "steps": 900,
     }  # fmt: skip
     own = trained["controls/rejection_sft"]
     assert (own["start"], own["steps"]) == ("sft", 900)
-    assert [r["response"] for r in read_rows(own["rows"], {"response": str})] == ["2", "4"]
+    rows = own["tokens"].with_suffix(".jsonl")
+    assert [r["response"] for r in read_rows(rows, {"response": str})] == ["2", "4"]
+    assert [e.tokens.tolist() for e in TokenSet(own["tokens"], rows)] == [
+        encode_example(TOKENIZER, *asked)[0] for asked in (("1+1?", "2"), ("1+3?", "4"))
+    ]
     no_dpo = trained["controls/rl_without_dpo"]
     assert (no_dpo["start"], no_dpo["steps"]) == ("sft", 50)
     assert no_dpo["config"] == dataclasses.replace(run.rlvr, steps=50)

@@ -169,8 +169,8 @@ def test_own_data_that_is_no_folder_is_named(run: RunConfig, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("prompts.jsonl", {"id": "p1", "question": "What is 77 + 88?", "answer": "165"}, "prompts.jsonl, line 2, field 'id': expected another one than in .*line 1, got 'p1'"),
-        ("heldout.jsonl", {"id": "h1", "question": "What is 777 + 88?", "answer": "865"}, "heldout.jsonl, line 3, field 'id': expected another one than in .*line 1, got 'h1'"),
+        ("prompts.jsonl", {"id": "p1", "question": "What is 77 + 88?", "answer": "165"}, "prompts.jsonl, line 2, field 'id': expected one that no earlier row has, got 'p1'"),
+        ("heldout.jsonl", {"id": "h1", "question": "What is 777 + 88?", "answer": "865"}, "heldout.jsonl, line 3, field 'id': expected one that no earlier row has, got 'h1'"),
         ("rollouts.jsonl", {"problem_id": "r1", "question": "What is 7 + 88?", "answer": "95", "response": "96"}, "rollouts.jsonl, line 2, field 'problem_id': 'r1' stands for two questions"),
     ],
     ids=lambda x: x if isinstance(x, str) and x.endswith("l") else "",

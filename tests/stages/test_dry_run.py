@@ -117,7 +117,7 @@ def break_out(run: RunConfig) -> RunConfig:
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
-        (break_nothing_there, ["base=nowhere: expected a Hugging Face folder", "distill.source=nodata: expected a file of rollouts, or a folder"]),
+        (break_nothing_there, ["base=nowhere: expected a Hugging Face folder", "distill.source=nodata: expected a file or folder of rollouts"]),
         (break_other_model, ["config.json: num_layers is 3, but model=tiny has 4"]),
         (break_other_table, ["config.json: the model was trained with its short rope table, got rope_factors=long; expected rope_factors=short"]),
         (break_lost_tensor_file, ["safetensors"]),

@@ -131,7 +131,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(finished: Path, tmp_path:
     """SIGINT in the middle, then the same command: the same losses as an uninterrupted run."""
     run = tmp_path / "interrupted"
     run.mkdir()
-    for name in ("distill", "curate", "base"):
+    for name in ("distill", "curate", "base", "tokenize"):
         os.symlink(finished / name, run / name)
     words = ["midtrain", "tiny", f"out={run}", *MICRO]
     process = run_command(*words)
@@ -175,14 +175,14 @@ def test_an_interrupted_stage_does_not_go_on_as_another(
 ) -> None:
     """A stage must not continue with another seed; its summary would name only the second seed."""
     run = tmp_path / "run"
-    for name in ("distill", "curate", "base"):
+    for name in ("distill", "curate", "base", "tokenize"):
         shutil.copytree(finished / name, run / name)
     words = ["midtrain", "tiny", f"out={run}", *MICRO]
     assert stopped_at_step(words, 3) == 130
     if change == "curate":
         assert command(["curate", *words[1:], "--redo"]) == 0
         assert command(words) == 2
-        assert "midtrain: curate was made again since; use --redo" in capfd.readouterr().err
+        assert "tokenize: curate was made again since; use --redo" in capfd.readouterr().err
     else:
         assert command([*words, change]) == 2
         assert f"midtrain was made with {change.split('=')[0]}=" in capfd.readouterr().err
@@ -203,7 +203,7 @@ LOST = {
 def test_an_interrupted_stage_does_not_go_on_without_its_files(
     name: str, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    for stage in ("distill", "curate", "base"):
+    for stage in ("distill", "curate", "base", "tokenize"):
         os.symlink(finished / stage, tmp_path / stage)
     words = ["midtrain", "tiny", f"out={tmp_path}", *MICRO]
     assert stopped_at_step(words, 2) == 130
@@ -223,7 +223,7 @@ def test_an_interrupted_stage_does_not_go_on_without_its_files(
 def test_a_stage_that_failed_before_it_made_anything_may_begin_otherwise(
     finished: Path, tmp_path: Path
 ) -> None:
-    for name in ("distill", "curate", "base"):
+    for name in ("distill", "curate", "base", "tokenize"):
         os.symlink(finished / name, tmp_path / name)
     words = ["midtrain", "tiny", f"out={tmp_path}", *MICRO]
     assert command([*words, "midtrain.sequence_length=20"]) == 2
@@ -235,7 +235,7 @@ def test_sigterm_to_torchrun_saves_and_says_how_to_go_on(finished: Path, tmp_pat
     """Like a preemption under the launch scripts: torchrun forwards the signal and waits for the ranks."""
     run = tmp_path / "preempted"
     run.mkdir()
-    for name in ("distill", "curate", "base"):
+    for name in ("distill", "curate", "base", "tokenize"):
         os.symlink(finished / name, run / name)
     words = ["midtrain", "tiny", f"out={run}", *MICRO, "midtrain.steps=400"]
     process = subprocess.Popen(
@@ -261,7 +261,7 @@ def test_a_rank_killed_in_a_step_under_torchrun_ends_the_others_and_is_named(
     """kill -9 during a step; then the same command resumes from the last checkpoint."""
     run = tmp_path / "killed"
     run.mkdir()
-    for name in ("distill", "curate", "base"):
+    for name in ("distill", "curate", "base", "tokenize"):
         os.symlink(finished / name, run / name)
     words = ["midtrain", "tiny", f"out={run}", "tensor_parallel=2", *MICRO, "midtrain.steps=60",
              "midtrain.checkpoint_every=2", "midtrain.validate_every=60"]  # fmt: skip
@@ -289,7 +289,7 @@ def test_a_rank_killed_in_a_step_under_torchrun_ends_the_others_and_is_named(
 def test_a_rank_that_hangs_is_named_within_the_run_s_deadline(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    for name in ("distill", "curate", "base"):
+    for name in ("distill", "curate", "base", "tokenize"):
         os.symlink(finished / name, tmp_path / name)
     load = training.load_hf
 
@@ -311,7 +311,7 @@ def test_a_full_disk_ends_with_one_clear_line(
     processes: int, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     """A limit on the size of a file simulates the full disk."""
-    for name in ("distill", "curate", "base"):
+    for name in ("distill", "curate", "base", "tokenize"):
         os.symlink(finished / name, tmp_path / name)
     words = ["midtrain", "tiny", f"out={tmp_path}", *MICRO, "midtrain.checkpoint_every=2"]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -331,9 +331,9 @@ def test_tensor_parallel_under_torchrun_gives_the_same_first_losses(
     finished: Path, tmp_path: Path
 ) -> None:
     for stage, inputs in {
-        "midtrain": ("distill", "curate", "base"),
-        "sft": ("distill", "curate", "base", "midtrain"),
-        "rollout_dpo": ("distill", "curate", "base", "midtrain", "sft"),
+        "midtrain": ("distill", "curate", "base", "tokenize"),
+        "sft": ("distill", "curate", "base", "tokenize", "midtrain"),
+        "rollout_dpo": ("distill", "curate", "base", "tokenize", "midtrain", "sft"),
     }.items():
         run = tmp_path / stage
         run.mkdir()
@@ -390,7 +390,7 @@ def test_a_document_longer_than_the_sequence_is_named(
 ) -> None:
     run = tmp_path / "short"
     run.mkdir()
-    for name in ("distill", "curate", "base"):
+    for name in ("distill", "curate", "base", "tokenize"):
         os.symlink(finished / name, run / name)
     assert command(["midtrain", "tiny", f"out={run}", *MICRO, "midtrain.sequence_length=20"]) == 2
     assert re.search(
@@ -412,5 +412,5 @@ def test_malformed_training_rows_name_file_and_line(
         file.write('{"question": "unfinished\n')
     summary = read_sealed(run / "curate" / "summary.json")
     write_summary(run / "curate", {k: v for k, v in summary.items() if k != "files"})
-    assert command(["midtrain", "tiny", f"out={run}", *MICRO]) == 2
+    assert command(["tokenize", "tiny", f"out={run}", *MICRO]) == 2
     assert re.search(r"midtrain.jsonl.*line \d+", capfd.readouterr().err)

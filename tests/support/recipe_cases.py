@@ -27,6 +27,6 @@ def command(words: list[str]) -> int:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a micro run up to stage 3. Stage 4 needs prompts that the model sometimes answers, which this one lacks."""
     run = tmp_path_factory.mktemp("runs") / "micro"
-    for verb in ("distill", "curate", "base", "midtrain", "sft", "rollout_dpo"):
+    for verb in ("distill", "curate", "base", "tokenize", "midtrain", "sft", "rollout_dpo"):
         assert command([verb, "tiny", f"out={run}", *MICRO]) == 0
     return run

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from forked_ranks import run_ranks
 from parity_cases import GROUPS, config, poison_uninitialised_memory, share_of  # noqa: F401
@@ -20,7 +21,7 @@ from phimini.parallel.training.batch import DivergedError, check_same_data, dige
 from phimini.stages import midtrain, rlvr, rollout_dpo, sft
 from phimini.stages.cli import dispatch, main
 from phimini.stages.data import packing
-from phimini.stages.run.training import read_examples
+from phimini.stages.data.token_files import TokenSet
 from phimini.stages.verify import verdict as scorer
 
 Plant = Callable[[], None]
@@ -70,17 +71,28 @@ def test_the_ranks_that_differ_are_named_on_every_rank(
 # --- each stage --------------------------------------------------------------------------------------
 def other_order() -> None:
     """Change the order in the second step, if there is one."""
+    modules: list[Any] = [midtrain, sft]
+    for module in modules:
+        shared: Any = module.shared_array
+
+        def other(stage: Any, world: Any, name: str, make: Any, shared: Any = shared) -> np.ndarray:
+            array = shared(stage, world, name, make)
+            return np.concatenate([array[:1], array[1:, ::-1]]) if name == "steps" else array
+
+        module.shared_array = other
     batch = packing.EpochSampler.batch
     packing.EpochSampler.batch = lambda self, step: batch(self, step)[:: -1 if step else 1]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def other_file() -> None:
-    def read(*arguments: Any, **options: Any) -> list:
-        examples = read_examples(*arguments, **options)
-        examples[-1].tokens[-1] += 1
-        return examples
+    """Open token files of which a document has another checksum."""
+    init = TokenSet.__init__
 
-    midtrain.read_examples = sft.read_examples = read
+    def other(self: TokenSet, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        self._checksums[-1] = self._checksums[-1] ^ np.uint32(1)
+
+    TokenSet.__init__ = other
 
 
 def other_pairs() -> None:
@@ -130,7 +142,7 @@ PLANTED = [
 
 def inputs_of(run: Path, folder: Path, stage: str) -> None:
     """Link to the inputs of `stage` of the finished `run`."""
-    for name in ("distill", "curate", "base", "midtrain", "sft"):
+    for name in ("distill", "curate", "base", "tokenize", "midtrain", "sft"):
         if name == stage:
             return
         os.symlink(run / name, folder / name)

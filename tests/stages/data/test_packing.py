@@ -1,10 +1,12 @@
 import dataclasses
 import types
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing_cases import best_fit_of_lists
 from rl_run import rollout_of
 
 from phimini.model.config import preset
@@ -27,16 +29,17 @@ from phimini.stages.rlvr import rollout_batches
 
 def test_targets_are_the_next_tokens_of_the_answer_only() -> None:
     example = Example("a", [10, 11, 12, 13, 14], loss_from=3)
-    assert example.inputs == [10, 11, 12, 13]
-    assert example.targets == [IGNORE, IGNORE, 13, 14]
+    assert example.inputs.tolist() == [10, 11, 12, 13]
+    assert example.targets.tolist() == [IGNORE, IGNORE, 13, 14]
     assert len(example) == 4
-    assert documents([example])[0].targets == example.targets
+    assert list(documents([example])[0].targets) == [IGNORE, IGNORE, 13, 14]
 
 
 def test_loss_on_the_question_trains_every_token_but_the_first() -> None:
-    assert Example("a", [10, 11, 12], loss_from=0).targets == [11, 12]
+    assert Example("a", [10, 11, 12], loss_from=0).targets.tolist() == [11, 12]
 
 
+@settings(deadline=None)  # a busy machine
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=80))
 def test_best_fit_places_every_document_once_within_capacity(lengths: list[int]) -> None:
     rows = best_fit(lengths, 50)
@@ -47,6 +50,28 @@ def test_best_fit_places_every_document_once_within_capacity(lengths: list[int])
     assert sum(total <= 25 for total in totals) <= 1
 
 
+@settings(deadline=None)
+@given(st.integers(1, 60).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), min_size=1, max_size=120))))  # fmt: skip
+def test_best_fit_gives_the_rows_of_one_document_at_a_time(case: tuple[int, list[int]]) -> None:
+    capacity, lengths = case
+    assert list(best_fit(lengths, capacity)) == best_fit_of_lists(lengths, capacity)
+
+
+def test_rows_of_log_normal_lengths_are_full_and_no_document_is_split() -> None:
+    """Lengths of reasoning traces, in stage 1's rows."""
+    lengths = np.random.default_rng(0).lognormal(8.1, 0.8, 100_000).astype(int).clip(20, 16_384)
+    rows = best_fit(lengths, 16_384)
+    assert np.array_equal(np.sort(rows.documents), np.arange(len(lengths)))
+    totals = np.add.reduceat(lengths[rows.documents], np.concatenate([[0], rows.ends[:-1]]))
+    assert totals.max() <= 16_384 and lengths.sum() / (len(rows) * 16_384) > 0.97
+
+
+def test_the_batches_of_all_steps_are_those_of_each() -> None:
+    for items, size, steps in ((10, 4, 9), (3, 5, 7), (7, 7, 3)):
+        sampler = EpochSampler(items, size, seed=1)
+        assert sampler.batches(steps).tolist() == [sampler.batch(step) for step in range(steps)]
+
+
 def test_best_fit_fills_rows() -> None:
     rows = best_fit([6, 4, 5, 5, 3, 7], 10)
     assert sorted(sorted(row) for row in rows) == [[0, 1], [2, 3], [4, 5]]
@@ -54,7 +79,7 @@ def test_best_fit_fills_rows() -> None:
 
 def test_a_document_longer_than_the_sequence_is_named() -> None:
     with pytest.raises(ValueError, match=r"rows.jsonl:7: 4 tokens, but sft.sequence_length is 3"):
-        check_lengths([Example("rows.jsonl:7", [1, 2, 3, 4, 5], 0)], 3, "sft.sequence_length")
+        check_lengths([3, 4], 3, "sft.sequence_length", lambda i: f"rows.jsonl:{6 + i}")
 
 
 @given(st.lists(st.integers(1, 1000), max_size=60), st.integers(1, 5))
@@ -77,6 +102,7 @@ def test_an_epoch_holds_every_item_once_and_epochs_differ() -> None:
     assert EpochSampler(10, 4, seed=4).batch(0) != sampler.batch(0)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
 def test_no_item_stands_twice_in_a_step(num_items: int, batch_size: int, seed: int) -> None:
     sampler = EpochSampler(num_items, batch_size, seed)

@@ -13,10 +13,10 @@ import pytest
 from fuzz import fuzz, text, value
 
 from phimini.model.config import preset
-from phimini.stages.check_rows import PROBLEM_FILES, ROLLOUT_FILES
 from phimini.stages.config.recipes import recipe_config
 from phimini.stages.config.schema import override
 from phimini.stages.curate import curate
+from phimini.stages.data.own_rows import SETS
 from phimini.stages.distill import distill
 from phimini.stages.dry_run import check_inputs
 
@@ -74,9 +74,9 @@ def test_random_rows(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             source = tmp_path / "rows.jsonl"
             file(rng, source, 16)
         else:
-            for name in ROLLOUT_FILES + PROBLEM_FILES:
+            for name in SETS:
                 if rng.random() < 0.97:
-                    file(rng, source / name, 6)
+                    file(rng, source / f"{name}.jsonl", 6)
         words = [f"out={tmp_path}/run", f"distill.source={source}", "distill.num_heldout=2", "distill.num_validation=2"]  # fmt: skip
         run = override(recipe_config("tiny"), [*words, "curate.sft_examples=8"])
         found = check_inputs(run, preset("tiny"))

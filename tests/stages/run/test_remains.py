@@ -32,7 +32,7 @@ def tree(out: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    for verb in ("distill", "curate", "base", "midtrain"):
+    for verb in ("distill", "curate", "base", "tokenize", "midtrain"):
         assert run_ranks(main, 1, [verb, "tiny", f"out={out}", *MICRO]) == [0]
     return out
 

@@ -25,7 +25,7 @@ MICRO = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "micro"
-    for verb in ("distill", "curate", "base"):
+    for verb in ("distill", "curate", "base", "tokenize"):
         assert run_ranks(main, 1, [verb, "tiny", f"out={run}", *MICRO]) == [0]
     return run
 
@@ -46,7 +46,7 @@ def test_sigterm_outside_the_step_loop_saves_what_there_is(
     capfd: pytest.CaptureFixture,
 ) -> None:
     """Before the loop there is no state. After it the export is finished, as no checkpoint has the last steps."""
-    for name in ("distill", "curate", "base"):
+    for name in ("distill", "curate", "base", "tokenize"):
         os.symlink(data / name, tmp_path / name)
     words = ["midtrain", "tiny", f"out={tmp_path}", *MICRO]
     action = getattr(training, moment)
@@ -77,7 +77,7 @@ def test_sigterm_outside_the_step_loop_saves_what_there_is(
 
 @pytest.mark.parametrize("output", ["full", "closed pipe", "closed", "ascii terminal"])
 def test_output_never_ends_a_run(output: str, data: Path, tmp_path: Path) -> None:
-    for name in ("distill", "curate", "base"):
+    for name in ("distill", "curate", "base", "tokenize"):
         os.symlink(data / name, tmp_path / name)
     words = ["midtrain", "tiny", f"out={tmp_path}", *MICRO]
 

@@ -15,8 +15,8 @@ from phimini.stages.run.stage_folder import INPUTS
 HOW = ("flip", "cut", "delete", "empty", "swap")
 # The next reader of a complete stage's files, which are compared by size alone until then.
 READERS = {
-    "distill": ["curate", "--redo"], "curate": ["midtrain", "--redo"], "base": ["midtrain", "--redo"],
-    "midtrain": ["sft", "--redo"], "sft": ["rollout_dpo", "--redo"], "rollout_dpo": ["rlvr", "--redo"],
+    "distill": ["curate", "--redo"], "curate": ["tokenize", "--redo"], "base": ["midtrain", "--redo"],
+    "tokenize": ["midtrain", "--redo", "midtrain.steps=12"], "tokenize/sft": ["sft", "--redo"], "midtrain": ["sft", "--redo"], "sft": ["rollout_dpo", "--redo"], "rollout_dpo": ["rlvr", "--redo"],
     "rlvr": ["evaluate", "stage=rlvr", "--redo"], "evaluate": ["report"], "results.json": ["report"],
 }  # fmt: skip
 
@@ -106,9 +106,10 @@ def answer(damage: Damage, run: Path, out: Path, reference: dict[str, Any]) -> A
 def commands(damage: Damage, out: Path) -> Iterator[list[str]]:
     """Yield the words of the recipe and, for a finished run, of the next reader of the damaged file."""
     yield words_of(out)
-    stage = damage.file.split("/")[0]
-    if damage.run == "finished" and stage in READERS:
-        verb, *more = READERS[stage]
+    stage, part = damage.file.split("/")[0], "/".join(damage.file.split("/")[:2])
+    reader = READERS.get(part, READERS.get(stage))
+    if damage.run == "finished" and reader is not None:
+        verb, *more = reader
         yield (
             ["report", "tiny", f"out={out}"]
             if verb == "report"

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from phimini.model.io.tokenizer import train_tiny_tokenizer
-from phimini.stages.check_rows import check_files
+from phimini.model.io.chat import encode_example
+from phimini.model.io.tokenizer import Tokenizer, train_tiny_tokenizer
 from phimini.stages.config.recipes import recipe_config
 from phimini.stages.config.schema import RunConfig, override
 from phimini.stages.curate import curate
+from phimini.stages.data import check_rows
+from phimini.stages.data.token_files import shards_of, write_shard
 from phimini.stages.distill import distill
-from phimini.stages.run.training import read_examples
+from phimini.stages.rl.groups import check_room
 
 TOKENIZER = train_tiny_tokenizer(["Is 12 odd? a: \\boxed{0}"])
 
@@ -22,6 +24,12 @@ def rollouts(number: int = 60, right: bool = True) -> list[dict]:
         for n in range(1000, 1000 + number)
         for k in "ab"
     ]  # fmt: skip
+
+
+def check_files(run: RunConfig, source: Path, tokenizer: Tokenizer | None) -> list[str]:
+    return check_rows.check_files(
+        run, source, tokenizer, lambda prompts: check_room(prompts, run.rlvr, "rlvr"), told=print
+    )
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -119,4 +127,16 @@ def test_an_example_that_cannot_be_encoded_is_named_by_line(tmp_path: Path) -> N
     rows[33]["response"] = "see <|end|>"
     path = write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ValueError, match=r"rows.jsonl, line 34, response: expected plain text"):
-        read_examples(path, TOKENIZER, "instruct")
+        for shard in shards_of(path, tmp_path / "tokens"):
+            write_shard(shard, TOKENIZER, "instruct")
+    assert not list((tmp_path / "tokens").iterdir()), "half a shard was left"
+
+
+def test_the_amount_of_the_rollouts_is_told(run: RunConfig, tmp_path: Path) -> None:
+    path, told = write(tmp_path / "rows.jsonl", rollouts(300)), []
+    run = override(run, ["tokenize.workers=2"])
+    assert check_rows.check_files(run, path, TOKENIZER, lambda prompts: None, told.append) == []
+    tokens = sum(len(encode_example(TOKENIZER, r["question"], r["response"])[0]) for r in rollouts(300))  # fmt: skip
+    (line,) = told
+    assert line.startswith(f"{path}: 600 rollouts of about {tokens / 1e6:,.3g} M tokens; all of them are {4 * tokens / 1e9:,.3g} GB")  # fmt: skip
+    assert line.endswith(" hours of encoding in 2 processes")
