@@ -9,6 +9,7 @@ import torch
 from phimini.bench.gate.environment import environment
 from phimini.bench.gate.rows import Row
 from phimini.bench.ops.harness import PEAKS
+from phimini.parallel.attention.core import attention_name
 from phimini.parallel.ranks.timing import PHASES, Step
 from phimini.parallel.ranks.world import World
 from phimini.stages.config.schema import RunConfig
@@ -124,6 +125,7 @@ def make_row(
             "gemm_flops_per_second": gemm,
             "gemm_share": achieved / gemm,
             "mfu": None if peak is None else achieved / peak,
+            "attention": attention_name(world.device),
             "tokens_per_step": statistics.median(s.counts["tokens"] for s in training),
             "sampled_tokens_per_step": statistics.median(s.counts["sampled_tokens"] for s in steps),
             "peak_rss_bytes": max(peak_rss) if peak_rss else None,
@@ -162,7 +164,7 @@ def describe(row: Row) -> str:
     seconds = "CPU s" if "cpu" in row.unit else "s"
     alarm = f", MORE THAN {100 * OUTSIDE_LIMIT:g}" if too_much_outside(row) else ""
     measured_against = (
-        f"MFU {100 * info['mfu']:.1f} % of dense bf16"
+        f"MFU {100 * info['mfu']:.1f} % of dense bf16 with {info['attention']}"
         if info["mfu"] is not None
         else f"{100 * info['gemm_share']:.1f} % of a measured matrix product's {info['gemm_flops_per_second'] / 1e9:.0f}"
     )

@@ -20,13 +20,22 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from phimini.kernels.backend.launch import on_gpu
 from phimini.kernels.rope import rope
 from phimini.model.config import ModelConfig
 from phimini.model.rope import rope_table
-from phimini.parallel.attention.blocks import cpu_backward, cpu_forward, kernel_for
+from phimini.parallel.attention.blocks import (
+    CPU,
+    FLASH_2,
+    cpu_backward,
+    cpu_forward,
+    kernel_for,
+    kernel_of,
+)
 from phimini.parallel.attention.context_parallel import (
+    Block,
     Piece,
     blocks_of_hop,
     gather_keys,
@@ -35,11 +44,6 @@ from phimini.parallel.attention.context_parallel import (
     rows_of_rank,
 )
 from phimini.parallel.attention.ring import Hops, ring_attention
-
-try:
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-except ImportError:
-    flash_attn_varlen_func = None
 
 
 @dataclass
@@ -201,26 +205,47 @@ def _attend_cpu(
     return _CpuAttention.apply(q_THK, k_SGK, v_SGK, documents.pieces, scale)  # pyright: ignore[reportReturnType]
 
 
+class _GpuAttention(torch.autograd.Function):
+    """All documents in one call of the GPU's kernel, which aligns a piece's last query with its last key."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> Tensor:
+        kernel = kernel_for(q)
+        out, lse = kernel.forward(q, k, v, block, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.settings = block, scale, kernel
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        block, scale, kernel = ctx.settings
+        return *kernel.backward(dout.contiguous(), *ctx.saved_tensors, block, scale), None, None
+
+
 def _attend_cuda(
     q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, documents: PackedDocuments, scale: float
 ) -> Tensor:
-    """Call flash-attn's kernel, or torch's build of it. Both align a piece's last query with its last key."""
     if documents.key_rows is not None:
         # The kernel needs the keys of each piece to be contiguous. The keys of two pieces of one document overlap,
         # because both begin at the document's start.
         k_SGK, v_SGK = (x.index_select(0, documents.key_rows) for x in (k_SGK, v_SGK))
-    lengths = (
-        documents.cu_seqlens_q, documents.cu_seqlens_kv, documents.max_seqlen_q, documents.max_seqlen_kv,
+    block = Block(
+        0, len(q_THK), 0, len(k_SGK), documents.cu_seqlens_q, documents.cu_seqlens_kv,
+        documents.max_seqlen_q, documents.max_seqlen_kv, True, (),
     )  # fmt: skip
-    if flash_attn_varlen_func is not None:
-        return flash_attn_varlen_func(
-            q_THK, k_SGK, v_SGK, *lengths, softmax_scale=scale, causal=True
-        )
-    from torch.nn.attention.varlen import varlen_attn  # registers CUDA operators when imported
+    return _GpuAttention.apply(q_THK, k_SGK, v_SGK, block, scale)  # pyright: ignore[reportReturnType]
 
-    return varlen_attn(
-        q_THK, k_SGK, v_SGK, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=True
-    )  # pyright: ignore[reportReturnType]
+
+def attention_name(device: torch.device) -> str:
+    """Return the name of the device's attention kernel, and on Hopper and Blackwell whether it is not the chip's."""
+    if device.type == "cpu":
+        return CPU.name
+    capability = torch.cuda.get_device_capability(device)
+    kernel = kernel_of(capability)
+    if kernel is FLASH_2 and capability[0] in (9, 10):
+        return f"{kernel.name}, which is not made for this GPU (flash-attn-4 is not installed)"
+    return kernel.name
 
 
 def rotate_and_attend(qkv_TGNK: Tensor, documents: PackedDocuments, scale: float) -> Tensor:

@@ -29,11 +29,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.parallel_state import RankGenerator
 
+from phimini.parallel.attention.core import attention_name
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.machine import cpu_name
 
 DEADLINE_S = 60.0
-_PACKAGES = ("phimini", "torch", "triton", "megatron-core", "transformer-engine", "flash-attn", "vllm")  # fmt: skip
+_PACKAGES = ("phimini", "torch", "triton", "megatron-core", "transformer-engine", "flash-attn-4", "vllm")  # fmt: skip
 _VARIABLES = ("NCCL_", "TORCH_NCCL_", "CUDA_DEVICE_MAX_CONNECTIONS", "NVTE_", "PYTORCH_")
 _GEMM_SIZE = {"cpu": 256, "cuda": 2048}
 _REDUCED_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
@@ -153,6 +154,7 @@ def _join() -> tuple[dist.Store, int, int]:
 
 def _facts(device: torch.device) -> dict[str, Any]:
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    versions["attention"] = attention_name(device)
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -28,21 +28,20 @@ CHECKS = (
         ),
     ),
     Check(
-        what="flash-attn under packed documents: values and gradients",
+        what="the chip's attention kernel under packed documents: values and gradients",
         command="pytest tests/parallel/attention/test_attention.py -m gpu",
-        without_a_gpu="the call is bound to flash-attn's signature and answered by the formula",
+        without_a_gpu="the calls are bound to recorded signatures and answered by the formula",
         tests=(
             "tests/parallel/attention/test_attention.py::test_flash_attention_and_gradients_match_the_formula",
         ),
     ),
     Check(
-        what="the blocks of the context-parallel ring: flash-attn and torch's build of it, given the whole attention's lse",
+        what="the blocks of the context-parallel ring: FlashAttention 2, 3 or 4, given the whole attention's lse",
         command="pytest tests/parallel/attention/test_attention_blocks.py -m gpu",
-        without_a_gpu="the calls are bound to signatures recorded from flash-attn's source and answered by the formula; "
-        "the ring itself runs over gloo",
+        without_a_gpu="the calls are bound to signatures recorded from flash-attn-4's and flash_attn_3's sources and answered "
+        "by the formula; flash-attn-4's kernels are compiled for sm_90 and sm_100; the ring itself runs over gloo",
         tests=(
             "tests/parallel/attention/test_attention_blocks.py::test_flash_blocks_match_the_formula_on_a_gpu",
-            "tests/parallel/attention/test_attention_blocks.py::test_the_installed_flash_attn_has_the_recorded_signatures",
         ),
     ),
     Check(

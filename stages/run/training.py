@@ -17,6 +17,7 @@ from phimini.model.io.checked_files import read_sealed
 from phimini.model.io.huggingface import load_config
 from phimini.model.io.json_files import atomic_file
 from phimini.model.io.tokenizer import Tokenizer
+from phimini.parallel.attention.core import attention_name
 from phimini.parallel.checkpoint.save_load import (
     PendingCheckpoint,
     begin_checkpoint,
@@ -180,7 +181,14 @@ class Progress:
         self.pending: PendingCheckpoint | None = None
 
     def resume(self) -> int:
-        """Load the newest checkpoint, if there is one. Return the number of steps that are done. Collective."""
+        """Load the newest checkpoint, if there is one. Return the number of steps that are done. Collective.
+
+        Rank 0 prints the name of the attention kernel.
+        """
+        if self.world.is_main:
+            print(
+                f"{self.stage.name}: attention by {attention_name(self.world.device)}", flush=True
+            )
         self.state |= {"seconds": 0.0, "cpu_seconds": 0.0}
         if latest_step(self.path) is None:
             return 0

@@ -1,7 +1,8 @@
-"""Attention blocks recorded from flash-attn, replayed on a CPU."""
+"""The formula of an attention block, and flash-attn-4's calls on a CPU: its recorded signatures, answered by the formula."""
 
 import inspect
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,15 @@ def formula(
 
 
 def formula_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, scale: float = SCALE
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return this block's part of the gradients, by autograd, of its attention weighted by its share of the whole sum.
 
     d(whole out) = share * d(block out) + share * (block out - whole out) d(block lse)
     """
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     with torch.enable_grad():
-        block_out, block_lse = formula(q, k, v, block)
+        block_out, block_lse = formula(q, k, v, block, scale)
         share = (block_lse.detach() - lse).exp()
         weight = (dout * (block_out.detach() - out)).sum(-1).T
         total = (dout * share.T[..., None] * block_out).sum() + (share * weight * block_lse).sum()
@@ -53,29 +54,26 @@ def formula_backward(
     return dq, dk, dv
 
 
-# --- flash-attn, without a GPU -------------------------------------------------------------------
-def recorded(name: str) -> inspect.Signature:
+# --- flash-attn-4, without a GPU -----------------------------------------------------------------
+def bound(name: str, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Return the call's arguments by name, with the checks of flash_attn/cute/interface.py."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Signature(
+    signature = inspect.Signature(
         [
             inspect.Parameter(p, kind, default=inspect.Parameter.empty if needed else None)
-            for p, needed in RECORDED["signatures"][name]
+            for p, needed in RECORDED["flash-attn-4"]["signatures"][name]
         ]
     )
-
-
-def bound(name: str, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """Return the call's arguments by name, with the checks of mha_varlen_fwd and mha_varlen_bwd."""
-    a = recorded(name).bind(*args, **kwargs).arguments
+    a = signature.bind(*args, **kwargs).arguments
     q, k, v = a["q"], a["k"], a["v"]
     assert all(x.stride(-1) == 1 and x.dtype == q.dtype for x in (q, k, v))
     assert a["cu_seqlens_q"].dtype == a["cu_seqlens_k"].dtype == torch.int32
     assert a["cu_seqlens_q"][-1] == len(q) and a["cu_seqlens_k"][-1] == len(k) == len(v)
     assert a["max_seqlen_q"] >= a["cu_seqlens_q"].diff().max()
     assert a["max_seqlen_k"] >= a["cu_seqlens_k"].diff().max()
-    assert a["dropout_p"] == 0.0 and a.get("softcap", 0.0) == 0.0
-    assert a.get("window_size_left", -1) == a.get("window_size_right", -1) == -1
-    assert a.get("alibi_slopes") is None
+    names = ("q", "k", "v", "out", "dout", "lse", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
+             "softmax_scale", "causal", "return_lse")  # fmt: skip
+    assert set(a) <= set(names), f"nothing else is ours to set: {set(a) - set(names)}"
     return a
 
 
@@ -85,23 +83,26 @@ def block_in(a: dict[str, Any]) -> Block:
     return Block(0, len(a["q"]), 0, len(a["k"]), *ends, a["causal"], lengths)
 
 
-def recorded_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Replace flash_attn 2.8's `_flash_attn_varlen_forward`: out, softmax_lse (H, total q), S_dmask, rng_state."""
-    a = bound("_flash_attn_varlen_forward", args, kwargs)
+def recorded_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, None, None, None]:
+    """Replace `_flash_attn_fwd`: out, lse (H, total q), and what only other kernels return."""
+    a = bound("_flash_attn_fwd", args, kwargs)
+    assert a["return_lse"] is True, "an autograd.Function's tensors require no gradient"
     out, lse = formula(a["q"], a["k"], a["v"], block_in(a), a["softmax_scale"])
-    return out, lse.float().contiguous(), torch.empty(0), torch.zeros(2, dtype=torch.int64)
+    return out, lse.float().contiguous(), None, None, None
 
 
-def recorded_backward(*args: Any, **kwargs: Any) -> Tensor:
-    """Replace flash_attn 2.8's `_flash_attn_varlen_backward`: fill dq, dk, dv; return softmax_d."""
-    a = bound("_flash_attn_varlen_backward", args, kwargs)
-    lse, block = a["softmax_lse"], block_in(a)
-    assert lse.dtype == torch.float32 and lse.is_contiguous(), "the kernel reads lse by its address"
+def recorded_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace `_flash_attn_bwd`: dq, dk, dv."""
+    a = bound("_flash_attn_bwd", args, kwargs)
+    lse = a["lse"]
+    assert lse.dtype == torch.float32 and lse.is_contiguous()
     assert lse.shape == (a["q"].shape[1], len(a["q"])) and a["out"].dtype == a["dout"].dtype
-    assert a["deterministic"] is False and a["softmax_scale"] == SCALE
     dout, q, k, v, out = (a[name].double() for name in ("dout", "q", "k", "v", "out"))
-    gradients = formula_backward(dout, q, k, v, out, lse.double(), block)
-    for name, gradient in zip(("dq", "dk", "dv"), gradients, strict=True):
-        assert a[name].is_contiguous() and a[name].dtype == a["q"].dtype
-        a[name].copy_(gradient)
-    return torch.empty(0)
+    gradients = formula_backward(dout, q, k, v, out, lse.double(), block_in(a), a["softmax_scale"])
+    dq, dk, dv = (gradient.to(a["q"].dtype) for gradient in gradients)
+    return dq, dk, dv
+
+
+RECORDED_FLASH_4 = types.SimpleNamespace(
+    _flash_attn_fwd=recorded_forward, _flash_attn_bwd=recorded_backward
+)

@@ -110,6 +110,7 @@ def test_on_a_gpu_a_row_is_per_second_of_wall_time(
     stage: str, unit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     counts = Counter(tokens=20, samples=4, sampled_tokens=8, flops=10**12)
     steps = [Step(wall_s=Counter(forward=2), cpu_s=Counter(forward=9), counts=counts)] * 5
     rank = RankResult(
@@ -120,6 +121,8 @@ def test_on_a_gpu_a_row_is_per_second_of_wall_time(
     row = make_row(tiny(), stage, world, [rank], log, "coin" if stage == "rlvr" else None)
     assert (row.unit, row.value and row.value.p50) == (unit, 10.0 if stage == "sft" else 2.0)
     assert row.info["mfu"] == pytest.approx(0.5e12 / 989e12)
+    said = "% of dense bf16 with FlashAttention 2, which is not made for this GPU"
+    assert said in describe(row), "no MFU of a GPU without its attention's name"
 
 
 def test_a_collective_is_communication() -> None:

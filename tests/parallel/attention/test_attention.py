@@ -1,7 +1,6 @@
 """Attention over packed documents against the formula, in fp64, document by document."""
 
 import dataclasses
-import inspect
 import math
 import types
 from collections.abc import Sequence
@@ -10,11 +9,14 @@ import pytest
 import torch
 from attention_cases import attend_reference, copies, qkv
 from numerics import DEVICE
+from recorded_attention import RECORDED_FLASH_4
 from torch import Tensor
 
 from phimini.model.config import ModelConfig, preset
 from phimini.model.rope import apply_rope, rope_at
+from phimini.parallel.attention import blocks as attention_blocks
 from phimini.parallel.attention import core as attention
+from phimini.parallel.attention.blocks import FLASH_4
 from phimini.parallel.attention.context_parallel import rows_of_rank
 from phimini.parallel.attention.core import PackedDocuments, packed_documents, rotate_and_attend
 from phimini.parallel.training.batch import to_device
@@ -128,39 +130,21 @@ def test_a_document_longer_than_the_table_is_refused() -> None:
         documents_of([4, 513])
 
 
-def flash_attn_varlen(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=1.0,
-    causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-    return_attn_probs=False, block_table=None,
-) -> Tensor:  # fmt: skip
-    """Plain torch with flash-attn 2.8's signature and meaning: the last query sees the last key."""
-    assert causal and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert cu_seqlens_q[-1] == len(q) and cu_seqlens_k[-1] == len(k) == len(v)
-    group, outs = q.shape[1] // k.shape[1], []
-    for i in range(len(cu_seqlens_q) - 1):
-        qi = q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]]
-        ki, vi = (
-            x[cu_seqlens_k[i] : cu_seqlens_k[i + 1]].repeat_interleave(group, 1) for x in (k, v)
-        )
-        assert len(qi) <= max_seqlen_q and len(ki) <= max_seqlen_k
-        scores = torch.einsum("qhk,shk->hqs", qi, ki) * softmax_scale
-        hidden = torch.ones(len(qi), len(ki), dtype=torch.bool).triu(len(ki) - len(qi) + 1)
-        p = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        outs.append(torch.einsum("hqs,shk->qhk", p, vi))
-    return torch.cat(outs)
-
-
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_pieces_and_cuda_arguments_give_the_whole_attention(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both kernels on every context rank's rows with the keys of all ranks, merged without a process group."""
     lengths = [3, 1, 17, 64, 2, 9]
-    q, k, v = qkv(96, torch.float32)
-    want = attend_reference(q.double(), k.double(), v.double(), lengths, 0.2)
-    monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_attn_varlen)
+    q, k, v = inputs = qkv(96, torch.float32)
+    dy = torch.randn(96, 6, 32)
+    exact = copies(inputs, torch.float64)
+    want, *want_gradients = gradients(attend_reference(*exact, lengths, 0.2), dy, exact)
+    monkeypatch.setattr(attention_blocks, "_flash_4", lambda: RECORDED_FLASH_4)
+    monkeypatch.setattr(attention, "kernel_for", lambda _: FLASH_4)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     seen = []
+    sums: dict[str, list[Tensor]] = {}
     for rank in range(size):
         group = types.SimpleNamespace(rank=lambda r=rank: r, size=lambda: size)
         documents = packed_documents(
@@ -171,20 +155,14 @@ def test_pieces_and_cuda_arguments_give_the_whole_attention(
         rows = rows_of_rank(96, rank, size)
         seen.append(rows)
         for kernel in (attention._attend_cpu, attention._attend_cuda):
-            got = kernel(q[rows], k, v, documents, 0.2)
+            got, *mine = gradients(kernel(q[rows], k, v, documents, 0.2), dy[rows], inputs)
             assert (got - want[rows]).abs().max() <= 1e-5 * want.abs().max(), (
                 kernel.__name__,
                 rank,
             )
+            before = sums.get(kernel.__name__, [torch.zeros(())] * 3)
+            sums[kernel.__name__] = [a + b for a, b in zip(before, mine, strict=True)]
+    for name, got_gradients in sums.items():
+        for g, w in zip(got_gradients, want_gradients, strict=True):
+            assert (g - w).abs().max() <= 1e-5 * w.abs().max(), name
     assert torch.cat(seen).sort().values.equal(torch.arange(96))
-
-
-def test_torch_s_own_flash_kernel_takes_our_arguments() -> None:
-    """Arguments of the call without flash-attn; the call itself needs a GPU."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    x = torch.zeros(4, 2, 8)
-    bound = inspect.signature(varlen_attn).bind(
-        x, x, x, x, x, 4, 4, scale=1.0, window_size=(-1, 0), enable_gqa=True
-    )
-    assert list(bound.arguments)[3:7] == ["cu_seq_q", "cu_seq_k", "max_q", "max_k"]

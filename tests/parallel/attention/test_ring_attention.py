@@ -22,13 +22,13 @@ from parity_cases import (  # noqa: F401
     share_of,
     worst_error,
 )
-from recorded_attention import recorded_backward, recorded_forward
+from recorded_attention import RECORDED_FLASH_4
 from torch import Tensor
 
 from phimini.parallel.attention import blocks as attention_blocks
 from phimini.parallel.attention import ring as ring_attention
 from phimini.parallel.attention.blocks import CPU as CPU_KERNEL
-from phimini.parallel.attention.blocks import FLASH_ATTN
+from phimini.parallel.attention.blocks import FLASH_4
 from phimini.parallel.attention.context_parallel import blocks_of_hop, rows_of_rank
 from phimini.parallel.attention.core import packed_documents, rope_tables, rotate_and_attend
 from phimini.parallel.megatron.builder import build_model
@@ -108,9 +108,8 @@ def attention_rank(
         change()
     kernel = CPU_KERNEL
     if flash:
-        attention_blocks._flash_attn_varlen_forward = recorded_forward
-        attention_blocks._flash_attn_varlen_backward = recorded_backward
-        kernel = FLASH_ATTN
+        attention_blocks._flash_4 = lambda: RECORDED_FLASH_4  # pyright: ignore[reportAttributeAccessIssue]
+        kernel = FLASH_4
     results = []
     for q, k, v, dy, lengths in (inputs_of(lengths) for lengths in packs):
         rows = rows_of_rank(len(q), world.context_rank, size)
@@ -170,7 +169,7 @@ def test_attention_and_gradients_match_the_formula(size: int, packs: list[list[i
         assert error <= 2e-6, f"{lengths}: {error:.1e}"
 
 
-def test_the_ring_of_flash_attn_s_calls() -> None:
+def test_the_ring_of_flash_attn_4_s_calls() -> None:
     """The calls on GPUs, with the formula behind the recorded signatures."""
     for lengths, error in zip(PACKS, attention_errors(2, flash=True), strict=True):
         assert error <= 2e-6, f"{lengths}: {error:.1e}"

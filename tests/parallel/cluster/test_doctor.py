@@ -38,6 +38,7 @@ def test_well_ranks_at_a_layout(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_ranks(examine_ranks, 4, Layout(tensor=2, pipeline=2)) == [0] * 4
     said = capfd.readouterr().out
     assert "doctor: 4 ranks on 1 nodes" in said and f"torch {torch.__version__}" in said
+    assert "attention torch's flash kernel for CPUs" in said
     assert "4 of 4 agree on a seeded GEMM" in said
     assert "all-reduce job: 1 groups of 4" in said
     assert "all-reduce tensor: 2 groups of 2" in said and "all-reduce pipeline: 2 groups" in said
