@@ -17,7 +17,7 @@ from typing import NoReturn
 import numpy as np
 from torch import Tensor
 
-from phimini.model.io.json_files import read_rows, write_rows
+from phimini.model.io.json_files import atomic_file, dump, read_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.ranks.timing import phase
@@ -348,19 +348,19 @@ def write_rollouts(
     if not sampler.world.is_main:
         return
     name = f"rollouts/{step + 1:06d}.jsonl"
-    write_rows(
-        stage.path / name,
-        (
-            {
-                "id": r.id,
-                "prompt_id": r.prompt_id,
-                "step": r.step,
-                "temperature": r.temperature,
-                "reward": r.reward,
-                "truncated": r.truncated,
-                "response": texts[r.id],
-            }
-            for r in rollouts
-        ),
-    )
+
+    def line(r: Rollout) -> bytes:
+        row = {
+            "id": r.id,
+            "prompt_id": r.prompt_id,
+            "step": r.step,
+            "temperature": r.temperature,
+            "reward": r.reward,
+            "truncated": r.truncated,
+        }
+        start = dump(row, f"{name}: {r.id}").removesuffix("}").encode()
+        return b'%b, "response": %b}\n' % (start, texts[r.id])
+
+    with atomic_file(stage.path / name) as file:
+        file.writelines(map(line, rollouts))
     stage.note(name)

@@ -63,9 +63,12 @@ class World:
         """Return the `value` of every rank, by rank, on rank 0, and an empty list on the others. Collective."""
         if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world_size if self.is_main else []
-        dist.gather_object(value, values if self.is_main else None)
-        return values
+        if not self.is_main:
+            dist.gather_object(value)
+            return []
+        values: list[Any] = [None] * self.world_size
+        dist.gather_object(None, values)  # its own needs no pickle
+        return [value, *values[1:]]
 
     def broadcast_object(self, value: T, src: int = 0) -> T:
         """Return rank `src`'s `value` on every rank. Collective."""

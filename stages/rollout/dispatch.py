@@ -56,8 +56,11 @@ class Progress:
     def add(self, answer: Answer) -> None:
         """Append an engine's answer; spans of the same version that meet become one."""
         start = len(self.tokens)
-        self.tokens = np.append(self.tokens, np.frombuffer(answer.tokens, TOKENS))
-        self.logprobs = np.append(self.logprobs, np.frombuffer(answer.logprobs, LOGPROBS))
+        tokens = np.frombuffer(answer.tokens, TOKENS)
+        logprobs = np.frombuffer(answer.logprobs, LOGPROBS)
+        if start:  # else the message's memory serves
+            tokens, logprobs = np.append(self.tokens, tokens), np.append(self.logprobs, logprobs)
+        self.tokens, self.logprobs = tokens, logprobs
         for version, first, end in answer.versions:
             span = Span(version, start + first, start + end)
             last = self.versions[-1] if self.versions else None

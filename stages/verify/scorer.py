@@ -6,6 +6,7 @@ answer, the decoded text, and "stop" or, for an answer that was cut off, "length
 Answers go to the workers one by one, so that an answer which takes long delays those of its own worker only.
 """
 
+import json
 import multiprocessing
 import os
 import sys
@@ -18,6 +19,9 @@ from typing import Any, NamedTuple
 
 from phimini.model.user_file import function_of
 from phimini.stages.verify import verdict
+
+CHUNK = 8
+"""responses that a worker decodes at a time where nobody waits for a single one"""
 
 
 class Answered(NamedTuple):
@@ -60,27 +64,23 @@ class Scorer:
         """
         if self._pool is None:
             return lambda: self._checked(_call(self._function, self.decode, item), item)
-        future = self._submit(_call_in_worker, item)
-        return lambda: self._checked(self._result(future), item)
-
-    def texts(self, responses: Iterable[Any]) -> list[str]:
-        """Return the decoded responses, in order. Raises RuntimeError if a worker process died."""
-        if self._pool is None:
-            return [self.decode(response) for response in responses]
-        return [self._result(f) for f in [self._submit(_decode_in_worker, r) for r in responses]]
-
-    def _submit(self, action: Callable[[Any], Any], item: Any) -> "Future[Any]":
-        assert self._pool is not None, "asked only with workers"
         try:
-            return self._pool.submit(action, item)
+            future = self._pool.submit(_call_in_worker, item)
         except BrokenProcessPool as error:
-            broken: Future[Any] = Future()
-            broken.set_exception(error)
-            return broken
+            future = Future()
+            future.set_exception(error)
+        return lambda: self._checked(self._result(future.result), item)
 
-    def _result(self, future: "Future[Any]") -> Any:
+    def texts(self, responses: Iterable[Any]) -> list[bytes]:
+        """Return the decoded responses as JSON strings, in order. Raises RuntimeError if a worker process died."""
+        if self._pool is None:
+            return [_json_text(self.decode, response) for response in responses]
+        pool = self._pool
+        return self._result(lambda: list(pool.map(_decode_in_worker, responses, chunksize=CHUNK)))
+
+    def _result(self, wait: Callable[[], Any]) -> Any:
         try:
-            return future.result()
+            return wait()
         except BrokenProcessPool as error:
             raise RuntimeError(
                 f"{self.field}: a process that scores answers died; `dmesg` tells whether memory ran out"
@@ -136,5 +136,9 @@ def _call_in_worker(item: Answered) -> Any:
     return _call(*_of_worker, item)
 
 
-def _decode_in_worker(response: Any) -> str:
-    return _of_worker[1](response)
+def _decode_in_worker(response: Any) -> bytes:
+    return _json_text(_of_worker[1], response)
+
+
+def _json_text(decode: Callable[[Any], str], response: Any) -> bytes:
+    return json.dumps(decode(response), ensure_ascii=False).encode()

@@ -70,7 +70,7 @@ def test_responses_are_decoded_by_the_workers(file: str) -> None:
     for workers in (0, 2):
         scorer = Scorer("rlvr.reward", f"{file}:length", workers, tokenizer.decode)
         assert scores(scorer, given) == [609.0, 609.0, 604.5] * 7
-        assert scorer.texts(tokens) == [item.response for item in ITEMS]
+        assert [json.loads(text) for text in scorer.texts(tokens)] == [i.response for i in ITEMS]
 
 
 def test_an_answer_that_takes_long_delays_no_other(file: str) -> None:
