@@ -64,9 +64,11 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[list[int]]:
 def sampled_by(
     engine: Any, asked: list[list[int]], params: SamplingParams, seeds: list[int]
 ) -> list[Sampled]:
-    """Return an engine's completions on every rank."""
-    everywhere = on_all_ranks(engine._world, engine.generate(asked, params, seeds))
-    assert None not in everywhere, "some rank has each"
+    """Return an engine's completions on every rank, each of which one rank has."""
+    held = engine.generate(asked, params, seeds)
+    ranks = engine._world.all_gather_objects([completion is not None for completion in held])
+    assert all(sum(of_one) == 1 for of_one in zip(*ranks, strict=True)), ranks
+    everywhere = on_all_ranks(engine._world, held)
     return [completion for completion in everywhere if completion is not None]
 
 
