@@ -17,7 +17,6 @@ import pytest
 import torch
 from forked_ranks import run_ranks
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from packing_cases import best_fit_of_lists
 from recipe_cases import MICRO, command
 
 from phimini.model.config import preset
@@ -35,6 +34,7 @@ from phimini.stages.data import token_files
 from phimini.stages.data.packing import (
     EpochSampler,
     Example,
+    best_fit,
     derive,
     documents,
     flops_of,
@@ -94,7 +94,7 @@ def test_stage_1_trains_on_the_batches_of_the_rows_in_memory(
              "midtrain.steps=none", "midtrain.epochs=2", "midtrain.sequence_length=192"]  # fmt: skip
     seen = run_ranks(trained_on, 1, words, midtrain, ["midtrain"])[0]
     examples = from_memory(made, "midtrain", loss_on_question=loss_on_question)
-    rows = best_fit_of_lists([len(e) for e in examples], 192)
+    rows = list(best_fit([len(e) for e in examples], 192))
     per_step = tiny().midtrain.rows_per_step
     sampler = EpochSampler(len(rows), per_step, derive(0, "midtrain"))
     world: Any = types.SimpleNamespace(data_size=1, data_rank=0)

@@ -1,3 +1,4 @@
+import bisect
 import dataclasses
 import types
 
@@ -6,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packing_cases import best_fit_of_lists
 from rl_run import rollout_of
 
 from phimini.model.config import preset
@@ -48,6 +48,21 @@ def test_best_fit_places_every_document_once_within_capacity(lengths: list[int])
     assert max(totals) <= 50
     # No two rows would fit into one: best fit leaves at most one row under half full.
     assert sum(total <= 25 for total in totals) <= 1
+
+
+def best_fit_of_lists(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Return rows by best-fit decreasing in its plain form, one document at a time."""
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect.bisect_left(free, (lengths[i], -1))
+        space, row = free.pop(at) if at < len(free) else (capacity, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        if space > lengths[i]:
+            bisect.insort(free, (space - lengths[i], row))
+    return rows
 
 
 @settings(deadline=None)
