@@ -3,7 +3,8 @@
     plan = plan_stage(preset("phi-4-mini"), Workload(stage="midtrain", ...), GPUS["h100"], world_size=8)
     plan.to_json()      {"fits": ..., "layouts": [...], "assumptions": [...]}
 
-Memory is arithmetic over the tensors that the code keeps (`memory.py`); tests compare it with bytes measured on a CPU.
+Memory is arithmetic over the tensors that the code keeps (`memory.py`); tests compare it with bytes measured on a CPU and
+with a full-size step traced on fake tensors.
 Time is stated for a given MFU and never predicted.
 """
 
