@@ -42,6 +42,7 @@ from phimini.stages.rl.loss import policy_head
 from phimini.stages.rl.mismatch import MismatchMeter
 from phimini.stages.rollout_dpo import dpo_head
 from phimini.stages.run.training import cross_entropy_head
+from phimini.stages.run.workloads import workloads
 
 RATES = {
     "gemm": 660e12, "head_logits": 500e12, "head_gradients": 640e12, "bytes": 2.7e12, "fixed_s": 12e-3,
@@ -210,8 +211,10 @@ def row_of(stage: str, name: str, lengths: list[int], recompute: Recompute, atte
         + RATES["fixed_s"]
     )
     per_layer_bytes = deeper.peak_bytes - shallow.peak_bytes
+    scratches = workloads(recipe_config("phi4_mini_reasoning"))[stage].pair_scratches
     planned = memory_bytes(
-        config, Layout(data=1), MemoryOptions(recompute=recompute), tokens=tokens, sequence_length=tokens, num_microbatches=1
+        config, Layout(data=1), MemoryOptions(recompute=recompute, pair_scratches=scratches), tokens=tokens,
+        sequence_length=tokens, num_microbatches=1,
     )["training"]  # fmt: skip
     flops = training_flops(config, torch.tensor([0, *lengths]).cumsum(0))
     return {

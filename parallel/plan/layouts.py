@@ -3,7 +3,8 @@
     plan = plan_stage(preset("phi-4-mini"), Workload(stage="midtrain", ...), GPUS["h100"], world_size=8)
     plan.to_json()      {"fits": ..., "layouts": [...], "assumptions": [...]}
 
-Memory is arithmetic over the tensors that the code keeps (`memory.py`); tests compare it with bytes measured on a CPU.
+Memory is arithmetic over the tensors that the code keeps (`memory.py`); tests compare it with bytes measured on a CPU and
+with a full-size step traced on fake tensors.
 Time is stated for a given MFU and never predicted.
 """
 
@@ -65,6 +66,8 @@ class Workload:
     """additional forward passes (a DPO reference: 1), counted as model FLOPs"""
     reference_model: bool = False
     """a frozen copy of the model in memory"""
+    pair_scratches: int = 0
+    """see `MemoryOptions`"""
     samples_per_step: int = 0
     """upper bound of the answers that a step samples; their memory and FLOPs are not counted"""
     samples_before: int = 0
@@ -259,6 +262,7 @@ def _planned(
             zero1=workload.zero1,
             fp8=workload.fp8,
             reference_model=workload.reference_model,
+            pair_scratches=workload.pair_scratches,
             rollout_sequences=workload.rollout_sequences,
             rollout_tensor_parallel=workload.rollout_tensor_parallel,
         )

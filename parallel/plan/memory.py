@@ -89,6 +89,8 @@ class MemoryOptions:
     """bytes of a weight or activation: 2 for bf16 (with fp32 masters), 4 for fp32 (without)"""
     reference_model: bool = False
     """a second, frozen copy of the weights (DPO)"""
+    pair_scratches: int = 0
+    """fp32 gradients of the head that a pair longer than a chunk keeps until its coefficient is known (DPO)"""
     rollout_sequences: int = 0
     """sequences in flight, at full length, of a rollout engine on the same GPU; 0: no engine here"""
     rollout_tensor_parallel: int = 1
@@ -208,14 +210,17 @@ def _stage_bytes(
     replicas = layout.data * layout.context
     is_last = stage == layout.pipeline - 1
     size = options.element_bytes
+    head = _head_bytes(config, layout, options, tokens) if is_last else 0
     state_per_parameter = 8 if size == 4 else 12  # AdamW's moments, and masters unless fp32
     groups = (layout.tensor, layout.pipeline, layout.context, replicas)
     parts = {
         "weights": size * parameters,
         "gradients": 4 * parameters,
         "optimizer": state_per_parameter * parameters // (replicas if options.zero1 else 1),
-        "activations": _activation_bytes(config, layout, options, stage, tokens, num_microbatches),
-        "head": _head_bytes(config, layout, size, tokens) if is_last else 0,
+        "activations": _activation_bytes(
+            config, layout, options, stage, tokens, num_microbatches, head
+        ),
+        "head": head,
         "fp8_copies": 0,
         "reference_model": size * parameters if options.reference_model else 0,
         "nccl": NCCL_BYTES_PER_GROUP * sum(n > 1 for n in groups),
@@ -262,11 +267,14 @@ def _activation_bytes(
     stage: int,
     tokens: int,
     num_microbatches: int,
+    head_bytes: int,
 ) -> int:
+    """Return what the layers keep, and of a layer's backward what exceeds the head, which is gone by then."""
     kept, working = layer_bytes_per_token(config, layout, options)
     layers = stage_layers(config, layout)[stage]
     in_flight = _micro_batches_in_flight(layout, stage, num_microbatches)
-    return math.ceil(tokens / layout.context * (kept * layers * in_flight + working))
+    rows = tokens / layout.context
+    return math.ceil(rows * kept * layers * in_flight + max(0, rows * working - head_bytes))
 
 
 def _ring_bytes(config: ModelConfig, element_bytes: int) -> float:
@@ -286,9 +294,15 @@ def _micro_batches_in_flight(layout: Layout, stage: int, num_microbatches: int) 
     return chunks / layout.virtual_pipeline
 
 
-def _head_bytes(config: ModelConfig, layout: Layout, element_bytes: int, tokens: int) -> int:
-    """Return the bytes of the final norm's input, the hidden states, their gradient and one chunk of logits."""
+def _head_bytes(config: ModelConfig, layout: Layout, options: MemoryOptions, tokens: int) -> int:
+    """Return the bytes of one chunk of logits, and of four tensors of hidden states and two fp32 gradients of them.
+
+    The four: the final norm's input and output, its rows that count, and their gradient. The two: dX of the rows that
+    count, and of all rows. dW is not among them: it is added to the gradients of the weights.
+    """
     rows = tokens // layout.context
-    hidden = 3 * rows * config.model_dim * element_bytes
-    logits = rows * (config.vocab_size // layout.tensor) * element_bytes
-    return hidden + min(CHUNK_BYTES["cuda"], logits)
+    hidden = rows * config.model_dim * (4 * options.element_bytes + 2 * 4)
+    vocabulary = config.vocab_size // layout.tensor
+    logits = rows * vocabulary * options.element_bytes
+    scratches = options.pair_scratches if logits > CHUNK_BYTES["cuda"] else 0
+    return hidden + min(CHUNK_BYTES["cuda"], logits) + scratches * 4 * vocabulary * config.model_dim

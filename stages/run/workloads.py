@@ -36,6 +36,8 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
             rows_per_step=2 * dpo.pairs_per_step,
             micro_rows=2 * dpo.micro_pairs,
             extra_forwards=1 / max(1.0, dpo.epochs),
+            # One serves both answers where their coefficients differ in sign only (`linear_dpo`).
+            pair_scratches=2 if dpo.nll_weight or dpo.length_normalized else 1,
             samples_before=dpo.num_prompts * dpo.rollouts_per_prompt * (dpo.pairs == "policy"),
         ),
         "rlvr": workload(

@@ -233,7 +233,7 @@ def test_every_stage_fits_the_recipes_layout(gpus: int) -> None:
     assert all(cost.plan.fits for cost in costs.values())
     assert all(cost.plan.layouts[0].recompute == run.recompute for cost in costs.values())
     # Of the layouts that fit every stage, one has an estimated overhead at most 6 % below: context alone. At 64 and 128 GPUs
-    # context 2 fits stage 3 to within 5 GiB; at 8 it does not, and context 4 does. The recipe's layout leaves 33 GiB for
+    # context 2 fits stage 3 to within 5 GiB; at 8 it does not, and context 4 does. The recipe's layout leaves 31 GiB for
     # what the plan does not know.
     overheads: dict[Layout, list[float]] = {}
     for workload in workloads(run).values():
@@ -244,7 +244,7 @@ def test_every_stage_fits_the_recipes_layout(gpus: int) -> None:
     cheapest = min(totals, key=lambda layout: totals[layout])
     assert cheapest == Layout(context=4 if gpus == 8 else 2).resolve(gpus, config)
     assert totals[layout] <= 1.061 * totals[cheapest]
-    assert max(cost.plan.layouts[0].peak_bytes for cost in costs.values()) < 43 * GIB
+    assert max(cost.plan.layouts[0].peak_bytes for cost in costs.values()) < 44 * GIB
     # 150 B tokens at 128 rows of 16,384 are 71.5 thousand steps.
     assert costs["midtrain"].steps == 71_526
     assert costs["midtrain"].tokens == pytest.approx(CARD_TOKENS, rel=1e-4)

@@ -259,7 +259,7 @@ with FakeTensorMode(), torch.no_grad():
 def test_flash_attn_4_compiles_for_gpus_that_are_not_there(
     target: int, num_sms: int, tmp_path: Path
 ) -> None:
-    """Phi-4-Mini's heads, forward and backward, whole attention and a ring's rectangle: cubins with tensor-core products."""
+    """Phi-4-Mini's heads, forward and backward, whole attention and a ring's rectangle: a cubin for the GPU."""
     variables = {"FLASH_ATTENTION_ARCH": f"sm_{target}", "CUTE_DSL_ARCH": f"sm_{target}a",
                  "FLASH_ATTENTION_NUM_SMS": str(num_sms), "CUTE_DSL_KEEP_CUBIN": "1",
                  "CUTE_DSL_DUMP_DIR": str(tmp_path)}  # fmt: skip
@@ -267,8 +267,9 @@ def test_flash_attn_4_compiles_for_gpus_that_are_not_there(
         [sys.executable, "-c", COMPILE], env=os.environ | variables, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert len(list(tmp_path.glob(f"*flash_fwd*sm_{target}a.cubin"))) == 2
-    assert len(list(tmp_path.glob(f"*flash_bwd_sm*sm_{target}a.cubin"))) == 2
+    # One file each: the two kinds of block have one name, cut at the length that a file's name may have.
+    assert any(tmp_path.glob(f"*flash_fwd_sm{target}*sm_{target}a.cubin"))
+    assert any(tmp_path.glob(f"*flash_bwd_sm{target}*sm_{target}a.cubin"))
 
 
 @pytest.mark.skipif(not attention_blocks.is_installed("flash-attn-4"), reason="needs flash-attn-4")

@@ -55,11 +55,23 @@ def test_activations_of_16k_tokens() -> None:
     none = parts_of(Layout(data=8))["activations"] / GIB
     assert none == pytest.approx(44, abs=0.5)
     selective = parts_of(Layout(data=8), "selective")["activations"] / GIB
-    working_layer = 2 * 16384 * max(PHI.model_dim, PHI.mlp_dim) / GIB
-    assert selective - working_layer == pytest.approx(30, abs=0.5)
+    assert selective == pytest.approx(30, abs=0.5)
     full = parts_of(Layout(data=8), "full")["activations"] / GIB
-    assert full - none / 32 == pytest.approx(3, abs=0.1)
+    assert full == pytest.approx(3, abs=0.1)
     assert parts_of(Layout(data=8), tokens=32768)["activations"] / GIB == pytest.approx(2 * none)
+
+
+# GiB that one micro-batch of 2 x 8,192 tokens allocates at once, by `bench.system.step.traced` on fake tensors.
+TRACED = {(1, "none"): 46.36, (1, "selective"): 32.36, (1, "full"): 5.31,
+          (2, "none"): 24.41, (2, "selective"): 17.41, (2, "full"): 3.89}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensor", "recompute"), TRACED)
+def test_the_plan_is_the_peak_of_a_traced_step(tensor: int, recompute: Recompute) -> None:
+    """A layer's backward and the head are never there together: the larger counts."""
+    parts = parts_of(Layout(tensor=tensor, data=1, sequence_parallel=tensor > 1), recompute)
+    planned = (parts["activations"] + parts["head"]) / GIB
+    assert planned == pytest.approx(TRACED[tensor, recompute], rel=0.03)
 
 
 def test_flops_and_speed_at_16k() -> None:
@@ -87,14 +99,14 @@ def test_only_what_a_run_can_recompute_is_proposed() -> None:
 
 
 def test_16k_on_eight_h100_is_data_parallel() -> None:
-    """Without recomputation, since q, k and v are kept once: 74 of 79 GiB, 60 with selective recomputation."""
+    """Without recomputation, since q, k and v are kept once: 75 of 79 GiB, 61 with selective recomputation."""
     plan = plan_stage(PHI, MIDTRAIN, GPUS["h100"], 8)
     best, second = plan.layouts[:2]
     assert plan.fits and best.fits
     assert best.layout == second.layout == Layout(data=8)
     assert (best.recompute, second.recompute) == ("none", "selective")
-    assert best.peak_bytes / GIB == pytest.approx(74.2, abs=0.5)
-    assert second.peak_bytes / GIB == pytest.approx(60.5, abs=0.5)
+    assert best.peak_bytes / GIB == pytest.approx(74.7, abs=0.1)
+    assert second.peak_bytes / GIB == pytest.approx(60.7, abs=0.1)
     on_b200 = plan_stage(PHI, MIDTRAIN, GPUS["b200"], 8).layouts[0]
     assert on_b200.layout == Layout(data=8) and on_b200.recompute == "none"
 
