@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 from phimini.model.user_file import function_of
@@ -55,6 +56,8 @@ class Scorer:
                 initializer=_start_worker,
                 initargs=(field, name, decode, os.getpid()),
             )
+            # A forked rank joins its children before the pool's own hook at exit would end idle workers.
+            Finalize(self, self._pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=100)
 
     def start(self, item: Answered) -> Callable[[], float]:
         """Give an answer to the next free worker and return at once; the result, called, waits for the finite score.

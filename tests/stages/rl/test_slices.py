@@ -1,4 +1,4 @@
-"""Sampling in slices: a killed probe, or stage 3, goes on after the last slice that is on disk."""
+"""Sampling in slices: a killed probe resumes after the last slice that is on disk."""
 
 import json
 from pathlib import Path
