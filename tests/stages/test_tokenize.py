@@ -221,8 +221,8 @@ def changed_rows(out: Path) -> None:
 STALE = {
     "chat_template=reasoning": (None, r"tokenize was made with chat_template=instruct, now it is reasoning"),
     "template": (changed_template, r"tokenize: was made with another chat_template \(sha256 \w{12}\)"),
-    "tokenizer": (changed_tokenizer, r"base/model/tokenizer\.json has changed since \S*tokenize was made from it"),
-    "rows": (changed_rows, r"curate/sft\.jsonl has changed since \S*tokenize was made from it"),
+    "tokenizer": (changed_tokenizer, r"base/model/tokenizer\.json: (has|its content has changed).*: the file is damaged"),
+    "rows": (changed_rows, r"curate/sft\.jsonl: its content has changed since it was written: .*: the file is damaged"),
 }  # fmt: skip
 
 
