@@ -42,7 +42,8 @@ def files_of(source: Path) -> list[Path]:
     """Return the file, or the files below a folder, in the order of their names. Raises ValueError for a folder without any."""
     if not source.is_dir():
         return [source]
-    found = [path for path in sorted(source.rglob("*")) if path.name.endswith(SUFFIXES)]
+    is_hidden = lambda path: any(p.startswith(".") for p in path.relative_to(source).parts)
+    found = [p for p in sorted(source.rglob("*")) if p.name.endswith(SUFFIXES) and not is_hidden(p)]
     if not found:
         raise ValueError(f"{source}: expected files named *{', *'.join(SUFFIXES)}, found none")
     return found

@@ -46,9 +46,11 @@ class Shard:
 
 
 def shards_of(rows: Path, folder: Path) -> list[Shard]:
-    """Return the shards of a JSON-lines file, to be written into `folder`."""
-    parts = enumerate(spans(rows, SHARD_BYTES))
-    return [Shard(rows, span, folder / f"{number:05d}") for number, span in parts]
+    """Return the shards of a JSON-lines file, to be written into `folder`. Raises ValueError for an empty file."""
+    parts = list(spans(rows, SHARD_BYTES))
+    if not parts:
+        raise ValueError(f"{rows}: expected at least one row, got an empty file")
+    return [Shard(rows, span, folder / f"{number:05d}") for number, span in enumerate(parts)]
 
 
 def write_shard(shard: Shard, tokenizer: Tokenizer, template: TemplateName) -> Shard:

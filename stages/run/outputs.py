@@ -71,7 +71,7 @@ def sources_of(run: RunConfig, stage: str) -> dict[str, Path]:
     """
     if stage == "tokenize":
         names = (*TOKENIZED.values(), "base/model/tokenizer.json")
-        return {name: Path(run.out) / name for name in names if (Path(run.out) / name).exists()}
+        return {name: Path(run.out) / name for name in names}
     given = {"distill": run.distill.source, "base": run.base}.get(stage)
     if given in (None, "generator", "random"):
         return {}
@@ -96,6 +96,12 @@ def check_sources(
     run: RunConfig, stage: str, folder: Path, then: dict[str, dict[str, Any]]
 ) -> None:
     """Raise ValueError if a file that a complete stage was made from has changed. Of equal size and time, it is not read."""
+    if stage == "tokenize":  # files of the run itself: one that has changed is damaged
+        for name, described in then.items():
+            path = Path(run.out) / name
+            if not path.is_file() or path.stat().st_mtime_ns != described["mtime_ns"]:
+                check_file(path, described)
+        return
     now = sources_of(run, stage)
     for name in sorted(then.keys() | now.keys()):
         changed = name not in then or name not in now

@@ -210,6 +210,7 @@ def test_a_folder_of_shards_goes_through_distill_and_curate(tmp_path: Path) -> N
     write(source / "data" / "train-00000-of-00002.parquet", rows[:20])
     write(source / "data" / "train-00001-of-00002.parquet", rows[20:])
     (source / "README.md").write_text("a card")
+    write(source / ".cache" / "half.parquet", rows)
     words = [f"distill.source={source}", f"out={tmp_path / 'run'}", "distill.num_heldout=8", "distill.num_validation=4"]  # fmt: skip
     run = override(tiny(), words)
     distill(run)

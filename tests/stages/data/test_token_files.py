@@ -69,3 +69,9 @@ def test_spans_divide_the_lines_of_a_file(least: int, end: str, tmp_path: Path) 
     parts = [s for s in spans(path, least) if s.line <= 20]
     assert [pair for span in parts for pair in numbered_rows(path, {"n": int}, span=span)] == whole
     assert len(whole) == 20 and (len(parts) == 1) == (least == 10**6)
+
+
+def test_an_empty_file_has_no_shards(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"rows\.jsonl: expected at least one row, got an empty file"):  # fmt: skip
+        shards_of(tmp_path / "rows.jsonl", tmp_path)

@@ -78,6 +78,8 @@ def damages(run: str, out: Path, count: int, seed: int) -> list[Damage]:
     names = [n for n in files_of(out) if (out / n).stat().st_size]
     if run != "finished":
         names = [n for n in names if n.split("/")[0] in (run, *INPUTS[run])]
+        # A resumed stage reads only some of the documents, each of which it checks.
+        names = [n for n in names if not n.endswith(".bin")]
     first = [(name, rng.choice(HOW)) for name in rng.sample(names, len(names))]
     rest = [(name, how) for name in names for how in HOW if (name, how) not in first]
     chosen = [*first, *rng.sample(rest, len(rest))][:count]
