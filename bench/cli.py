@@ -95,7 +95,7 @@ def run(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in BENCHES:
-        print(f"phimini: unknown bench {name!r}; {nearest(name, BENCHES)}", file=sys.stderr)
+        print(f"phimini: unknown bench {name!r:.60}; {nearest(name, BENCHES)}", file=sys.stderr)
         return 2
     from phimini.parallel.ranks.local_launch import RankFailure  # late: it loads torch
 

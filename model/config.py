@@ -184,7 +184,7 @@ PRESETS: dict[str, ModelConfig] = {
 def preset(name: str) -> ModelConfig:
     """Return a preset by name. Raises ValueError with the nearest name for an unknown one."""
     if name not in PRESETS:
-        raise ValueError(f"unknown model preset {name!r}; {nearest(name, sorted(PRESETS))}")
+        raise ValueError(f"unknown model preset {name!r:.60}; {nearest(name, sorted(PRESETS))}")
     return PRESETS[name]
 
 

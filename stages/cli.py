@@ -171,7 +171,7 @@ def verb_of(arguments: list[str]) -> tuple[str, list[str]]:
     seconds = [name.split()[1] for name in VERBS if name.startswith(f"{first} ")]
     if not seconds:
         raise ValueError(
-            f"unknown command {first!r}; {nearest(first, dict.fromkeys(name.split()[0] for name in VERBS))}"
+            f"unknown command {first!r:.60}; {nearest(first, dict.fromkeys(name.split()[0] for name in VERBS))}"
         )
     own = rest[: rest.index("--")] if "--" in rest else rest
     for second in seconds:

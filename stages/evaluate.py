@@ -22,7 +22,7 @@ from phimini.stages.config.schema import RunConfig, to_dict
 from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
 from phimini.stages.report.intervals import mean_interval, pass_at_k, wilson_interval
-from phimini.stages.rl.scored import sample_and_score
+from phimini.stages.rl.rollouts import sample_and_score
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import Sampled, Sampler, on_all_ranks, release_memory
 from phimini.stages.run.outputs import SUMMARY, check_inputs

@@ -65,7 +65,7 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
         costs = [flops_of([len(e) for e in row], model.config) for row in some]
         make = lambda part: pack(
             documents([e for row in part for e in row]),
-            multiple_of=world.layout.token_multiple,
+            multiple_of=world.token_multiple,
         )
         return micro_batches(some, costs, config.micro_rows, world, make)
 

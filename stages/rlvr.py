@@ -168,7 +168,7 @@ def rollout_batch(
     loss is divided by), temperature, age (staleness at `version`).
     """
     documents = [document_of(rollout, version, config) for rollout in rollouts]
-    return pack(documents, multiple_of=world.layout.token_multiple)
+    return pack(documents, multiple_of=world.token_multiple)
 
 
 def document_of(rollout: Rollout, version: int, config: RlvrConfig) -> Document:

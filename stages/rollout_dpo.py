@@ -241,7 +241,7 @@ def pair_batch(
         for p, pair in enumerate(pairs)
         for side, example in enumerate((pair.chosen, pair.rejected))
     ]
-    return pack(pieces, multiple_of=world.layout.token_multiple)
+    return pack(pieces, multiple_of=world.token_multiple)
 
 
 def sequences_of(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -73,7 +73,7 @@ def fine_tune(
     def batches(some: list[Example]) -> list[PackedBatch]:
         """Return this rank's micro-batches, with examples of like length together."""
         costs = [flops_of([len(example)], model.config) for example in some]
-        make = lambda part: pack(documents(part), multiple_of=world.layout.token_multiple)
+        make = lambda part: pack(documents(part), multiple_of=world.token_multiple)
         return micro_batches(some, costs, config.micro_examples, world, make)
 
     def of_step(index: int) -> tuple[list[PackedBatch], list[int]]:

@@ -28,8 +28,7 @@ from phimini.stages.data.row_fields import GIVEN_FIELDS
 from phimini.stages.data.token_files import TokenSet
 from phimini.stages.recipe import DATA, TRAINING
 from phimini.stages.rl.mismatch import MismatchMeter
-from phimini.stages.rl.rollouts import Rollout
-from phimini.stages.rl.scored import facts_of
+from phimini.stages.rl.rollouts import Rollout, facts_of
 from phimini.stages.rollout.engine import Sampled, Span
 from phimini.stages.run.outputs import TOKENIZED
 from phimini.stages.run.training import cross_entropy_head, load_model

@@ -32,11 +32,6 @@ class Piece:
     """token of the whole micro-batch"""
     key_end: int
 
-    @property
-    def is_whole(self) -> bool:
-        """True if the queries begin at the start of the document."""
-        return self.query_end - self.query_begin == self.key_end - self.key_begin
-
 
 def spans_of_rank(num_tokens: int, rank: int, size: int) -> list[tuple[int, int]]:
     """Return the token ranges of the micro-batch that context rank `rank` of `size` holds, in its order."""
@@ -53,7 +48,7 @@ def rows_of_rank(num_tokens: int, rank: int, size: int) -> Tensor:
 
 
 def pieces_of_rank(cuts: list[int], rank: int, size: int) -> tuple[Piece, ...]:
-    """Return the parts of documents in a rank's two chunks; whole documents if C is 1.
+    """Return the parts of documents in a rank's two chunks.
 
     `cuts` are the documents' boundaries, from 0 to T.
     """

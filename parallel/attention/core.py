@@ -10,6 +10,7 @@ or masking a (T, T) product would only add work.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -39,7 +40,6 @@ from phimini.parallel.attention.context_parallel import (
     Piece,
     blocks_of_hop,
     gather_keys,
-    joined,
     pieces_of_rank,
     rows_of_rank,
 )
@@ -88,7 +88,7 @@ def packed_documents(
     positions_S = torch.cat([positions[:n] for n in lengths])
     key_rows, hops = None, ()
     if context_group is None:
-        pieces = pieces_of_rank(cuts, 0, 1)
+        pieces = tuple(Piece(a, b, a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if a < b)
         positions_T, cu_queries, cu_keys = positions_S, cu_seqlens, cu_seqlens
     else:
         rank, size = context_group.rank(), context_group.size()
@@ -137,15 +137,20 @@ def _cumulated(lengths: list[int]) -> Tensor:
 
 def _later_keys(piece: Piece, like: Tensor) -> Tensor | None:
     """Return the mask to add to a piece's scores: -inf for keys after the query; None if `is_causal` suffices."""
-    if piece.is_whole:
-        return None
     shape = (piece.query_end - piece.query_begin, piece.key_end - piece.key_begin)
+    if shape[0] == shape[1]:  # the queries begin at the start of the document
+        return None
     return like.new_full(shape, -torch.inf).triu_(shape[1] - shape[0] + 1)
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     """Return views (1, H, T, K) of tensors (T, H, K), the layout of the flash kernel."""
     return [x.transpose(0, 1)[None] for x in tensors]
+
+
+def _tokens_first(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate parts (1, H, length, K) into (sum of lengths, H, K)."""
+    return torch.cat([x.transpose(1, 2) for x in parts], 1)[0]
 
 
 class _CpuAttention(torch.autograd.Function):
@@ -169,7 +174,7 @@ class _CpuAttention(torch.autograd.Function):
             lses.append(lse)
         ctx.save_for_backward(q_THK, k_SGK, v_SGK, *outs, *lses)
         ctx.pieces, ctx.scale = pieces, scale
-        return joined(outs)
+        return _tokens_first(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -187,10 +192,10 @@ class _CpuAttention(torch.autograd.Function):
             dqs.append(dq)
             dks.append(dk)
             dvs.append(dv)
-        dq_THK = joined(dqs)
+        dq_THK = _tokens_first(dqs)
         if len(k_SGK) == len(q_THK):
             # This rank holds all tokens, so the pieces are the documents in order.
-            dk_SGK, dv_SGK = joined(dks), joined(dvs)
+            dk_SGK, dv_SGK = _tokens_first(dks), _tokens_first(dvs)
         else:
             dk_SGK, dv_SGK = torch.zeros_like(k_SGK), torch.zeros_like(v_SGK)
             for p, dk, dv in zip(pieces, dks, dvs, strict=True):

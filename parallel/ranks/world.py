@@ -28,6 +28,9 @@ class World:
     layout: Layout
     """resolved, so `data` is filled in"""
     device: torch.device
+    token_multiple: int
+    """of `layout`, and so is `uses_ring`, on this device"""
+    uses_ring: bool
     tensor_rank: int
     pipeline_rank: int
     context_rank: int
@@ -141,6 +144,8 @@ def initialize(
         world_size=world_size,
         layout=layout,
         device=device,
+        token_multiple=layout.token_multiple,
+        uses_ring=layout.uses_ring(device.type),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         context_rank=parallel_state.get_context_parallel_rank(),

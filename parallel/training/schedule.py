@@ -85,7 +85,7 @@ def run_schedule(
         data_iterator=iterators if several else iterators[0],
         model=list(model.chunks) if several else model.chunks[0],
         num_microbatches=len(microbatches) - first,
-        seq_length=_padded(longest, layout.token_multiple),
+        seq_length=_padded(longest, model.world.token_multiple),
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
@@ -128,7 +128,7 @@ def _prepare(model: Model, batch: PackedBatch, longest: int) -> Prepared:
     The head never sees the padding, because it gets the original batch.
     """
     world = model.world
-    total = _padded(max(batch.num_tokens, longest), world.layout.token_multiple)
+    total = _padded(max(batch.num_tokens, longest), world.token_multiple)
     tail = total - batch.num_tokens
     cu_seqlens, tokens_T = batch.cu_seqlens, batch.tokens_T
     if tail:
@@ -156,9 +156,7 @@ def _prepare(model: Model, batch: PackedBatch, longest: int) -> Prepared:
         batch=replace(batch, fields=batch.fields | {"document": batch.document_ids_T}),
         head_rows=head_rows,
         input_ids_1T=tokens_T[None],
-        documents=packed_documents(
-            cu_seqlens, model.config, group, world.layout.uses_ring(world.device.type)
-        ),
+        documents=packed_documents(cu_seqlens, model.config, group, world.uses_ring),
     )
     prepared = to_device(prepared, world.device)
     prepared.documents.rope_tables = rope_tables(

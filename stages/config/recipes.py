@@ -184,7 +184,7 @@ def recipe_config(name: str) -> RunConfig:
         return _from_file(name)
     if name not in RECIPES:
         raise ValueError(
-            f"unknown recipe {name!r}; {nearest(name, [*RECIPES, 'FILE.py:FUNCTION'])}"
+            f"unknown recipe {name!r:.60}; {nearest(name, [*RECIPES, 'FILE.py:FUNCTION'])}"
         )
     return RECIPES[name]()
 

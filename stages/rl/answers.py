@@ -12,7 +12,7 @@ from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
 from phimini.stages.rl.groups import check_room
-from phimini.stages.rl.scored import sample_and_score
+from phimini.stages.rl.rollouts import sample_and_score
 from phimini.stages.rl.slices import in_slices
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import release_memory

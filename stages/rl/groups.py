@@ -15,8 +15,7 @@ from phimini.stages.data.packing import EpochSampler, derive
 from phimini.stages.data.row_fields import encode_problems
 from phimini.stages.rl.mismatch_diagnosis import EXAMINED
 from phimini.stages.rl.remedies import is_hard, next_size, temperature_at
-from phimini.stages.rl.rollouts import Rollout, without_answers
-from phimini.stages.rl.scored import sample_and_score
+from phimini.stages.rl.rollouts import Rollout, sample_and_score, without_answers
 from phimini.stages.rollout.engine import First, PrefetchingEngine, RolloutEngine
 from phimini.stages.rollout.engine import Sampler as EngineSampler
 from phimini.stages.rollout.prefetch import Background

@@ -249,7 +249,7 @@ def trainer_logprobs(model: Model, cases: Sequence[Case]) -> Tensor:
             hidden_MD, weight_VD, batch.targets_T, temperature=temperature_M, group=group
         ).logp_M
 
-    batch = pack(documents, multiple_of=model.world.layout.token_multiple)
+    batch = pack(documents, multiple_of=model.world.token_multiple)
     return forward_only(model, [batch], logprobs)[0].cpu()[batch.targets_T != IGNORE]
 
 

@@ -93,6 +93,9 @@ def test_a_wrong_field_is_named(change: dict, message: str) -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(ValueError, match="unknown model preset 'phi-5'.*expected one of .*tiny"):
         preset("phi-5")
+    with pytest.raises(ValueError) as long:
+        preset("9" * 5000)
+    assert len(str(long.value)) < 300
 
 
 def test_attention_factor_formula() -> None:

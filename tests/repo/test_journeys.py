@@ -53,18 +53,25 @@ LIMITS = {"document": (28, 220), "rollout": (34, 320), "weight": (12, 100)}
 class Trace:
     """A profile of the functions that run from the first call of `first` up to the first of `last`.
 
-    Covers this thread and those that start meanwhile. `first` and `last` are qualified names.
+    Covers this thread and those that start meanwhile. `first` and `last` are qualified names, and so are `without`,
+    functions left out with all that they call.
     """
 
-    def __init__(self, first: str, last: str = "") -> None:
-        self.first, self.last = first, last
+    def __init__(self, first: str, last: str = "", without: tuple[str, ...] = ()) -> None:
+        self.first, self.last, self.without = first, last, without
         self.codes: dict[Any, None] = {}
         self.state = "before"
+        self.left_out: FrameType | None = None
 
     def __call__(self, frame: FrameType, event: str, _argument: object) -> None:
-        if event != "call" or self.state == "after":
+        if event == "return" and frame is self.left_out:
+            self.left_out = None
+        if event != "call" or self.state == "after" or self.left_out is not None:
             return
         name = frame.f_code.co_qualname
+        if name in self.without:
+            self.left_out = frame
+            return
         if name == self.first:
             self.state = "on"
         elif name == self.last:
@@ -99,16 +106,16 @@ def document(folder: Path) -> dict[str, list[str]]:
     run = override(tiny(), [
         f"out={folder}", "processes=1", "distill.num_problems=60", "distill.num_prompts=20", "distill.num_heldout=24",
         "distill.num_validation=4", "curate.sft_examples=30", "midtrain.steps=1", "midtrain.rows_per_step=2",
-        "midtrain.micro_rows=1", "midtrain.validate_every=100",
+        "midtrain.micro_rows=1", "midtrain.validate_every=100", "tokenize.workers=1",
     ])  # fmt: skip
     for stage in (distill, curate, base):
         stage(run)
-    with Trace("write_shard", "Stage.record") as encoding:
+    with Trace("write_shard", "tokenize.<locals>.<lambda>") as encoding:
         tokenize(run)
     world = initialize(Layout(), preset("tiny"))
     loss: Any = training
     loss.linear_cross_entropy = functools.partial(loss.linear_cross_entropy, _backend="triton")
-    with Trace("open_tokens", "Optimizer.step") as training_step:
+    with Trace("check_tokens", "Optimizer.step", without=("load_model",)) as training_step:
         midtrain(run, world)
     files = encoding.files()
     for file, functions in training_step.files().items():
@@ -130,7 +137,7 @@ def rollout(folder: Path) -> dict[str, list[str]]:
     scorer.is_right = is_right
     world = initialize(Layout(), LONG)
     stage = Stage.begin(run, "rlvr", world)
-    with Trace("RolloutSource.groups", "Optimizer.step") as trace:
+    with Trace("RolloutSource.groups", "Optimizer.step", without=("write_rollouts",)) as trace:
         rlvr.reinforce(run, world, stage, "rollout_dpo")
     return trace.files()
 

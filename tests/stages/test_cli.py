@@ -122,7 +122,11 @@ def test_a_bench_refuses_before_it_measures(
     [
         ("report tiny out={}/none", 1, "/none/results.json"),
         ("distill tiny out={}/file", 1, "/file"),
-        ("distill tiny distill.source={}/empty out={}/run", 1, "/empty/rollouts.jsonl"),
+        (
+            "distill tiny distill.source={}/empty out={}/run",
+            2,
+            "/empty: expected files named *.jsonl",
+        ),
         ("distill tiny distill.gym_tasks=gcd out={}/run", 2, "reasoning-gym is not installed"),
         ("evaluate tiny processes=1 stage=sft out={}/none", 2, "/none/sft is not complete"),
     ],

@@ -83,8 +83,8 @@ def test_a_rejected_answer_that_was_cut_off_keeps_no_end(tmp_path: Path) -> None
     write_rows(tmp_path / "pairs.jsonl", teacher_pairs(teachers()))
     pairs = read_pairs(tmp_path / "pairs.jsonl", tokenizer, "instruct")
     ends = [tokenizer.end_id, tokenizer.eos_id]
-    assert [pair.chosen.tokens[-2:] == ends for pair in pairs] == [True, True, True]
-    rejected = [pair.rejected.tokens[pair.rejected.loss_from :] for pair in pairs]
+    assert [list(pair.chosen.tokens[-2:]) == ends for pair in pairs] == [True, True, True]
+    rejected = [list(pair.rejected.tokens[pair.rejected.loss_from :]) for pair in pairs]
     assert rejected == [
         tokenizer.encode("ends \\boxed{5}") + ends,
         tokenizer.encode("was cut"),

@@ -116,7 +116,7 @@ def with_reference(batch: PackedBatch) -> PackedBatch:
 
 def stage_items(stage: str, world: World) -> tuple[list, Any, Any]:
     """Return a stage's items, the function that makes a micro-batch of some, and its head."""
-    multiple = world.layout.token_multiple
+    multiple = world.token_multiple
     if stage == "dpo":
         pair = lambda part: pair_batch(part, torch.full((len(part), 2), -60.0), world)
         return pairs(), pair, dpo_head(DPO)

@@ -17,8 +17,7 @@ from phimini.parallel.ranks.world import initialize
 from phimini.stages import rlvr
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
-from phimini.stages.rl.rollouts import Rollout
-from phimini.stages.rl.scored import facts_of
+from phimini.stages.rl.rollouts import Rollout, facts_of
 from phimini.stages.rollout.engine import Sampled, Span
 from phimini.stages.run.outputs import write_summary
 from phimini.stages.run.stage_folder import Stage

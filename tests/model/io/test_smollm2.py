@@ -125,7 +125,7 @@ def test_it_speaks(model: Phi4Mini, tokenizer: Tokenizer) -> None:
         temperature=0.0, max_new_tokens=40, stop_ids=tuple(tokenizer.encode("<|im_end|>").ids)
     )
     prompts = [tokenizer.encode(chat(q)).ids for q in questions]
-    answers = [tokenizer.decode(c.tokens) for c in sample(model, prompts, params, [0, 0])]
+    answers = [tokenizer.decode(c.tokens.tolist()) for c in sample(model, prompts, params, [0, 0])]
     for question, answer in zip(questions, answers, strict=True):
         print(f"{question!r} -> {answer!r}")
     assert "capital of France is Paris" in answers[0]

@@ -142,9 +142,8 @@ def test_chunks() -> None:
 
 
 def of_each_rank(ranks: int, batches_of) -> list[list[PackedBatch]]:
-    layout = types.SimpleNamespace(token_multiple=4)
     return [
-        batches_of(types.SimpleNamespace(data_size=ranks, data_rank=rank, layout=layout))
+        batches_of(types.SimpleNamespace(data_size=ranks, data_rank=rank, token_multiple=4))
         for rank in range(ranks)
     ]
 
