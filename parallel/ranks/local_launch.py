@@ -5,6 +5,7 @@
 
 import contextlib
 import gc
+import json
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,6 +61,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
         raise ValueError(f"run_ranks: world_size must be at least 1, got {world_size}")
     sys.stdout.flush()
     sys.stderr.flush()
+    # The store of an earlier job may be garbage. A rank that collected it would crash: its threads are not forked.
+    gc.collect()
     with tempfile.TemporaryDirectory(prefix="phimini-ranks-") as folder, _quiet(), _own_handlers():
         config = LaunchConfig(
             min_nodes=1,
@@ -81,7 +85,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
         except SignalException as stop:
             raise KeyboardInterrupt from stop
         except ChildFailedError as error:
-            raise _described(world_size, *error.get_first_failure()) from None
+            raise _described(world_size, *error.get_first_failure(), Path(folder)) from None
     return [results[rank] for rank in range(world_size)]
 
 
@@ -110,8 +114,11 @@ def _rank(call: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
         os._exit(1)
 
 
-def _described(world_size: int, rank: int, failure: ProcessFailure) -> RankFailure:
-    """Return the failure of a rank with its signal, its exit code or the traceback that it recorded."""
+def _described(world_size: int, rank: int, failure: ProcessFailure, folder: Path) -> RankFailure:
+    """Return the failure of a rank with its signal, its exit code or the traceback that it recorded.
+
+    Of ranks that died within one poll of the launcher it knows the lowest. A survivor's record in `folder` names all.
+    """
     recorded: Any = failure.message
     if isinstance(recorded, dict):
         name, _, message = recorded["message"].partition(": ")
@@ -119,6 +126,10 @@ def _described(world_size: int, rank: int, failure: ProcessFailure) -> RankFailu
     else:
         how = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"  # fmt: skip
         text, error = f"ended without a result, {how}", None
+        records = (json.loads(f.read_text()) for f in sorted(folder.rglob("error.json")))
+        messages = (record["message"]["message"] for record in records)
+        lost = next((m for m in messages if m.startswith("LostRanks: ")), None)
+        text += "" if lost is None else f"; {lost}"
     return RankFailure(rank, f"rank {rank} of {world_size} failed: {text}", error)
 
 

@@ -28,7 +28,7 @@ from phimini.stages.base import base_config
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
 from phimini.stages.rl import loss as policy_head
-from phimini.stages.rl import scored
+from phimini.stages.rl import rollouts
 from phimini.stages.rollout import engine as rollout
 
 SMALL = [
@@ -93,7 +93,7 @@ class Planted:
         self.before(dist.ProcessGroup, "allreduce", "communication")
         self.before(optimizer, "refuse_unscheduled_decay", "optimizer")
         self.before(rollout, "sample", "rollout")
-        self.before(scored, "on_every", "verify")
+        self.before(rollouts, "on_every", "verify")
         self.before(rollout, "to_hf", "sync")
         self.before(rlvr, "choose", "other")
 

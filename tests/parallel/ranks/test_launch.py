@@ -89,13 +89,13 @@ def die_in_a_step(name: str) -> None:
 def test_a_rank_killed_in_the_middle_of_a_step_ends_the_others_and_is_named() -> None:
     """Killed in the backward of the last stage, while the others wait in gloo for a tensor or a reduction.
 
-    A launcher that the machine halts for two seconds hears first of a rank that names the lost one.
+    gloo sometimes crashes in another rank at that moment, and the launcher then hears of that one; the survivors'
+    record names both.
     """
     began = time.monotonic()
-    named = r"rank 3 of 4 failed: .*SIGKILL|LostRanks: rank 3 of 4 gave no sign of life"
-    with pytest.raises(RankFailure, match=named) as failure:
+    named = r"(?s)rank \d of 4 failed: .*LostRanks: rank (\d, )*3 of 4 gave no sign of life"
+    with pytest.raises(RankFailure, match=named):
         run_ranks(die_in_a_step, 4, "chunks.0.decoder.layers.1.mlp.linear_fc1.weight")
-    assert (failure.value.rank == 3) == (failure.value.error is None)
     assert time.monotonic() - began < 100, "half of the collectives' deadline"
 
 
