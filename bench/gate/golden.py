@@ -82,7 +82,8 @@ def measure(layouts: list[str]) -> Losses:
             for stage in STAGES:
                 other = Path(folder) / layout / stage
                 # Settings without a layout: a stage refuses inputs that are not those of its own run.
-                shutil.copytree(single, other, ignore=shutil.ignore_patterns(stage, "rollouts"))
+                own = lambda where, _, stage=stage: [stage] if Path(where) == single else []
+                shutil.copytree(single, other, ignore=own)
                 _run(stage, other, layout)
                 losses[stage][layout] = _read(other, stage)
                 shutil.rmtree(other)
