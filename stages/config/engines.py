@@ -34,7 +34,7 @@ class RolloutConfig:
     """separate: running requests during a weight sync: they continue with the new weights, finish first, or are cut
     short and continued"""
     max_model_len: Count | None = None
-    """longest prompt and answer together, in tokens; none: vLLM gets the longest sequence_length of stages 3 and 4, the
+    """longest prompt and answer together, in tokens; default: vLLM gets the longest sequence_length of stages 3 and 4, the
     local engine goes to the model's max_positions"""
     engine_tensor_parallel: Count = 1
     """GPUs (or ranks) that share one vLLM engine"""
@@ -54,6 +54,6 @@ class RolloutConfig:
     max_staleness: CountOrZero = 1
     """stage 4 drops answers with a token that is older than so many updates"""
     bucket_mib: Count | None = None
-    """weights travel in buckets of this size; none: what the largest tensor needs, at least 64"""
+    """weights travel in buckets of this size; default: what the largest tensor needs, at least 64"""
     deadline_s: Seconds = 120.0
     """a weight sync or a silent engine is an error after this long"""

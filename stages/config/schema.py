@@ -103,7 +103,7 @@ class TokenizeConfig:
     """Token ids of the rows of stages 1 and 2."""
 
     workers: Count | None = None
-    """processes that encode; none: one for each core"""
+    """processes that encode; default: one for each core"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from phimini.model.user_file import function_of
 from phimini.stages.verify import verdict
 
 CHUNK = 8
-"""responses that a worker decodes at a time where nobody waits for a single one"""
+"""responses that a worker decodes at a time for a log, which needs all of them"""
 
 
 class Answered(NamedTuple):
