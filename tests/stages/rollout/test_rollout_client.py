@@ -131,8 +131,15 @@ def test_a_hung_engine_is_given_up_while_another_answers(capfd: pytest.CaptureFi
     """Its server still answers, as vLLM's /health does, but says that its model is silent."""
     servers = [FakeServer(), FakeServer()]
     clients = [server.connect(1.0) for server in servers]
-    servers[1].faults["generate"] = mute
-    servers[1].answers["ping"] = Pulse(1.5, None)
+    asked: list[Handler] = []
+
+    def hang(handler: Handler) -> None:
+        asked.append(handler)
+        if len(asked) == 4:  # not before: the client's own pings would give the engine up
+            servers[1].answers["ping"] = Pulse(1.5, None)
+        mute(handler)
+
+    servers[1].faults["generate"] = hang
     service = RolloutService(clients, per_engine=4)
     assert len(service.run(requests(80, SAMPLING))) == 80
     silent = re.findall(r"silent for ([\d.]+) s; its request", capfd.readouterr().err)
@@ -143,7 +150,12 @@ def test_a_hung_engine_is_given_up_while_another_answers(capfd: pytest.CaptureFi
 def test_a_dead_engine_s_requests_go_to_another() -> None:
     servers = [FakeServer(), FakeServer()]
     clients = [server.connect(5.0) for server in servers]
-    servers[1].faults = {"generate": hang_up, "ping": hang_up}
+
+    def die(handler: Handler) -> None:
+        servers[1].faults["ping"] = hang_up  # not before: the client's own pings would give it up
+        hang_up(handler)
+
+    servers[1].faults["generate"] = die
     service = RolloutService(clients, per_engine=4)
     assert len(service.run(requests(80, SAMPLING))) == 80
     assert service.alive == clients[:1] and 1 <= service.report.requeued <= 4
