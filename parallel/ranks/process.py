@@ -24,9 +24,9 @@ def end_with_parent() -> None:
 
 
 def end_job_without_restart() -> None:
-    """Ask torchrun, if it started this rank, to end the job: a restart would meet the same bad input again.
+    """Ask torchrun, if it would restart this rank, to end the job: the same bad input would come again.
 
     torchrun restarts after every exit status but 0. It ends all ranks, and starts none, on SIGTERM.
     """
-    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         os.kill(os.getppid(), signal.SIGTERM)

@@ -28,6 +28,7 @@ from phimini.parallel.ranks import process
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.local_launch import RankFailure, run_ranks
 from phimini.parallel.ranks.lost_ranks import closing_or_naming_lost_ranks
+from phimini.parallel.ranks.process import end_job_without_restart
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.step import forward_backward
 
@@ -267,6 +268,11 @@ def test_bad_input_is_not_restarted() -> None:
     )  # fmt: skip
     assert out.returncode != 0
     assert len(re.findall("^phimini: .*no_such_recipe", out.stderr, re.M)) == 1, out.stderr[-3000:]
+
+
+def test_bad_input_does_not_end_the_program_that_started_the_ranks() -> None:
+    """Its launcher restarts no rank, so the signal would reach only the program itself: pytest, here."""
+    assert run_ranks(end_job_without_restart, 1) == [None]
 
 
 TORCHRUN_PROGRAM = """
