@@ -67,7 +67,7 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
             documents([e for row in part for e in row]),
             multiple_of=world.token_multiple,
         )
-        return micro_batches(some, costs, config.micro_rows, world, make)
+        return micro_batches(some, [1] * len(some), costs, config.micro_rows, world, make)
 
     packed = best_fit(held_out.lengths, limit)
     validation = batches([[held_out[i] for i in row] for row in packed])

@@ -156,7 +156,8 @@ def rollout_batches(rollouts: list[Rollout], model: Model, config: RlvrConfig) -
     """Return this rank's micro-batches of what `to_trainers` gave it; see `micro_batches`."""
     costs = costs_of(rollouts, model.config)
     make = lambda part: rollout_batch(part, model.num_updates, config, model.world)
-    return micro_batches(rollouts, costs, config.micro_rollouts, model.world, make)
+    lengths = list(map(len, rollouts))
+    return micro_batches(rollouts, lengths, costs, config.token_budget, model.world, make)
 
 
 def rollout_batch(

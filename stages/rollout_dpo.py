@@ -35,8 +35,8 @@ from phimini.stages.curate import distinct
 from phimini.stages.data.packing import (
     EpochSampler,
     Example,
+    best_fit,
     check_lengths,
-    chunks,
     derive,
     flops_of,
     micro_batches,
@@ -107,7 +107,8 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
         answer_tokens = sum(pairs[i].chosen.num_targets for i in indices)
         nll_scale = len(indices) / answer_tokens if config.nll_mean == "tokens" else None
         make = lambda part: pair_batch([pairs[i] for i in part], reference[part], world, nll_scale)
-        return micro_batches(indices, costs, config.micro_pairs, world, make)
+        lengths = [sum(pairs[i].lengths) for i in indices]
+        return micro_batches(indices, lengths, costs, config.token_budget, world, make)
 
     def of_step(index: int) -> tuple[list[int], list[PackedBatch]]:
         """Return the step's pairs, and this rank's micro-batches of them."""
@@ -279,7 +280,8 @@ def reference_logps(
 
     logps = torch.zeros(len(pairs), 2)
     mine = list(range(world.data_rank, len(pairs), world.data_size))
-    parts = chunks(mine, config.micro_pairs)
+    rows = best_fit([sum(pairs[i].lengths) for i in mine], config.token_budget)
+    parts = [[mine[i] for i in row] for row in rows]
     batches = [
         pair_batch([pairs[i] for i in part], torch.zeros(len(part), 2), world) for part in parts
     ]

@@ -71,10 +71,11 @@ def fine_tune(
     order = shared_array(stage, world, "steps", lambda: sampler.batches(steps))
 
     def batches(some: list[Example]) -> list[PackedBatch]:
-        """Return this rank's micro-batches, with examples of like length together."""
-        costs = [flops_of([len(example)], model.config) for example in some]
+        """Return this rank's micro-batches of whole examples."""
+        lengths = list(map(len, some))
+        costs = [flops_of([length], model.config) for length in lengths]
         make = lambda part: pack(documents(part), multiple_of=world.token_multiple)
-        return micro_batches(some, costs, config.micro_examples, world, make)
+        return micro_batches(some, lengths, costs, config.token_budget, world, make)
 
     def of_step(index: int) -> tuple[list[PackedBatch], list[int]]:
         """Return this rank's micro-batches, and the digests of the whole step."""

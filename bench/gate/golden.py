@@ -52,10 +52,10 @@ SETTINGS = (
     "processes=1", "distill.num_problems=60", "distill.rollouts_per_problem=2", "distill.num_prompts=24",
     "distill.num_heldout=24", "distill.num_validation=24", "curate.sft_examples=24",
     "midtrain.steps=3", "midtrain.rows_per_step=4", "midtrain.validate_every=1000",
-    "sft.examples_per_step=8", "sft.micro_examples=4", "sft.epochs=1", "sft.validate_every=1000",
-    "rollout_dpo.pairs=teacher", "rollout_dpo.pairs_per_step=4", "rollout_dpo.micro_pairs=2",
+    "sft.examples_per_step=8", "sft.micro_tokens=256", "sft.epochs=1", "sft.validate_every=1000",
+    "rollout_dpo.pairs=teacher", "rollout_dpo.pairs_per_step=4", "rollout_dpo.micro_tokens=512",
     "rlvr.steps=2", "rlvr.prompts_per_step=4", "rlvr.rollouts_per_prompt=4", "rlvr.probe_prompts=8",
-    "rlvr.min_rollouts=2", "rlvr.rebalance=false", "rlvr.max_new_tokens=16", "rlvr.micro_rollouts=8",
+    "rlvr.min_rollouts=2", "rlvr.rebalance=false", "rlvr.max_new_tokens=16", "rlvr.micro_tokens=256",
     "rlvr.optimizer.warmup_ratio=0", "rlvr.uniform_length=false",
 )  # fmt: skip
 BITS_DEPEND_ON = (

@@ -56,8 +56,8 @@ class Workload:
     """tokens of a row"""
     rows_per_step: int
     """rows in the global batch"""
-    micro_rows: int = 1
-    """rows that one rank computes at once"""
+    micro_tokens: int | None = None
+    """tokens that one rank computes at once; None: one row"""
     document_length: int | None = None
     """tokens of a document inside a packed row, for attention's FLOPs; None: one document fills the row"""
     trained_share: float = 1.0
@@ -89,6 +89,11 @@ class Workload:
             )
         if self.fp8 not in get_args(Fp8):
             raise ValueError(f"Workload.fp8: expected one of {get_args(Fp8)}, got {self.fp8!r}")
+
+    @property
+    def micro_rows(self) -> int:
+        """Whole rows that one rank computes at once."""
+        return (self.micro_tokens or self.sequence_length) // self.sequence_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,7 +273,7 @@ def _planned(
         )
         phases = memory_bytes(
             config, layout, options,
-            tokens=workload.micro_rows * workload.sequence_length,
+            tokens=workload.micro_tokens or workload.sequence_length,
             sequence_length=workload.sequence_length,
             num_microbatches=num_microbatches,
         )  # fmt: skip
@@ -369,7 +374,7 @@ def _why_not(
         if any(c.fits for c in _planned(config, workload, gpu, more, None)):
             return f"{text}; {more} GPUs would fit"
     if workload.micro_rows > 1:
-        smaller = replace(workload, micro_rows=1)
+        smaller = replace(workload, micro_tokens=None)
         if any(c.fits for c in _planned(config, smaller, gpu, world_size, None)):
             return f"{text}; micro-batches of 1 row would fit"
     return text

@@ -48,14 +48,14 @@ def tiny() -> RunConfig:
             optimizer=OptimizerSettings(lr=8e-4, warmup_ratio=0.03),
             sequence_length=256,
             examples_per_step=32,
-            micro_examples=16,
+            micro_tokens=4096,
             epochs=4.0,
         ),
         rollout_dpo=RolloutDpoConfig(
             optimizer=OptimizerSettings(lr=1.2e-4, warmup_ratio=0.1, weight_decay=0.0),
             num_prompts=700,
             nll_weight=6.0,
-            micro_pairs=16,
+            micro_tokens=8192,
             epochs=2.0,
         ),
         rlvr=RlvrConfig(
@@ -64,6 +64,7 @@ def tiny() -> RunConfig:
             ),
             steps=40,
             prompts_per_step=64,
+            micro_tokens=8192,
             probe_prompts=2300,
         ),
     )
@@ -101,7 +102,6 @@ def phi4_mini_reasoning() -> RunConfig:
             optimizer=OptimizerSettings(lr=1e-5),
             sequence_length=20_480,
             examples_per_step=128,
-            micro_examples=1,
             epochs=5.0,
             validate_every=500,
         ),
@@ -112,7 +112,6 @@ def phi4_mini_reasoning() -> RunConfig:
             max_new_tokens=15_360,
             epochs=1.0,
             pairs_per_step=128,
-            micro_pairs=1,
         ),
         rlvr=RlvrConfig(
             optimizer=OptimizerSettings(lr=5e-7, decay="constant", weight_decay=0.0),
@@ -121,7 +120,6 @@ def phi4_mini_reasoning() -> RunConfig:
             rollouts_per_prompt=16,
             sequence_length=25_600,
             max_new_tokens=24_576,
-            micro_rollouts=1,
             probe_prompts=20_000,
             probe_rounds=2,
             oversample_to=128,  # the paper saw hard prompts that needed as many for one correct answer

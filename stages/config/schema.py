@@ -144,14 +144,19 @@ class SftConfig:
     """an example longer than this is an error"""
     examples_per_step: Count
     """examples in the global batch"""
-    micro_examples: Count = 8
-    """examples that one rank computes at once"""
+    micro_tokens: Count | None = None
+    """tokens of the examples that one rank computes at once, without padding; none: one longest example"""
     epochs: Positive = 1.0
     """passes over the data"""
     validate_every: Count = 50
     """steps between two measurements of the validation loss"""
     checkpoint_every: Count = 500
     """steps between two checkpoints"""
+
+    @property
+    def token_budget(self) -> int:
+        """Most tokens of a micro-batch."""
+        return self.micro_tokens or self.sequence_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,12 +191,17 @@ class RolloutDpoConfig:
     """that mean is over each chosen answer's tokens, or over all chosen tokens of the step"""
     pairs_per_step: Count = 32
     """pairs in the global batch"""
-    micro_pairs: Count = 8
-    """pairs that one rank computes at once"""
+    micro_tokens: Count | None = None
+    """tokens of the pairs that one rank computes at once, without padding; none: one longest pair"""
     epochs: Positive = 1.0
     """passes over the data"""
     checkpoint_every: Count = 500
     """steps between two checkpoints"""
+
+    @property
+    def token_budget(self) -> int:
+        """Most tokens of a micro-batch."""
+        return self.micro_tokens or 2 * self.sequence_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,8 +220,8 @@ class RlvrConfig:
     """longest answer, in tokens"""
     sequence_length: Count = 256
     """longest question and answer together, in tokens"""
-    micro_rollouts: Count = 64
-    """rollouts that one rank trains on at once"""
+    micro_tokens: Count | None = None
+    """tokens of the rollouts that one rank trains on at once, without padding; none: one longest rollout"""
     clip_low: Share = 0.2
     """lower clip of the policy ratio: 1 - clip_low"""
     clip_high: NotNegative = 0.28
@@ -274,11 +284,10 @@ class RlvrConfig:
     checkpoint_every: Count = 500
     """steps between two checkpoints"""
 
-    def __post_init__(self) -> None:
-        if self.dual_clip is not None and self.objective == "cispo":
-            raise ValueError(
-                f"rlvr.dual_clip: expected none with rlvr.objective=cispo, which has no ratio to limit, got {self.dual_clip}"
-            )
+    @property
+    def token_budget(self) -> int:
+        """Most tokens of a micro-batch."""
+        return self.micro_tokens or self.sequence_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,6 +389,23 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        check_together(self)
+
+
+def check_together(run: RunConfig) -> None:
+    """Raise ValueError for the first field whose value another field's does not allow."""
+    longest = {"sft": 1, "rollout_dpo": 2, "rlvr": 1}  # in sequence lengths
+    for name, number in longest.items():
+        stage = getattr(run, name)
+        if stage.token_budget < number * stage.sequence_length:
+            raise ValueError(
+                f"{name}.micro_tokens: expected at least {number * stage.sequence_length}, because {name}.sequence_length is "
+                f"{stage.sequence_length}, got {stage.micro_tokens}"
+            )
+    if run.rlvr.dual_clip is not None and run.rlvr.objective == "cispo":
+        raise ValueError(
+            f"rlvr.dual_clip: expected none with rlvr.objective=cispo, which has no ratio to limit, got {run.rlvr.dual_clip}"
+        )
 
 
 def override(config: C, assignments: list[str]) -> C:

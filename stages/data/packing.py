@@ -173,25 +173,28 @@ def flops_of(lengths: Sequence[int], config: ModelConfig) -> int:
 @phase("data")
 def micro_batches(
     items: Sequence[T],
+    lengths: Sequence[int],  # of each item, in the unit of `capacity`
     costs: Sequence[float],  # FLOPs of each item
-    size: int,
+    capacity: int,
     world: World,
     make: Callable[[list[T]], PackedBatch],
 ) -> list[PackedBatch]:
-    """Return this data rank's share of a step's `items` in micro-batches of at most `size`, costly items first.
+    """Return this data rank's share of a step's `items`, packed into micro-batches of at most `capacity`.
 
-    Every data rank gets as many micro-batches, of nearly equal cost. Where a rank has fewer items than micro-batches,
-    `idle` ones fill the gap, so that collectives stay aligned and the loss per token of the step is unchanged.
+    The shares are equal in count and nearly in cost. Every data rank gets as many micro-batches: where one needs fewer than
+    another, `idle` ones fill the gap, so that collectives stay aligned and the loss per token of the step is unchanged.
     """
     if not items:
         return []
-    mine = shares(costs, world.data_size)[world.data_rank]
-    number = -(-len(items) // (size * world.data_size))
-    cheapest = min(range(len(items)), key=lambda i: costs[i])
-    return [
-        make([items[i] for i in part]) if part else idle(make([items[cheapest]]))
-        for part in parts(mine, number)
+    dealt = [
+        [[share[i] for i in sorted(row)] for row in best_fit([lengths[i] for i in share], capacity)]
+        for share in shares(costs, world.data_size)
     ]
+    mine = dealt[world.data_rank]
+    gap = max(map(len, dealt)) - len(mine)
+    cheapest = min(range(len(items)), key=lambda i: costs[i])
+    filling = [idle(make([items[cheapest]]))] * gap if gap else []
+    return [make([items[i] for i in part]) for part in mine] + filling
 
 
 def derive(seed: int, *names: str | int) -> int:
@@ -266,12 +269,6 @@ def _orders(num_items: int, batch_size: int, seed: int) -> list[np.ndarray]:
 def chunks(items: Sequence, size: int) -> list[list]:
     """Return `items` in lists of at most `size`."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
-
-
-def parts(items: Sequence, number: int) -> list[list]:
-    """Return `items` in order, in `number` parts of equal count (within one)."""
-    cuts = [len(items) * i // number for i in range(number + 1)]
-    return [list(items[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
 @phase("data")

@@ -72,9 +72,7 @@ SHARED = ("seed", "model", "base", "chat_template", "rope_factors")
 # Settings of a stage that do not change its result: an unfinished stage may resume with others.
 FREE = (
     "micro_rows",
-    "micro_examples",
-    "micro_pairs",
-    "micro_rollouts",
+    "micro_tokens",
     "checkpoint_every",
     "workers",
 )

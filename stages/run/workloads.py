@@ -21,20 +21,20 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
             stage="midtrain",
             sequence_length=run.midtrain.sequence_length,
             rows_per_step=run.midtrain.rows_per_step,
-            micro_rows=run.midtrain.micro_rows,
+            micro_tokens=run.midtrain.micro_rows * run.midtrain.sequence_length,
         ),
         "sft": workload(
             stage="sft",
             sequence_length=run.sft.sequence_length,
             rows_per_step=run.sft.examples_per_step,
-            micro_rows=run.sft.micro_examples,
+            micro_tokens=run.sft.token_budget,
         ),
         # The reference's log-probs are computed once, before the first step: a forward, and no second model.
         "rollout_dpo": workload(
             stage="rollout_dpo",
             sequence_length=dpo.sequence_length,
             rows_per_step=2 * dpo.pairs_per_step,
-            micro_rows=2 * dpo.micro_pairs,
+            micro_tokens=dpo.token_budget,
             extra_forwards=1 / max(1.0, dpo.epochs),
             # One serves both answers where their coefficients differ in sign only (`linear_dpo`).
             pair_scratches=2 if dpo.nll_weight or dpo.length_normalized else 1,
@@ -44,7 +44,7 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
             stage="rlvr",
             sequence_length=rl.sequence_length,
             rows_per_step=rl.prompts_per_step * rl.rollouts_per_prompt,
-            micro_rows=rl.micro_rollouts,
+            micro_tokens=rl.token_budget,
             extra_forwards=1.0 if rl.kl_coef else 0.0,
             reference_model=rl.kl_coef > 0,
             samples_per_step=rl.prompts_per_step * most_rollouts(run),

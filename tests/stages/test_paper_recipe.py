@@ -32,7 +32,7 @@ MINIATURE = [
 
 
 MICRO_SIZES = {
-    "midtrain": "micro_rows", "sft": "micro_examples", "rollout_dpo": "micro_pairs", "rlvr": "micro_rollouts"
+    "midtrain": "micro_rows", "sft": "micro_tokens", "rollout_dpo": "micro_tokens", "rlvr": "micro_tokens"
 }  # fmt: skip
 
 

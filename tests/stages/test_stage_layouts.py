@@ -34,7 +34,9 @@ from phimini.stages.rlvr import rollout_batch
 from phimini.stages.rollout_dpo import Pair, dpo_head, pair_batch, reference_logps
 from phimini.stages.run.training import cross_entropy_head
 
-DPO = RolloutDpoConfig(optimizer=OptimizerSettings(lr=1e-3), micro_pairs=2, nll_weight=0.5)
+DPO = RolloutDpoConfig(
+    optimizer=OptimizerSettings(lr=1e-3), sequence_length=40, micro_tokens=80, nll_weight=0.5
+)
 IPO = dataclasses.replace(DPO, loss="ipo", length_normalized=True, nll_mean="tokens")
 
 
@@ -128,13 +130,23 @@ def stage_items(stage: str, world: World) -> tuple[list, Any, Any]:
     return examples, lambda part: pack(documents(part), multiple_of=multiple), cross_entropy_head
 
 
-def uneven_rank(stage: str, number: int, layout: Layout) -> tuple[float, float, dict[str, float], dict[str, Tensor], int]:  # fmt: skip
-    """Train on the first `number` items in micro-batches of one; also return how many on this rank had a target."""
+Trained = tuple[float, float, dict[str, float], dict[str, Tensor], int]
+
+
+def uneven_rank(stage: str, number: int, layout: Layout, micro_tokens: int | None = None) -> Trained:  # fmt: skip
+    """Train on the first `number` items, by default in micro-batches of one.
+
+    The last value is the number of micro-batches on this rank that had a target.
+    """
     world = initialize(layout, config(), timeout_s=100)
     model = build_model(config(), world, seed=0)
     model.zero_grad()
     items, make, head = stage_items(stage, world)
-    batches = micro_batches(items[:number], list(range(1, number + 1)), 1, world, make)
+    items, lengths = items[:number], [1] * number
+    if micro_tokens is not None:
+        lengths = [sum(i.lengths) if isinstance(i, Pair) else len(i) for i in items]
+    costs = list(range(1, number + 1))
+    batches = micro_batches(items, lengths, costs, micro_tokens or 1, world, make)
     result = forward_backward(model, batches, head)
     gradients = {name: g.clone() for name, g in gradients_to_hf(model)}
     used = sum(bool((b.targets_T >= 0).any()) for b in batches)
@@ -160,6 +172,25 @@ def test_a_data_rank_without_an_item_changes_nothing(
         assert got == pytest.approx(metrics, rel=1e-5, abs=1e-5)
         error, name = worst_error(got_gradients, gradients)
         assert error <= 2 * LIMIT, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "rlvr", "gspo"])
+@pytest.mark.parametrize(("layout", "world_size"), [(Layout(), 2), (Layout(context=2), 2)], ids=["dp2", "cp2"])  # fmt: skip
+def test_a_token_budget_changes_no_gradient(stage: str, layout: Layout, world_size: int) -> None:
+    """Against one item at a time: with several in a micro-batch, and with all of a rank's in one."""
+    number = 8 if stage == "sft" else 4
+    ((loss, count, metrics, gradients, used),) = run_ranks(
+        uneven_rank, 1, stage, number, Layout(), timeout_s=150
+    )
+    assert used == number
+    for micro_tokens, most in ((81, number - 1), (10_000, 1)):
+        results = run_ranks(uneven_rank, world_size, stage, number, layout, micro_tokens, timeout_s=150)  # fmt: skip
+        assert all(1 <= used <= most for *_, used in results)
+        for got_loss, got_count, got, got_gradients, _ in results:
+            assert got_count == pytest.approx(count) and got_loss == pytest.approx(loss, rel=LIMIT)
+            assert got == pytest.approx(metrics, rel=1e-5, abs=1e-5)
+            error, name = worst_error(got_gradients, gradients)
+            assert error <= 2 * LIMIT, f"{name} is off by {error:.1e}"
 
 
 def test_fewer_pairs_than_data_ranks_have_reference_log_probs() -> None:

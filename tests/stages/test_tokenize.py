@@ -104,7 +104,7 @@ def test_stage_1_trains_on_the_batches_of_the_rows_in_memory(
         some = [[examples[i] for i in rows[r]] for r in sampler.batch(step)]
         costs = [flops_of([len(e) for e in row], preset("tiny")) for row in some]
         make = lambda part: pack(documents([e for row in part for e in row]))
-        want += micro_batches(some, costs, 2, world, make)
+        want += micro_batches(some, [1] * len(some), costs, 2, world, make)
     same_batches(seen, want)
 
 
@@ -120,8 +120,10 @@ def test_stage_2_trains_on_the_batches_of_the_rows_in_memory(made: Path, tmp_pat
     want = []
     for step in range(len(examples) // 16):
         some = [examples[i] for i in sampler.batch(step)]
-        costs = [flops_of([len(e)], preset("tiny")) for e in some]
-        want += micro_batches(some, costs, 8, world, lambda part: pack(documents(part)))
+        lengths = [len(e) for e in some]
+        costs = [flops_of([length], preset("tiny")) for length in lengths]
+        make = lambda part: pack(documents(part))
+        want += micro_batches(some, lengths, costs, 1024, world, make)
     same_batches(seen, want)
 
 

@@ -11,8 +11,8 @@ MICRO = [
     "processes=1", "distill.num_problems=80", "distill.rollouts_per_problem=3", "distill.num_prompts=40",
     "distill.num_heldout=24", "distill.num_validation=24", "curate.sft_examples=64",
     "midtrain.steps=6", "midtrain.validate_every=3", "midtrain.rows_per_step=4", "midtrain.micro_rows=2",
-    "sft.examples_per_step=16", "sft.micro_examples=8", "sft.validate_every=2", "sft.epochs=1",
-    "rollout_dpo.pairs=teacher", "rollout_dpo.pairs_per_step=8", "rollout_dpo.micro_pairs=4",
+    "sft.examples_per_step=16", "sft.micro_tokens=1024", "sft.validate_every=2", "sft.epochs=1",
+    "rollout_dpo.pairs=teacher", "rollout_dpo.pairs_per_step=8", "rollout_dpo.micro_tokens=1024",
     "rlvr.steps=2", "rlvr.prompts_per_step=4", "rlvr.probe_prompts=8", "rlvr.max_new_tokens=24",
     "evaluate.max_new_tokens=24",
 ]  # fmt: skip

@@ -97,3 +97,26 @@ def test_every_field_has_a_line_of_help(capsys: pytest.CaptureFixture) -> None:
 def test_every_recipe_builds_and_becomes_plain_data() -> None:
     for name in RECIPES:
         assert to_dict(recipe_config(name))["name"] == name
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sft.micro_tokens=255"], "sft.micro_tokens: expected at least 256, because sft.sequence_length is 256, got 255"),
+        (["rollout_dpo.micro_tokens=511"], "rollout_dpo.micro_tokens: expected at least 512"),
+        (["rlvr.sequence_length=9000"], "rlvr.micro_tokens: expected at least 9000, .*, got 8192"),
+    ],
+    ids=["sft", "dpo", "rlvr"],
+)  # fmt: skip
+def test_a_micro_batch_has_room_for_the_longest_item(
+    words: list[str], said: str, run: RunConfig
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        override(run, words)
+    stage = override(run, ["sft.micro_tokens=none", "sft.sequence_length=300"]).sft
+    assert stage.token_budget == 300
+
+
+def test_a_ratio_s_limit_needs_a_ratio(run: RunConfig) -> None:
+    with pytest.raises(ValueError, match=r"rlvr.dual_clip: expected none .*, got 3.0"):
+        override(run, ["rlvr.objective=cispo", "rlvr.dual_clip=3"])

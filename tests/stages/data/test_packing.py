@@ -149,12 +149,14 @@ def of_each_rank(ranks: int, batches_of) -> list[list[PackedBatch]]:
 
 
 @settings(deadline=None)  # pure Python on a busy machine
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 7), st.randoms(use_true_random=False))
+@given(
+    st.integers(1, 40), st.integers(1, 9), st.integers(12, 60), st.randoms(use_true_random=False)
+)
 def test_every_data_rank_has_as_many_micro_batches_and_every_rollout_is_in_one(
     num_rollouts: int, ranks: int, micro: int, random
 ) -> None:
     """For all (rollouts, ranks, micro), collectives stay aligned, and each rollout's tokens weigh 1 in total."""
-    config = dataclasses.replace(tiny().rlvr, micro_rollouts=micro)
+    config = dataclasses.replace(tiny().rlvr, sequence_length=12, micro_tokens=micro)
     lengths = [random.randint(1, 9) for _ in range(num_rollouts)]
     rollouts = [
         rollout_of(f"r{k}", [1] * random.randint(1, 4), [100 + k] * n, advantage=1.0)
@@ -162,13 +164,15 @@ def test_every_data_rank_has_as_many_micro_batches_and_every_rollout_is_in_one(
     ]
     model = lambda world: types.SimpleNamespace(world=world, num_updates=0, config=preset("tiny"))
     everywhere = of_each_rank(ranks, lambda w: rollout_batches(rollouts, model(w), config))  # pyright: ignore[reportArgumentType]
-    assert {len(batches) for batches in everywhere} == {-(-num_rollouts // (micro * ranks))}
+    numbers = {len(batches) for batches in everywhere}
+    of_a_rank = 12 * -(-num_rollouts // ranks)  # tokens, at most
+    assert len(numbers) == 1 and numbers.pop() <= 1 + 2 * of_a_rank // micro
     trained, weight = [], 0.0
     for batch in (b for batches in everywhere for b in batches):
         targets = batch.targets_T[batch.targets_T >= 0]
         weight += float(batch.fields["weight"].sum())
         assert len(targets) == int((batch.fields["weight"] != 0).sum())
-        assert len(targets.unique()) <= micro and batch.num_tokens % 4 == 0
+        assert sum(batch.lengths) <= micro + 3 and batch.num_tokens % 4 == 0
         trained += [token for token in targets.tolist() if token >= 100]
     assert sorted(trained) == [100 + k for k, n in enumerate(lengths) for _ in range(n)]
     assert weight == sum(lengths)
@@ -178,10 +182,12 @@ def test_an_idle_micro_batch_is_the_cheapest_item_without_its_loss() -> None:
     examples = [Example(str(n), list(range(n + 1)), 1) for n in (9, 3, 5)]
     costs = [flops_of([len(e)], preset("tiny")) for e in examples]
     make = lambda part: pack(documents(part))
-    everywhere = of_each_rank(4, lambda world: micro_batches(examples, costs, 1, world, make))
+    everywhere = of_each_rank(
+        4, lambda world: micro_batches(examples, [1] * 3, costs, 1, world, make)
+    )
     assert [[b.lengths for b in batches] for batches in everywhere] == [[[9]], [[5]], [[3]], [[3]]]
     assert [int((batches[0].targets_T >= 0).sum()) for batches in everywhere] == [9, 5, 3, 0]
-    assert of_each_rank(2, lambda world: micro_batches([], [], 1, world, make)) == [[], []]
+    assert of_each_rank(2, lambda world: micro_batches([], [], [], 1, world, make)) == [[], []]
 
 
 def test_idle_keeps_types_and_leaves_its_source_alone() -> None:

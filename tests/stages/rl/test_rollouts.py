@@ -41,7 +41,9 @@ def trained_on(layout: Layout) -> tuple[list[Any], list[list[int]]]:
     world = initialize(layout, LONG)
     model: Any = SimpleNamespace(world=world, config=LONG, num_updates=0)
     here = to_trainers(held_in_turns(world), model)
-    batches = rollout_batches(here, model, dataclasses.replace(tiny().rlvr, micro_rollouts=1))
+    batches = rollout_batches(
+        here, model, dataclasses.replace(tiny().rlvr, sequence_length=40, micro_tokens=40)
+    )
     targets = [batch.targets_T[batch.targets_T >= 0].tolist() for batch in batches]
     return [content(rollout) for rollout in here], targets
 
