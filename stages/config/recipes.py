@@ -41,7 +41,7 @@ def tiny() -> RunConfig:
             sequence_length=256,
             rows_per_step=4,
             micro_rows=2,
-            steps=3200,
+            steps=4000,
             loss_on_question=False,
         ),
         sft=SftConfig(
@@ -53,7 +53,7 @@ def tiny() -> RunConfig:
         ),
         rollout_dpo=RolloutDpoConfig(
             optimizer=OptimizerSettings(lr=1.2e-4, warmup_ratio=0.1, weight_decay=0.0),
-            num_prompts=700,
+            num_prompts=850,
             nll_weight=6.0,
             micro_tokens=8192,
             epochs=2.0,
