@@ -25,7 +25,7 @@ class Rows:
 
 
 def main(path: str, *arguments: str) -> int:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).resolve().parents[2]
     words = ["-q", "-p", "no:cacheprovider", "-c", str(root / "pyproject.toml"), "--rootdir", str(root)]  # fmt: skip
     return int(pytest.main([*words, *arguments], plugins=[Rows(Path(path))]))
 

@@ -34,9 +34,11 @@ HANGS = (
 )
 
 
-def part(name: str, code: str, **more: Any) -> Part:
+def part(name: str, code: str, needs: tuple[str, ...] = ()) -> Part:
     words = ("-c", code.replace("{", "{{").replace("}", "}}"), "{rows}")
-    return Part(name=name, what=name, command=words, rehearsal=words, share=1.0, **({"rehearsal_needs": ()} | more))  # fmt: skip
+    return Part(
+        name=name, what=name, command=words, rehearsal=words, share=1.0, rehearsal_needs=needs
+    )
 
 
 def driven(out: Path, seconds: float, parts: list[Part]) -> subprocess.Popen:
@@ -64,7 +66,7 @@ def test_a_failed_a_hung_and_a_missing_part_stop_no_other(tmp_path: Path) -> Non
         part("first", WRITES),
         part("fails", "print('why'); raise SystemExit(3)"),
         part("hangs", HANGS.replace("MARK", mark)),
-        part("absent", WRITES, rehearsal_needs=("no_such_module.inner", "os")),
+        part("absent", WRITES, needs=("no_such_module.inner", "os")),
         part("last", WRITES),
     ]
     started = time.monotonic()

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,13 +26,13 @@ def patched_main(words: list[str], broken: str = "") -> int:
     timed_step.PEAKS = {harness.device_name(torch.device("cpu")): (1e12, 1e11)}
     row = timed_step.TimedStep.row
 
-    def fails(self: Any, stage: str, *args: Any) -> Any:
+    def fails(self: timed_step.TimedStep, stage: str, *args: Any) -> timed_step.Row:
         if stage == broken:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return row(self, stage, *args)
 
-    timed_step.TimedStep.row = fails
-    return step.main(words)
+    with patch.object(timed_step.TimedStep, "row", fails):
+        return step.main(words)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
