@@ -5,11 +5,16 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check -q
 MCORE_NEXT_VERSION := 0.19.2
 MCORE_NEXT := $(VENV)/megatron-core-$(MCORE_NEXT_VERSION)
 MCORE_TESTS := parallel/ranks parallel/attention parallel/megatron parallel/training parallel/checkpoint parallel/weight_sync
+TORCH_211 := .venv-torch-211
+TORCH_211_TESTS := kernels parallel/attention/test_attention.py parallel/attention/test_attention_blocks.py \
+	parallel/training/test_batch.py parallel/training/test_step.py parallel/training/test_host_waits.py \
+	parallel/training/test_optimizer.py parallel/megatron/test_builder.py parallel/megatron/test_main_grad.py \
+	parallel/megatron/test_recompute.py bench/system/test_timed_step.py bench/gpu_day
 TE_VERSION := 2.20.2
 TE := $(VENV)/transformer-engine-$(TE_VERSION)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test faults test-mcore-next test-te bench-peers lint clean
+.PHONY: demo test faults test-mcore-next test-te test-torch-211 bench-peers lint clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/phimini recipe tiny
@@ -32,6 +37,18 @@ test-mcore-next: $(VENV)/.test $(MCORE_NEXT)/.done
 test-te: $(VENV)/.test $(TE)/.done $(MCORE_NEXT)/.done
 	PHIMINI_TE=$(CURDIR)/$(TE) $(VENV)/bin/python -m pytest tests/parallel/megatron/test_te.py tests/parallel/checkpoint/test_fp8_checkpoint.py
 	PHIMINI_TE=$(CURDIR)/$(TE) PYTHONPATH=$(CURDIR)/.path:$(CURDIR)/$(MCORE_NEXT) $(VENV)/bin/python -m pytest tests/parallel/megatron/test_te.py tests/parallel/checkpoint/test_fp8_checkpoint.py
+
+# Kernels, one rank of the trainer and the rehearsal of `phimini gpu-day` on an older torch and triton, with few other
+# packages: a machine with a GPU may have no more.
+test-torch-211: $(TORCH_211)/.done
+	PYTHONPATH=.path $(TORCH_211)/bin/python -c "import torch, triton; v = torch.__version__.split('+')[0], triton.__version__; assert v == ('2.11.0', '3.6.0'), v"
+	PYTHONPATH=$(CURDIR)/.path $(TORCH_211)/bin/python -m pytest $(addprefix tests/,$(TORCH_211_TESTS))
+
+$(TORCH_211)/.done: .ci/torch-211.txt
+	test -x $(TORCH_211)/bin/python || $(PYTHON) -m venv $(TORCH_211)
+	$(TORCH_211)/bin/pip --disable-pip-version-check -q install "$$(grep '^torch==' $<)"
+	$(TORCH_211)/bin/pip --disable-pip-version-check -q install -r $<
+	touch $@
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -72,4 +89,4 @@ bench-peers: $(VENV)/.demo .venv-peers/.done
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers build dist *.egg-info runs
+	rm -rf $(VENV) .venv-peers $(TORCH_211) build dist *.egg-info runs

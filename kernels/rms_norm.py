@@ -302,6 +302,14 @@ class _TorchRmsNorm(torch.autograd.Function):
         return dx.to(x.dtype), dy_x_hat_MD.sum(0).to(weight.dtype), None
 
 
+def _in_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if (
+        torch.compiler.is_compiling()
+    ):  # fuses by itself, and torch 2.11 compiles the Function to wrong gradients
+        return rms_norm_reference(x, weight, eps)
+    return _TorchRmsNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
+
+
 # --- public op -----------------------------------------------------------------------------------
 def rms_norm(
     x: Tensor,
@@ -318,7 +326,7 @@ def rms_norm(
     """
     _check("rms_norm", x, weight, eps)
     if not runs_triton(x, _backend):
-        return _TorchRmsNorm.apply(x, weight, eps)
+        return _in_torch(x, weight, eps)
     if torch.compiler.is_compiling():
         return _fwd_op(x, weight, eps)[0]
     return _RmsNorm.apply(x, None, weight, eps, main_grad)
@@ -343,7 +351,7 @@ def rms_norm_add(
         raise ValueError(f"rms_norm_add: residual: expected {expected} like x, got {got}")
     if not runs_triton(x, _backend):
         h = x + residual
-        return _TorchRmsNorm.apply(h, weight, eps), h
+        return _in_torch(h, weight, eps), h
     if torch.compiler.is_compiling():
         y, h, _rstd_M = _add_fwd_op(x, residual, weight, eps)
         return y, h

@@ -83,7 +83,7 @@ VERBS = {
     "launch slurm": _prints("the same for sbatch", "launch", None),
     "doctor --dist": _prints("under torchrun: are these ranks fit to train together?", "examine_job", options.DistOptions),
     "doctor --mismatch": _prints("why do sampler and trainer of a run differ?", "explain_mismatch", options.RunOptions),
-    "doctor --gpu-checklist": _prints("what to run on the first GPU", "print_checklist", options.NoOptions),
+    "gpu-day": Verb("every check that needs a GPU, within minutes=8; a rehearsal without one", options.GpuDayOptions, "phimini.bench.gpu_day.command:main", writes=True),
     "bench": Verb("measure; names its benches"),
 }  # fmt: skip
 

@@ -22,10 +22,8 @@ from phimini.stages.controls import controls
 from phimini.stages.dry_run import dry_run, is_ready
 from phimini.stages.evaluate import evaluate
 from phimini.stages.recipe import DATA, TRAINING, recipe
-from phimini.stages.report.page import write_report
 from phimini.stages.rl.mismatch_diagnosis import doctor
 from phimini.stages.rollout.launch import serve
-from phimini.stages.run.gpu_checklist import checklist
 from phimini.stages.run.limits import check_open_files
 from phimini.stages.run.lock import RunLock, held_by_main
 from phimini.stages.run.trackers import missing_packages
@@ -67,6 +65,8 @@ def run_evaluate(verb: str, settings: options.EvaluateOptions) -> int:
 
 
 def run_report(verb: str, settings: options.RunOptions) -> int:
+    from phimini.stages.report.page import write_report  # late: only reports need plotly
+
     with RunLock(settings.run.out):
         write_report(Path(settings.run.out))
     return 0
@@ -103,11 +103,6 @@ def examine_job(verb: str, settings: options.DistOptions) -> int:
 
 def explain_mismatch(verb: str, settings: options.RunOptions) -> int:
     start(settings.run, verb, None, redo=False)
-    return 0
-
-
-def print_checklist(verb: str, settings: options.NoOptions) -> int:
-    print(checklist())
     return 0
 
 

@@ -21,7 +21,6 @@ from phimini.stages.distill import distill
 from phimini.stages.evaluate import evaluate
 from phimini.stages.midtrain import midtrain
 from phimini.stages.report.intervals import mcnemar, paired_gain
-from phimini.stages.report.page import write_report
 from phimini.stages.rlvr import rlvr
 from phimini.stages.rollout_dpo import rollout_dpo
 from phimini.stages.sft import sft
@@ -141,6 +140,8 @@ def write_results(run: RunConfig, evaluations: list[dict], peak_rss: int, second
         "config": to_dict(run),
     }
     write_sealed(out / "results.json", results)
+    from phimini.stages.report.page import write_report  # late: only reports need plotly
+
     write_report(out)
 
 

@@ -7,7 +7,7 @@
         op(x)
     report.launches[0].requested_bytes, report.races
 
-The stock interpreter of triton 3.7.1 and this one:
+The stock interpreter of triton 3.6.0 and 3.7.1, and this one:
 
     bf16, fp8                  multiplies and compares bit patterns; casts truncate    true values, rounded to
                                                                                        nearest even, fp8 saturates
@@ -72,7 +72,7 @@ __all__ = [
     "uninstall",
 ]
 
-SUPPORTED_TRITON = "3.7."
+SUPPORTED_TRITON = ("3.6.", "3.7.")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -265,6 +265,8 @@ def _run_grid(self, *args, **kwargs) -> None:
     x, y, z = (*(int(g) for g in grid), 1, 1)[:3]
     _replace_libdevice(self.fn.__globals__)
     scope = stock._patch_lang(_sees_the_language)
+    # triton 3.6 passes numpy an array of one element, which numpy 2.4 refuses
+    scope.set_attr(tl.tensor, "__index__", lambda scalar: scalar.handle.data.item())
     try:
         with _disable_current_modes():  # a mode that counts torch's operations must not see ours
             _run_programs(self.fn, given, self.constexprs, (x, y, z))
@@ -355,7 +357,7 @@ def install() -> None:
         return
     if not triton.__version__.startswith(SUPPORTED_TRITON):
         raise RuntimeError(
-            f"interpreter: expected triton {SUPPORTED_TRITON}x, got {triton.__version__}"
+            f"interpreter: expected triton {' or '.join(f'{v}x' for v in SUPPORTED_TRITON)}, got {triton.__version__}"
         )
     if not isinstance(tl.standard.sum, stock.InterpretedFunction):
         raise RuntimeError(

@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--static", action="store_true", help="registers, spills, shared memory; no GPU")  # fmt: skip
     options.add_argument("--traffic", action="store_true", help="bytes requested over the minimum; no GPU")  # fmt: skip
     options.add_argument("--quick", action="store_true", help="one shape, few rounds, no torch.compile")  # fmt: skip
+    options.add_argument("--compile", action="store_true", help="with --quick: torch.compile too")
     args = options.parse_args(argv)
     if args.static and args.traffic:
         options.error("--static and --traffic: one at a time")
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         return _in_own_process("static_report", [*args.ops, "--check"], args.json, interpret=False)
     if args.traffic:
         return _in_own_process("traffic", args.ops, args.json, interpret=True)
-    return _time(args.ops, args.quick, args.json)
+    return _time(args.ops, args.quick, args.compile, args.json)
 
 
 def _in_own_process(module: str, argv: list[str], path: Path | None, interpret: bool) -> int:
@@ -45,7 +46,7 @@ def _in_own_process(module: str, argv: list[str], path: Path | None, interpret: 
     return subprocess.run(command, env=environment).returncode
 
 
-def _time(ops: list[str], quick: bool, path: Path | None) -> int:
+def _time(ops: list[str], quick: bool, compiled: bool, path: Path | None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         # one thread: CPU seconds of a thread pool include its waiting
@@ -55,13 +56,18 @@ def _time(ops: list[str], quick: bool, path: Path | None) -> int:
     results: list[Row] = []
     for module in bench_modules(ops):
         for case in module.timed_cases(device, quick):
-            if quick:
+            if quick and not compiled:
                 # torch.compile takes seconds to minutes per case
                 rest = {k: v for k, v in case.providers.items() if k != "torch.compile"}
                 case = dataclasses.replace(case, providers=rest)
             new = run_case(case, timing)
             print_rows(case, new)
             results += new
+            _save(path, results)  # a bench that is stopped leaves the rows so far
+    return _save(path, results)
+
+
+def _save(path: Path | None, results: list[Row]) -> int:
     plain = [{k: v for k, v in row.items() if k != "samples"} for row in results]
     return finish(path, rows_of(results), plain)
 

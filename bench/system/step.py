@@ -1,21 +1,24 @@
-"""A full-size training step, operation by operation, on a machine without a GPU: kernels, bytes, FLOPs, peak, host time.
+"""A full-size training step of any stage on synthetic tokens: timed on a GPU, counted on a machine without one.
 
     phimini bench step midtrain --model phi-4-mini --lengths 16384 --json step.jsonl
 
-The step is the product's own, with every choice between GPU and CPU made as on a GPU (`kernels/backend/launch.py`). Fake
-tensors carry shapes, Triton launches are recorded, attention is one forward and one backward kernel. A call that reads a
-value on the host raises, so `synchronisations` is 0 of every step that comes to its end. A layer's numbers
-are the difference of a model with three layers and one with two. The predicted time is arithmetic with RATES; it is no
-measurement, and a kernel's own inefficiencies are not in it.
+On a GPU, or with --timed, the step is run and timed (`timed_step.py`). Else it is counted, operation by operation:
+kernels, bytes, FLOPs, peak, host time, and a predicted time. The step is the product's own, with every choice between
+GPU and CPU made as on a GPU (`kernels/backend/launch.py`). Fake tensors carry shapes, Triton launches are recorded,
+attention is one forward and one backward kernel. A call that reads a value on the host raises, so `synchronisations` is
+0 of every step that comes to its end. A layer's numbers are the difference of a model with three layers and one with
+two. The predicted time is arithmetic with RATES; it is no measurement, and a kernel's own inefficiencies are not in it.
 """
 
-import argparse
 import dataclasses
 import os
 import sys
 import time
+import traceback
 import warnings
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,23 +29,26 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from phimini.bench.gate.options import at_least_one, output_file, parser
 from phimini.bench.system.fake_gpu import Kernel, Recorder, as_on_a_gpu
+from phimini.bench.system.step_work import (
+    STAGES,
+    batch_of,
+    head_of,
+    lengths_for,
+    lengths_of,
+    planned_peak_bytes,
+)
+from phimini.bench.system.timed_step import TimedStep, describe
 from phimini.model.config import ModelConfig, preset, training_flops
 from phimini.model.io.json_files import write_rows
 from phimini.parallel.attention import core
 from phimini.parallel.megatron.builder import Recompute, build_model
-from phimini.parallel.plan.memory import GPUS, MemoryOptions, memory_bytes
+from phimini.parallel.plan.memory import GPUS
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training import schedule, step
-from phimini.parallel.training.batch import Document, PackedBatch, pack
 from phimini.parallel.training.step import start_step
-from phimini.stages.config.recipes import recipe_config
-from phimini.stages.rl.loss import policy_head
-from phimini.stages.rl.mismatch import MismatchMeter
-from phimini.stages.rollout_dpo import dpo_head
-from phimini.stages.run.training import cross_entropy_head
-from phimini.stages.run.workloads import workloads
 
 RATES = {
     "gemm": 660e12, "head_logits": 500e12, "head_gradients": 640e12, "bytes": 2.7e12, "fixed_s": 12e-3,
@@ -51,44 +57,12 @@ RATES = {
 """One H100 SXM in FLOP/s and byte/s. Attention: FlashAttention-3 (arXiv 2407.08608, figures 5 and 6), causal, head size 128;
 bytes: quack's media/2025-07-10-membound-sol.md; GEMMs: assumptions below the best single product, 780e12. `fixed_s`: launch
 tail, and optimizer and reductions over 16 micro-batches."""
-STAGES = ("midtrain", "sft", "rollout_dpo", "rlvr")
 
 
 # --- one step ------------------------------------------------------------------------------------
-def batch_of(stage: str, lengths: list[int]) -> PackedBatch:
-    """Return a micro-batch of tokens 0 with the fields of `stage`; of pairs where the stage trains on pairs."""
-    if stage == "rollout_dpo" and len(lengths) % 2:
-        raise ValueError(f"bench step: rollout_dpo trains on pairs, got {len(lengths)} lengths")
-    documents = []
-    for i, n in enumerate(lengths):
-        token_fields: dict[str, Any] = {}
-        if stage == "rollout_dpo":
-            token_fields = {"sequence": [i] * n}
-        elif stage == "rlvr":
-            names = ("old_logp", "advantage", "weight", "share", "temperature")
-            token_fields = {name: [1.0] * n for name in names} | {"age": [0] * n}
-        fields = {"reference_logp": 0.0, "weight": 1.0} if stage == "rollout_dpo" else {}
-        documents.append(
-            Document(
-                tokens=[0] * n, targets=[0] * n, token_fields=token_fields, document_fields=fields
-            )
-        )
-    return pack(documents)
-
-
-def head_of(stage: str) -> Any:
-    """Return the stage's head, as the paper's recipe sets it."""
-    run = recipe_config("phi4_mini_reasoning")
-    if stage == "rollout_dpo":
-        return dpo_head(run.rollout_dpo)
-    if stage == "rlvr":
-        return policy_head(run.rlvr, MismatchMeter(), 0.0, "off")
-    return cross_entropy_head
-
-
 def traced(config: ModelConfig, stage: str, lengths: list[int], recompute: Recompute) -> Recorder:
     """Return what one micro-batch of `stage` launches and holds on one rank."""
-    batch, head = batch_of(stage, lengths), head_of(stage)
+    batch, head = batch_of(stage, lengths, config.vocab_size), head_of(stage)
     core._tables.cache_clear()  # of tensors of another mode
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         world = initialize(Layout(), config)
@@ -134,7 +108,7 @@ def host_ms(num_layers: int, rounds: int = 12) -> float:
     config = dataclasses.replace(preset("tiny"), num_layers=num_layers)
     world = initialize(Layout(), config)
     model = build_model(config, world, seed=None, dtype=torch.float32)
-    batch = batch_of("midtrain", [8])
+    batch = batch_of("midtrain", [8], config.vocab_size)
     head = lambda hidden_MD, *_, **__: (hidden_MD.sum(), torch.ones(()), {})
     times = []
     with as_on_a_gpu(None, None), patch("torch.addmm", _no_product):
@@ -211,11 +185,6 @@ def row_of(stage: str, name: str, lengths: list[int], recompute: Recompute, atte
         + RATES["fixed_s"]
     )
     per_layer_bytes = deeper.peak_bytes - shallow.peak_bytes
-    scratches = workloads(recipe_config("phi4_mini_reasoning"))[stage].pair_scratches
-    planned = memory_bytes(
-        config, Layout(data=1), MemoryOptions(recompute=recompute, pair_scratches=scratches), tokens=tokens,
-        sequence_length=tokens, num_microbatches=1,
-    )["training"]  # fmt: skip
     flops = training_flops(config, torch.tensor([0, *lengths]).cumsum(0))
     return {
         "stage": stage, "model": name, "lengths": lengths, "layout": "tensor=1", "recompute": recompute, "dtype": "bfloat16",
@@ -224,62 +193,77 @@ def row_of(stage: str, name: str, lengths: list[int], recompute: Recompute, atte
         "head_small_kernels_per_chunk": round(small, 1), "head_chunks": chunks,
         "pageable_copies": shallow.pageable, "pinned_copies": shallow.pinned, "synchronisations": 0,
         "peak_bytes": deeper.peak_bytes + (config.num_layers - 3) * per_layer_bytes,
-        "planned_peak_bytes": planned["activations"] + planned["head"],
+        "planned_peak_bytes": planned_peak_bytes(config, stage, tokens, recompute),
         "host_ms": round(host_ms(config.num_layers), 1), "predicted_step_ms": round(1e3 * seconds, 1),
         "predicted_mfu": round(flops / seconds / GPUS["h100"].peak_flops, 4), "rates": RATES,
         "layer": dict(Counter(k.name for k in layer)),
     }  # fmt: skip
 
 
-def lengths_of(text: str) -> list[int]:
-    """Return the lengths of `16384`, `4x4096` or `8000,300`. Raises ValueError for other text."""
-    try:
-        parts = [part.split("x") for part in text.split(",")]
-        lengths = [int(part[-1]) for part in parts for _ in range(int(part[0]) if part[1:] else 1)]
-    except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 2:
-        raise ValueError(
-            f"bench step: lengths: expected numbers as 16384, 4x4096 or 8000,300, got {text!r}"
-        )
-    return lengths
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="phimini bench step", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument(
-        "stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default: all"
-    )
-    parser.add_argument("--model", default="phi-4-mini")
-    parser.add_argument(
-        "--lengths",
-        default="8192,8192",
-        help="of a micro-batch's documents, e.g. 16384 or 4096,4096",
-    )
-    parser.add_argument("--recompute", default="selective", choices=("none", "selective", "full"))
-    parser.add_argument(
-        "--attention", default="fa2", choices=("fa2", "fa3"), help="rates of the prediction"
-    )
-    parser.add_argument("--json", type=Path, help="write the rows here, as JSON lines")
-    options = parser.parse_args(arguments)
-    unknown = [stage for stage in options.stages if stage not in STAGES]
-    if unknown:
-        raise ValueError(f"bench step: expected stages of {', '.join(STAGES)}, got {unknown[0]!r}")
+    """Return 0; 1 where a stage failed, after the others."""
+    options = parser("step", __doc__, json=False)
+    options.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default: all")  # fmt: skip
+    options.add_argument("--model", default="phi-4-mini")
+    options.add_argument(
+        "--lengths", default="8192,8192", help="of a micro-batch's documents: 16384, 4x4096, lognormal(MEDIAN,SIGMA,TOKENS)"
+    )  # fmt: skip
+    options.add_argument("--recompute", default="selective", choices=("none", "selective", "full"))
+    options.add_argument(
+        "--attention", default="fa3", choices=("fa2", "fa3"),
+        help="rates of the prediction: fa3 is Hopper's own, FlashAttention 3 or 4",
+    )  # fmt: skip
+    options.add_argument("--timed", action="store_true", help="time the step on a CPU too; take --model tiny")  # fmt: skip
+    options.add_argument("--fp8", default="none", choices=("none", "emulate", "te"), help="of a timed step")  # fmt: skip
+    options.add_argument("--rounds", type=at_least_one, default=4, help="timed steps")
+    options.add_argument("--profile", type=Path, metavar="DIR", help="write the timed steps' traces here")  # fmt: skip
+    options.add_argument("--json", type=output_file, help="write the rows here, as JSON lines")
+    args = options.parse_args(arguments)
+    if unknown := [stage for stage in args.stages if stage not in STAGES]:
+        options.error(f"expected stages of {', '.join(STAGES)}, got {unknown[0]!r}")
+    warnings.filterwarnings("ignore", category=UserWarning)
+    return run(args, timed_rows if args.timed or torch.cuda.is_available() else counted_rows)
+
+
+def run(args: Namespace, rows_of: Callable[[Namespace], Callable[[str, list[int]], Any]]) -> int:
+    """Make the row of one stage after the other, and write all rows so far after each."""
+    lengths, make, rows, failed = lengths_of(args.lengths), rows_of(args), [], False
+    for stage in args.stages or STAGES:
+        try:
+            rows.append(make(stage, lengths_for(stage, lengths)))
+        except RuntimeError as error:  # out of memory, or a loss that is not finite
+            traceback.print_exc()
+            print(f"{stage}: FAILED: {error}", flush=True)
+            failed = True
+        if args.json:
+            write_rows(args.json, rows)
+    return int(failed)
+
+
+def timed_rows(args: Namespace) -> Callable[[str, list[int]], dict[str, Any]]:
+    timed = TimedStep(args.model, args.recompute, args.fp8)
+
+    def make(stage: str, lengths: list[int]) -> dict[str, Any]:
+        row = timed.row(stage, lengths, args.rounds, args.profile)
+        print(describe(row), flush=True)
+        return row
+
+    return make
+
+
+def counted_rows(args: Namespace) -> Callable[[str, list[int]], dict[str, Any]]:
+    if args.fp8 != "none":
+        raise ValueError("bench step: --fp8 goes with a timed step: on a GPU, or --timed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError(
             "bench step: unset TRITON_INTERPRET: launches are recorded, not interpreted"
         )
-    warnings.filterwarnings("ignore", category=UserWarning)
-    lengths = lengths_of(options.lengths)
     if not dist.is_initialized():
         os.environ.update(WORLD_SIZE="1", RANK="0")
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    rows = []
-    for stage in options.stages or STAGES:
-        row = row_of(stage, options.model, lengths, options.recompute, options.attention)
-        rows.append(row)
+
+    def make(stage: str, lengths: list[int]) -> dict[str, Any]:
+        row = row_of(stage, args.model, lengths, args.recompute, args.attention)
         print(
             f"{stage:<12} {row['kernels_per_layer']} kernels and {row['other_bytes_per_layer'] / 1e9:.2f} GB a layer beside "
             f"products; head {row['head_small_kernels_per_chunk']} small kernels a chunk; peak {row['peak_bytes'] / 2**30:.2f} GiB "
@@ -287,9 +271,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"{row['predicted_step_ms']:.0f} ms, MFU {row['predicted_mfu']:.1%} ({row['attention']})",
             flush=True,
         )
-    if options.json:
-        write_rows(options.json, rows)
-    return 0
+        return row
+
+    return make
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ Options hold no tensors, and compare by value: torch.compile guards on them (Con
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch.distributed as dist
 from torch._library.opaque_object import register_opaque_type
+from torch._opaque_base import OpaqueBase
 from torch.distributed import distributed_c10d
 
 from phimini.kernels.backend.launch import Backend
@@ -51,23 +52,26 @@ class HeadOptions:
 
 
 @dataclass(frozen=True)
-class ConstantOptions:
-    """Options as a constant of a torch.compile graph, which guards on them and recompiles for others."""
+class ConstantOptions(OpaqueBase):
+    """Options as a constant of a torch.compile graph, which guards on them and recompiles for others.
+
+    Before torch 2.12 a class without the base `OpaqueBase` cannot be registered.
+    """
 
     kind: type[Any]
     """The class of the options."""
     values: tuple[Any, ...]
     """Values of the fields of `kind`, in order."""
 
-    @classmethod
-    def of(cls, options: HeadOptions) -> Self:
+    @staticmethod  # torch 2.11 compiles no call of a class method of an opaque type
+    def of(options: HeadOptions) -> "ConstantOptions":
         """Return `options` with symbolic numbers, as dynamic shapes make them, replaced by their values."""
         from torch.fx.experimental.symbolic_shapes import (
             guard_scalar,  # half a second, for compiling only
         )
 
         values = [getattr(options, field.name) for field in fields(options)]
-        return cls(
+        return ConstantOptions(
             type(options),
             tuple(guard_scalar(v) if isinstance(v, int | float) else v for v in values),
         )

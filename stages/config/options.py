@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from phimini.stages.config.dialect import Words, build
-from phimini.stages.config.ranges import Count
+from phimini.stages.config.ranges import Count, Positive
 from phimini.stages.config.recipes import recipe_config
 from phimini.stages.config.schema import RunConfig
 
@@ -83,8 +83,15 @@ class DistOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NoOptions:
-    """No settings."""
+class GpuDayOptions:
+    """The time, the folder, and whether to rehearse on a CPU."""
+
+    minutes: Positive = 8.0
+    """all parts end within these, each with a share of what is left"""
+    rehearse: bool = False
+    """run the parts' forms for a CPU at small shapes; without CUDA that is always so"""
+    out: str = "runs/gpu-day"
+    """folder of rows.jsonl and log.txt"""
 
 
 R = TypeVar("R", bound=RunOptions)

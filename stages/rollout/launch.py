@@ -31,7 +31,6 @@ from phimini.model.io.chat import TEMPLATES
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.rollout.engine_folder import engine_folder
-from phimini.stages.rollout.messages import PREFIX
 from phimini.stages.rollout.vllm_settings import (
     DESCRIPTION,
     OWNER,
@@ -99,6 +98,8 @@ class EngineProcess:
 
     def _check_endpoints(self) -> None:
         """End an engine whose plugin vLLM could not load: it would let anyone with the key sample random weights."""
+        from phimini.stages.rollout.messages import PREFIX  # late: only served engines need msgspec
+
         headers = {"Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(f"{self.url}{PREFIX}/state", headers=headers)
         try:

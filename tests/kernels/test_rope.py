@@ -96,7 +96,7 @@ def test_the_projection_is_not_written_and_not_kept(backend: Backend) -> None:
 def test_gradients_and_positions_may_have_any_strides(backend: Backend) -> None:
     qkv, cos, sin, positions = case((12, 2, 4, 32), 24, torch.float32)
     positions = positions.repeat_interleave(2)[::2]
-    dys = [torch.randn(12, heads, 64)[..., ::2] for heads in (4, 2, 2)]
+    dys = [torch.randn(12, heads, 64, device=DEVICE)[..., ::2] for heads in (4, 2, 2)]
     results = []
     for some in (dys, [dy.contiguous() for dy in dys]):
         leaf = qkv.clone().requires_grad_()
@@ -171,6 +171,8 @@ def test_a_bad_argument_is_named() -> None:
         "rope: cos: gets no gradient": (qkv, cos.clone().requires_grad_(), sin, positions),
     }
     for message, args in bad.items():
+        if DEVICE == "cuda" and "got" in message and "positions_L" in message:
+            continue  # the host does not know the positions
         with pytest.raises(ValueError, match=message):
             rope(*args)
 
@@ -178,5 +180,5 @@ def test_a_bad_argument_is_named() -> None:
 def test_the_ops_are_registered_correctly() -> None:
     qkv, *rest = case((12, 2, 4, 16), 12, torch.float32)
     torch.library.opcheck(torch.ops.phimini.rope_fwd, (qkv.requires_grad_(), *rest))
-    dq, dk, dv = (torch.randn(12, heads, 16) for heads in (4, 2, 2))
+    dq, dk, dv = (torch.randn(12, heads, 16, device=DEVICE) for heads in (4, 2, 2))
     torch.library.opcheck(torch.ops.phimini.rope_bwd, (dq, dk, dv, *rest))

@@ -76,7 +76,7 @@ def test_every_bench_is_listed_and_its_module_exists(capsys: pytest.CaptureFixtu
         (["plan", "tiny", "stage=stf"], "did you mean sft?"),
         (["doctor", "--mismach"], "did you mean --mismatch?"),
         (["doctor", "--dist", "tensr=2"], "did you mean tensor?"),
-        (["doctor"], "doctor: got nothing; expected one of --dist, --mismatch, --gpu-checklist"),
+        (["doctor"], "doctor: got nothing; expected one of --dist, --mismatch"),
         (["evaluate", "tiny"], "evaluate: expected stage=NAME, one of base, midtrain"),
         (["launch", "slrum"], "did you mean slurm?"),
         (["launch", "slurm", "node=2", "--", "recipe", "tiny"], "did you mean nodes?"),

@@ -47,7 +47,7 @@ def test_the_limit_is_named_in_one_line(
     function, message: str, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "function_of", lambda path: function)
-    assert run_ranks(main, 1, ["doctor", "--gpu-checklist"]) == [1]  # forked: limits stay lowered
+    assert run_ranks(main, 1, ["doctor", "--dist"]) == [1]  # forked: limits stay lowered
     error = capfd.readouterr().err
     assert message in error and "; raise the limit of" in error and error.count("\n") == 1
 
