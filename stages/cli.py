@@ -2,8 +2,8 @@
 
     phimini recipe tiny                      all four stages, evaluation and report
     phimini recipe tiny seed=1 out=runs/s1   any field of the config can be set (also as --seed 1)
-    phimini evaluate MODEL benchmarks=math500 data=FOLDER
     phimini recipe mine.py:my_recipe         a recipe of your own: a Python function that returns the config
+    phimini evaluate MODEL benchmarks=... data=FOLDER   published benchmarks of a stage or another model
     phimini VERB --help                      every setting of a verb, with its default
     torchrun --nproc-per-node 2 -m phimini.stages.cli recipe tiny tensor_parallel=2
 
@@ -36,6 +36,7 @@ EXPECTED = {
     "KeyboardInterrupt": 130,
     "LostRanks": 1,
     "RolloutError": 1,  # all engines are lost
+    "WeightSyncError": 1,
     "DivergedError": 1,
     "ImportError": 2,  # a package that the config asks for; a module of ours would be a ModuleNotFoundError
     # A full disk, an address in use, a missing path, a folder that is none or cannot be written.

@@ -38,7 +38,7 @@ def evaluate_benchmarks(plan: Plan, world: World) -> None:
     """Run the benchmarks of the plan. Collective.
 
     Samples that are finished are in the journals and are not asked again. After each benchmark its samples with verdicts
-    (NAME.parquet), results.json and the page are written. Raises ValueError for journals of something else, RolloutError if
+    (NAME.parquet), benchmarks.json and the page are written. Raises ValueError for journals of something else, RolloutError if
     all engines are lost.
     """
     out, engine = Path(plan.run.out), None
@@ -121,7 +121,7 @@ def judged_rows(asked: Asked, samples: dict[Key, Sample], judge: Scorer) -> list
 
 
 def results_with(plan: Plan, asked: Asked, found: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of results.json with a benchmark added to those of the same model and settings."""
+    """Return the content of benchmarks.json with a benchmark added to those of the same model and settings."""
     path = Path(plan.run.out) / RESULTS
     there = read_sealed(path)["benchmarks"] if path.exists() else {}
     own = {"num_questions": asked.made["num_questions"], "token_ids": asked.made["token_ids"]}

@@ -13,11 +13,12 @@ from phimini.stages.report.page import PAPER, SHORT_NAMES, stage_name
 from phimini.stages.report.template import render
 
 STAGES = list(PAPER)
-_COLOURS = {"aime24": "c1", "aime25": "c4", "math500": "c3", "gpqa_diamond": "c2", "gsm8k": "c0"}
+_LINES = {"aime24": ("AIME 24", "c1"), "aime25": ("AIME 25", "c4"), "math500": ("MATH-500", "c3"), "gpqa_diamond": ("GPQA", "c2"), "gsm8k": ("GSM8K", "c0")}  # fmt: skip
+"""short title and colour of each benchmark in a ladder"""
 
 
 def write_page(out: Path, results: dict[str, Any]) -> None:
-    """Write `out`/benchmarks.html from the content of results.json, and of those of the models beside it."""
+    """Write `out`/benchmarks.html from the content of benchmarks.json, and of those of the models beside it."""
     models = neighbours(out, results)
     page = render(
         "benchmarks.html.j2",
@@ -49,18 +50,16 @@ def own_ladder(models: dict[str, dict[str, Any]]) -> Chart | None:
     if len(stages) < 2 or not shared:
         return None
     rungs = lambda name: [Rung(*(100 * x for x in models[s][name]["strict"])) for s in stages]
-    lines = [(BENCHMARKS[name].title, _COLOURS[name], rungs(name)) for name in shared]
+    lines = [(*_LINES[name], rungs(name)) for name in shared]
     figure = ladder([SHORT_NAMES[stage] for stage in stages], lines)
     return Chart("These stages", figure, "scores after each stage", "mean@k by our rule; bars: 95 % interval")  # fmt: skip
 
 
 def paper_ladder() -> Chart:
     """Return the chart of the paper's stages."""
-    table = TABLES["The paper's stages"].values()
-    lines = [
-        (BENCHMARKS[name].title, _COLOURS[name], [Rung(row[name]) for row in table])
-        for name in ("aime24", "math500", "gpqa_diamond")
-    ]
+    table = list(TABLES["The paper's stages"].values())
+    names = list(table[0])
+    lines = [(*_LINES[name], [Rung(float(row[name])) for row in table]) for name in names]
     figure = ladder([SHORT_NAMES[stage] for stage in STAGES], lines)
     return Chart("The paper's stages", figure, "the paper's scores after each stage", "pass@1, arXiv 2504.21233")  # fmt: skip
 

@@ -124,7 +124,8 @@ def opened(path: str) -> Model:
         globs = ("*.json", "*.jinja", "*.safetensors")
         files = {path.name: describe_file(path) for glob in globs for path in folder.glob(glob)}
     sums = {name: files[name]["sha256"] for name in sorted(files)}
-    return Model(given.resolve().name, folder, config, tokenizer, template, sums)
+    name = "/".join(given.resolve().parts[-2 if is_stage else -1 :])
+    return Model(name, folder, config, tokenizer, template, sums)
 
 
 def _results_folder(model: str) -> str:

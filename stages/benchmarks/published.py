@@ -7,15 +7,15 @@ BESIDE = ("aime24", "aime25", "math500", "gpqa_diamond", "gsm8k")
 _OF_PAPER = ("aime24", "math500", "gpqa_diamond")
 
 
-def _paper(*values: float) -> dict[str, float]:
-    return dict(zip(_OF_PAPER, values, strict=True))
+def _paper(*values: float) -> dict[str, str]:
+    return {name: f"{value:.1f}" for name, value in zip(_OF_PAPER, values, strict=True)}
 
 
-def _again(*values: float) -> dict[str, float]:
-    return dict(zip(BESIDE[:4], values, strict=True))
+def _again(*values: float) -> dict[str, str]:
+    return {name: f"{value:.2f}" for name, value in zip(BESIDE[:4], values, strict=True)}
 
 
-TABLES: dict[str, dict[str, dict[str, float]]] = {
+TABLES: dict[str, dict[str, dict[str, str]]] = {
     "The paper, arXiv 2504.21233": {
         "o1-mini": _paper(63.6, 90.0, 60.0),
         "DeepSeek-R1-Distill-Qwen-7B": _paper(53.3, 91.4, 49.5),

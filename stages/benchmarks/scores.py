@@ -13,7 +13,7 @@ from phimini.model.io.json_files import Row
 from phimini.stages.report.intervals import mean_interval, pass_at_k
 
 RULES = ("strict", "lenient")
-RESULTS = "results.json"
+RESULTS = "benchmarks.json"
 
 
 def scores(rows: Sequence[Row], pass_at: Sequence[int]) -> dict[str, Any]:

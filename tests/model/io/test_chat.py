@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tokenizer_cases import TEXTS, TINY
 from tokenizers import Tokenizer as Inner
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from phimini.model.io.chat import (
     TEMPLATES,
@@ -104,8 +104,13 @@ def test_wrong_messages() -> None:
 
 
 def test_another_models_vocabulary_has_its_own_template_and_end(tmp_path: Path) -> None:
-    inner = Inner(models.WordLevel({"[UNK]": 0, "Hello": 1}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner = Inner(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        ["a"], trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
+    )
     inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     other = Tokenizer(inner, {"eos_token": {"content": "<|im_end|>"}})
     assert other.stop_ids == (other.inner.token_to_id("<|im_end|>"),) * 2
@@ -114,6 +119,6 @@ def test_another_models_vocabulary_has_its_own_template_and_end(tmp_path: Path) 
     )
     other.save(tmp_path, chat_template=template)
     assert own_template(tmp_path, other := Tokenizer.load(tmp_path)) == template
-    assert encode_prompt(other, "Hello", template) == [2, 1, 3]
+    assert other.decode(encode_prompt(other, "Hello", template)) == "<|im_start|>Hello<|im_end|>"
     with pytest.raises(ValueError, match=r"expected a Phi-4-mini vocabulary, got one without <\|assistant\|>"):  # fmt: skip
         encode_prompt(other, "Hello", "instruct")

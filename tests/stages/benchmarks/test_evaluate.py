@@ -4,17 +4,18 @@ import json
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from benchmark_cases import (
+    evaluation_words,
     journalled,
     killed_at,
     log_of_seeds,
     rows,
-    words,
     write_data,
     write_model,
 )
@@ -25,10 +26,13 @@ from phimini.model.io.checked_files import read_sealed
 from phimini.model.io.json_files import read_object, write_json
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.stages.benchmarks import evaluate
-from phimini.stages.benchmarks.plan import opened
+from phimini.stages.benchmarks.plan import opened, planned
+from phimini.stages.benchmarks.questions import BOX
 from phimini.stages.cli import main
+from phimini.stages.config.options import BenchmarkOptions
 from phimini.stages.rollout.dispatch import RolloutError
 from phimini.stages.rollout.engine import Sampled
+from phimini.stages.run.outputs import write_summary
 
 
 @pytest.fixture(scope="module")
@@ -43,30 +47,32 @@ def test_killed_twice_it_loses_no_sample_and_asks_none_twice(given: Path, tmp_pa
     """The last run has two ranks, whose samples are those of one."""
     log, seeds, out = tmp_path / "log", tmp_path / "seeds", tmp_path / "out"
     whole = tmp_path / "whole"
-    assert command(words(given, whole), log, lambda: log_of_seeds(seeds)) == 0
+    assert command(evaluation_words(given, whole), log, lambda: log_of_seeds(seeds)) == 0
     of_all = json.loads(seeds.read_text())
     assert len(set(of_all)) == 12
-    assert command(words(given, out), log, killed_at(5, False, seeds)) == -signal.SIGKILL
+    assert command(evaluation_words(given, out), log, killed_at(5, False, seeds)) == -signal.SIGKILL
     first = journalled(out)
     assert len(first) == 5
-    assert command(words(given, out), log, killed_at(3, True, seeds)) == -signal.SIGKILL
+    assert command(evaluation_words(given, out), log, killed_at(3, True, seeds)) == -signal.SIGKILL
     asked = json.loads(seeds.read_text())
     assert len(asked) == 7 and set(asked) < set(of_all)
     second = journalled(out)
     assert second[:5] == first and len(second) == 8
     assert not (out / "samples" / "math500.0.jsonl").read_bytes().endswith(b"\n")
-    assert command(words(given, out, "processes=2"), log, lambda: log_of_seeds(seeds)) == 0
+    assert (
+        command(evaluation_words(given, out, "processes=2"), log, lambda: log_of_seeds(seeds)) == 0
+    )
     assert len(json.loads(seeds.read_text())) == 4
     assert len(journalled(out)) == 12 and len(list(out.glob("samples/*"))) == 2
     assert rows(out) == rows(whole)
-    results = [read_sealed(folder / "results.json")["benchmarks"] for folder in (out, whole)]
+    results = [read_sealed(folder / "benchmarks.json")["benchmarks"] for folder in (out, whole)]
     assert results[0] == results[1]
     seeds.unlink()
-    assert command(words(given, out, "k=2"), log, lambda: log_of_seeds(seeds)) == 0
+    assert command(evaluation_words(given, out, "k=2"), log, lambda: log_of_seeds(seeds)) == 0
     assert not seeds.exists() and len(rows(out)) == 6, "fewer samples ask for none"
-    assert command(words(given, out, "k=5"), log, lambda: log_of_seeds(seeds)) == 0
+    assert command(evaluation_words(given, out, "k=5"), log, lambda: log_of_seeds(seeds)) == 0
     assert len(json.loads(seeds.read_text())) == 3, "more samples ask for the new ones only"
-    assert command(words(given, out, "--redo"), log, lambda: log_of_seeds(seeds)) == 0
+    assert command(evaluation_words(given, out, "--redo"), log, lambda: log_of_seeds(seeds)) == 0
     assert json.loads(seeds.read_text()) == of_all and rows(out) == rows(whole)
 
 
@@ -80,14 +86,14 @@ def test_a_journal_of_something_else_is_refused_by_its_field(
     word: str, field: str, given: Path, sampled: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    assert command(words(given, sampled, word), log) == 2
+    assert command(evaluation_words(given, sampled, word), log) == 2
     assert f"math500.0.jsonl was made with {field}; use --redo, or another out=" in log.read_text()
 
 
 @pytest.fixture(scope="module")
 def sampled(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sampled") / "out"
-    assert command(words(given, out), out.with_suffix(".log")) == 0
+    assert command(evaluation_words(given, out), out.with_suffix(".log")) == 0
     return out
 
 
@@ -98,7 +104,15 @@ def test_a_journal_of_another_model_or_a_damaged_one_is_refused(
     write_model(other)
     config = read_object(other / "generation_config.json")
     write_json(other / "generation_config.json", config | {"note": 1})
-    assert command(words(given, sampled)[:1] + [str(other)] + words(given, sampled)[2:], log) == 2
+    assert (
+        command(
+            evaluation_words(given, sampled)[:1]
+            + [str(other)]
+            + evaluation_words(given, sampled)[2:],
+            log,
+        )
+        == 2
+    )
     assert "math500.0.jsonl was made with model.generation_config.json=" in log.read_text()
     path = sampled / "samples" / "math500.0.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -109,7 +123,7 @@ def test_a_journal_of_another_model_or_a_damaged_one_is_refused(
             ([*lines[:3], b"[1\n"], r"line 4: malformed JSON"),
         ):
             path.write_bytes(b"".join(bad))
-            assert command(words(given, sampled), log) == 2
+            assert command(evaluation_words(given, sampled), log) == 2
             assert re.search(message, log.read_text())
     finally:
         path.write_bytes(b"".join(lines))
@@ -153,10 +167,10 @@ AFTER = [*["\\boxed{42}"] * 4, *BEFORE[4:8], *["\\boxed{16}"] * 4]
 
 def test_scores_page_and_comparison(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # fmt: skip
     a, b, log = tmp_path / "sft", tmp_path / "rlvr", tmp_path / "log"
-    assert command(words(given, a), log, telling(BEFORE)) == 0
-    assert command(words(given, b), log, telling(AFTER)) == 0
+    assert command(evaluation_words(given, a), log, telling(BEFORE)) == 0
+    assert command(evaluation_words(given, b), log, telling(AFTER)) == 0
     assert "math500: mean@4 of 3 questions: strict 50.00 [" in log.read_text()
-    found = read_sealed(a / "results.json")["benchmarks"]["math500"]
+    found = read_sealed(a / "benchmarks.json")["benchmarks"]["math500"]
     assert found["strict"][0] == pytest.approx(6 / 12) and found["lenient"][0] == pytest.approx(8 / 12)  # fmt: skip
     assert 0 < found["strict"][1] < 0.5 < found["strict"][2] < 1
     assert [(p["id"], p["strict"], p["lenient"]) for p in found["problems"]] == [("m/0", 1, 3), ("m/1", 3, 3), ("m/2", 2, 2)]  # fmt: skip
@@ -184,11 +198,15 @@ def test_scores_page_and_comparison(given: Path, tmp_path: Path, capsys: pytest.
 
 def test_an_engine_that_dies_keeps_what_is_finished(given: Path, tmp_path: Path) -> None:
     out, log, seeds = tmp_path / "out", tmp_path / "log", tmp_path / "seeds"
-    assert command(words(given, out, names="gsm8k,math500"), log, telling(BEFORE, 5)) == 1
+    assert (
+        command(evaluation_words(given, out, names="gsm8k,math500"), log, telling(BEFORE, 5)) == 1
+    )
     last = log.read_text().splitlines()[-1]
     assert last == f"phimini: no vLLM engine is left; 7 of 12 requests are unanswered; the others are in {out}/samples/gsm8k.0.jsonl, and the same command goes on"  # fmt: skip
     assert len(journalled(out)) == 5
-    assert command(words(given, out, names="gsm8k"), log, lambda: log_of_seeds(seeds)) == 0
+    assert (
+        command(evaluation_words(given, out, names="gsm8k"), log, lambda: log_of_seeds(seeds)) == 0
+    )
     assert len(json.loads(seeds.read_text())) == 7 and len(rows(out, "gsm8k")) == 12
 
 
@@ -207,7 +225,7 @@ BAD = [
 def test_bad_settings_are_one_sentence(
     more: list[str], message: str, given: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    own = [word for word in words(given, tmp_path / "out") if not word.startswith(more[0].split("=")[0] + "=")]  # fmt: skip
+    own = [word for word in evaluation_words(given, tmp_path / "out") if not word.startswith(more[0].split("=")[0] + "=")]  # fmt: skip
     assert main(own + more) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and re.search(f"phimini: {message}", said), said
@@ -226,7 +244,7 @@ def test_a_model_without_a_chat_template_is_refused(
     model = write_model(tmp_path / "model")
     config = read_object(model / "tokenizer_config.json")
     write_json(model / "tokenizer_config.json", config | {"chat_template": template})
-    assert main([*words(given, tmp_path / "out"), f"model={model}"]) == 2
+    assert main([*evaluation_words(given, tmp_path / "out"), f"model={model}"]) == 2
     assert re.search(rf"phimini: {model}/tokenizer_config.json: {message}", capsys.readouterr().err)
     (model / "chat_template.jinja").write_text("Q: {{ messages[0]['content'] }} A:")
     done = opened(str(model))
@@ -234,12 +252,34 @@ def test_a_model_without_a_chat_template_is_refused(
     assert done.tokenizer.decode(ids) == "Q: What is 1 + 1? A:"
 
 
+def test_a_stages_folder_is_a_model_whose_results_lie_in_its_run(
+    given: Path, tmp_path: Path
+) -> None:
+    stage = tmp_path / "run" / "sft"
+    write_model(stage / "model")
+    write_summary(stage, {"id": "sft"})
+    settings = BenchmarkOptions(
+        model=str(stage), benchmarks=("gsm8k",), data=f"{given}/data", max_new_tokens=8
+    )
+    plan = planned(settings)
+    assert plan.model.name == "run/sft" and plan.run.out == str(tmp_path / "run" / "benchmarks" / "sft")  # fmt: skip
+    assert plan.run.rollout.max_model_len == 8 + max(map(len, plan.asked[0].prompts.values()))
+    text = plan.model.tokenizer.decode(plan.asked[0].prompts["gsm8k_test.jsonl:1"])
+    assert text == f"<|system|>Your name is Phi, an AI math expert developed by Microsoft.<|end|><|user|>{BOX} What is 17 + 25?<|end|><|assistant|>"  # fmt: skip
+    own = planned(replace(settings, model=f"{given}/model"))
+    assert own.run.out == "runs/benchmarks/model" and own.model.files == plan.model.files
+    with (stage / "model" / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"sft/model/model.safetensors: has .* bytes, expected .* the file is damaged"):  # fmt: skip
+        planned(settings)
+
+
 def test_bad_comparisons_are_one_sentence(sampled: Path, given: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # fmt: skip
     other = tmp_path / "other"
-    assert command(words(given, other, "questions=2"), tmp_path / "log") == 0
+    assert command(evaluation_words(given, other, "questions=2"), tmp_path / "log") == 0
     for folders, message in (
         ([str(sampled)], r"after: expected text that is not empty"),
-        ([str(sampled), "nowhere"], r"nowhere/results.json: no such file; `phimini evaluate MODEL benchmarks=...` writes it"),
+        ([str(sampled), "nowhere"], r"nowhere/benchmarks.json: no such file; `phimini evaluate MODEL benchmarks=...` writes it"),
         ([str(sampled), str(other)], r"compare: math500: expected the same questions, got only one with 'Please reason"),
     ):  # fmt: skip
         assert main(["compare", *folders]) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from benchmark_cases import journalled, killed_at, log_of_seeds, rows, words, write_model
+from benchmark_cases import evaluation_words, journalled, killed_at, log_of_seeds, rows, write_model
 from fault_runs import command
 from vllm_process import ForkedServer, find_metadata
 
@@ -38,7 +38,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(given: Path) -> Iterator[str]:
     os.environ.setdefault(launch.KEY, "sesame")
     find_metadata()
-    own = words(given, given / "out", *VLLM, names="aime24")[1:]
+    own = evaluation_words(given, given / "out", *VLLM, names="aime24")[1:]
     given_words = read_words([f"model={own[0]}", *own[1:]], BenchmarkOptions, "evaluate")
     plan = planned(build(BenchmarkOptions, given_words))
     settings = engine_settings(plan.run, plan.model.config, "shm")
@@ -54,7 +54,7 @@ def address(given: Path) -> Iterator[str]:
 
 def test_thirty_questions_killed_twice(given: Path, address: str, tmp_path: Path) -> None:
     log, seeds, out = tmp_path / "log", tmp_path / "seeds", tmp_path / "out"
-    own = words(given, out, *VLLM, f"rollout.addresses={address}", names="aime24")
+    own = evaluation_words(given, out, *VLLM, f"rollout.addresses={address}", names="aime24")
     assert command(own, log, killed_at(20, False, seeds, SeparateVllm)) == -signal.SIGKILL
     of_all = json.loads(seeds.read_text())
     first = journalled(out)

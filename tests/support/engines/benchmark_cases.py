@@ -81,7 +81,7 @@ def write_model(folder: Path, max_positions: int = 512) -> Path:
     return folder
 
 
-def words(given: Path, out: Path, *more: str, names: str = "math500") -> list[str]:
+def evaluation_words(given: Path, out: Path, *more: str, names: str = "math500") -> list[str]:
     return ["evaluate", f"{given}/model", f"benchmarks={names}", f"data={given}/data", f"out={out}", *SMALL, *more]  # fmt: skip
 
 
