@@ -3,6 +3,7 @@
     phimini recipe tiny                      all four stages, evaluation and report
     phimini recipe tiny seed=1 out=runs/s1   any field of the config can be set (also as --seed 1)
     phimini recipe mine.py:my_recipe         a recipe of your own: a Python function that returns the config
+    phimini evaluate MODEL benchmarks=... data=FOLDER   published benchmarks of a stage or another model
     phimini VERB --help                      every setting of a verb, with its default
     torchrun --nproc-per-node 2 -m phimini.stages.cli recipe tiny tensor_parallel=2
 
@@ -12,6 +13,7 @@ A stage that is complete is not run again; `--redo` does. One command at a time 
 """
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import signal
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple
 
 from phimini.model.suggest import nearest
 from phimini.stages.config import options
-from phimini.stages.config.dialect import build, read_words
+from phimini.stages.config.dialect import Words, build, read_words
 from phimini.stages.run.limits import limit_behind
 from phimini.stages.run.output import lasting_output
 
@@ -33,6 +35,8 @@ EXPECTED = {
     "Stopped": 130,
     "KeyboardInterrupt": 130,
     "LostRanks": 1,
+    "RolloutError": 1,  # all engines are lost
+    "WeightSyncError": 1,
     "DivergedError": 1,
     "ImportError": 2,  # a package that the config asks for; a module of ours would be a ModuleNotFoundError
     # A full disk, an address in use, a missing path, a folder that is none or cannot be written.
@@ -53,6 +57,8 @@ class Verb(NamedTuple):
     """imported when the verb is called: `function(verb, settings) -> exit status`"""
     writes: bool = False
     """its result is in files: lost standard output is no failure"""
+    names: tuple[str, ...] = ()
+    """fields of the options that words without `=` give, in this order"""
 
 
 def _stage(line: str, function: str = "train", kind: type = options.StageOptions) -> Verb:
@@ -74,6 +80,8 @@ VERBS = {
     "rollout_dpo": _stage("stage 3: DPO on pairs of correct and incorrect rollouts"),
     "rlvr": _stage("stage 4: reinforcement learning with verified rewards"),
     "evaluate": _stage("evaluate one stage's model: stage=sft", "run_evaluate", options.EvaluateOptions),
+    "evaluate MODEL": Verb("benchmarks of any model: benchmarks=aime24,math500 data=FOLDER", options.BenchmarkOptions, "phimini.stages.commands:run_benchmarks", writes=True, names=("model",)),
+    "compare": Verb("paired difference of two results of `evaluate MODEL`: A B", options.CompareOptions, "phimini.stages.benchmarks.compare:compare", names=("before", "after")),
     "controls": _stage("the control arms of a complete run"),
     "report": _stage("write the report again", "run_report", options.RunOptions),
     "serve": _stage("an engine of `vllm serve` for rollout.addresses of a run; its key is in PHIMINI_API_KEY", "run_serve", options.ServeOptions),
@@ -158,14 +166,25 @@ def dispatch(arguments: list[str]) -> tuple[int, bool]:
     if verb.options is not None and issubclass(verb.options, options.RunOptions):
         settings = options.of_recipe(verb.options, read_words(words, verb.options, name, names=1))
     elif verb.options is not None:
-        settings = build(verb.options, read_words(words, verb.options, name))
+        settings = build(
+            verb.options,
+            _with_names(verb, read_words(words, verb.options, name, names=len(verb.names))),
+        )
     writes = verb.writes and not getattr(settings, "dry_run", False)
     return function_of(verb.function)(name, settings), writes
+
+
+def _with_names(verb: Verb, words: Words) -> Words:
+    """Give the bare words to the fields that they are for."""
+    given = dict(zip(verb.names, words.names, strict=False)) | words.given
+    return dataclasses.replace(words, given=given)
 
 
 def verb_of(arguments: list[str]) -> tuple[str, list[str]]:
     """Return the verb, which may be of two words, and the other words. ValueError if there is no such verb."""
     first, *rest = arguments
+    if first == "evaluate" and _names_benchmarks(rest):
+        return "evaluate MODEL", [word for word in rest if word != "MODEL"]
     if first in VERBS:
         return first, rest
     seconds = [name.split()[1] for name in VERBS if name.startswith(f"{first} ")]
@@ -182,6 +201,11 @@ def verb_of(arguments: list[str]) -> tuple[str, list[str]]:
         return first, rest
     got = rest[0] if rest else "nothing"
     raise ValueError(f"{first}: got {got}; {nearest(got, seconds)}")
+
+
+def _names_benchmarks(words: list[str]) -> bool:
+    keys = [word.removeprefix("--").partition("=")[0] for word in words]
+    return "benchmarks" in keys or "MODEL" in keys
 
 
 def page(verbs: Any) -> str:

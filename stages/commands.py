@@ -3,8 +3,10 @@
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from phimini.model.config import preset
 from phimini.parallel.cluster.job_scripts import LaunchSettings, render_slurm, render_torchrun
@@ -15,6 +17,8 @@ from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.parallel.ranks.lost_ranks import closing_or_naming_lost_ranks
 from phimini.parallel.ranks.world import World, initialize
 from phimini.stages.base import base_config
+from phimini.stages.benchmarks.evaluate import evaluate_benchmarks
+from phimini.stages.benchmarks.plan import Plan, planned
 from phimini.stages.config import options
 from phimini.stages.config.dialect import build, read_words
 from phimini.stages.config.schema import RunConfig
@@ -64,6 +68,12 @@ def run_evaluate(verb: str, settings: options.EvaluateOptions) -> int:
     return 0
 
 
+def run_benchmarks(verb: str, settings: options.BenchmarkOptions) -> int:
+    plan = planned(settings)
+    in_ranks(settings.processes, benchmark_rank, plan)
+    return 0
+
+
 def run_report(verb: str, settings: options.RunOptions) -> int:
     from phimini.stages.report.page import write_report  # late: only reports need plotly
 
@@ -110,11 +120,24 @@ def start(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
     """Run the verb in this rank of torchrun's, or in `run.processes` ranks of our own."""
     for problem in missing_packages(run):
         raise ImportError(problem)
-    if "RANK" in os.environ or run.processes == 1:
-        run_rank(run, verb, stage, redo)
+    in_ranks(run.processes, run_rank, run, verb, stage, redo)
+
+
+def in_ranks(processes: int, function: Callable[..., None], *args: Any) -> None:
+    """Call the function in this rank of torchrun's, or in so many ranks of our own."""
+    if "RANK" in os.environ or processes == 1:
+        function(*args)
     else:
         check_open_files()
-        run_ranks(run_rank, run.processes, run, verb, stage, redo)
+        run_ranks(function, processes, *args)
+
+
+def benchmark_rank(plan: Plan) -> None:
+    """Run one rank's part of the benchmarks."""
+    run = plan.run
+    world = initialize(layout_of(run), plan.model.config, timeout_s=run.collective_deadline_s)
+    with closing_or_naming_lost_ranks(world), held_by_main(world, run.out, make=True):
+        evaluate_benchmarks(plan, world)
 
 
 def run_rank(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:

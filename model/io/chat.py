@@ -1,4 +1,4 @@
-"""Phi-4-mini's two chat templates, and the encoding of a question and its answer into token ids with a loss mask.
+"""Phi-4-mini's two chat templates, a folder's own one, and the encoding of a question and its answer into token ids with a loss mask.
 
 A training example is `<|user|>Q<|end|><|assistant|>A<|end|><|endoftext|>`: no newlines, no bos, two end tokens.
 The loss covers everything after `<|assistant|>`, with both end tokens. It is marked by position: pad and eos are one
@@ -6,12 +6,16 @@ id, so a mask made from ids would drop the loss on the last token, and the model
 """
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
 
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phimini.model.io.tokenizer import EOS, Tokenizer, around
 
+ASSISTANT = "<|assistant|>"
 TemplateName = Literal["instruct", "reasoning"]
 
 # As shipped in tokenizer_config.json of microsoft/Phi-4-mini-instruct and microsoft/Phi-4-mini-reasoning.
@@ -35,23 +39,48 @@ TEMPLATES: dict[str, str] = {
 }
 # The environment of transformers' apply_chat_template.
 _environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-_compiled = {name: _environment.from_string(text) for name, text in TEMPLATES.items()}
+
+
+@cache
+def _compiled(template: str) -> Template:
+    return _environment.from_string(TEMPLATES.get(template, template))
+
+
+def own_template(directory: Path, tokenizer: Tokenizer) -> str:
+    """Return the text of the chat template in a Hugging Face folder.
+
+    Raises ValueError if it has none, or one that does not turn a question into text.
+    """
+    file, path = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    text = file.read_text() if file.is_file() else tokenizer.config.get("chat_template")
+    if not isinstance(text, str) or "{" not in text:
+        raise ValueError(
+            f"{path}: chat_template: expected the text of a chat template, here or in {file.name}, got {text!r:.60}"
+        )
+    try:
+        render([{"role": "user", "content": "?"}], text, True)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"{path}: chat_template: {type(error).__name__}: {error}") from error
+    return text
 
 
 def render(
-    messages: Sequence[dict[str, str]],
-    template: TemplateName = "instruct",
+    messages: Sequence[dict[str, Any]],
+    template: str = "instruct",
     add_generation_prompt: bool = False,
 ) -> str:
-    """Return the text of a conversation. A message has `role`, `content` and, if from the system, maybe `tools`."""
-    if template not in TEMPLATES:
+    """Return the text of a conversation. A message has `role`, `content` and, if from the system, maybe `tools`.
+
+    template: a name of TEMPLATES or a template's own text. Raises ValueError for another name.
+    """
+    if template not in TEMPLATES and "{" not in template:
         raise ValueError(f"chat template: expected one of {sorted(TEMPLATES)}, got {template!r}")
     for i, message in enumerate(messages):
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise ValueError(
                 f"message {i}: expected text under 'role' and 'content', got {message!r}"
             )
-    return _compiled[template].render(
+    return _compiled(template).render(
         messages=messages, add_generation_prompt=add_generation_prompt, eos_token=EOS
     )
 
@@ -62,11 +91,13 @@ def render_example(question: str, response: str, template: TemplateName = "instr
     return render(messages, template)
 
 
-def encode_prompt(
-    tokenizer: Tokenizer, question: str, template: TemplateName = "instruct"
-) -> list[int]:
-    """Return the ids of the prompt, up to and with `<|assistant|>`."""
+def encode_prompt(tokenizer: Tokenizer, question: str, template: str = "instruct") -> list[int]:
+    """Return the ids of the prompt, up to and with `<|assistant|>`. template: as for `render`."""
     check_plain(tokenizer.special_tokens, "question", question)
+    if template in TEMPLATES and tokenizer.inner.token_to_id(ASSISTANT) is None:
+        raise ValueError(
+            f"tokenizer: expected a Phi-4-mini vocabulary, got one without {ASSISTANT}"
+        )
     messages = [{"role": "user", "content": question}]
     return tokenizer.encode(render(messages, template, add_generation_prompt=True))
 

@@ -1,10 +1,11 @@
-"""The one writer of files, and the readers of JSON, JSON Lines and Parquet, whose errors name the line.
+"""The one writer of files, and the readers of JSON, JSON Lines, Parquet and CSV, whose errors name the line.
 
 A file is written under a temporary name in its own directory, flushed to the disk and renamed over
 the old one, so a reader sees the old file or the new one and never a half of either.
 """
 
 import base64
+import csv
 import errno
 import io
 import json
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +58,7 @@ def numbered_rows(
     span: Span | None = None,
     mapped: Callable[[Row, str], list[Row]] = lambda row, at: [row],
 ) -> Iterator[tuple[int, Row]]:
-    """Yield (line, row) of a JSON-lines or Parquet file, each row an object that has the `required` fields.
+    """Yield (line, row) of a JSON-lines, Parquet or CSV file, each row an object that has the `required` fields.
 
     Required fields named in `non_blank` must hold more than white space. A float field takes integers too; an integer
     field does not take true or false. Empty lines are skipped. `mapped(row, "file, line N")` returns the rows that one of
@@ -67,7 +68,7 @@ def numbered_rows(
     OSError if the file is unreadable.
     """
     found, refused = False, {}
-    word = "row" if Path(path).suffix == ".parquet" else "line"
+    word = "row" if Path(path).suffix in _TABLES else "line"
     for line, parse in _records(Path(path), span):
         found, at = True, f"{path}, {word} {line}"
         try:
@@ -154,6 +155,19 @@ def array_of(text: str, dtype: npt.DTypeLike) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), dtype)
 
 
+def append_line(file: IO[bytes], line: bytes, path: Path) -> None:
+    """Write a line and its end to an unbuffered file by one system call, so that a process that dies loses no line.
+
+    Raises OSError that names `path` if it cannot be written, in part or at all.
+    """
+    try:
+        written = file.write(line + b"\n")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+    if written != len(line) + 1:  # the disk is full after a part of the line
+        raise OSError(errno.ENOSPC, "cannot write: No space left on device", str(path))
+
+
 def parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield pairs of `file, line N` and the parsed line."""
     for number, line in _lines(path):
@@ -176,8 +190,8 @@ def spans(path: Path, least_bytes: int) -> Iterator[Span]:
 
 def _records(path: Path, span: Span | None) -> Iterator[tuple[int, Callable[[str], Any]]]:
     """Yield the number of each row, and a function that returns its value; it takes the row's place for its errors."""
-    if path.suffix == ".parquet":
-        for number, row in enumerate(_parquet_rows(path), start=1):
+    if path.suffix in _TABLES:
+        for number, row in enumerate(_TABLES[path.suffix](path), start=1):
             yield number, lambda _, row=row: row
     else:
         for number, line in _lines(path, span):
@@ -196,6 +210,27 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
         raise ValueError(f"{path}: not readable as Parquet: {error}") from error
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a CSV file, whose first row names the fields; an empty cell is null."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            names = next(reader, [])
+            for values in filter(None, reader):
+                if len(values) != len(names):
+                    where = (
+                        f"line {reader.line_num}: expected {len(names)} columns, got {len(values)}"
+                    )
+                    raise csv.Error(where)
+                yield {name: value or None for name, value in zip(names, values, strict=True)}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as CSV: {error}") from error
+
+
+_TABLES = {".parquet": _parquet_rows, ".csv": _csv_rows}
+"""readers of files of rows by suffix; all others are of lines"""
 
 
 def _lines(path: Path, span: Span | None = None) -> Iterator[tuple[int, bytes]]:

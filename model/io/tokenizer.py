@@ -58,8 +58,11 @@ class Tokenizer:
         self.inner = inner
         self.config = config
         """tokenizer_config.json as read"""
-        self.end_id = self._required_id(END)
-        self.eos_id = self._required_id(EOS)
+        own = config.get("eos_token")
+        own = own.get("content") if isinstance(own, dict) else own
+        self.end_id = self._first_id(END, own)
+        """ends a turn; in another model's vocabulary its `eos_token` does"""
+        self.eos_id = self._first_id(EOS, own)
         self.stop_ids = (self.end_id, self.eos_id)
         """ids that end a generation, in the order of Phi-4-mini's generation_config.json"""
         added = inner.get_added_tokens_decoder().values()
@@ -121,13 +124,13 @@ class Tokenizer:
         numbers = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         return self.inner.decode(numbers, skip_special_tokens=skip_special)
 
-    def _required_id(self, token: str) -> int:
-        token_id = self.inner.token_to_id(token)
-        if token_id is None:
-            raise ValueError(
-                f"tokenizer: expected a Phi-4-mini vocabulary, got one without {token}"
-            )
-        return token_id
+    def _first_id(self, token: str, other: str | None) -> int:
+        for each in (token, other):
+            if each and (token_id := self.inner.token_to_id(each)) is not None:
+                return token_id
+        raise ValueError(
+            f"tokenizer: expected a vocabulary with {token} or an eos_token in tokenizer_config.json, got {other!r:.60}"
+        )
 
     def check(self, text: str) -> None:
         """Raise ValueError for a character that the vocabulary cannot encode."""

@@ -1,13 +1,14 @@
 """The settings of each verb besides those of its run, and how a recipe's name and the words after it become both."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
 
 import tyro
 
 from phimini.stages.config.dialect import Words, build
-from phimini.stages.config.ranges import Count, Positive
+from phimini.stages.config.engines import RolloutConfig
+from phimini.stages.config.ranges import Count, NotNegative, Positive, PositiveShare, Seed
 from phimini.stages.config.recipes import recipe_config
 from phimini.stages.config.schema import RunConfig
 
@@ -46,6 +47,57 @@ class EvaluateOptions(StageOptions):
 
     stage: Literal["base", "midtrain", "sft", "rollout_dpo", "rlvr"] | None = None
     """the stage whose model is evaluated; required"""
+
+
+BenchmarkName = Literal[
+    "aime24", "aime25", "math500", "gpqa_diamond", "gsm8k", "olympiadbench", "aqua_rat"
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkOptions:
+    """MODEL, benchmarks=NAMES and data=FOLDER; the defaults of sampling are the paper's."""
+
+    model: str = ""
+    """a stage's folder of a run, e.g. runs/tiny/sft, or a Hugging Face folder; the word MODEL"""
+    benchmarks: tuple[BenchmarkName, ...] = ()
+    """benchmarks to run, in this order"""
+    data: str = ""
+    """folder with a file NAME or NAME_test (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .csv) or a folder NAME for each"""
+    out: str | None = None
+    """folder of the results; none: benchmarks/STAGE in a stage's run, else runs/benchmarks/MODEL's name"""
+    k: Count | None = None
+    """samples of each question; none: 64 for AIME, 8 for the others"""
+    pass_at: tuple[Count, ...] = ()
+    """points of the curve of pass@k, none of them above k; default: the powers of 2 up to k"""
+    questions: Count | None = None
+    """only so many questions of each benchmark, the first ones; none: all"""
+    temperature: NotNegative = 0.6
+    """sampling temperature"""
+    top_p: PositiveShare = 0.95
+    """nucleus sampling: smallest set of tokens with this probability"""
+    max_new_tokens: Count = 32_768
+    """longest answer, in tokens"""
+    seed: Seed = 0
+    """seed of every sample, and of the order of GPQA's choices"""
+    processes: Count = 1
+    """ranks to start on this machine when not under torchrun"""
+    redo: bool = False
+    """sample again what is finished"""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """the sampling engine; max_model_len none: the longest prompt and max_new_tokens"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareOptions:
+    """A and B: folders of results that `evaluate MODEL` wrote."""
+
+    before: str = ""
+    """the word A"""
+    after: str = ""
+    """the word B"""
+    shown: Count = 20
+    """changed problems that are listed for each benchmark, those that changed most first"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

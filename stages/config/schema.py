@@ -59,7 +59,7 @@ class DistillConfig:
     source: str = "generator"
     """`generator` (our own problems and teacher); a folder of your own with the sets rollouts, validation, prompts and
     heldout; or rollouts whose questions are then divided over these. A set is a file (.jsonl, .jsonl.gz, .jsonl.zst,
-    .parquet) or a folder of such files"""
+    .parquet, .csv) or a folder of such files"""
     layout: Literal[
         "auto", "plain", "openr1_math", "openthoughts", "conversation", "gsm8k", "math", "aqua_rat"
     ] = "auto"

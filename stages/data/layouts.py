@@ -42,16 +42,21 @@ def _mapped(layout: str, row: Row, at: str) -> list[Row]:
     name = recognised(row) if layout == "auto" else layout
     if name == "plain":
         return [row]
+    known = {"source": row.get("source", name)}
+    rows = mapped_by(LAYOUTS[name], name, row, at)
+    return [known | {k: v for k, v in made.items() if v is not None} for made in rows]
+
+
+def mapped_by(mapping: Callable[[Row], list[Row]], name: str, row: Row, at: str) -> list[Row]:
+    """Return the rows of a mapping. Raises ValueError with the place if the published row has another layout than `name`."""
     try:
-        rows = LAYOUTS[name](row)
+        return mapping(row)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
             f"{at}: expected the layout {name}: {type(error).__name__} {error}; the row has {sorted(row)}"
         ) from error
     except ValueError as error:
         raise ValueError(f"{at}, {error}") from error
-    known = {"source": row.get("source", name)}
-    return [known | {k: v for k, v in made.items() if v is not None} for made in rows]
 
 
 def recognised(row: Row) -> str:
@@ -68,7 +73,7 @@ def recognised(row: Row) -> str:
         return "gsm8k" if is_worked and not has("response") else "plain"
     if has("conversations") or has("messages"):
         return "conversation"
-    return "math" if has("problem", "solution") else "plain"
+    return "math" if has("problem", "solution") or has("problem", "answer") else "plain"
 
 
 def _picked(paths: dict[str, str], row: Row, at: str) -> list[Row]:
@@ -83,11 +88,11 @@ def _picked(paths: dict[str, str], row: Row, at: str) -> list[Row]:
                 raise ValueError(
                     f"{at}, field {path!r}: expected {ours}, got no such field; the row has {sorted(row)}"
                 ) from error
-        picked[ours] = _text(value) if ours in ("question", "answer", "response") else value
+        picked[ours] = as_text(value) if ours in ("question", "answer", "response") else value
     return [picked]
 
 
-def _text(value: Any) -> Any:
+def as_text(value: Any) -> Any:
     """Return a number or a list of texts as text; any other value as it is."""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return ", ".join(value)
@@ -111,7 +116,7 @@ def _openr1_math(row: Row) -> list[Row]:
         published = at(verdicts, k) if at(judged, k) is None else at(judged, k)
         made.append({
             "id": f"{problem}/{k}" if row.get("uuid") else None, "problem_id": problem, "question": row["problem"],
-            "answer": _text(row["answer"]), "response": response, "family": row.get("problem_type"), "published": published,
+            "answer": as_text(row["answer"]), "response": response, "family": row.get("problem_type"), "published": published,
             "finish_reason": at(reasons, k) or (None if at(whole, k) in (None, True) else "length"),
         })  # fmt: skip
     return made
@@ -143,7 +148,7 @@ def _conversation(row: Row) -> list[Row]:
         raise ValueError(f"field {field!r}: expected one question and one response, got roles {[t.get('role', t.get('from')) for t in row[field]]}")  # fmt: skip
     (question,), (response,) = said.values()
     response = _MARKERS.sub(lambda mark: _WRITTEN.get(f"{mark[1]} {mark[2]}", ""), response)
-    answer = _text(row.get("answer")) or extract_answer(row.get("solution") or "")
+    answer = as_text(row.get("answer")) or extract_answer(row.get("solution") or "")
     known = {"published": row["correct"]} if isinstance(row.get("correct"), bool) else {}
     answer = answer or _boxed(response, field)
     return [{"question": question.removeprefix(_REQUEST), "response": response, "answer": answer} | known]  # fmt: skip
@@ -163,7 +168,7 @@ def _math(row: Row) -> list[Row]:
     """A problem whose solution has the answer in a box."""
     answer = row.get("answer") or _boxed(row["solution"], "solution")
     family = row.get("subject") or row.get("type")
-    return [{"id": row.get("unique_id"), "question": row["problem"], "answer": _text(answer), "response": row["solution"],
+    return [{"id": row.get("unique_id"), "question": row["problem"], "answer": as_text(answer), "response": row.get("solution"),
              "family": family, "level": row.get("level")}]  # fmt: skip
 
 

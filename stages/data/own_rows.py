@@ -1,6 +1,6 @@
 """The rows of a user's own files: every known field is checked and completed where its row is read.
 
-A source is a file (JSON Lines, also `.gz` and `.zst`, or Parquet) or a folder of such files at any depth; it is read row by
+A source is a file (JSON Lines, also `.gz` and `.zst`, Parquet, CSV) or a folder of such files at any depth; it is read row by
 row. `layouts.py` maps the rows of published data sets to ours. A row of ours has `question`, `answer` and, in a file of rollouts, `response`. It may have `id`, `problem_id`, `family`, `level`,
 `source` and `finish_reason`; null is as if the field were missing. Ids may be integers. A level may be a number or
 `Level 5`, as in the MATH data set. Other fields are kept as they are.
@@ -19,7 +19,7 @@ from phimini.stages.data.row_fields import ASKED_FIELDS, GIVEN_FIELDS
 from phimini.stages.verify.numerals import MAX_CHARACTERS
 
 RowCheck = Callable[[Row], None]
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".csv")
 SETS = ("rollouts", "validation", "prompts", "heldout")
 
 _LEVEL = re.compile(r"\s*(?:level)?\s*([0-9]{1,3})\s*", re.IGNORECASE)

@@ -1,6 +1,6 @@
 """The fields of the rows that stages read and write, and the prompts and verdicts of such rows."""
 
-from phimini.model.io.chat import TemplateName, encode_prompt
+from phimini.model.io.chat import encode_prompt
 from phimini.model.io.json_files import Row
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.stages.verify.verdict import extract_answer, verify
@@ -14,9 +14,9 @@ PROBLEM_FIELDS = {"id": str, **ASKED_FIELDS}
 
 
 def encode_problems(
-    tokenizer: Tokenizer, problems: list[Row], template: TemplateName
+    tokenizer: Tokenizer, problems: list[Row], template: str
 ) -> dict[str, list[int]]:
-    """Return the prompt of each problem by its id. Raises ValueError that names the problem, as `encode_prompt`."""
+    """Return the prompt of each problem by its id; template: as for `chat.render`. Raises ValueError that names the problem, as `encode_prompt`."""
     prompts = {}
     for row in problems:
         try:

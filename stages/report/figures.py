@@ -62,8 +62,8 @@ class Rung:
     high: float | None = None
 
 
-def curves(series: Sequence[Series]) -> go.Figure:
-    """Draw lines over the steps. A long one is pale, with its running mean over it."""
+def curves(series: Sequence[Series], x_name: str = "step") -> go.Figure:
+    """Draw lines over the steps, or what `x_name` counts. A long one is pale, with its running mean over it."""
     figure = _figure(190, margin={"l": 46, "r": 12, "t": 8, "b": 24}, hovermode="x unified")
     for one in series:
         x, y = np.array(one.points, dtype=np.float64).T
@@ -84,12 +84,12 @@ def curves(series: Sequence[Series]) -> go.Figure:
     every_point = np.array([point for one in series for point in one.points])
     x_range, y_range = (_padded(values, share) for values, share in zip(every_point.T, (0.01, 0.06), strict=True))  # fmt: skip
     figure.update_xaxes(
-        showgrid=False, nticks=6, range=x_range, hoverformat=",d", unifiedhovertitle={"text": "step %{x:,d}"},
+        showgrid=False, nticks=6, range=x_range, hoverformat=",d", unifiedhovertitle={"text": f"{x_name} %{{x:,d}}"},
         spikecolor="var(--faint)", spikethickness=1, spikedash="solid",
     )  # fmt: skip
     figure.update_yaxes(nticks=5, range=y_range, tickformat=_tick_format(every_point[:, 1]))
     figure.add_annotation(
-        x=0, xref="paper", xanchor="right", xshift=-6, y=0, yref="paper", yanchor="top", yshift=-3, text="step",
+        x=0, xref="paper", xanchor="right", xshift=-6, y=0, yref="paper", yanchor="top", yshift=-3, text=x_name,
         showarrow=False,
     )  # fmt: skip
     return figure

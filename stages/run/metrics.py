@@ -3,7 +3,6 @@
 Rank 0 writes and prints. On other ranks the same calls only count steps.
 """
 
-import errno
 import math
 import os
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, SupportsFloat
 
-from phimini.model.io.json_files import Row, dump
+from phimini.model.io.json_files import Row, append_line, dump
 from phimini.parallel.ranks.timing import step_done
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.run.progress import StepProgress
@@ -108,13 +107,8 @@ class MetricsLog:
     def _append(self, row: Row) -> None:
         assert self._file is not None, "the file is opened by the first write"
         line = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        data = dump(line, f"{self.path}: step {row['step']}").encode() + b"\n"
-        try:
-            written = self._file.write(data)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write: {error.strerror}", str(self.path)) from error
-        if written != len(data):  # the disk is full after a part of the row
-            raise OSError(errno.ENOSPC, "cannot write: No space left on device", str(self.path))
+        data = dump(line, f"{self.path}: step {row['step']}").encode()
+        append_line(self._file, data, self.path)
 
     def _open_file(self) -> None:
         """Open the file for appending, behind the rows that are kept."""

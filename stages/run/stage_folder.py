@@ -220,17 +220,18 @@ def _check_origin(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None
         raise ValueError(
             f"{path}: holds the record of stage {then['stage']}: the folder is damaged"
         )
-    _same_settings(then["settings"], now["settings"], path)
+    check_same_settings(then["settings"], now["settings"], path)
     for earlier, id in then["inputs"].items():
         if now["inputs"][earlier] != id:
             raise ValueError(f"{path}: {earlier} was made again since; use --redo, or another out=")
 
 
-def _same_settings(then: dict, now: dict, path: Path, prefix: str = "") -> None:
+def check_same_settings(then: dict, now: dict, path: Path, prefix: str = "") -> None:
+    """Raise ValueError for the first field, at any depth, in which two settings differ, but for FREE ones."""
     for key in sorted((then.keys() | now.keys()) - set(FREE)):
         a, b = then.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            _same_settings(a, b, path, f"{prefix}{key}.")
+            check_same_settings(a, b, path, f"{prefix}{key}.")
         elif a != b:
             raise ValueError(
                 f"{path} was made with {prefix}{key}={a}, now it is {b}; use --redo, or another out="

@@ -44,29 +44,34 @@ class Scorer:
         name: str | None = None,
         workers: int = 0,
         decode: Callable[[Any], str] = str,
+        rule: Callable[..., Any] | None = None,
     ) -> None:
-        """Raises ValueError for a function that cannot be had. `workers`: processes; 0 for this one."""
+        """Raises ValueError for a function that cannot be had.
+
+        workers: processes; 0 for this one. rule: a function of ours, by import, whose results of any kind come back as they
+        are.
+        """
         self.field, self.name, self.decode = field, name, decode
-        self._function = None if name is None else function_of(name, field)
+        self._how = _how(field, name, decode, rule)
         self._pool = None
         if workers:
             self._pool = ProcessPoolExecutor(
                 workers,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start_worker,
-                initargs=(field, name, decode, os.getpid()),
+                initargs=(field, name, decode, rule, os.getpid()),
             )
             # A forked rank joins its children before the pool's own hook at exit would end idle workers.
             Finalize(self, self._pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=100)
 
-    def start(self, item: Answered) -> Callable[[], float]:
+    def start(self, item: Answered) -> Callable[[], Any]:
         """Give an answer to the next free worker and return at once; the result, called, waits for the finite score.
 
         Without workers that call computes it. It raises ValueError, naming function and question, for a function that raises
         or returns anything else, and RuntimeError if a worker process died.
         """
         if self._pool is None:
-            return lambda: self._checked(_call(self._function, self.decode, item), item)
+            return lambda: self._checked(_call(self._how, item), item)
         try:
             future = self._pool.submit(_call_in_worker, item)
         except BrokenProcessPool as error:
@@ -89,9 +94,9 @@ class Scorer:
                 f"{self.field}: a process that scores answers died; `dmesg` tells whether memory ran out"
             ) from error
 
-    def _checked(self, value: Any, item: Answered) -> float:
+    def _checked(self, value: Any, item: Answered) -> Any:
         if not isinstance(value, _Raised):
-            return float(value)
+            return value
         raise ValueError(
             f"{self.field} {self.name}: expected a finite number for the question {item.question!r:.60}, the function {value.text}"
         )
@@ -103,12 +108,26 @@ class _Raised(NamedTuple):
     text: str
 
 
-def _call(function: Callable[..., Any] | None, decode: Callable[[Any], str], item: Answered) -> Any:
-    item = item._replace(response=decode(item.response))
-    if function is None:
-        return verdict.is_right(*item)
+class _How(NamedTuple):
+    """The user's function or, without one, the rule; and the decoding of responses."""
+
+    function: Callable[..., Any] | None = None
+    rule: Callable[..., Any] | None = None
+    decode: Callable[[Any], str] = str
+
+
+def _how(
+    field: str, name: str | None, decode: Callable[[Any], str], rule: Callable[..., Any] | None
+) -> _How:
+    return _How(None if name is None else function_of(name, field), rule, decode)
+
+
+def _call(how: _How, item: Answered) -> Any:
+    item = item._replace(response=how.decode(item.response))
+    if how.function is None:
+        return how.rule(*item) if how.rule else float(verdict.is_right(*item))
     try:
-        value = function(*item)
+        value = how.function(*item)
     # The user's code may raise any kind of error: `Scorer` raises it again, with question and function.
     except Exception as error:
         return _Raised(f"raised {error!r:.200}")
@@ -118,14 +137,20 @@ def _call(function: Callable[..., Any] | None, decode: Callable[[Any], str], ite
     return float(value)
 
 
-_of_worker: tuple[Callable[..., Any] | None, Callable[[Any], str]] = (None, str)
-"""a worker's function and `decode`"""
+_of_worker = _How()
+"""a worker's own"""
 
 
-def _start_worker(field: str, name: str | None, decode: Callable[[Any], str], parent: int) -> None:
+def _start_worker(
+    field: str,
+    name: str | None,
+    decode: Callable[[Any], str],
+    rule: Callable[..., Any] | None,
+    parent: int,
+) -> None:
     """Load the function once per process, and end the process with its parent, which may be killed."""
     global _of_worker
-    _of_worker = None if name is None else function_of(name, field), decode
+    _of_worker = _how(field, name, decode, rule)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -136,11 +161,11 @@ def _start_worker(field: str, name: str | None, decode: Callable[[Any], str], pa
 
 
 def _call_in_worker(item: Answered) -> Any:
-    return _call(*_of_worker, item)
+    return _call(_of_worker, item)
 
 
 def _decode_in_worker(response: Any) -> bytes:
-    return _json_text(_of_worker[1], response)
+    return _json_text(_of_worker.decode, response)
 
 
 def _json_text(decode: Callable[[Any], str], response: Any) -> bytes:

@@ -19,9 +19,12 @@ from typing import Literal
 
 CPU_LIMIT_SECONDS = 0.8
 """limit of one comparison, in processor time, so that a verdict does not depend on other load"""
+LENIENT_CPU_LIMIT_SECONDS = 5.0
+"""lighteval's limit"""
 _WALL_LIMIT_SECONDS = 20.0
 _START_SECONDS = 120.0
 _MAX_REMEMBERED = 20_000
+_MAX_REMEMBERED_CHARACTERS = 1000
 
 Outcome = Literal["equal", "different", "unreadable", "timed out", "too large"]
 
@@ -29,10 +32,15 @@ log = logging.getLogger(__name__)
 
 
 class SymbolicVerifier:
-    """Client of one worker process, which is started at the first question and again after a kill."""
+    """Client of one worker process, which is started at the first question and again after a kill.
 
-    def __init__(self, cpu_limit_seconds: float = CPU_LIMIT_SECONDS) -> None:
-        self.cpu_limit_seconds = cpu_limit_seconds
+    rules: the module of this room whose `are_equal` compares: `expressions`, or `lenient`.
+    """
+
+    def __init__(
+        self, cpu_limit_seconds: float = CPU_LIMIT_SECONDS, rules: str = "expressions"
+    ) -> None:
+        self.cpu_limit_seconds, self.rules = cpu_limit_seconds, rules
         self.num_asked = 0
         self.num_given_up = 0
         """number of comparisons that ran out of time or memory; each is also logged"""
@@ -41,11 +49,13 @@ class SymbolicVerifier:
         self._worker: subprocess.Popen[bytes] | None = None
 
     def compare(self, response: str, answer: str) -> Outcome:
-        """Compare two LaTeX expressions. Raises ImportError if math-verify is not installed."""
+        """Compare an expression, or a whole response for lenient rules, with an answer. Raises as `require_math_verify`."""
         with self._lock:
             outcome = self._remembered.get((response, answer))
             if outcome is None:
                 outcome = self._ask(response, answer)
+                if len(response) > _MAX_REMEMBERED_CHARACTERS:
+                    return outcome
                 if len(self._remembered) >= _MAX_REMEMBERED:
                     del self._remembered[next(iter(self._remembered))]
                 self._remembered[response, answer] = outcome
@@ -91,13 +101,10 @@ class SymbolicVerifier:
         self._lock = threading.Lock()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        if importlib.util.find_spec("math_verify") is None:
-            raise ImportError(
-                "verify: a symbolic answer needs math-verify, which is not installed: pip install math-verify"
-            )
+        require_math_verify("a symbolic answer")
         # -P keeps the current folder off the path, because it may contain another `intervals.py`.
         self._worker = subprocess.Popen(
-            [sys.executable, "-P", "-m", "phimini.stages.verify.worker"],
+            [sys.executable, "-P", "-m", "phimini.stages.verify.worker", self.rules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={
@@ -130,7 +137,18 @@ class SymbolicVerifier:
         return line
 
 
+def require_math_verify(need: str) -> None:
+    """Raise ImportError, with `need` as its reason, if math-verify is not installed."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise ImportError(
+            f"verify: {need} needs math-verify, which is not installed: pip install math-verify"
+        )
+
+
 shared = SymbolicVerifier()
 """the worker of this process"""
-atexit.register(shared.close)
-os.register_at_fork(after_in_child=shared.forget_worker)
+lenient = SymbolicVerifier(LENIENT_CPU_LIMIT_SECONDS, "lenient")
+"""the worker of this process that reads whole responses as lighteval does"""
+for verifier in (shared, lenient):
+    atexit.register(verifier.close)
+    os.register_at_fork(after_in_child=verifier.forget_worker)

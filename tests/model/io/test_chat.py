@@ -4,9 +4,18 @@ from pathlib import Path
 
 import pytest
 from tokenizer_cases import TEXTS, TINY
+from tokenizers import Tokenizer as Inner
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from phimini.model.io.chat import TEMPLATES, encode_example, encode_prompt, render, render_example
-from phimini.model.io.tokenizer import train_tiny_tokenizer
+from phimini.model.io.chat import (
+    TEMPLATES,
+    encode_example,
+    encode_prompt,
+    own_template,
+    render,
+    render_example,
+)
+from phimini.model.io.tokenizer import Tokenizer, train_tiny_tokenizer
 
 Q = {"role": "user", "content": "How to solve 3*x^2+4*x+5=1?"}
 A = {"role": "assistant", "content": "So."}
@@ -92,3 +101,24 @@ def test_wrong_messages() -> None:
         render([Q], "chatml")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="message 1: expected text under 'role' and 'content'"):
         render([Q, {"role": "user"}])
+
+
+def test_another_models_vocabulary_has_its_own_template_and_end(tmp_path: Path) -> None:
+    inner = Inner(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        ["a"], trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
+    )
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    other = Tokenizer(inner, {"eos_token": {"content": "<|im_end|>"}})
+    assert other.stop_ids == (other.inner.token_to_id("<|im_end|>"),) * 2
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    other.save(tmp_path, chat_template=template)
+    assert own_template(tmp_path, other := Tokenizer.load(tmp_path)) == template
+    assert other.decode(encode_prompt(other, "Hello", template)) == "<|im_start|>Hello<|im_end|>"
+    with pytest.raises(ValueError, match=r"expected a Phi-4-mini vocabulary, got one without <\|assistant\|>"):  # fmt: skip
+        encode_prompt(other, "Hello", "instruct")
