@@ -1,6 +1,7 @@
 """The function of each verb: takes the verb's name and its settings, returns the exit status."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from phimini.stages.controls import controls
 from phimini.stages.dry_run import dry_run, is_ready
 from phimini.stages.evaluate import evaluate
 from phimini.stages.recipe import DATA, TRAINING, recipe
+from phimini.stages.report.datasets import pages, trace
 from phimini.stages.report.page import write_report
 from phimini.stages.rl.mismatch_diagnosis import doctor
 from phimini.stages.rollout.launch import serve
@@ -69,6 +71,23 @@ def run_evaluate(verb: str, settings: options.EvaluateOptions) -> int:
 def run_report(verb: str, settings: options.RunOptions) -> int:
     with RunLock(settings.run.out):
         write_report(Path(settings.run.out))
+    return 0
+
+
+def trace_row(verb: str, words: list[str]) -> int:
+    """Print what became of a row: `data trace ID RECIPE`."""
+    read = read_words(words, options.RunOptions, verb, names=2)
+    if len(read.names) != 2 and not read.help:
+        raise ValueError(f"{verb}: expected ID RECIPE, e.g. `phimini {verb} u1/0 tiny`")
+    names = read.names[1:]
+    settings = options.of_recipe(options.RunOptions, dataclasses.replace(read, names=names, command=f"{verb} ID"))  # fmt: skip
+    print(*trace(settings.run, read.names[0]), sep="\n")
+    return 0
+
+
+def write_pages(verb: str, settings: options.RunOptions) -> int:
+    with RunLock(settings.run.out):
+        print(*pages(settings.run), sep="\n")
     return 0
 
 
