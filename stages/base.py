@@ -1,6 +1,7 @@
 """The start model of stage 1: a Hugging Face folder or, for the demo, a new model and tokenizer."""
 
 import dataclasses
+from itertools import islice
 from pathlib import Path
 
 from phimini.model.config import ModelConfig, preset
@@ -14,7 +15,7 @@ from phimini.model.io.huggingface import (
     save_reference,
     write_tensors,
 )
-from phimini.model.io.json_files import read_object, read_rows
+from phimini.model.io.json_files import numbered_rows, read_object
 from phimini.model.io.tokenizer import Tokenizer, train_tiny_tokenizer
 from phimini.model.reference import Phi4Mini
 from phimini.stages.config.schema import RunConfig
@@ -52,10 +53,10 @@ def base(run: RunConfig, *, redo: bool = False) -> Path:
     directory = stage.path / "model"
     config = base_config(run)
     if run.base == "random":
-        rows = read_rows(Path(run.out) / "curate" / "midtrain.jsonl", ROLLOUT_FIELDS)
+        rows = numbered_rows(Path(run.out) / "curate" / "midtrain.jsonl", ROLLOUT_FIELDS)
         texts = [
             render_example(row["question"], row["response"], run.chat_template)
-            for row in rows[:TOKENIZER_TEXTS]
+            for _, row in islice(rows, TOKENIZER_TEXTS)
         ]
         tokenizer = train_tiny_tokenizer(texts, vocab_size=config.vocab_size)
         model = Phi4Mini(config)

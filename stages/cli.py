@@ -41,7 +41,7 @@ EXPECTED = {
     "ImportError": 2,  # a package that the config asks for; a module of ours would be a ModuleNotFoundError
     # A full disk, an address in use, a missing path, a folder that is none or cannot be written.
     **dict.fromkeys(
-        ("OSError", "FileNotFoundError", "FileExistsError", "NotADirectoryError", "IsADirectoryError", "PermissionError"), 1
+        ("OSError", "ConnectionError", "FileNotFoundError", "FileExistsError", "NotADirectoryError", "IsADirectoryError", "PermissionError"), 1
     ),
 }  # fmt: skip
 
@@ -85,6 +85,8 @@ VERBS = {
     "controls": _stage("the control arms of a complete run"),
     "report": _stage("write the report again", "run_report", options.RunOptions),
     "serve": _stage("an engine of `vllm serve` for rollout.addresses of a run; its key is in PHIMINI_API_KEY", "run_serve", options.ServeOptions),
+    "data trace": _prints("where the row ID came from, and what each step did with it: data trace ID RECIPE", "trace_row", None),
+    "data pages": _prints("write a page about the data set of each stage", "write_pages", options.RunOptions),
     "config": Verb("the resolved config, and the origin of each value", None, "phimini.stages.config.origins:config"),
     "plan": _prints("memory, FLOPs and best layouts: [stage=sft] gpu=h100 gpus=8 [--json PATH]", "run_plan", options.PlanOptions),
     "launch torchrun": _prints("print a job script: [nodes=2 ...] -- recipe RECIPE ...", "launch", None),

@@ -1,6 +1,7 @@
 """The function of each verb: takes the verb's name and its settings, returns the exit status."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -79,6 +80,27 @@ def run_report(verb: str, settings: options.RunOptions) -> int:
 
     with RunLock(settings.run.out):
         write_report(Path(settings.run.out))
+    return 0
+
+
+def trace_row(verb: str, words: list[str]) -> int:
+    """Print what became of a row: `data trace ID RECIPE`."""
+    from phimini.stages.report.datasets import trace  # late: only pages need plotly
+
+    read = read_words(words, options.RunOptions, verb, names=2)
+    if len(read.names) != 2 and not read.help:
+        raise ValueError(f"{verb}: expected ID RECIPE, e.g. `phimini {verb} u1/0 tiny`")
+    names = read.names[1:]
+    settings = options.of_recipe(options.RunOptions, dataclasses.replace(read, names=names, command=f"{verb} ID"))  # fmt: skip
+    print(*trace(settings.run, read.names[0]), sep="\n")
+    return 0
+
+
+def write_pages(verb: str, settings: options.RunOptions) -> int:
+    from phimini.stages.report.datasets import pages  # late: only pages need plotly
+
+    with RunLock(settings.run.out):
+        print(*pages(settings.run), sep="\n")
     return 0
 
 

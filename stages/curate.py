@@ -1,19 +1,23 @@
-"""Curation: the training sets of the stages, chosen from the verified rollouts.
+"""Curation: the training sets of the stages, chosen from the verified rollouts by the rules of `data/selection.py`.
 
 Writes `curate/`: `midtrain.jsonl` (all verified-correct rollouts, repeated texts once), `sft.jsonl` (a compact subset of
-it, balanced over families and levels) and `pairs.jsonl` (a correct and a rejected teacher rollout of
-the same question, for stage 3's pairs as in the paper).
+it, balanced over families and levels), `pairs.jsonl` (a correct and a rejected teacher rollout of the same question,
+for stage 3's pairs as in the paper) and `steps.npy` (what became of each rollout, for `phimini data`). The rollouts are read
+twice, once into an index of 34 bytes a row, so they may exceed the memory.
 """
 
-import random
-from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from phimini.model.io.checked_files import read_sealed
-from phimini.model.io.json_files import read_rows, write_rows
-from phimini.stages.config.schema import CurateConfig, RunConfig
+from phimini.model.io.json_files import Row, atomic_file, write_rows
+from phimini.stages.config.schema import RunConfig
+from phimini.stages.data import selection
 from phimini.stages.data.packing import derive
-from phimini.stages.data.row_fields import ROLLOUT_FIELDS, has_ended
+from phimini.stages.data.row_fields import has_ended, is_correct
+from phimini.stages.data.row_index import RowIndex, index_rows
 from phimini.stages.run.outputs import SUMMARY
 from phimini.stages.run.stage_folder import Stage
 
@@ -28,19 +32,26 @@ def curate(run: RunConfig, *, redo: bool = False) -> Path:
         _check_pairs(run, read_sealed(stage.path / SUMMARY)["pairs"])
         return stage.path
     stage.prepare(redo=redo)
-    rollouts = read_rows(Path(run.out) / "distill" / "rollouts.jsonl", ROLLOUT_FIELDS)
-    correct = distinct([row for row in rollouts if row["correct"]])
-    subset = balanced_subset(correct, run.curate, derive(run.seed, "curate"))
-    if not subset:
+    config, rollouts = run.curate, Path(run.out) / "distill" / "rollouts.jsonl"
+    index = index_rows(rollouts, with_repetition=config.max_repetition is not None)
+    correct = selection.verified(index)
+    seed = derive(run.seed, "curate")
+    subset = selection.balanced_subset(index, correct, config, seed)
+    if not len(subset):
         raise ValueError(
             f"curate.level_weights: no level of the {len(correct)} correct rollouts has a weight above 0"
         )
-    pairs = teacher_pairs(rollouts)
+    pairs = selection.preference_pairs(index, config, seed)
+    kept = np.ones(len(pairs), bool)
+    index.copy(correct, stage.path / "midtrain.jsonl")
+    index.copy(subset, stage.path / "sft.jsonl")
+    write_rows(stage.path / "pairs.jsonl", pair_rows(index, pairs, kept))
+    pairs = pairs[kept]
     _check_pairs(run, len(pairs))
-    write_rows(stage.path / "midtrain.jsonl", correct)
-    write_rows(stage.path / "sft.jsonl", subset)
-    write_rows(stage.path / "pairs.jsonl", pairs)
-    stage.finish({"midtrain": len(correct), "sft": len(subset), "pairs": len(pairs)})
+    with atomic_file(stage.path / "steps.npy") as file:
+        np.save(file, steps_of(index, correct, subset, pairs, config.max_repetition))
+    counts = {"midtrain": len(correct), "sft": len(subset), "pairs": len(pairs)}
+    stage.finish(counts | {"refused_pairs": int((~kept).sum())})
     return stage.path
 
 
@@ -52,90 +63,42 @@ def _check_pairs(run: RunConfig, num_pairs: int) -> None:
         )
 
 
-def distinct(rows: list[dict]) -> list[dict]:
-    """Return the rows without later copies of the same response to the same question."""
-    first = {(row["problem_id"], row["response"]): row for row in reversed(rows)}
-    return [row for row in rows if first[row["problem_id"], row["response"]] is row]
+def pair_rows(index: RowIndex, pairs: np.ndarray, kept: np.ndarray) -> Iterator[Row]:
+    """Yield the rows of pairs whose ends get the same verdict again, and clear `kept` for the others.
 
-
-def balanced_subset(rows: list[dict], config: CurateConfig, seed: int) -> list[dict]:
-    """Return `sft_examples` rows: equal over families, by `level_weights` over levels, with many different questions.
-
-    A cell of family and level with too few rows gives all it has; the others add the difference in proportion to their
-    weight. seed: of the random choice within a cell.
+    `rejected_ended` is False for an answer that was cut off.
     """
-    rng = random.Random(seed)
-    cells: dict[tuple, list[dict]] = defaultdict(list)
-    for row in rows:
-        cells[row["family"], row["level"]].append(row)
-    for cell in cells.values():
-        rng.shuffle(cell)
-        asked: dict[str, int] = defaultdict(int)
-        order = []
-        for row in cell:
-            order.append((asked[row["problem_id"]], len(order), row))
-            asked[row["problem_id"]] += 1
-        cell[:] = [row for _, _, row in sorted(order, key=lambda item: item[:2])]
-    weights = {cell: level_weight(config, cell[1]) for cell in cells}
-    quotas = water_fill(
-        {cell: len(members) for cell, members in cells.items()}, weights, config.sft_examples
-    )
-    chosen = [row for cell in sorted(cells, key=str) for row in cells[cell][: quotas[cell]]]
-    rng.shuffle(chosen)
-    return chosen
+    rows = index.rows(pairs.ravel())
+    for number, (chosen, rejected) in enumerate(zip(rows, rows, strict=True)):
+        kept[number] = is_correct(chosen) and not is_correct(rejected)
+        if kept[number]:
+            yield {
+                "id": f"{chosen['id']}|{rejected['id']}",
+                "problem_id": chosen["problem_id"],
+                "family": chosen["family"],
+                "level": chosen["level"],
+                "question": chosen["question"],
+                "answer": chosen["answer"],
+                "chosen": chosen["response"],
+                "rejected": rejected["response"],
+                "rejected_ended": has_ended(rejected),
+                "source": "teacher",
+            }
 
 
-def level_weight(config: CurateConfig, level: int) -> float:
-    """Return the weight of a level. Raises ValueError for a level without one."""
-    if not 0 <= level < len(config.level_weights):
-        raise ValueError(
-            f"curate.level_weights has {len(config.level_weights)} values; a rollout has level {level}"
-        )
-    return config.level_weights[level]
-
-
-def water_fill(sizes: dict, weights: dict, total: int) -> dict:
-    """Return whole-number quotas in proportion to weight, at most each group's size, that add up to min(total, all)."""
-    quotas = dict.fromkeys(sizes, 0)
-    left = min(total, sum(size for cell, size in sizes.items() if weights[cell] > 0))
-    while left:
-        open_cells = [cell for cell in sizes if quotas[cell] < sizes[cell] and weights[cell] > 0]
-        scale = left / sum(weights[cell] for cell in open_cells)
-        given = 0
-        for cell in open_cells:
-            add = min(int(scale * weights[cell]), sizes[cell] - quotas[cell])
-            quotas[cell] += add
-            given += add
-        if not given:  # fewer left than cells: one each, the heaviest first
-            for cell in sorted(open_cells, key=lambda c: (-weights[c], str(c)))[:left]:
-                quotas[cell] += 1
-                given += 1
-        left -= given
-    return quotas
-
-
-def teacher_pairs(rollouts: list[dict]) -> list[dict]:
-    """Return rows of pairs per question, a correct and a rejected rollout each; no text is used twice.
-
-    `rejected_ended` is False for an answer that was cut off. An answer that was cut off before its first word is left out.
-    """
-    questions: dict[str, dict[bool, list[dict]]] = defaultdict(lambda: {True: [], False: []})
-    for row in distinct(rollouts):
-        if row["response"] or has_ended(row):
-            questions[row["problem_id"]][row["correct"]].append(row)
-    return [
-        {
-            "id": f"{chosen['id']}|{rejected['id']}",
-            "problem_id": problem_id,
-            "family": chosen["family"],
-            "level": chosen["level"],
-            "question": chosen["question"],
-            "answer": chosen["answer"],
-            "chosen": chosen["response"],
-            "rejected": rejected["response"],
-            "rejected_ended": has_ended(rejected),
-            "source": "teacher",
-        }
-        for problem_id, verdicts in questions.items()
-        for chosen, rejected in zip(verdicts[True], verdicts[False], strict=False)
-    ]
+def steps_of(
+    index: RowIndex,
+    correct: np.ndarray,
+    subset: np.ndarray,
+    pairs: np.ndarray,
+    max_repetition: float | None,
+) -> np.ndarray:
+    """Return the bits of `selection.STEPS` of each rollout, (rollouts,) uint8."""
+    is_copy = np.ones(len(index), bool)
+    is_copy[selection.distinct(index, np.arange(len(index)))] = False
+    loops = index.repetitions > 100 * (1.0 if max_repetition is None else max_repetition)
+    steps = np.zeros(len(index), np.uint8)
+    members = (correct, subset, pairs[:, 0], pairs[:, 1], is_copy, loops)
+    for bit, places in enumerate(members):
+        steps[places] |= 1 << bit
+    return steps

@@ -2,64 +2,93 @@
 
 Writes `distill/`: `rollouts.jsonl` (every rollout, right or wrong), `prompts.jsonl` (questions for
 stages 3 and 4), `validation.jsonl` (verified rollouts that no stage trains on) and `heldout.jsonl`
-(the evaluation). No held-out question occurs in any other set, not even in other words (`data/decontaminate.py`).
+(the evaluation). No held-out question occurs in any other set, not even in other words (`data/decontaminate.py`):
+`dropped.jsonl` names the rows of a source that are left out. Rows pass one by one, so a source may exceed the memory.
 """
 
-import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
-from phimini.model.io.json_files import write_rows
+from phimini.model.io.json_files import Row, atomic_file, dump, write_rows
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.arithmetic_problems import Problem, generate_problems, teach
-from phimini.stages.data.decontaminate import Questions, paraphrase_groups
 from phimini.stages.data.gym_prompts import gym_prompts
 from phimini.stages.data.layouts import mapping_of
 from phimini.stages.data.own_rows import SETS, own_problems, own_rollouts, sets_in
 from phimini.stages.data.packing import derive
-from phimini.stages.data.row_fields import is_correct
+from phimini.stages.data.row_fields import has_ended
+from phimini.stages.data.set_aside import Aside, AskedQuestions
 from phimini.stages.run.stage_folder import Stage
+from phimini.stages.verify.scorer import Answered, Scorer
 from phimini.stages.verify.verdict import verify
+
+TAUGHT = "teacher"
+"""the folder of the answers of `distill.teacher`"""
+BATCH = 64
+"""rollouts that a process verifies at a time"""
+
+
+class Source(NamedTuple):
+    """The sets of a source; `rows` pass once, and `prompts` are chosen after them."""
+
+    rows: Iterable[tuple[str, Row]]
+    """pairs of a set, `rollouts`, `validation` or `dropped`, and a row"""
+    prompts: Callable[[], list[Row]]
+    heldout: list[Row]
 
 
 def distill(run: RunConfig, *, redo: bool = False) -> Path:
     """Write the data sets into distill/ and return the folder. Not collective: one process calls it.
 
-    The source is the demo's generator, a folder, or a file of rollouts (`distill.source`).
-    Raises ValueError that names file and line of bad rows or a set that is too small, ImportError without a package that `gym_tasks` needs.
+    The source is the demo's generator, a folder, or a file of rollouts (`distill.source`), or of questions for a teacher
+    (`distill.teacher`). Raises ValueError that names file and line of bad rows, a set that is too small or a request that the
+    teacher refuses, ConnectionError if the teacher is lost, ImportError without a package that is asked for.
     """
     stage = Stage.open(run, "distill", redo=redo)
     if stage.complete:
         return stage.path
+    if not redo and (stage.path / TAUGHT).exists():
+        stage.check_begun()
     stage.prepare(redo=redo)
-    if run.distill.source == "generator":
-        rollouts, prompts, validation, heldout = _generate(run)
-    else:
-        rollouts, prompts, validation, heldout = _read(run)
-    if run.distill.gym_tasks:
-        prompts = _without(heldout, gym_prompts(run.distill.gym_tasks, run.distill.num_prompts, run.seed))  # fmt: skip
-    _check_sets(rollouts, validation, prompts=prompts, heldout=heldout)
-    write_rows(stage.path / "rollouts.jsonl", rollouts)
-    write_rows(stage.path / "prompts.jsonl", prompts)
-    write_rows(stage.path / "validation.jsonl", validation)
-    write_rows(stage.path / "heldout.jsonl", heldout)
-    stage.finish(
-        {
-            "questions": len({row["problem_id"] for row in rollouts}),
-            "rollouts": len(rollouts),
-            "correct": sum(row["correct"] for row in rollouts),
-            "prompts": len(prompts),
-            "validation": len(validation),
-            "heldout": len(heldout),
+    source = _generate(run) if run.distill.source == "generator" else _read(run, stage)
+    counts: Counter[str] = Counter()
+    names = ["rollouts", "validation"] + ["dropped"] * (run.distill.source != "generator")
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context(atomic_file(stage.path / f"{name}.jsonl")) for name in names
         }
+        for name, row in source.rows:
+            counts.update([name, *(["correct"] if name == "rollouts" and row["correct"] else [])])
+            line = dump(row, f"{stage.path / name}.jsonl: row {counts[name]}")
+            files[name].write(f"{line}\n".encode())
+        heldout, prompts = source.heldout, source.prompts()
+        if run.distill.gym_tasks:
+            asked = gym_prompts(run.distill.gym_tasks, run.distill.num_prompts, run.seed)
+            prompts = _without(Aside(heldout), asked)
+        _check_sets(counts, prompts=prompts, heldout=heldout)
+    write_rows(stage.path / "prompts.jsonl", prompts)
+    write_rows(stage.path / "heldout.jsonl", heldout)
+    if counts["dropped"]:
+        print(f"distill: left out {counts['dropped']:,} rows, most of held-out questions: {stage.path / 'dropped.jsonl'}")  # fmt: skip
+    stage.finish(
+        {name: counts[name] for name in ("rollouts", "correct", "validation", "dropped")}
+        | {"prompts": len(prompts), "heldout": len(heldout)}
     )
     return stage.path
 
 
-def _check_sets(rollouts: list[dict], validation: list[dict], **problems: list[dict]) -> None:
+def _check_sets(counts: Counter[str], **problems: list[Row]) -> None:
     """Raise ValueError for a set that is too small for the stage that reads it."""
-    if not any(row["correct"] for row in rollouts):
-        raise ValueError(f"distill: rollouts: none of the {len(rollouts)} that are left is correct")
-    if not validation:
+    if not counts["correct"]:
+        raise ValueError(
+            f"distill: rollouts: none of the {counts['rollouts']} that are left is correct"
+        )
+    if not counts["validation"]:
         raise ValueError("distill: validation: no correct rollout is left to measure the loss on")
     for name, rows in problems.items():
         least = 2 if name == "heldout" else 1  # no interval has one question
@@ -69,14 +98,12 @@ def _check_sets(rollouts: list[dict], validation: list[dict], **problems: list[d
             )
 
 
-def _without(heldout: list[dict], rows: list[dict]) -> list[dict]:
-    """Return the rows whose question is not held out, in the same or other words."""
-    held = Questions(row["question"] for row in heldout)
-    found = {question: question in held for question in {row["question"] for row in rows}}
-    return [row for row in rows if not found[row["question"]]]
+def _without(aside: Aside, rows: Iterable[Row]) -> list[Row]:
+    """Return the rows whose question is not set aside, in the same or other words."""
+    return [row for row in rows if aside.of(row["question"]) is None]
 
 
-def _generate(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
+def _generate(run: RunConfig) -> Source:
     config = run.distill
     heldout = generate_problems(config.heldout_seed, config.num_heldout, balanced=True)
     taken = frozenset(p.key for p in heldout)
@@ -92,15 +119,19 @@ def _generate(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[
         level_weights=config.level_weights,
         exclude_keys=taken,
     )
-    return (
-        [_rollout_row(run, p, k) for p in training for k in range(config.rollouts_per_problem)],
-        [_problem_row(p) for p in prompts],
-        [row for p in validation if (row := _rollout_row(run, p, 0))["correct"]],
-        [_problem_row(p) for p in heldout],
-    )
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        for p in training:
+            for k in range(config.rollouts_per_problem):
+                yield "rollouts", _rollout_row(run, p, k)
+        for p in validation:
+            if (row := _rollout_row(run, p, 0))["correct"]:
+                yield "validation", row
+
+    return Source(rows(), lambda: list(map(_problem_row, prompts)), list(map(_problem_row, heldout)))  # fmt: skip
 
 
-def _problem_row(problem: Problem) -> dict:
+def _problem_row(problem: Problem) -> Row:
     return {
         "id": problem.id,
         "family": problem.family,
@@ -110,7 +141,7 @@ def _problem_row(problem: Problem) -> dict:
     }
 
 
-def _rollout_row(run: RunConfig, problem: Problem, k: int) -> dict:
+def _rollout_row(run: RunConfig, problem: Problem, k: int) -> Row:
     seed = derive(run.seed, "teacher", problem.id, k)
     response = teach(problem, seed, quick=run.distill.quick, slip=run.distill.slip)
     row = _problem_row(problem)
@@ -127,76 +158,135 @@ def _rollout_row(run: RunConfig, problem: Problem, k: int) -> dict:
     )
 
 
-def _read(run: RunConfig) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
+def _read(run: RunConfig, stage: Stage) -> Source:
     """Read the user's own rollouts: a file or a folder of them, or a folder with rollouts, prompts, validation and heldout."""
-    source = Path(run.distill.source)
+    config, source = run.distill, Path(run.distill.source)
     if not source.exists():
         raise ValueError(
             f"distill.source: expected `generator`, a folder or a file of rollouts, got {source}"
         )
     sets = sets_in(source)
     if not sets:
-        return _divide(run, _read_rollouts(run, source, str(source)))
+        return _divide(run, stage, source)
     if missing := [name for name in SETS if name not in sets]:
         raise ValueError(f"distill.source={source}: the folder has no set {', '.join(missing)}")
-    rollouts, validation = (
-        _read_rollouts(run, sets[name], sets[name].name) for name in ("rollouts", "validation")
-    )
-    mapped = mapping_of(run.distill.layout, run.distill.fields)
-    prompts, heldout = (
-        list(own_problems(sets[name], mapped=mapped)) for name in ("prompts", "heldout")
-    )
-    kept = [_without(heldout, rows) for rows in (rollouts, prompts, validation)]
-    dropped = len(rollouts) + len(prompts) + len(validation) - sum(map(len, kept))
-    if dropped:
-        print(
-            f"distill: left out {dropped} rows whose question is a held-out one, in its or other words"
-        )
-    return kept[0], kept[1], [row for row in kept[2] if row["correct"]], heldout
+    mapped = mapping_of(config.layout, config.fields)
+    heldout = list(own_problems(sets["heldout"], mapped=mapped))
+    aside = Aside(heldout)
+    given = (
+        (name, row)
+        for name in ("rollouts", "validation")
+        for row in _answered(run, stage, name, partial(_given, run, sets[name], sets[name].name), aside)
+    )  # fmt: skip
+    prompts = lambda: _without(aside, own_problems(sets["prompts"], mapped=mapped))
+    return Source(_verified(run, _routed(given, aside)), prompts, heldout)
 
 
-def _divide(
-    run: RunConfig, rollouts: list[dict]
-) -> tuple[list[dict], list[dict], list[dict], list[dict]]:
-    """Divide the rollouts of one file by question into training, prompts, validation and held-out sets.
+def _divide(run: RunConfig, stage: Stage, source: Path) -> Source:
+    """Divide the rollouts of one source by question into training, prompts, validation and held-out sets; they are read twice.
 
     Prompts are among the training questions. The held-out questions are the same for every seed of the run; paraphrases
     are in one set.
     """
-    config = run.distill
-    questions: dict[str, list[dict]] = {}
-    groups = paraphrase_groups(row["question"] for row in rollouts)
-    first = {question: min(group) for group in groups for question in group}
-    for row in rollouts:
-        questions.setdefault(first[row["question"]], []).append(row)
-    order = sorted(questions)
-    random.Random(f"held out {config.heldout_seed}").shuffle(order)
-    aside = config.num_heldout + config.num_validation
-    if len(order) <= aside:
-        raise ValueError(
-            f"distill.source={config.source}: {len(order)} different questions; num_heldout={config.num_heldout} and "
-            f"num_validation={config.num_validation} leave none to train on"
-        )
-    firsts = [questions[key][0] for key in order]
-    problems = [
-        {name: r[name] for name in ("family", "level", "question", "answer")}
-        | {"id": r["problem_id"]}
-        for r in firsts
-    ]
-    trained = [row for key in order[aside:] for row in questions[key]]
-    validation = [row for key in order[config.num_heldout : aside] for row in questions[key]]
-    return (
-        trained,
-        problems[aside:][: config.num_prompts],
-        [row for row in validation if row["correct"]],
-        problems[: config.num_heldout],
-    )
+    read = partial(_given, run, source, str(source))
+    asked = AskedQuestions(read(), run.distill)
+    heldout, validation = asked.divide()
+    aside = Aside(heldout, validation)
+    given = (("rollouts", row) for row in _answered(run, stage, "rollouts", read, aside))
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        for name, row in _verified(run, _routed(given, aside)):
+            if name == "rollouts":
+                asked.note(row["question"], row["correct"])
+            yield name, row
+
+    return Source(rows(), lambda: asked.prompts(aside), heldout)
 
 
-def _read_rollouts(run: RunConfig, path: Path, name: str) -> list[dict]:
-    """Read and verify rollouts; ids and errors name the line of the file `name`."""
-    mapped = mapping_of(run.distill.layout, run.distill.fields)
-    return [
-        row | {"correct": is_correct(row)}
-        for row in own_rollouts(path, name, len(run.curate.level_weights), mapped=mapped)
-    ]
+def _given(run: RunConfig, path: Path, name: str) -> Iterator[Row]:
+    """Yield the rollouts of a source, or its questions for the teacher; ids and errors name the line of the file `name`."""
+    config, num_levels = run.distill, len(run.curate.level_weights)
+    mapped = mapping_of(config.layout, config.fields)
+    if config.teacher.model is None:
+        rows = own_rollouts(path, name, num_levels, mapped=mapped)
+    else:
+        rows = own_problems(path, name, mapped=mapped, num_levels=num_levels)
+    for row in rows:
+        yield row if config.licence is None else {"licence": config.licence} | row
+
+
+def _answered(
+    run: RunConfig, stage: Stage, name: str, read: Callable[[], Iterator[Row]], aside: Aside
+) -> Iterator[Row]:
+    """Return the rollouts of a set: those of `read`, or the teacher's, after asking for those that are missing.
+
+    The teacher is not asked held-out questions.
+    """
+    if run.distill.teacher.model is None:
+        return read()
+    try:
+        from phimini.stages.data.teacher import ask
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"distill.teacher.model: {error.name} is not installed; pip install aiohttp msgspec"
+        ) from error
+
+    def questions() -> Iterator[Row]:
+        for row in read():
+            found = aside.of(row["question"])
+            if found is None or found[0] != "heldout":
+                yield row
+
+    file = f"{TAUGHT}/{name}.jsonl"
+    path = stage.path / file
+    if file not in stage.made:
+        ask(run.distill, run.seed, questions, path)
+        stage.record(file)
+    path.with_suffix(".journal").unlink(missing_ok=True)
+    return own_rollouts(path, file, len(run.curate.level_weights), mapped=mapping_of("plain", ()))
+
+
+def _routed(given: Iterable[tuple[str, Row]], aside: Aside) -> Iterator[tuple[str, Row]]:
+    """Yield each row with the set that its question is of, or `dropped`."""
+    for name, row in given:
+        found, question_id = aside.of(row["question"]) or (name, "")
+        if found == "heldout":
+            yield _dropped(row, f"held-out question {question_id}")
+        else:
+            yield found, row
+
+
+def _dropped(row: Row, reason: str) -> tuple[str, Row]:
+    return "dropped", {"id": row["id"], "origin": row["origin"], "reason": reason}
+
+
+def _verified(run: RunConfig, routed: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
+    """Yield the rows with `correct` and the `verdict`'s reason; wrong ones of the validation set are dropped."""
+    scorer = Scorer("distill", workers=run.distill.workers)
+    waiting: deque = deque()
+    while batch := list(islice(routed, BATCH)):
+        to_judge = [
+            Answered(row["question"], row["answer"], row["response"], "stop" if has_ended(row) else "length")
+            for name, row in batch
+            if name != "dropped"
+        ]  # fmt: skip
+        waiting.append((batch, scorer.reasons(to_judge)))
+        if len(waiting) > 2 * run.distill.workers:
+            yield from _judged(*waiting.popleft())
+    for each in waiting:
+        yield from _judged(*each)
+
+
+def _judged(
+    batch: list[tuple[str, Row]], wait: Callable[[], list[str]]
+) -> Iterator[tuple[str, Row]]:
+    reasons = iter(wait())
+    for name, row in batch:
+        if name == "dropped":
+            yield name, row
+            continue
+        reason = next(reasons)
+        if name == "validation" and reason != "equal":
+            yield _dropped(row, f"validation, {reason}")
+        else:
+            yield name, row | {"correct": reason == "equal", "verdict": reason}

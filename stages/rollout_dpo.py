@@ -31,7 +31,6 @@ from phimini.parallel.ranks.world import World, on_main
 from phimini.parallel.training.batch import Document, PackedBatch, check_same_data, pack
 from phimini.parallel.training.step import StepMetrics, forward_only, start_step
 from phimini.stages.config.schema import RolloutDpoConfig, RunConfig
-from phimini.stages.curate import distinct
 from phimini.stages.data.packing import (
     EpochSampler,
     Example,
@@ -165,7 +164,10 @@ def pair_up(rollouts: list[dict], pairs_per_prompt: int, seed: int) -> list[dict
     """Return rows of random pairs, up to `pairs_per_prompt` per question; no text is used twice."""
     rng = random.Random(seed)
     questions: dict[str, tuple[list[dict], list[dict]]] = {}
-    for row in distinct(rollouts):
+    texts: dict[tuple[str, str], dict] = {}
+    for row in rollouts:
+        texts.setdefault((row["problem_id"], row["response"]), row)
+    for row in texts.values():
         questions.setdefault(row["problem_id"], ([], []))[not row["correct"]].append(row)
     pairs = []
     for correct, incorrect in questions.values():

@@ -78,15 +78,16 @@ def numbered_rows(
             rows = [completed(row, at) for row in rows]
         except ValueError as error:
             field = str(error).removeprefix(at).partition(":")[0]
-            refused.setdefault(field, []).append(str(error))
+            first, count = refused.get(field, (str(error), 0))
+            refused[field] = first, count + 1
         else:
             yield from ((line, row) for row in rows)
     if not found:
         raise ValueError(f"{path}: expected at least one row, got an empty file")
     if refused:
         firsts = [
-            f"{first} (the first of {1 + len(others):,} such rows)" if others else first
-            for first, *others in refused.values()
+            f"{first} (the first of {count:,} such rows)" if count > 1 else first
+            for first, count in refused.values()
         ]
         raise ValueError("; ".join(firsts))
 
@@ -321,7 +322,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file that takes the place of `path` when the block ends without an error, flushed to the disk.
 
     Makes the folder if it is missing. Raises OSError that names `path` if it cannot be written (disk full, no
-    permission); the old file stays.
+    permission); the old file stays. An OSError of another file that the block reads passes through.
     """
     # A link keeps pointing to where its owner put the file: the file behind it is replaced.
     path, target = Path(path), Path(path).resolve()
@@ -335,6 +336,11 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(temporary, target)
         flush_directory(target.parent)
     except OSError as error:
+        if error.errno is None or error.filename not in (
+            None,
+            *map(str, (temporary, target, target.parent)),
+        ):
+            raise
         # os.path: a folder that may not be entered counts as no file.
         kept = (
             "the file that was there is unchanged" if os.path.exists(path) else "no file was left"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 from phimini.model.checked_fields import Range, check
+from phimini.stages.config.data_steps import CurateConfig, DistillConfig, TokenizeConfig
 from phimini.stages.config.dialect import build, read_words
 from phimini.stages.config.engines import RolloutConfig
 from phimini.stages.config.ranges import (
@@ -50,60 +51,6 @@ class OptimizerSettings:
     """decoupled weight decay"""
     clip: NotNegative = 1.0
     """global gradient norm above which gradients are scaled down"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DistillConfig:
-    """Questions, the teacher's rollouts of them, and a verdict on each rollout."""
-
-    source: str = "generator"
-    """`generator` (our own problems and teacher); a folder of your own with the sets rollouts, validation, prompts and
-    heldout; or rollouts whose questions are then divided over these. A set is a file (.jsonl, .jsonl.gz, .jsonl.zst,
-    .parquet, .csv) or a folder of such files"""
-    layout: Literal[
-        "auto", "plain", "openr1_math", "openthoughts", "conversation", "gsm8k", "math", "aqua_rat"
-    ] = "auto"
-    """published layout of the source's rows; auto: recognised by the fields of each row"""
-    fields: tuple[str, ...] = ()
-    """fields of any other layout, each OURS:PATH, e.g. question:prompt.0.content,answer:reward_model.ground_truth"""
-    num_problems: Count = 1000
-    """training questions that the teacher answers"""
-    level_weights: tuple[NotNegative, ...] = (1.0, 1.0, 1.0)
-    """relative share of each level among the training questions"""
-    rollouts_per_problem: Count = 4
-    """teacher rollouts of each question"""
-    quick: Share = 0.5
-    """share of its operations that the generated teacher does in one step, without writing them out"""
-    slip: Share = 0.2
-    """share of those operations (except facts of one digit) that come out wrong"""
-    num_prompts: Count = 2000
-    """questions without a teacher rollout, kept for stages 3 and 4"""
-    gym_tasks: tuple[str, ...] = ()
-    """if given, those questions come from these tasks of reasoning-gym, e.g. chain_sum,gcd (extra `prompts`)"""
-    num_heldout: AtLeastTwo = 504
-    """evaluation questions; none of their numbers occur in any other set"""
-    num_validation: Count = 150
-    """questions whose teacher rollouts measure the validation loss"""
-    heldout_seed: Seed = 777
-    """the evaluation set is the same for every seed of the run"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CurateConfig:
-    """Stage 2's compact, balanced subset of stage 1's rollouts."""
-
-    sft_examples: Count = 1000
-    """examples of stage 2, spread evenly over families and levels"""
-    level_weights: tuple[NotNegative, ...] = (1.0, 1.0, 1.0)
-    """relative share of each level"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizeConfig:
-    """Token ids of the rows of stages 1 and 2."""
-
-    workers: Count | None = None
-    """processes that encode; default: one for each core"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -405,6 +352,11 @@ def check_together(run: RunConfig) -> None:
     if run.rlvr.dual_clip is not None and run.rlvr.objective == "cispo":
         raise ValueError(
             f"rlvr.dual_clip: expected none with rlvr.objective=cispo, which has no ratio to limit, got {run.rlvr.dual_clip}"
+        )
+    teacher = run.distill.teacher.model
+    if teacher is not None and run.distill.source == "generator":
+        raise ValueError(
+            f"distill.teacher.model={teacher}: expected distill.source to have its questions, got generator"
         )
 
 

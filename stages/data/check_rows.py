@@ -17,7 +17,7 @@ from phimini.model.io.json_files import Row
 from phimini.model.io.tokenizer import PHI4_TOKENS, Tokenizer
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.layouts import mapping_of
-from phimini.stages.data.own_rows import SETS, own_problems, own_rollouts, sets_in
+from phimini.stages.data.own_rows import MAX_LEVELS, SETS, own_problems, own_rollouts, sets_in
 from phimini.stages.data.row_fields import encode_problems, is_correct
 
 COUNTED_ROWS = 200
@@ -47,11 +47,14 @@ def check_files(
         sets = sets_in(source)
     except ValueError as error:
         return [str(error)]
+    of_rollouts = partial(_check_rollouts, told)
+    if run.distill.teacher.model is not None:  # it answers the questions there
+        of_rollouts = partial(_check_problems, None, num_levels=len(run.curate.level_weights))
     if not sets:
-        return problems_of(partial(_check_rollouts, told, run, source, tokenizer))
+        return problems_of(partial(of_rollouts, run, source, tokenizer))
     found: list[str] = []
     for name in SETS:
-        check = partial(_check_rollouts, told)
+        check = of_rollouts
         if name not in ROLLOUT_SETS:
             check = partial(_check_problems, check_prompts if name == "prompts" else None)
         if name in sets:
@@ -134,11 +137,16 @@ def _characters(row: Row) -> int:
 
 
 def _check_problems(
-    check_prompts: PromptCheck | None, run: RunConfig, path: Path, tokenizer: Tokenizer | None
+    check_prompts: PromptCheck | None,
+    run: RunConfig,
+    path: Path,
+    tokenizer: Tokenizer | None,
+    num_levels: int = MAX_LEVELS,
 ) -> None:
     fields = ("question",)
     mapped = mapping_of(run.distill.layout, run.distill.fields)
-    longest = _longest(own_problems(path, partial(_check_texts, tokenizer, fields), mapped), fields)
+    check = partial(_check_texts, tokenizer, fields)
+    longest = _longest(own_problems(path, "", check, mapped, num_levels), fields)
     if tokenizer is not None and check_prompts is not None and not run.distill.gym_tasks:
         check_prompts(encode_problems(tokenizer, longest, run.chat_template))
 

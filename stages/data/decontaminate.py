@@ -125,27 +125,6 @@ class Questions:
         return next(self.matches(question), None) is not None
 
 
-def paraphrase_groups(questions: Iterable[str]) -> list[list[str]]:
-    """Return the different questions in groups; no two groups hold one question in different words."""
-    texts = list(dict.fromkeys(questions))
-    group = list(range(len(texts)))
-
-    def root(place: int) -> int:
-        while group[place] != place:
-            group[place] = place = group[group[place]]
-        return place
-
-    seen = Questions()
-    for place, text in enumerate(texts):
-        for earlier in seen.matches(text):
-            group[root(place)] = root(earlier)
-        seen.add(text)
-    members: dict[int, list[str]] = defaultdict(list)
-    for place, text in enumerate(texts):
-        members[root(place)].append(text)
-    return list(members.values())
-
-
 def _plain(question: str) -> str:
     """Return lower case text with one spelling of each character, no layout commands, no separators within numbers or words."""
     text = unicodedata.normalize("NFKC", question).lower().replace("’", "'")

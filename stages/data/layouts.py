@@ -15,8 +15,9 @@ from phimini.stages.verify.verdict import extract_answer
 
 Mapping = Callable[[Row, str], list[Row]]
 """a published row and its place, `file, line N`, to rows of ours; ValueError that names the place and a field"""
-OURS = ("question", "answer", "response", "id", "problem_id", "family", "level", "source", "finish_reason")  # fmt: skip
+OURS = ("question", "answer", "response", "id", "problem_id", "family", "level", "source", "licence", "teacher", "finish_reason")  # fmt: skip
 
+_TEACHERS = dict.fromkeys(("openr1_math", "openthoughts"), "DeepSeek-R1")
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 # Bespoke-Stratos and OpenThoughts put the thoughts between markers of their own, and this request before the question.
 _MARKERS = re.compile(r"\s*<\|(begin|end)_of_(thought|solution)\|>\s*")
@@ -43,6 +44,9 @@ def _mapped(layout: str, row: Row, at: str) -> list[Row]:
     if name == "plain":
         return [row]
     known = {"source": row.get("source", name)}
+    known |= {field: row[field] for field in ("licence", "license") if row.get(field) is not None}
+    if name in _TEACHERS:
+        known["teacher"] = _TEACHERS[name]
     rows = mapped_by(LAYOUTS[name], name, row, at)
     return [known | {k: v for k, v in made.items() if v is not None} for made in rows]
 

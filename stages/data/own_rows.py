@@ -2,11 +2,13 @@
 
 A source is a file (JSON Lines, also `.gz` and `.zst`, Parquet, CSV) or a folder of such files at any depth; it is read row by
 row. `layouts.py` maps the rows of published data sets to ours. A row of ours has `question`, `answer` and, in a file of rollouts, `response`. It may have `id`, `problem_id`, `family`, `level`,
-`source` and `finish_reason`; null is as if the field were missing. Ids may be integers. A level may be a number or
-`Level 5`, as in the MATH data set. Other fields are kept as they are.
+`source`, `licence` (or `license`), `teacher`, `sampling` and `finish_reason`; null is as if the field were missing. Ids may
+be integers. A level may be a number or `Level 5`, as in the MATH data set. Other fields are kept as they are. `origin` is
+added: the file and line that a row is from.
 """
 
 import re
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from phimini.model.io.json_files import Row, dump, numbered_rows
 from phimini.model.io.tokenizer import around
 from phimini.stages.data.decontaminate import fingerprint, same_question
 from phimini.stages.data.layouts import AUTO, Mapping
-from phimini.stages.data.row_fields import ASKED_FIELDS, GIVEN_FIELDS
+from phimini.stages.data.row_fields import ASKED_FIELDS, GIVEN_FIELDS, text_hash
 from phimini.stages.verify.numerals import MAX_CHARACTERS
 
 RowCheck = Callable[[Row], None]
@@ -23,7 +25,8 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".csv")
 SETS = ("rollouts", "validation", "prompts", "heldout")
 
 _LEVEL = re.compile(r"\s*(?:level)?\s*([0-9]{1,3})\s*", re.IGNORECASE)
-_MAX_LEVELS = 1000
+MAX_LEVELS = 1000
+_PROVENANCE = dict.fromkeys(("family", "source", "licence", "teacher"), str) | {"sampling": dict}
 
 
 def sets_in(folder: Path) -> dict[str, Path]:
@@ -61,16 +64,15 @@ def own_rollouts(
     num_levels: of `curate.level_weights`. check: raises ValueError that names a field that it refuses.
     mapped: of a published layout. Raises one ValueError for all bad rows of a file; see `numbered_rows`.
     """
-    asked: dict[str, tuple[str, str, str]] = {}
-    ids: set[int] = set()
+    seen = _Seen()
 
     def completed(row: Row, at: str) -> Row:
         row = _completed(row, at, num_levels)
-        _check_id(ids, row, at)
+        _check_id(seen, row, at)
         if row.get("finish_reason") not in (None, "stop", "length"):
             raise _refused(at, "finish_reason", "stop or length", row["finish_reason"])
         row.setdefault("problem_id", row["question"])
-        _check_problem(asked, row, at)
+        _check_problem(seen, row, at)
         _apply(check, row, at)
         return row
 
@@ -78,18 +80,22 @@ def own_rollouts(
 
 
 def own_problems(
-    source: Path, check: RowCheck | None = None, mapped: Mapping = AUTO
+    source: Path,
+    name: str = "",
+    check: RowCheck | None = None,
+    mapped: Mapping = AUTO,
+    num_levels: int = MAX_LEVELS,
 ) -> Iterator[Row]:
-    """Yield a source's questions. Other arguments and errors as in `own_rollouts`."""
-    ids: set[int] = set()
+    """Yield a source's questions. name: default that of the file. Other arguments and errors as in `own_rollouts`."""
+    seen = _Seen()
 
     def completed(row: Row, at: str) -> Row:
-        row = _completed(row, at, _MAX_LEVELS)
-        _check_id(ids, row, at)
+        row = _completed(row, at, num_levels)
+        _check_id(seen, row, at)
         _apply(check, row, at)
         return row
 
-    yield from _numbered(source, source.name, ASKED_FIELDS, completed, mapped)
+    yield from _numbered(source, name or source.name, ASKED_FIELDS, completed, mapped)
 
 
 def _numbered(
@@ -104,15 +110,39 @@ def _numbered(
         before, k = 0, 0
         for line, row in numbered_rows(path, required, completed=completed, mapped=mapped):
             before, k = line, k + 1 if line == before else 0
-            yield {"id": f"{file}:{line}/{k}" if k else f"{file}:{line}"} | row
+            origin = f"{file}:{line}/{k}" if k else f"{file}:{line}"
+            yield {"id": origin, "origin": origin} | row
 
 
-def _check_id(ids: set[int], row: Row, at: str) -> None:
-    """Raise ValueError for an id that an earlier row has. Kept as hashes: 64 bits of ten million ids differ."""
-    if "id" in row:
-        if hash(row["id"]) in ids:
-            raise _refused(at, "id", "one that no earlier row has", row["id"])
-        ids.add(hash(row["id"]))
+class _Seen:
+    """The ids and problems of earlier rows, in a temporary database on the disk: those of ten million rows would fill the memory."""
+
+    def __init__(self) -> None:
+        self._db = sqlite3.connect("", isolation_level=None)
+        self._db.executescript(
+            "PRAGMA journal_mode=OFF; CREATE TABLE ids (id BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN;"
+            "CREATE TABLE problems (id BLOB PRIMARY KEY, place, question, answer) WITHOUT ROWID"
+        )
+
+    def is_new(self, id: str) -> bool:
+        """Add an id, and return False if it was there."""
+        added = self._db.execute("INSERT OR IGNORE INTO ids VALUES (?)", (text_hash(id),))
+        return added.rowcount == 1
+
+    def problem(self, row: Row, at: str) -> tuple[str, str, str]:
+        """Return place, question and answer of the first row with this row's problem id, which may be this row."""
+        key, fields = text_hash(row["problem_id"]), (at, row["question"], row["answer"])
+        query = "SELECT place, question, answer FROM problems WHERE id = ?"
+        found = self._db.execute(query, (key,)).fetchone()
+        if found is None:
+            self._db.execute("INSERT INTO problems VALUES (?, ?, ?, ?)", (key, *fields))
+        return found or fields
+
+
+def _check_id(seen: _Seen, row: Row, at: str) -> None:
+    """Raise ValueError for an id that an earlier row has."""
+    if "id" in row and not seen.is_new(row["id"]):
+        raise _refused(at, "id", "one that no earlier row has", row["id"])
 
 
 def _completed(row: Row, at: str, num_levels: int) -> Row:
@@ -124,9 +154,13 @@ def _completed(row: Row, at: str, num_levels: int) -> Row:
     for field in ("id", "problem_id"):
         if field in row:
             row[field] = _identifier(row[field], at, field)
-    for field, default in (("family", ""), ("source", "file")):
-        if not isinstance(row.setdefault(field, default), str):
-            raise _refused(at, field, "a string", row[field])
+    if "license" in row:
+        row.setdefault("licence", row.pop("license"))
+    row = {"family": "", "source": "file"} | row
+    for field, kind in _PROVENANCE.items():
+        if field in row and not isinstance(row[field], kind):
+            expected = "a string" if kind is str else "an object"
+            raise _refused(at, field, expected, row[field])
     return row | {"level": _level(row.get("level", 0), at, num_levels)}
 
 
@@ -166,11 +200,9 @@ def _level(value: Any, at: str, num_levels: int) -> int:
     return level
 
 
-def _check_problem(asked: dict[str, tuple[str, str, str]], row: Row, at: str) -> None:
+def _check_problem(seen: _Seen, row: Row, at: str) -> None:
     """Raise ValueError if a problem id, by which pairs are found, stands for two questions or two answers."""
-    place, question, answer = asked.setdefault(
-        row["problem_id"], (at, row["question"], row["answer"])
-    )
+    place, question, answer = seen.problem(row, at)
     is_same = question == row["question"] or same_question(
         fingerprint(question), fingerprint(row["question"])
     )

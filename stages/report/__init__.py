@@ -1,4 +1,4 @@
-"""The report page of a run, and confidence intervals of accuracies.
+"""The pages about a run and its data sets, and confidence intervals of accuracies.
 
-May import: model/io.
+May import: model/io, stages/config, stages/data.
 """

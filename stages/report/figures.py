@@ -3,7 +3,7 @@
 Colours are names of CSS variables, such as "var(--c1)": the page replaces them by the values of its light or dark scheme.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -92,6 +92,19 @@ def curves(series: Sequence[Series], x_name: str = "step") -> go.Figure:
         x=0, xref="paper", xanchor="right", xshift=-6, y=0, yref="paper", yanchor="top", yshift=-3, text=x_name,
         showarrow=False,
     )  # fmt: skip
+    return figure
+
+
+def counts(numbers: Mapping[str, int]) -> go.Figure:
+    """Draw a bar for each label, as high as its number."""
+    figure = _figure(190, margin={"l": 46, "r": 12, "t": 8, "b": 48}, bargap=0.15)
+    labels = [escape(label) for label in numbers]
+    figure.add_bar(
+        x=list(range(len(labels))), y=list(numbers.values()), customdata=labels, marker={"color": "var(--c1)"},
+        hovertemplate="%{customdata}: %{y:,d}<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, showgrid=False)
+    figure.update_yaxes(nticks=5, tickformat="~s", rangemode="tozero")
     return figure
 
 

@@ -75,6 +75,14 @@ FREE = (
     "micro_tokens",
     "checkpoint_every",
     "workers",
+    "url",
+    "key_variable",
+    "per_request",
+    "concurrency",
+    "attempts",
+    "timeout_s",
+    "prompt_price",
+    "answer_price",
 )
 PACKING = "packing"
 """the folder of arrays that rank 0 makes at each start of a stage"""

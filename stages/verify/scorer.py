@@ -72,12 +72,24 @@ class Scorer:
         """
         if self._pool is None:
             return lambda: self._checked(_call(self._how, item), item)
+        wait = self._begun(_call_in_worker, item)
+        return lambda: self._checked(wait(), item)
+
+    def reasons(self, items: list[Answered]) -> Callable[[], list[str]]:
+        """Give answers, as text, to the next free worker; the result, called, returns the verifier's reason for each verdict.
+
+        Errors as in `start`.
+        """
+        return (lambda: _reasons(items)) if self._pool is None else self._begun(_reasons, items)
+
+    def _begun(self, function: Callable[..., Any], argument: Any) -> Callable[[], Any]:
+        assert self._pool is not None, "without workers the caller computes"
         try:
-            future = self._pool.submit(_call_in_worker, item)
+            future = self._pool.submit(function, argument)
         except BrokenProcessPool as error:
             future = Future()
             future.set_exception(error)
-        return lambda: self._checked(self._result(future.result), item)
+        return lambda: self._result(future.result)
 
     def texts(self, responses: Iterable[Any]) -> list[bytes]:
         """Return the decoded responses as JSON strings, in order. Raises RuntimeError if a worker process died."""
@@ -162,6 +174,10 @@ def _start_worker(
 
 def _call_in_worker(item: Answered) -> Any:
     return _call(_of_worker, item)
+
+
+def _reasons(items: list[Answered]) -> list[str]:
+    return [verdict.reason_of(*item) for item in items]
 
 
 def _decode_in_worker(response: Any) -> bytes:

@@ -268,6 +268,11 @@ def _compare_exactly(got: Number | Sequence | None, expected: Number | Sequence)
     return "equal" if got.is_reduced else "not in lowest terms"
 
 
+def reason_of(question: str, answer: str, response: str, finish_reason: str) -> str:
+    """Return the reason of the verdict on a response: `equal` for a right one, `cut off` for one that did not end."""
+    return judge(response, answer).reason if finish_reason == "stop" else "cut off"
+
+
 def is_right(question: str, answer: str, response: str, finish_reason: str) -> bool:
     """Return True for a response that ended by itself, with the reference answer in its last box."""
     return finish_reason == "stop" and verify(response, answer)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from forked_ranks import run_ranks
@@ -20,8 +21,10 @@ from phimini.model.io.tokenizer import train_tiny_tokenizer
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.step import StepMetrics
 from phimini.stages.config.recipes import tiny
-from phimini.stages.config.schema import OptimizerSettings, RolloutDpoConfig, override
-from phimini.stages.curate import teacher_pairs
+from phimini.stages.config.schema import CurateConfig, OptimizerSettings, RolloutDpoConfig, override
+from phimini.stages.curate import pair_rows
+from phimini.stages.data.row_index import index_rows
+from phimini.stages.data.selection import preference_pairs
 from phimini.stages.rollout_dpo import (
     check_first_step,
     logps_are_exact,
@@ -78,9 +81,16 @@ def teachers() -> list[dict]:
     ]  # fmt: skip
 
 
+def teacher_pairs(folder: Path) -> list[dict]:
+    write_rows(folder / "rollouts.jsonl", teachers())
+    index = index_rows(folder / "rollouts.jsonl")
+    pairs = preference_pairs(index, CurateConfig(), seed=0)
+    return list(pair_rows(index, pairs, np.ones(len(pairs), bool)))
+
+
 def test_a_rejected_answer_that_was_cut_off_keeps_no_end(tmp_path: Path) -> None:
     tokenizer = train_tiny_tokenizer(["text was cut q? boxed 1234567890"] * 3, vocab_size=256)
-    write_rows(tmp_path / "pairs.jsonl", teacher_pairs(teachers()))
+    write_rows(tmp_path / "pairs.jsonl", teacher_pairs(tmp_path))
     pairs = read_pairs(tmp_path / "pairs.jsonl", tokenizer, "instruct")
     ends = [tokenizer.end_id, tokenizer.eos_id]
     assert [list(pair.chosen.tokens[-2:]) == ends for pair in pairs] == [True, True, True]
@@ -93,7 +103,7 @@ def test_a_rejected_answer_that_was_cut_off_keeps_no_end(tmp_path: Path) -> None
 
 
 def test_the_teachers_pairs_have_no_text_twice_and_are_limited(tmp_path: Path) -> None:
-    pairs = teacher_pairs(teachers())
+    pairs = teacher_pairs(tmp_path)
     assert len({p["chosen"] for p in pairs}) == len({p["rejected"] for p in pairs}) == len(pairs) == 3  # fmt: skip
     tokenizer = train_tiny_tokenizer(["q?"] * 3, vocab_size=256)
     other = [row | {"problem_id": "other"} for row in pairs]

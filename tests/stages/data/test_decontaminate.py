@@ -16,7 +16,6 @@ from phimini.stages.data.arithmetic_problems import Problem, generate_problems
 from phimini.stages.data.decontaminate import (
     Questions,
     fingerprint,
-    paraphrase_groups,
     same_question,
 )
 
@@ -138,20 +137,6 @@ def test_the_demos_problems_are_told_apart_by_their_numbers() -> None:
     assert reworded > 300, "the draws hold such pairs"
 
 
-def test_groups_are_closed_whatever_the_order() -> None:
-    """A question close to two others joins their groups, also if it comes last."""
-    texts = [
-        "Ann has 12 red pens, buys 4 and sells 7. How many are left?",
-        "Bob has 12 green cups, buys 4 and sells 7. How many are left?",
-        "What is 8 * 9?",
-        "Multiply 9 by 8.",
-    ]
-    for seed in range(6):
-        order = random.Random(seed).sample(texts, len(texts))
-        groups = paraphrase_groups([*order, *order])
-        assert sorted(map(sorted, groups)) == sorted([sorted(texts[:2]), sorted(texts[2:])])
-
-
 def test_the_time_grows_with_the_rows_not_with_their_square() -> None:
     """A row is compared only with held-out questions of its numbers: 10 times the index takes under 3 times as long."""
     rng = random.Random(0)
@@ -200,7 +185,10 @@ def test_sets_that_share_no_question_lose_none() -> None:
 def test_few_questions_of_one_set_are_taken_for_each_other() -> None:
     """GSM8K's 7,473 training questions have 9 such pairs: 2 are one question with other names, 1 is one story with
     another question, 6 are different riddles of ages or shares."""
-    groups = [set(group) for group in paraphrase_groups(public("gsm8k_train")) if len(group) > 1]
+    seen, groups = Questions(), []
+    for question in (texts := public("gsm8k_train")):
+        groups += [{texts[earlier], question} for earlier in seen.matches(question)]
+        seen.add(question)
     assert 2 <= len(groups) <= 12, groups
     gift = " received $50 as a gift. She plans to buy two cassette tapes that cost $9 each and a headphone set that costs $25. How much money will she have left?"
     assert {"Josie" + gift, "Amanda" + gift} in groups

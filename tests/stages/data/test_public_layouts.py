@@ -35,11 +35,11 @@ PUBLISHED: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         [{"question": ASKED, "answer": "42", "response": "\\boxed{42}", "level": 2, "licence": "MIT", "source": "file"}],
     ),
     "openr1_math": (
-        {"problem": ASKED, "solution": "$\\boxed{42}$", "answer": "42", "problem_type": "Algebra", "source": "olympiads", "uuid": "u1",
+        {"problem": ASKED, "solution": "$\\boxed{42}$", "answer": "42", "problem_type": "Algebra", "source": "olympiads", "uuid": "u1", "license": "Apache-2.0",
          "is_reasoning_complete": [True, True, False], "generations": ["<think>\nadd\n</think>\n\\boxed{42}", "\\boxed{90}", "<think>\nand"],
          "correctness_math_verify": [False, False, False], "correctness_llama": [True, False, None], "finish_reasons": ["stop", "stop", "length"],
          "messages": [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "x"}]},
-        [{"id": "u1/0", "problem_id": "u1", "question": ASKED, "answer": "42", "family": "Algebra", "source": "olympiads", "published": True,
+        [{"id": "u1/0", "problem_id": "u1", "question": ASKED, "answer": "42", "family": "Algebra", "source": "olympiads", "published": True, "licence": "Apache-2.0", "teacher": "DeepSeek-R1",
           "response": "<think>\nadd\n</think>\n\\boxed{42}", "finish_reason": "stop"},
          {"id": "u1/1", "response": "\\boxed{90}", "published": False}, {"id": "u1/2", "finish_reason": "length", "published": False}],
     ),

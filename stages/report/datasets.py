@@ -1,0 +1,183 @@
+"""The data of a run, looked at: `data trace` follows one row through its steps, `data pages` describes each data set.
+
+Both read the files of distill/ and curate/ row by row.
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phimini.model.io.json_files import Row, write_text
+from phimini.stages.config.schema import RunConfig
+from phimini.stages.data.selection import STEPS
+from phimini.stages.report.figures import Chart, counts
+from phimini.stages.report.template import render
+
+PAGES = {"midtrain": "curate/midtrain", "sft": "curate/sft", "pairs": "curate/pairs", "prompts": "distill/prompts"}  # fmt: skip
+"""the data set of each training stage"""
+NUM_SAMPLES, MOST_FAMILIES = 6, 20
+_PROVENANCE = ("origin", "source", "licence", "teacher", "sampling", "seed")
+
+
+def trace(run: RunConfig, id: str) -> list[str]:
+    """Return lines on where the row with an id came from, and what each step did with it. ValueError if there is no such row."""
+    folder = Path(run.out) / "distill"
+    for name in ("rollouts", "validation", "prompts", "heldout", "dropped"):
+        for number, row in _with_id(folder / f"{name}.jsonl", id):
+            known = [f"{key} {row[key]}" for key in _PROVENANCE if row.get(key)]
+            lines = [f"{id}: {', '.join(known) or 'made by this run'}"]
+            if name == "dropped":
+                return [*lines, f"distill: left out: {row['reason']}"]
+            verdict = ""
+            if "correct" in row:
+                verdict = f", {'correct' if row['correct'] else 'wrong'} ({row.get('verdict', 'by the verifier')})"
+            lines.append(f"distill: line {number + 1} of {name}.jsonl{verdict}")
+            return lines + (_curated(run, number, row) if name == "rollouts" else [])
+    raise ValueError(f"data trace: {folder}: expected the id of a row, got {id!r:.60}")
+
+
+def _curated(run: RunConfig, number: int, row: Row) -> list[str]:
+    """Return lines on a rollout's way through curate."""
+    folder = Path(run.out) / "curate"
+    if not (folder / "steps.npy").exists():
+        return ["curate: not run yet"]
+    bits = int(np.load(folder / "steps.npy", mmap_mode="r")[number])
+    steps = {step for bit, step in enumerate(STEPS) if bits >> bit & 1}
+    lines = [f"curate: {step}" for step in ("copy", "loop") if step in steps]
+    for name in ("midtrain", "sft"):
+        places = [n + 1 for n, _ in _with_id(folder / f"{name}.jsonl", row["id"])] if name in steps else []  # fmt: skip
+        lines.append(f"curate: {name}: {f'line {places[0]}' if places else 'not in it'}")
+    end = "chosen" if "chosen" in steps else "rejected" if "rejected" in steps else ""
+    if not end:
+        return [*lines, "curate: pairs: not in them"]
+    place = "startswith" if end == "chosen" else "endswith"
+    mark = f"{row['id']}|" if end == "chosen" else f"|{row['id']}"
+    pairs = (r["id"] for _, r in _rows(folder / "pairs.jsonl", row["problem_id"]))
+    return [*lines, f"curate: pairs: {end} in {next(p for p in pairs if getattr(p, place)(mark))}"]
+
+
+def _with_id(path: Path, id: str) -> Iterator[tuple[int, Row]]:
+    return ((number, row) for number, row in _rows(path, id) if row["id"] == id)
+
+
+def _rows(path: Path, text: str = "") -> Iterator[tuple[int, Row]]:
+    """Yield the numbers and rows of a file, of those lines that hold a text as JSON; a missing file has none."""
+    mark = json.dumps(text, ensure_ascii=False)[1:-1].encode()
+    if path.exists():
+        with path.open("rb") as file:
+            for number, line in enumerate(file):
+                if mark in line:
+                    yield number, json.loads(line)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts and an even sample of a data set's rows."""
+
+    rows: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    """answers of up to 2^n characters, by n"""
+    levels: Counter[int] = field(default_factory=Counter)
+    families: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    samples: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[int, Row]]) -> "Tally":
+        tally, rng = cls(), random.Random(0)
+        for _, row in rows:
+            tally.rows += 1
+            texts = [row[key] for key in ("response", "chosen", "rejected") if key in row]
+            tally.lengths.update(max(len(text) - 1, 0).bit_length() for text in texts)
+            tally.levels[row["level"]] += 1
+            tally.families[row["family"] or "none"] += 1
+            tally.sources[", ".join(str(row[key]) for key in ("source", "licence", "teacher") if key in row)] += 1  # fmt: skip
+            place = len(tally.samples) if tally.rows <= NUM_SAMPLES else rng.randrange(tally.rows)
+            if place < NUM_SAMPLES:
+                tally.samples[place : place + 1] = [row]
+        return tally
+
+
+def pages(run: RunConfig) -> list[Path]:
+    """Write `data/NAME.html` of each data set into the run's folder, and return the paths. Raises ValueError before `curate`."""
+    out = Path(run.out)
+    if not (out / "curate" / "summary.json").exists():
+        raise ValueError(
+            f"data pages: {out / 'curate'} is not complete; run `phimini curate` first"
+        )
+    drops, written = _drops(out), []
+    for name, file in PAGES.items():
+        tally = Tally.of(_rows(out / f"{file}.jsonl"))
+        path = out / "data" / f"{name}.html"
+        lengths = (
+            {
+                f"to {2**n:,}": tally.lengths[n]
+                for n in range(min(tally.lengths), max(tally.lengths) + 1)
+            }
+            if tally.lengths
+            else {}
+        )
+        histograms = {
+            "Answers by length, characters": lengths,
+            "Rows by level": {str(level): n for level, n in sorted(tally.levels.items())},
+            "Rows by family": dict(tally.families.most_common(MOST_FAMILIES)),
+        }
+        facts = {
+            "Rows": f"{tally.rows:,}",
+            "Families": f"{len(tally.families):,}",
+            "Sources and licences": "; ".join(
+                f"{s}: {n:,}" for s, n in tally.sources.most_common(9)
+            )
+            or "none",
+        }
+        write_text(
+            path, data_page(run.name, name, facts, histograms, drops.get(name, {}), tally.samples)
+        )
+        written.append(path)
+    return written
+
+
+def data_page(
+    run_name: str,
+    name: str,
+    facts: Mapping[str, str],
+    histograms: Mapping[str, Mapping[str, int]],
+    drops: Mapping[str, int],
+    samples: Sequence[Row],
+) -> str:
+    """Return the page. histograms: numbers by label, by title; those without a number are left out."""
+    charts = [
+        Chart(title, counts(numbers), title.lower()) for title, numbers in histograms.items() if numbers
+    ]  # fmt: skip
+    return render(
+        "data.html.j2", run_name=run_name, name=name, facts=facts, charts=charts, drops=drops, samples=samples
+    )  # fmt: skip
+
+
+def _drops(out: Path) -> dict[str, dict[str, int]]:
+    """Return, for each data set made of rollouts, the number of rollouts that are not in it by reason."""
+    steps = np.load(out / "curate" / "steps.npy", mmap_mode="r")
+    has = {step: steps >> bit & 1 == 1 for bit, step in enumerate(STEPS)}
+    before: Counter[str] = Counter()
+    for _, row in _rows(out / "distill" / "dropped.jsonl"):
+        before[row["reason"].partition(" question")[0]] += 1
+    correct = 0
+    for _, row in _rows(out / "distill" / "rollouts.jsonl"):
+        correct += row["correct"]
+        if not row["correct"]:
+            before[f"wrong, {row.get('verdict', 'by the verifier')}"] += 1
+    paired = has["chosen"] | has["rejected"]
+    number = lambda mask: int(mask.sum())
+    found: dict[str, dict[str, Any]] = {
+        "midtrain": before | {"copy of another answer": correct - number(has["midtrain"])},
+        "sft": {"loop": number(has["midtrain"] & has["loop"]), "not chosen": number(has["midtrain"] & ~has["loop"] & ~has["sft"])},
+        "pairs": {"loop": number(has["loop"]), "copy": number(has["copy"] & ~has["loop"] & ~paired),
+                  "no partner": number(~has["loop"] & ~has["copy"] & ~paired)},
+    }  # fmt: skip
+    return {name: {reason: n for reason, n in drops.items() if n} for name, drops in found.items()}
