@@ -103,6 +103,14 @@ def ladder(rows: Sequence[Json]) -> str:
     ))  # fmt: skip
 
 
+def summary(rows: Sequence[Json]) -> str:
+    """Return the table of the top README: mean@8 after each stage, a line for each seed."""
+    head = " | ".join(["seed", *(NAMES[s["stage"]] for s in rows[0]["stages"][1:])])
+    return markdown(head, (
+        (row["seed"], *(_band([s["mean_at_8"], *s["ci95"]]) for s in row["stages"][1:])) for row in rows
+    ))  # fmt: skip
+
+
 def controls(rows: Sequence[Json]) -> str:
     head = "seed | arm | mean@8 | gain over SFT | against RL (stage 4) | greedy | pass@8 | steps | CPU seconds"
     return markdown(head, (
@@ -289,6 +297,7 @@ def main(argv: list[str] | None = None) -> int:
         path = args.results / "ladder.jsonl"
         rows = {row["seed"]: row for row in [*read_rows(path, LADDER_FIELDS), *new]}
         write_rows(path, [rows[seed] for seed in sorted(rows)])
+        print(f"README.md, for these rows:\n{summary([rows[seed] for seed in sorted(rows)])}")
     write_text(args.results / PAGE, page(args.results, args.baselines))
     print(f"wrote {args.results / PAGE}")
     return 0

@@ -123,14 +123,29 @@ def launch(verb: str, words: list[str]) -> int:
     """Print the script of a job whose command stands behind `--`."""
     read = read_words(words, LaunchSettings, verb)
     default = LaunchSettings(command=tuple(read.tail)) if read.tail else None
+    settings = build(LaunchSettings, read, default)
     render = {"launch torchrun": render_torchrun, "launch slurm": render_slurm}[verb]
-    sys.stdout.write(render(build(LaunchSettings, read, default)))
+    sys.stdout.write(render(settings, _doctor_words(settings.command)))
     return 0
+
+
+def _doctor_words(command: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the words by which `doctor --dist` examines the layout and the folder of a training command.
+
+    Raises ValueError for a word that the command would refuse.
+    """
+    verb, *words = command
+    if verb not in ("recipe", *TRAINING):
+        return ()
+    run = options.of_recipe(options.RecipeOptions, read_words(words, options.RecipeOptions, verb, names=1)).run  # fmt: skip
+    axes = {"tensor": run.tensor_parallel, "pipeline": run.pipeline_parallel, "context": run.context_parallel}  # fmt: skip
+    return (*(f"{axis}={size}" for axis, size in axes.items() if size > 1), f"out={run.out}")
 
 
 def examine_job(verb: str, settings: options.DistOptions) -> int:
     axes = {axis: size for axis, size in asdict(settings).items() if size is not None}
-    return examine_ranks(Layout(**axes) if axes else None)
+    out = axes.pop("out", None)
+    return examine_ranks(Layout(**axes) if axes else None, out and Path(out))
 
 
 def explain_mismatch(verb: str, settings: options.RunOptions) -> int:

@@ -15,6 +15,7 @@ Nothing is run here: `render_slurm` and `render_torchrun` return text.
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -89,11 +90,19 @@ class LaunchSettings:
                 raise ValueError(f"launch {name}={value!r}: expected one word")
 
 
-def render_slurm(settings: LaunchSettings) -> str:
-    """Return the script for `sbatch`, submitted from the folder the job is to run in: one torchrun per node."""
-    return _TEMPLATES.get_template("slurm.sh.j2").render(s=settings)
+def render_slurm(settings: LaunchSettings, doctor: Sequence[str] = ()) -> str:
+    """Return the script for `sbatch`, submitted from the folder the job is to run in: one torchrun per node.
+
+    doctor: words of `doctor --dist`, which examines the ranks first.
+    """
+    return _rendered("slurm.sh.j2", settings, doctor)
 
 
-def render_torchrun(settings: LaunchSettings) -> str:
+def render_torchrun(settings: LaunchSettings, doctor: Sequence[str] = ()) -> str:
     """Return the script to run by hand: on a single machine, or on every node with HEAD set to the first one's name."""
-    return _TEMPLATES.get_template("torchrun.sh.j2").render(s=settings)
+    return _rendered("torchrun.sh.j2", settings, doctor)
+
+
+def _rendered(name: str, settings: LaunchSettings, doctor: Sequence[str]) -> str:
+    examine = ["doctor", "--dist", *doctor]
+    return _TEMPLATES.get_template(name).render(s=settings, examine=examine)

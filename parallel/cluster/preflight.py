@@ -1,10 +1,11 @@
 """Checks that the ranks of a job can train together: `phimini doctor --dist`, on the real ranks, before the command.
 
-Three checks, each on every rank, all within one deadline:
+Checks, each on every rank, all within one deadline:
 
     facts        every rank is there, with the same versions and the same NCCL, CUDA and torch environment
     device       a seeded GEMM, three times: the same bits each time and on every device of its kind
     all-reduce   the right sum in each group: the whole job, each node, the same place on every node, the layout's axes
+    folder       the run's folder, if it is given, is one file system for all ranks
 
 Ranks report through the rendezvous store and not through collectives, so a rank that hangs or is gone is named when
 the deadline passes. Bandwidth is not measured: nccl-tests does that.
@@ -20,9 +21,11 @@ import platform
 import socket
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,9 +116,12 @@ class Reports:
         return [report["value"] for report in reports]
 
 
-def check_ranks(layout: Layout | None = None, *, deadline_s: float = DEADLINE_S) -> list[str]:
+def check_ranks(
+    layout: Layout | None = None, out: Path | None = None, *, deadline_s: float = DEADLINE_S
+) -> list[str]:
     """Run the checks and return every finding, on every rank; empty if all is well. Rank 0 prints its results.
 
+    out: the folder that all ranks are to share; it is made if it does not exist.
     Reads torchrun's environment; without one it is a job of one rank. Joins a process group of its own and leaves it.
     Raises CheckFailed if a rank does not answer, ValueError if `layout` does not divide the ranks.
     """
@@ -138,6 +144,8 @@ def check_ranks(layout: Layout | None = None, *, deadline_s: float = DEADLINE_S)
     findings += gemm["findings"]
     _print(rank, gemm["lines"])
     findings += _check_groups(reports, store, device, _groups(facts["hosts"], layout))
+    if out is not None:
+        findings += _check_folder(reports, rank, out)
     took = time.monotonic() - started
     _print(rank, [*(f"BAD {f}" for f in findings), f"{'failed' if findings else 'ok'}, {took:.1f} s"])  # fmt: skip
     return findings
@@ -304,13 +312,48 @@ def _print(rank: int, lines: list[str]) -> None:
             print(f"doctor: {line}", flush=True)
 
 
-def examine_ranks(layout: Layout | None) -> int:
+def _check_folder(reports: Reports, rank: int, out: Path) -> list[str]:
+    """Return a finding if some rank does not see rank 0's file in the folder, or cannot write there. Collective."""
+    mark = out / f".doctor-{uuid.uuid4().hex}"
+    told = reports.run("folder, written", lambda: _written(rank, mark), lambda marks: marks[0])
+    sees = reports.run("folder", lambda: _seen(out / told["name"]), lambda seen: seen)
+    if rank == 0:
+        mark.unlink(missing_ok=True)
+    if told["error"]:
+        return [f"{out}: rank 0 cannot write there: {told['error']}"]
+    blind = [r for r, ok in enumerate(sees) if not ok]
+    _print(rank, [f"{out}: seen by {len(sees) - len(blind)} of {len(sees)} ranks"])
+    if blind:
+        return [f"{out}: expected one file system for all ranks; {reports.listed(blind)} does not see rank 0's file"]  # fmt: skip
+    return []
+
+
+def _written(rank: int, mark: Path) -> dict[str, str]:
+    error = ""
+    if rank == 0:
+        try:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text("written by `phimini doctor --dist`\n")
+        except OSError as failed:
+            error = f"{type(failed).__name__}: {failed}"
+    return {"name": mark.name, "error": error}
+
+
+def _seen(mark: Path) -> bool:
+    try:
+        os.listdir(mark.parent)  # refreshes NFS's cache of the folder
+    except OSError:
+        return False
+    return mark.exists()
+
+
+def examine_ranks(layout: Layout | None, out: Path | None = None) -> int:
     """Run `check_ranks` on every rank; return 0 if the ranks are well, 1 if not.
 
     Ends the process when a rank does not answer: NCCL's threads may still wait for it.
     """
     try:
-        return 1 if check_ranks(layout) else 0
+        return 1 if check_ranks(layout, out) else 0
     except CheckFailed as failure:
         print(f"doctor: BAD {failure}", file=sys.stderr, flush=True)
         os._exit(1)

@@ -124,7 +124,7 @@ class PlanOptions(RunOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistOptions:
-    """The layout whose groups are measured; without one, all ranks together."""
+    """The layout whose groups are measured, without one all ranks together, and the run's folder."""
 
     tensor: Count | None = None
     """ranks that share each weight matrix"""
@@ -132,6 +132,8 @@ class DistOptions:
     """pipeline stages"""
     context: Count | None = None
     """ranks that share each sequence"""
+    out: str | None = None
+    """folder of the run: is it one file system for all ranks?"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,6 +46,26 @@ def test_well_ranks_at_a_layout(capfd: pytest.CaptureFixture[str]) -> None:
     assert "doctor: ok, " in said and "BAD" not in said
 
 
+def test_the_run_s_folder_is_one_file_system(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_ranks(check_ranks, 2, None, tmp_path / "new") == [[], []]
+    assert f"{tmp_path / 'new'}: seen by 2 of 2 ranks" in capfd.readouterr().out
+    assert not list((tmp_path / "new").iterdir())
+
+    def on_a_disk_of_its_own() -> list[str]:
+        return check_ranks(None, tmp_path / os.environ["RANK"])
+
+    (found, same) = run_ranks(on_a_disk_of_its_own, 2)
+    assert found == same and len(found) == 1
+    assert "expected one file system for all ranks; rank 1" in found[0]
+    (tmp_path / "file").touch()
+    assert (
+        "rank 0 cannot write there: NotADirectoryError"
+        in check_ranks(None, tmp_path / "file" / "x")[0]
+    )
+
+
 def test_one_rank_without_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
     assert examine_ranks(None) == 0
     assert "1 of 1 agree" in capsys.readouterr().out

@@ -61,8 +61,8 @@ launch=(
     --shutdown-timeout 290
     --numa-binding node
 )
-"${launch[@]}" --rdzv-id "$id-doctor" --max-restarts 0 -m phimini.stages.cli doctor --dist
-exec "${launch[@]}" --rdzv-id "$id-run" --max-restarts 3 -m phimini.stages.cli recipe phi4_mini_reasoning 'out=runs/my run'
+"${launch[@]}" --rdzv-id "$id-doctor" --max-restarts 0 -m phimini.stages.cli doctor --dist tensor=4 'out=runs/my run'
+exec "${launch[@]}" --rdzv-id "$id-run" --max-restarts 3 -m phimini.stages.cli recipe phi4_mini_reasoning tensor_parallel=4 context_parallel=1 'out=runs/my run'
 """
 
 TORCHRUN = """\
@@ -80,7 +80,7 @@ launch=(
     --nproc-per-node 4
     --shutdown-timeout 290
 )
-"${launch[@]}" --rdzv-id "$id-doctor" --max-restarts 0 -m phimini.stages.cli doctor --dist
+"${launch[@]}" --rdzv-id "$id-doctor" --max-restarts 0 -m phimini.stages.cli doctor --dist out=runs/tiny
 exec "${launch[@]}" --rdzv-id "$id-run" --max-restarts 3 -m phimini.stages.cli recipe tiny
 """
 
@@ -92,9 +92,21 @@ def rendered(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_slurm_script(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["nodes=16", "partition=gpu", "interface=ib0"]
-    words += ["--", "recipe", "phi4_mini_reasoning", "out=runs/my run"]
+    words += [
+        "--",
+        "recipe",
+        "phi4_mini_reasoning",
+        "tensor_parallel=4",
+        "context_parallel=1",
+        "out=runs/my run",
+    ]
     expected = SLURM.replace("{ENVIRONMENT}", ENVIRONMENT)
     assert rendered(["slurm", *words], capsys) == expected
+
+
+def test_a_word_that_the_command_would_refuse_is_refused_when_the_script_is_printed() -> None:
+    assert main(["launch", "slurm", "--", "recipe", "tiny", "sede=1"]) == 2
+    assert main(["launch", "slurm", "--", "sft", "tinny"]) == 2
 
 
 def test_torchrun_script(capsys: pytest.CaptureFixture[str]) -> None:
