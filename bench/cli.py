@@ -22,7 +22,7 @@ class Bench(NamedTuple):
 
 BENCHES = {
     "kernels": Bench(
-        "ops.kernels", "[OP ...] [--static | --traffic] [--quick] [--json PATH]",
+        "ops.kernels", "[OP ...] [--static | --traffic] [--quick [--compile]] [--json PATH]",
         "Time every op, compile it for GPUs that are not there, or count the bytes it asks for",
     ),
     "train": Bench(
@@ -30,8 +30,8 @@ BENCHES = {
         "Time steps of the real training stages: speed, share of each phase, memory",
     ),
     "step": Bench(
-        "system.step", "[STAGE ...] [--model NAME] [--lengths N,...] [--attention fa2|fa3] [--recompute MODE] [--json PATH]",
-        "Count a full-size step without a GPU: kernels, bytes, peak, host time, and a predicted time",
+        "system.step", "[STAGE ...] [--model NAME] [--lengths N,...] [--recompute MODE] [--fp8 MODE] [--timed] [--profile DIR] [--json PATH]",
+        "Time a full-size step on a GPU; without one count it: kernels, bytes, peak, host time, and a predicted time",
     ),
     "rollout": Bench(
         "system.rollout", "[--model NAME] [--rounds N] [--quick] [--json PATH]",

@@ -125,7 +125,8 @@ def count(case: TrafficCase) -> TrafficRow:
 
 
 def all_cases(ops: Iterable[str] = ()) -> list[TrafficCase]:
-    """Return the cases of the named ops, or of all."""
+    """Return the cases of the named ops, or of all. Some launch kernels while they are made."""
+    interpreter.install()
     return [case for module in bench_modules(ops) for case in cases_of(module, "traffic_cases")]
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -54,17 +55,26 @@ def _time(ops: list[str], quick: bool, compiled: bool, path: Path | None) -> int
     timing = QUICK if quick else Timing()
     torch.manual_seed(0)
     results: list[Row] = []
+    failed = False
     for module in bench_modules(ops):
         for case in module.timed_cases(device, quick):
             if quick and not compiled:
                 # torch.compile takes seconds to minutes per case
                 rest = {k: v for k, v in case.providers.items() if k != "torch.compile"}
                 case = dataclasses.replace(case, providers=rest)
-            new = run_case(case, timing)
+            try:
+                new = run_case(case, timing)
+            except (
+                Exception
+            ):  # of any provider's library; the other cases are still worth their time
+                traceback.print_exc()
+                print(f"{case.op} {case.shape}: FAILED", flush=True)
+                failed = True
+                continue
             print_rows(case, new)
             results += new
             _save(path, results)  # a bench that is stopped leaves the rows so far
-    return _save(path, results)
+    return _save(path, results) or int(failed)
 
 
 def _save(path: Path | None, results: list[Row]) -> int:

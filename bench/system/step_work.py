@@ -8,7 +8,7 @@ import numpy as np
 
 from phimini.model.config import ModelConfig
 from phimini.parallel.megatron.builder import Recompute
-from phimini.parallel.plan.memory import MemoryOptions, memory_bytes
+from phimini.parallel.plan.memory import Fp8, MemoryOptions, memory_bytes
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.training.batch import Document, PackedBatch, pack
 from phimini.stages.config.recipes import recipe_config
@@ -95,11 +95,13 @@ def head_of(stage: str) -> Any:
     return cross_entropy_head
 
 
-def planned_peak_bytes(config: ModelConfig, stage: str, tokens: int, recompute: Recompute) -> int:
+def planned_peak_bytes(
+    config: ModelConfig, stage: str, tokens: int, recompute: Recompute, fp8: Fp8 = "none"
+) -> int:
     """Return the plan's bytes of activations and head in bf16, beside weights, gradients and optimizer."""
     scratches = workloads(recipe_config("phi4_mini_reasoning"))[stage].pair_scratches
+    options = MemoryOptions(recompute=recompute, pair_scratches=scratches, fp8=fp8)
     planned = memory_bytes(
-        config, Layout(data=1), MemoryOptions(recompute=recompute, pair_scratches=scratches), tokens=tokens,
-        sequence_length=tokens, num_microbatches=1,
-    )["training"]  # fmt: skip
+        config, Layout(data=1), options, tokens=tokens, sequence_length=tokens, num_microbatches=1
+    )["training"]
     return planned["activations"] + planned["head"]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from phimini.bench.gate.peak_memory import peak_allocated_bytes
@@ -30,7 +31,7 @@ from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.optimizer import OptimizerConfig, build_optimizer
 from phimini.parallel.training.step import start_step
 
-MICRO_BATCHES = 4
+MICRO_BATCHES = 2
 UPDATE_SHARE = 16
 """micro-batches of an update: 128 rows on 8 GPUs"""
 UPDATES = 3
@@ -89,7 +90,9 @@ class TimedStep:
             "optimizer_ms": None if optimizer_ms is None else round(optimizer_ms, 3),
             "tokens_per_second": round(sum(lengths) / (step_ms / 1e3), 1), "model_tflops": round(rate / 1e12, 3),
             "mfu": None if peak_flops is None else round(rate / peak_flops, 4), "peak_bytes": peak,
-            "planned_peak_bytes": planned_peak_bytes(self.config, stage, sum(lengths), self.recompute),
+            "planned_peak_bytes": planned_peak_bytes(
+                self.config, stage, sum(lengths), self.recompute, "none" if self.fp8 is None else self.fp8.recipe
+            ),
             "share": shares, "loss": loss,
         }  # fmt: skip
 
@@ -122,9 +125,12 @@ class TimedStep:
         if trace is not None:
             trace.parent.mkdir(parents=True, exist_ok=True)
             profiled.export_chrome_trace(str(trace))
+        # On a GPU only the kernels themselves: the host's events have the time of the kernels that they launch.
+        kind = DeviceType.CUDA if cuda else DeviceType.CPU
         times = {
             event.key: float(event.self_device_time_total if cuda else event.self_cpu_time_total)
             for event in profiled.key_averages()
+            if event.device_type == kind
         }
         total = sum(times.values()) or 1.0
         largest = sorted(times.items(), key=lambda item: -item[1])[:SHARES]

@@ -54,7 +54,7 @@ sys.exit(cli.main(["gpu-day", f"minutes={sys.argv[1]}", f"out={sys.argv[2]}"]))
 
 def test_the_day_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     """Every part runs in its form for a CPU; one that fails and one that hangs stop no other."""
-    minutes, started = 15, time.monotonic()
+    minutes, started = 30, time.monotonic()
     ran = subprocess.run(
         [sys.executable, "-c", REHEARSE, str(minutes), str(tmp_path)], capture_output=True, text=True, timeout=60 * minutes + 120,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},

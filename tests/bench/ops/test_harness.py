@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -225,3 +226,22 @@ def test_the_command_times_an_op_and_writes_rows(
     assert len(lines) == len(written)
     with pytest.raises(ValueError, match="unknown op 'swigloo'; expected one of"):
         kernels.main(["swigloo"])
+
+
+def test_a_case_whose_library_raises_leaves_the_rows_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raises(x: Tensor) -> Tensor:
+        raise AttributeError("no such kernel")
+
+    ours = {"phimini": lambda x: x * x, "eager": lambda x: x.square()}
+    cases = [make_case(op=op, providers=ours | more) for op, more in
+             (("first", {}), ("bad", {"liger": raises}), ("last", {}))]  # fmt: skip
+    module = types.SimpleNamespace(timed_cases=lambda device, quick: cases)
+    monkeypatch.setattr(kernels, "bench_modules", lambda ops: [module])
+    monkeypatch.setattr(kernels, "QUICK", FAST)
+    path = tmp_path / "rows.jsonl"
+    assert kernels.main(["--quick", "--json", str(path)]) == 1
+    assert {row.case["op"] for row in rows.read(path)} == {"first", "last"}
+    printed = capsys.readouterr()
+    assert "bad {'N': 100}: FAILED" in printed.out and "no such kernel" in printed.err

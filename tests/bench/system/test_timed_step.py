@@ -46,9 +46,9 @@ def test_speed_and_mfu_follow_from_the_measured_time(tmp_path: Path) -> None:
     rows = rows_of(path)
     assert [row["stage"] for row in rows] == list(STAGES)
     for row in rows:
-        # The median step has four micro-batches, and an update is shared by sixteen.
-        assert row["micro_batch_ms"] == 75 and row["optimizer_ms"] == 300
-        assert row["step_ms"] == 75 + 300 / 16
+        # The median step has two micro-batches, and an update is shared by sixteen.
+        assert row["micro_batch_ms"] == 150 and row["optimizer_ms"] == 300
+        assert row["step_ms"] == 150 + 300 / 16
         tokens, seconds = sum(row["lengths"]), row["step_ms"] / 1e3
         assert tokens == 24 and row["tokens_per_second"] == pytest.approx(tokens / seconds, 1e-3)
         cuts = torch.tensor([0, *row["lengths"]]).cumsum(0)
