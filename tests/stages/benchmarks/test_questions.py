@@ -17,7 +17,7 @@ BOX = "Please reason step by step, and put your final answer within \\boxed{}. "
 CHOICE = "Please reason step by step, and put your final choice of one letter from A/B/C/D within \\boxed{}. "
 
 
-def read(name: Any, data: Path, seed: int = 0, most: int | None = None) -> list[dict[str, Any]]:
+def read(name: str, data: Path, seed: int = 0, most: int | None = None) -> list[dict[str, Any]]:
     return questions_of(name, file_of(name, str(data)), seed, most)
 
 
@@ -107,7 +107,7 @@ needs_samples = pytest.mark.skipif(
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "gpqa_diamond"])
 def test_real_files_are_the_whole_benchmark(name: str) -> None:
     rows = read(name, Path(SAMPLES or ""))
-    assert len(rows) == BENCHMARKS[name].size  # pyright: ignore[reportArgumentType]
+    assert len(rows) == BENCHMARKS[name].size
     assert all(row["question"].count("\\boxed{}") == 1 and row["answer"] for row in rows)
     if name == "math500":
         assert len({row["family"] for row in rows}) == 7 and {row["level"] for row in rows} == {1, 2, 3, 4, 5}  # fmt: skip
