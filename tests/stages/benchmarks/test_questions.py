@@ -35,6 +35,11 @@ def test_prompts_are_exact_in_every_layout(name: str, tmp_path: Path) -> None:
     assert len(read(name, tmp_path / "data", most=2)) == 2
 
 
+def test_a_problem_needs_no_solution(tmp_path: Path) -> None:
+    write_rows(tmp_path / "aime25.jsonl", [{"problem": f"What is {n}?", "answer": n} for n in (1, 2)])  # fmt: skip
+    assert [(row["question"], row["answer"]) for row in read("aime25", tmp_path)] == [(f"{BOX}What is {n}?", str(n)) for n in (1, 2)]  # fmt: skip
+
+
 def test_lists_of_answers_and_letters(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     assert read("olympiadbench", data)[0]["answer"] == "42, $x$"
