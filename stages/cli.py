@@ -185,7 +185,7 @@ def _with_names(verb: Verb, words: Words) -> Words:
 def verb_of(arguments: list[str]) -> tuple[str, list[str]]:
     """Return the verb, which may be of two words, and the other words. ValueError if there is no such verb."""
     first, *rest = arguments
-    if first == "evaluate" and _names_benchmarks(rest):
+    if first == "evaluate" and _is_of_benchmarks(rest):
         return "evaluate MODEL", [word for word in rest if word != "MODEL"]
     if first in VERBS:
         return first, rest
@@ -205,9 +205,9 @@ def verb_of(arguments: list[str]) -> tuple[str, list[str]]:
     raise ValueError(f"{first}: got {got}; {nearest(got, seconds)}")
 
 
-def _names_benchmarks(words: list[str]) -> bool:
-    keys = [word.removeprefix("--").partition("=")[0] for word in words]
-    return "benchmarks" in keys or "MODEL" in keys
+def _is_of_benchmarks(words: list[str]) -> bool:
+    keys = {word.removeprefix("--").partition("=")[0] for word in words}
+    return bool({"benchmarks", "MODEL"} & keys) or "stage" not in keys and any(map(os.path.isdir, words))  # fmt: skip
 
 
 def page(verbs: Any) -> str:

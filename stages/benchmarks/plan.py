@@ -14,7 +14,7 @@ from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.sampler import SamplingParams
 from phimini.stages.benchmarks.journal import Key
 from phimini.stages.benchmarks.questions import BENCHMARKS, described, file_of, questions_of
-from phimini.stages.config.options import BenchmarkName, BenchmarkOptions
+from phimini.stages.config.options import BenchmarkOptions
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.row_fields import encode_problems
@@ -41,7 +41,7 @@ class Model:
 class Asked:
     """One benchmark's questions as this evaluation asks them."""
 
-    name: BenchmarkName
+    name: str
     problems: list[Row]
     prompts: dict[str, list[int]]
     """token ids by problem id"""
@@ -134,7 +134,7 @@ def _results_folder(model: str) -> str:
     return str((path.parent if is_stage else Path("runs")) / "benchmarks" / path.name)
 
 
-def _asked(name: BenchmarkName, settings: BenchmarkOptions, model: Model) -> Asked:
+def _asked(name: str, settings: BenchmarkOptions, model: Model) -> Asked:
     source = file_of(name, settings.data)
     problems = questions_of(name, source, settings.seed, settings.questions)
     try:

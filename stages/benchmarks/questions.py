@@ -15,7 +15,6 @@ import numpy as np
 
 from phimini.model.io.checked_files import describe_file
 from phimini.model.io.json_files import Row
-from phimini.stages.config.options import BenchmarkName
 from phimini.stages.data.layouts import AUTO, as_text, mapped_by
 from phimini.stages.data.own_rows import SUFFIXES, files_of, own_problems
 from phimini.stages.data.packing import derive
@@ -36,7 +35,7 @@ class Benchmark:
     """samples of each question"""
 
 
-BENCHMARKS: dict[BenchmarkName, Benchmark] = {
+BENCHMARKS: dict[str, Benchmark] = {
     "aime24": Benchmark("AIME 2024", 30, k=64),
     "aime25": Benchmark("AIME 2025", 30, k=64),
     "math500": Benchmark("MATH-500", 500),
@@ -47,7 +46,7 @@ BENCHMARKS: dict[BenchmarkName, Benchmark] = {
 }
 
 
-def file_of(name: BenchmarkName, data: str) -> Path:
+def file_of(name: str, data: str) -> Path:
     """Return the first file or folder for a benchmark in `data`. Raises ValueError without one."""
     names = [f"{stem}{suffix}" for stem in (name, f"{name}_test") for suffix in ("", *SUFFIXES)]
     for path in (Path(data, each) for each in names):
@@ -62,7 +61,7 @@ def described(source: Path) -> dict[str, str]:
     return {name(path): describe_file(path)["sha256"] for path in files_of(source)}
 
 
-def questions_of(name: BenchmarkName, source: Path, seed: int, most: int | None) -> list[Row]:
+def questions_of(name: str, source: Path, seed: int, most: int | None) -> list[Row]:
     """Return a benchmark's questions with their requests: rows with id, question, answer, family and level.
 
     seed: of the order of GPQA's choices. most: only so many, the first ones. Raises ValueError as `own_problems`, for one

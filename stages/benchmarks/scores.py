@@ -4,7 +4,7 @@ The unit of every interval is the problem (`report.intervals`): k samples of one
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ def examples(rows: Sequence[Row]) -> list[Row]:
     return [{f: row[f] for f in fields} | {"response": shortened(row["response"])} for row in found.values()]  # fmt: skip
 
 
-def interval(values: Sequence[float] | np.ndarray, num_samples: int) -> list[float]:
+def interval(values: Iterable[Any], num_samples: int) -> list[float]:
     """Return mean, low and high of per-problem values, clustered by problem; a single problem has no interval."""
     values = [float(value) for value in values]
     return list(mean_interval(values, num_samples)) if len(values) > 1 else values

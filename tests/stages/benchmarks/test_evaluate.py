@@ -211,6 +211,7 @@ def test_an_engine_that_dies_keeps_what_is_finished(given: Path, tmp_path: Path)
 
 
 BAD = [
+    (["benchmarks="], r"benchmarks: expected one or more of aime24, .*, got none"),
     (["benchmarks=math50"], r"benchmarks: did you mean math500\?"),
     (["k=8", "pass_at=1,16"], r"pass_at=16: math500 needs a k of as many samples, got k=8"),
     (["data=nowhere"], r"data=nowhere: found no file for math500; expected one of math500, "),

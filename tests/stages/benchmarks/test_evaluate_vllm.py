@@ -10,10 +10,11 @@ from unittest.mock import patch
 import pytest
 from benchmark_cases import evaluation_words, journalled, killed_at, log_of_seeds, rows, write_model
 from fault_runs import command
-from vllm_process import ForkedServer, find_metadata
+from vllm_process import ForkedServer, find_metadata, in_vllm
 
 from phimini.model.io.json_files import write_rows
 from phimini.stages.benchmarks.plan import planned
+from phimini.stages.cli import main
 from phimini.stages.config.dialect import build, read_words
 from phimini.stages.config.options import BenchmarkOptions
 from phimini.stages.rollout import launch
@@ -67,3 +68,12 @@ def test_thirty_questions_killed_twice(given: Path, address: str, tmp_path: Path
     assert command(own, log, lambda: log_of_seeds(seeds, SeparateVllm)) == 0, log.read_text()
     assert len(json.loads(seeds.read_text())) == 25
     assert len(rows(out, "aime24")) == 60 and journalled(out)[:35] == second
+
+
+def test_the_colocated_engine_answers_as_the_local_one(given: Path, tmp_path: Path) -> None:
+    greedy = ["temperature=0", "k=1", "max_new_tokens=24"]
+    own = lambda out, *more: evaluation_words(given, tmp_path / out, *greedy, *more, names="aime24")
+    assert command(own("local"), tmp_path / "log") == 0
+    assert in_vllm(main, own("colocated", "rollout.engine=vllm", "rollout.max_batch=8")) == [0]
+    local, colocated = (rows(tmp_path / out, "aime24") for out in ("local", "colocated"))
+    assert len(local) == 30 and local == colocated

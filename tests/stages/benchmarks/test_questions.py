@@ -17,7 +17,7 @@ BOX = "Please reason step by step, and put your final answer within \\boxed{}. "
 CHOICE = "Please reason step by step, and put your final choice of one letter from A/B/C/D within \\boxed{}. "
 
 
-def read(name: Any, data: Path, seed: int = 0, most: int | None = None) -> list[dict[str, Any]]:
+def read(name: str, data: Path, seed: int = 0, most: int | None = None) -> list[dict[str, Any]]:
     return questions_of(name, file_of(name, str(data)), seed, most)
 
 
@@ -33,6 +33,11 @@ def test_prompts_are_exact_in_every_layout(name: str, tmp_path: Path) -> None:
     if name == "math500":
         assert [(row["id"], row["family"], row["level"]) for row in rows[:2]] == [("m/0", "Subject 0", 1), ("m/1", "Subject 1", 2)]  # fmt: skip
     assert len(read(name, tmp_path / "data", most=2)) == 2
+
+
+def test_a_problem_needs_no_solution(tmp_path: Path) -> None:
+    write_rows(tmp_path / "aime25.jsonl", [{"problem": f"What is {n}?", "answer": n} for n in (1, 2)])  # fmt: skip
+    assert [(row["question"], row["answer"]) for row in read("aime25", tmp_path)] == [(f"{BOX}What is {n}?", str(n)) for n in (1, 2)]  # fmt: skip
 
 
 def test_lists_of_answers_and_letters(tmp_path: Path) -> None:
@@ -107,7 +112,7 @@ needs_samples = pytest.mark.skipif(
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "gpqa_diamond"])
 def test_real_files_are_the_whole_benchmark(name: str) -> None:
     rows = read(name, Path(SAMPLES or ""))
-    assert len(rows) == BENCHMARKS[name].size  # pyright: ignore[reportArgumentType]
+    assert len(rows) == BENCHMARKS[name].size
     assert all(row["question"].count("\\boxed{}") == 1 and row["answer"] for row in rows)
     if name == "math500":
         assert len({row["family"] for row in rows}) == 7 and {row["level"] for row in rows} == {1, 2, 3, 4, 5}  # fmt: skip
