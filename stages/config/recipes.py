@@ -89,7 +89,13 @@ def phi4_mini_reasoning() -> RunConfig:
         sequence_parallel=True,
         distributed_optimizer=True,
         distill=DistillConfig(source="data"),
-        curate=CurateConfig(sft_examples=200_000, level_weights=(1.0,) * 5),
+        curate=CurateConfig(
+            sft_examples=200_000,
+            level_weights=(1.0,) * 5,  # elementary, middle and high school, college, graduate
+            max_repetition=0.3,
+            pairs_per_question=2,
+            pair_length_ratio=2.0,
+        ),
         midtrain=MidtrainConfig(
             optimizer=OptimizerSettings(lr=1e-5, warmup_ratio=0.1),
             sequence_length=16_384,

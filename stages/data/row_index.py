@@ -87,7 +87,7 @@ def index_rows(path: Path, *, with_repetition: bool = False) -> RowIndex:
         np.frombuffer(values, values.typecode) if len(values) else np.empty(0, values.typecode)
         for values in (starts, problems, texts, lengths, cells, flags, repetitions)
     ]
-    return RowIndex(path, *arrays, list(names))
+    return RowIndex(path, *arrays, names=list(names))
 
 
 def repetition(text: str) -> float:

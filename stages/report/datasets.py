@@ -67,7 +67,7 @@ def _with_id(path: Path, id: str) -> Iterator[tuple[int, Row]]:
 
 
 def _rows(path: Path, text: str = "") -> Iterator[tuple[int, Row]]:
-    """Yield the numbers and rows of a file, of those lines that hold a text as JSON; a missing file has none."""
+    """Yield the numbers and rows of those lines of a file that hold a text as JSON. A missing file is empty."""
     mark = json.dumps(text, ensure_ascii=False)[1:-1].encode()
     if path.exists():
         with path.open("rb") as file:

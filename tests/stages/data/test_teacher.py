@@ -1,4 +1,4 @@
-"""A teacher behind an endpoint that fails in every way, or is killed for: no answer is lost, and none is taken or asked for twice."""
+"""A teacher behind an endpoint that fails in every way, or whose client is killed: each answer is there once and asked for once."""
 
 import json
 import multiprocessing
@@ -141,7 +141,7 @@ def run_of(folder: Path, url: str, *more: str, number: int = 40) -> RunConfig:
 
 
 def check_answers(run: RunConfig, number: int = 34) -> list[dict[str, Any]]:
-    """Check that each question that is not held out has its four answers, each another, in order; return them."""
+    """Return the answers, after a check that each question that is not held out has four different ones, in order."""
     folder = Path(run.out) / "distill"
     rows = read_rows(folder / "teacher" / "rollouts.jsonl", {})
     held = {row["id"] for row in read_rows(folder / "heldout.jsonl", {})}
@@ -309,7 +309,7 @@ def vllm(tmp_path: Path) -> Iterator[str]:
         until(is_up, 300)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        server.kill()
+        os.killpg(server.pid, signal.SIGKILL)  # its core too, which without our plugin outlives it
         server.wait(10)
 
 
