@@ -24,7 +24,7 @@ from phimini.stages.config import options
 from phimini.stages.config.dialect import build, read_words
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.controls import controls
-from phimini.stages.dry_run import dry_run, is_ready
+from phimini.stages.dry_run import dry_run, is_ready, number_of_steps
 from phimini.stages.evaluate import evaluate
 from phimini.stages.recipe import DATA, TRAINING, recipe
 from phimini.stages.rl.mismatch_diagnosis import doctor
@@ -115,8 +115,11 @@ def run_plan(verb: str, settings: options.PlanOptions) -> int:
     there = run.base == "random" or Path(run.base).exists()
     config = base_config(run) if there else preset(run.model)
     stages = workloads(run)
-    chosen = stages if settings.stage is None else {settings.stage: stages[settings.stage]}
-    return print_plans(config, chosen, settings.gpu, settings.gpus, settings.json)
+    if settings.stage is not None:
+        chosen = {settings.stage: stages[settings.stage]}
+        return print_plans(config, chosen, settings.gpu, settings.gpus, settings.json)
+    steps = {stage: number_of_steps(run, stage)[0] for stage in stages}
+    return print_plans(config, stages, settings.gpu, settings.gpus, settings.json, steps)
 
 
 def launch(verb: str, words: list[str]) -> int:

@@ -23,8 +23,15 @@ from phimini.model.io.huggingface import check_tensors, read_tensors
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.suggest import nearest
 from phimini.model.user_file import function_of
-from phimini.parallel.plan.layouts import MFUS, Plan, plan_stage
-from phimini.parallel.plan.memory import GIB, GPUS, Gpu, decode_bytes_per_token
+from phimini.parallel.plan.choice import choices
+from phimini.parallel.plan.engine import (
+    EngineMemory,
+    decode_bytes_per_token,
+    engine_memory,
+    kv_bytes_per_token,
+)
+from phimini.parallel.plan.layouts import Plan, plan_stage
+from phimini.parallel.plan.rates import GIB, GPUS, Gpu, table
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.local_launch import run_ranks
 from phimini.stages.base import base_config
@@ -35,7 +42,7 @@ from phimini.stages.rl.groups import check_room
 from phimini.stages.rollout.launch import check_addresses
 from phimini.stages.run.trackers import missing_packages
 from phimini.stages.run.training import layout_of
-from phimini.stages.run.workloads import workloads
+from phimini.stages.run.workloads import engine_of, workloads
 
 # The model card of Phi-4-mini-reasoning: 128 H100, 2 days, 150 B tokens (30 B tokens, 5 epochs).
 CARD_TOKENS, CARD_GPU_HOURS, CARD_EPOCH_TOKENS = 150e9, 128 * 48.0, 30e9
@@ -75,10 +82,11 @@ class StageCost:
         seconds = self.sampled_tokens * self.bytes_per_sampled_token / self.plan.gpu.bandwidth
         return seconds / 3600
 
-    def gpu_hours(self, mfu: float) -> float:
-        """Return the GPU hours of the stage: training at a share `mfu` of the peak FLOP/s, and sampling."""
-        training = self.tokens / self.plan.tokens_per_second_per_gpu(mfu) / 3600
-        return training + self.sampling_hours
+    @property
+    def gpu_hours(self) -> float:
+        """Predicted GPU hours of the stage: training and sampling."""
+        step = self.plan.layouts[0].time.total
+        return self.steps * step * self.plan.world_size / 3600 + self.sampling_hours
 
 
 def dry_run(run: RunConfig, gpu: str = "h100", gpus: int = 8) -> int:
@@ -92,6 +100,7 @@ def dry_run(run: RunConfig, gpu: str = "h100", gpus: int = 8) -> int:
     )
     if costs:
         print(cost_table(costs, gpus))
+        print(first_choice(run, GPUS[gpu], gpus))
     for problem in problems:
         print(f"NOT READY: {problem}")
     if not problems:
@@ -131,6 +140,8 @@ def examine(
     for cost in costs:
         if not cost.plan.fits:
             problems.append(f"{cost.stage} does not fit: {cost.plan.because}")
+    if gpu is not None:
+        problems += check_max_batch(run, config, GPUS[gpu], costs[-1].plan)
     return problems, costs
 
 
@@ -243,9 +254,42 @@ def stage_costs(
             config, workload, gpu, gpus, layouts=[layout], recomputes=(run.recompute,)
         )
         steps, counted = number_of_steps(run, stage)
-        read = decode_bytes_per_token(config, run.rollout.max_batch, workload.sequence_length)
+        engine = engine_of(run)
+        sequences = engine.max_batch or engine_beside(run, config, gpu, plan).sequences
+        read = decode_bytes_per_token(config, engine, sequences, workload.sequence_length)
         costs.append(StageCost(stage, steps, steps * plan.tokens_per_step, plan, counted, read))
     return costs
+
+
+def engine_beside(run: RunConfig, config: ModelConfig, gpu: Gpu, rlvr: Plan) -> EngineMemory:
+    """Return the memory of the run's engine, on the trainer's GPUs or on its own."""
+    planned = rlvr.layouts[0].engine
+    return planned or engine_memory(config, engine_of(run), gpu.memory_bytes, 0)
+
+
+def check_max_batch(run: RunConfig, config: ModelConfig, gpu: Gpu, rlvr: Plan) -> list[str]:
+    """Return a problem if vLLM may decode less than half of the sequences that its memory holds."""
+    asked = run.rollout.max_batch
+    if asked is None or run.rollout.engine != "vllm" or not rlvr.fits:
+        return []
+    memory = engine_beside(run, config, gpu, rlvr)
+    if 2 * asked >= memory.sequences:
+        return []
+    engine = engine_of(run)
+    return [
+        f"rollout.max_batch: expected at least {-(-memory.sequences // 2)}, half of the {memory.sequences} sequences that a "
+        f"{gpu.name} holds beside what else is in it ({memory.kv / GIB:.1f} GiB of keys and values, "
+        f"{kv_bytes_per_token(config, engine):,} bytes a token, {engine.longest:,} tokens at most and a quarter of that on "
+        f"average), got {asked}; none takes all {memory.sequences}"
+    ]
+
+
+def first_choice(run: RunConfig, gpu: Gpu, gpus: int) -> str:
+    """Return a line with the layout that the plan would choose for the whole run, beside the run's own."""
+    stages = workloads(run)
+    steps = {stage: number_of_steps(run, stage)[0] for stage in stages}
+    found = choices(preset(run.model), stages, steps, gpu, gpus)
+    return f"first choice of the plan: {found[0]}" if found else "no layout fits every stage"
 
 
 def number_of_steps(run: RunConfig, stage: str) -> tuple[int, str]:
@@ -270,20 +314,21 @@ def number_of_steps(run: RunConfig, stage: str) -> tuple[int, str]:
 
 def cost_table(costs: list[StageCost], gpus: int) -> str:
     """Return the text about all stages' costs, and the model card's figure beside them."""
-    hours = sum(cost.gpu_hours(MFUS[0]) for cost in costs)
+    hours = sum(cost.gpu_hours for cost in costs)
     total = (
-        f"all four stages: {hours:,.0f} GPU hours at {MFUS[0]:.0%} MFU, {hours / gpus / 24:.1f} days on {gpus} GPUs, "
+        f"all four stages: {hours:,.0f} GPU hours predicted, {hours / gpus / 24:.1f} days on {gpus} GPUs, "
         f"with sampling of at most {sum(cost.sampled_tokens for cost in costs) / 1e9:,.2f} B tokens"
     )
-    return "\n".join([*map(describe, costs), total, card(costs)])
+    rates = ", ".join(f"{n} {r:.3g}" for n, r in table(costs[0].plan.gpu).items())
+    return "\n".join(
+        [*map(describe, costs), total, f"predicted with rates, not measured: {rates}", card(costs)]
+    )
 
 
 def describe(cost: StageCost) -> str:
     """Return three lines of text about one stage's cost."""
     planned, workload = cost.plan.layouts[0], cost.plan.workload
     parts = ", ".join(f"{n} {b / GIB:.1f}" for n, b in planned.memory_bytes.items() if b)
-    hours = " / ".join(f"{cost.gpu_hours(mfu):,.0f}" for mfu in MFUS)
-    at = " / ".join(f"{mfu:.0%}" for mfu in MFUS)
     sampled = (
         f"\n  samples at most {cost.samples:,} answers, {cost.sampled_tokens / 1e9:,.2f} B tokens: "
         f"{workload.samples_before:,} before the first step, {workload.samples_per_step:,} in each;\n"
@@ -293,7 +338,7 @@ def describe(cost: StageCost) -> str:
     limit = "about" if workload.samples_per_step > workload.rows_per_step else "at most"
     return (
         f"{cost.stage}: {cost.steps:,} steps ({cost.counted}), {limit} {cost.tokens / 1e9:,.2f} B tokens\n"
-        f"  {hours} GPU hours at {at} MFU; {planned.peak_bytes / GIB:.1f} of "
+        f"  {cost.gpu_hours:,.0f} GPU hours predicted, {planned.time.total:.2f} s a step, MFU {cost.plan.mfu(planned):.0%}; {planned.peak_bytes / GIB:.1f} of "
         f"{cost.plan.gpu.memory_bytes / GIB:.1f} GiB: {parts}{sampled if cost.samples else ''}"
     )
 

@@ -29,6 +29,9 @@ VIEWS = {
 }  # fmt: skip
 
 
+CHANGING = {"add_", "mul_", "masked_fill_", "index_add_"}
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Kernel:
     """One launch: its name, where in the step, the bytes of its tensors and the FLOPs of a product."""
@@ -61,7 +64,14 @@ class Recorder(TorchDispatchMode):
 
     def add(self, name: str, tensors: list[Tensor], flops: int = 0) -> None:
         storages = {x.untyped_storage()._cdata: x.nbytes for x in tensors}
-        self.kernels.append(Kernel(name, self.part, sum(storages.values()), flops))
+        moved = sum(storages.values())
+        if name == "_head_gradient_kernel":  # replaces the logits by their gradient
+            moved += max(storages.values())
+        elif name in CHANGING:  # its first tensor is read and written
+            moved += tensors[0].nbytes
+        elif name == "embedding":  # of the weight, the rows of the tokens
+            moved = 2 * tensors[-1].nbytes
+        self.kernels.append(Kernel(name, self.part, moved, flops))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -71,6 +81,8 @@ class Recorder(TorchDispatchMode):
         name = func.name().split("::")[-1].split(".")[0]
         read = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if self.ended or name in VIEWS or not any(isinstance(x, FakeTensor) for x in read + made):
+            return out
+        if func.namespace in ("c10d", "_c10d_functional"):
             return out
         self.pageable += any(not isinstance(x, FakeTensor) and x.ndim for x in read)
         flops = 0

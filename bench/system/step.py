@@ -7,10 +7,13 @@ kernels, bytes, FLOPs, peak, host time, and a predicted time. The step is the pr
 GPU and CPU made as on a GPU (`kernels/backend/launch.py`). Fake tensors carry shapes, Triton launches are recorded,
 attention is one forward and one backward kernel. A call that reads a value on the host raises, so `synchronisations` is
 0 of every step that comes to its end. A layer's numbers are the difference of a model with three layers and one with
-two. The predicted time is arithmetic with RATES; it is no measurement, and a kernel's own inefficiencies are not in it.
+two. The predicted time is the plan's: these counts over the rates of `parallel/plan/rates.py`. It is no measurement, and
+a kernel's own inefficiencies are not in it.
 """
 
+import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -25,6 +28,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import random
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -37,36 +41,40 @@ from phimini.bench.system.step_work import (
     head_of,
     lengths_for,
     lengths_of,
+    pair_scratches_of,
     planned_peak_bytes,
 )
 from phimini.bench.system.timed_step import TimedStep, describe
-from phimini.model.config import ModelConfig, preset, training_flops
+from phimini.model.config import ModelConfig, head_flops_per_token, preset, training_flops
 from phimini.model.io.json_files import write_rows
 from phimini.parallel.attention import core
 from phimini.parallel.megatron.builder import Recompute, build_model
-from phimini.parallel.plan.memory import GPUS
+from phimini.parallel.megatron.layers import provide_fused_wgrad
+from phimini.parallel.plan.rates import GPUS, LAUNCH_S, Attention, table
+from phimini.parallel.plan.step_time import Counts, layer_counts, outer_counts
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training import schedule, step
 from phimini.parallel.training.step import start_step
 
-RATES = {
-    "gemm": 660e12, "head_logits": 500e12, "head_gradients": 640e12, "bytes": 2.7e12, "fixed_s": 12e-3,
-    "fa2_fwd": 335e12, "fa2_bwd": 291e12, "fa3_fwd": 618e12, "fa3_bwd": 533e12,
-}  # fmt: skip
-"""One H100 SXM in FLOP/s and byte/s. Attention: FlashAttention-3 (arXiv 2407.08608, figures 5 and 6), causal, head size 128;
-bytes: quack's media/2025-07-10-membound-sol.md; GEMMs: assumptions below the best single product, 780e12. `fixed_s`: launch
-tail, and optimizer and reductions over 16 micro-batches."""
-
 
 # --- one step ------------------------------------------------------------------------------------
-def traced(config: ModelConfig, stage: str, lengths: list[int], recompute: Recompute) -> Recorder:
-    """Return what one micro-batch of `stage` launches and holds on one rank."""
+def traced(
+    config: ModelConfig, stage: str, lengths: list[int], recompute: Recompute, layout: Layout
+) -> Recorder:
+    """Return what one micro-batch of `stage` launches and holds on one rank of `layout`."""
     batch, head = batch_of(stage, lengths, config.vocab_size), head_of(stage)
     core._tables.cache_clear()  # of tensors of another mode
+    os.environ.update(WORLD_SIZE=str(layout.model_size), RANK="0")
+    if layout.model_size > 1:  # `close` ends it
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.model_size)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        world = initialize(Layout(), config)
+        world = initialize(layout, config)
         model = build_model(config, world, seed=None, dtype=torch.bfloat16, recompute=recompute)
+        for module in (module for gpt in model.gpts for module in gpt.modules()):
+            if hasattr(module, "gradient_accumulation_fusion"):  # as on CUDA
+                module.gradient_accumulation_fusion = True
+        provide_fused_wgrad()
         recorder = Recorder(model)
         right = schedule._prepare
 
@@ -89,6 +97,8 @@ def traced(config: ModelConfig, stage: str, lengths: list[int], recompute: Recom
             as_on_a_gpu(fake, recorder),
             patch.object(schedule, "_prepare", prepare),
             patch.object(schedule, "_check_ids", lambda *_: None),
+            # Of dropout, which is 0; it compares states on the host.
+            patch.object(random.CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext()),
             # No fake collective; what follows is once a step, not once a micro-batch.
             patch.object(step, "finalize_model_grads", recorder.end),
         ):
@@ -100,6 +110,7 @@ def traced(config: ModelConfig, stage: str, lengths: list[int], recompute: Recom
     return recorder
 
 
+@functools.cache
 def host_ms(num_layers: int, rounds: int = 12) -> float:
     """Return the median process time, in ms, of the host's part of one micro-batch: forward and backward, tiny tensors.
 
@@ -147,55 +158,58 @@ def small_head_kernels(recorder: Recorder) -> int:
     return sum(not k.name.startswith("_head") for k in head)
 
 
-def predicted_s(kernels: list[Kernel], attention: str) -> float:
-    """Return the seconds of kernels one after the other at RATES."""
-    total = 0.0
+def counts_of(kernels: list[Kernel]) -> Counts:
+    """Return the FLOPs and bytes of recorded kernels as the plan counts them, but for the products in the head's kernels."""
+    counts = Counts()
     for k in kernels:
         if k.name.startswith("attention"):
-            total += k.flops / RATES[f"{attention}_{k.name[-3:]}"]
-        elif k.name == "_head_logits_kernel":
-            total += k.flops / RATES["head_logits"]
+            forward = k.name.endswith("fwd")
+            counts += Counts(**{f"attention_{'forward' if forward else 'backward'}": k.flops})
         elif is_product(k):
-            total += k.flops / RATES["head_gradients" if k.part == "head" else "gemm"]
-        else:
-            total += k.bytes / RATES["bytes"]
-    return total
+            counts += Counts(**{"head_gradients" if k.part == "head" else "gemm": k.flops})
+        elif k.name != "_head_logits_kernel":
+            counts += Counts(bytes=k.bytes)
+    return counts
 
 
-def row_of(stage: str, name: str, lengths: list[int], recompute: Recompute, attention: str) -> dict[str, Any]:  # fmt: skip
+def row_of(
+    stage: str, name: str, lengths: list[int], recompute: Recompute, attention: Attention, layout: Layout
+) -> dict[str, Any]:  # fmt: skip
     """Return the committed row of one case."""
-    config = preset(name)  # pyright: ignore[reportArgumentType]
-    shallow, deeper = (
-        traced(dataclasses.replace(config, num_layers=n), stage, lengths, recompute) for n in (2, 3)
+    config = preset(name)
+    trace = lambda layers, n: traced(
+        dataclasses.replace(config, num_layers=layers), stage, n, recompute, layout
     )
+    shallow, deeper = trace(2, lengths), trace(3, lengths)
     layer = difference(deeper, shallow)
     others = [k for k in layer if not is_product(k)]
     tokens = sum(lengths)
     chunks = sum(k.name == "_head_logits_kernel" for k in shallow.kernels)
-    half = traced(
-        dataclasses.replace(config, num_layers=2), stage, [n // 2 for n in lengths], recompute
-    )
+    half = trace(2, [n // 2 for n in lengths])
     fewer = sum(k.name == "_head_logits_kernel" for k in half.kernels)
     small = (small_head_kernels(shallow) - small_head_kernels(half)) / max(1, chunks - fewer)
-    logits_flops = 2 * tokens * config.model_dim * config.vocab_size
-    seconds = (
-        predicted_s([k for k in shallow.kernels], attention)
-        + (config.num_layers - 2) * predicted_s(layer, attention)
-        + logits_flops / RATES["head_logits"]
-        + RATES["fixed_s"]
-    )
+    logits = Counts(head_logits=tokens * head_flops_per_token(config) / layout.tensor)
+    counted = counts_of(shallow.kernels) + counts_of(layer) * (config.num_layers - 2) + logits
+    gpu = GPUS["h100"]
+    seconds = counted.seconds(gpu, attention) + LAUNCH_S
     per_layer_bytes = deeper.peak_bytes - shallow.peak_bytes
+    arithmetic = layer_counts(config, layout, recompute, tokens, tokens // len(lengths))
+    arithmetic = arithmetic * config.num_layers + outer_counts(
+        config, layout, tokens, tokens, pair_scratches_of(stage)
+    )
     flops = training_flops(config, torch.tensor([0, *lengths]).cumsum(0))
     return {
-        "stage": stage, "model": name, "lengths": lengths, "layout": "tensor=1", "recompute": recompute, "dtype": "bfloat16",
+        "stage": stage, "model": name, "lengths": lengths, "layout": f"tensor={layout.tensor}", "recompute": recompute, "dtype": "bfloat16",
         "attention": attention, "kernels_per_layer": len(layer),
         "other_bytes_per_layer": sum(k.bytes for k in others),
         "head_small_kernels_per_chunk": round(small, 1), "head_chunks": chunks,
         "pageable_copies": shallow.pageable, "pinned_copies": shallow.pinned, "synchronisations": 0,
         "peak_bytes": deeper.peak_bytes + (config.num_layers - 3) * per_layer_bytes,
-        "planned_peak_bytes": planned_peak_bytes(config, stage, tokens, recompute),
+        "planned_peak_bytes": planned_peak_bytes(config, stage, tokens, recompute, layout=layout),
         "host_ms": round(host_ms(config.num_layers), 1), "predicted_step_ms": round(1e3 * seconds, 1),
-        "predicted_mfu": round(flops / seconds / GPUS["h100"].peak_flops, 4), "rates": RATES,
+        "predicted_mfu": round(flops / layout.tensor / seconds / gpu.peak_flops, 4),
+        "counted": dataclasses.asdict(counted), "planned": dataclasses.asdict(arithmetic),
+        "planned_ms": round(1e3 * (arithmetic.seconds(gpu, attention) + LAUNCH_S), 1), "rates": table(gpu, attention),
         "layer": dict(Counter(k.name for k in layer)),
     }  # fmt: skip
 
@@ -213,6 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--attention", default="fa3", choices=("fa2", "fa3"),
         help="rates of the prediction: fa3 is Hopper's own, FlashAttention 3 or 4",
     )  # fmt: skip
+    options.add_argument("--tensor", type=at_least_one, default=1, help="ranks that share each weight matrix; of a counted step")  # fmt: skip
     options.add_argument("--timed", action="store_true", help="time the step on a CPU too; take --model tiny")  # fmt: skip
     options.add_argument("--fp8", default="none", choices=("none", "emulate", "te"), help="of a timed step")  # fmt: skip
     options.add_argument("--rounds", type=at_least_one, default=4, help="timed steps")
@@ -258,12 +273,10 @@ def counted_rows(args: Namespace) -> Callable[[str, list[int]], dict[str, Any]]:
         raise ValueError(
             "bench step: unset TRITON_INTERPRET: launches are recorded, not interpreted"
         )
-    if not dist.is_initialized():
-        os.environ.update(WORLD_SIZE="1", RANK="0")
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    layout = Layout(tensor=args.tensor, data=1, sequence_parallel=args.tensor > 1)
 
     def make(stage: str, lengths: list[int]) -> dict[str, Any]:
-        row = row_of(stage, args.model, lengths, args.recompute, args.attention)
+        row = row_of(stage, args.model, lengths, args.recompute, args.attention, layout)
         print(
             f"{stage:<12} {row['kernels_per_layer']} kernels and {row['other_bytes_per_layer'] / 1e9:.2f} GB a layer beside "
             f"products; head {row['head_small_kernels_per_chunk']} small kernels a chunk; peak {row['peak_bytes'] / 2**30:.2f} GiB "

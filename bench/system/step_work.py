@@ -95,13 +95,23 @@ def head_of(stage: str) -> Any:
     return cross_entropy_head
 
 
+def pair_scratches_of(stage: str) -> int:
+    """Return the plan's scratches of the stage's head; see `MemoryOptions`."""
+    return workloads(recipe_config("phi4_mini_reasoning"))[stage].pair_scratches
+
+
 def planned_peak_bytes(
-    config: ModelConfig, stage: str, tokens: int, recompute: Recompute, fp8: Fp8 = "none"
+    config: ModelConfig,
+    stage: str,
+    tokens: int,
+    recompute: Recompute,
+    fp8: Fp8 = "none",
+    *,
+    layout: Layout | None = None,
 ) -> int:
-    """Return the plan's bytes of activations and head in bf16, beside weights, gradients and optimizer."""
-    scratches = workloads(recipe_config("phi4_mini_reasoning"))[stage].pair_scratches
-    options = MemoryOptions(recompute=recompute, pair_scratches=scratches, fp8=fp8)
+    """Return the plan's bytes of activations and head in bf16, beside weights, gradients and optimizer. layout: default one rank."""
+    options = MemoryOptions(recompute=recompute, pair_scratches=pair_scratches_of(stage), fp8=fp8)
     planned = memory_bytes(
-        config, Layout(data=1), options, tokens=tokens, sequence_length=tokens, num_microbatches=1
+        config, layout or Layout(data=1), options, tokens=tokens, num_microbatches=1
     )["training"]
     return planned["activations"] + planned["head"]

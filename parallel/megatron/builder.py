@@ -33,7 +33,6 @@ from phimini.parallel.attention.core import CoreAttention
 from phimini.parallel.megatron.fp8 import (
     Fp8,
     check_alignment,
-    check_recompute,
     is_fp8_layer,
     te_config_values,
 )
@@ -55,7 +54,12 @@ from phimini.parallel.megatron.layers import (
     defer_adds,
     provide_fused_wgrad,
 )
-from phimini.parallel.megatron.recompute import RecomputedRMSNorm, RecomputedSwiGLU, forgetting
+from phimini.parallel.megatron.recompute import (
+    RecomputedRMSNorm,
+    RecomputedSwiGLU,
+    forgetting,
+    saving_its_input,
+)
 from phimini.parallel.megatron.refused_settings import refuse_unmarked_norms, refuse_wrong_settings
 from phimini.parallel.ranks.world import World
 
@@ -78,6 +82,10 @@ class _Linears:
     activation: Any = SwiGLU
 
     def selectively_recomputed(self) -> "_Linears":
+        if (
+            self.norm is NoNorm
+        ):  # Transformer Engine: a norm is inside its linear, which keeps its output in FP8
+            return _Linears(self.column, saving_its_input(self.row), NoNorm, RecomputedSwiGLU)
         return _Linears(
             forgetting(self.column), forgetting(self.row), RecomputedRMSNorm, RecomputedSwiGLU
         )
@@ -300,7 +308,6 @@ def build_model(
     Raises ValueError if the shards of the linears do not fit `fp8`.
     """
     if fp8 is not None:
-        check_recompute(recompute, fp8)
         check_alignment(config, world.layout, fp8)
     if dtype is None:
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32

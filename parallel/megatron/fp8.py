@@ -19,7 +19,7 @@ Fp8Mode = Literal["none", "emulate", "te"]
 ALIGNMENT: dict[Fp8Recipe, int] = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 # compute capability -> recipes, best first
 _RECIPES_OF: dict[int, tuple[Fp8Recipe, ...]] = {
-    9: ("blockwise", "tensorwise"),
+    9: ("tensorwise", "blockwise"),
     10: ("mxfp8", "tensorwise"),
 }
 
@@ -50,7 +50,7 @@ def choose(
     if mode == "none":
         return None
     if mode == "emulate":
-        return Fp8(recipe="blockwise" if recipe == "auto" else recipe, emulate=True)
+        return Fp8(recipe="tensorwise" if recipe == "auto" else recipe, emulate=True)
     if device.type != "cuda":
         raise ValueError("fp8=te: Transformer Engine needs a GPU; on a CPU use fp8=emulate")
     major, minor = capability or torch.cuda.get_device_capability()
@@ -92,14 +92,6 @@ def check_alignment(config: ModelConfig, layout: Layout, fp8: Fp8) -> None:
             )
 
 
-def check_recompute(recompute: str, fp8: Fp8) -> None:
-    if recompute == "selective" and not fp8.emulate:
-        raise ValueError(
-            "recompute: expected none or full with Transformer Engine, whose linears keep their inputs themselves, in FP8; "
-            "got selective"
-        )
-
-
 def is_fp8_layer(layer: int, num_layers: int) -> bool:
     """Return True for all layers but the first and the last, which are the most sensitive."""
     return 0 < layer < num_layers - 1
@@ -108,7 +100,8 @@ def is_fp8_layer(layer: int, num_layers: int) -> bool:
 def te_config_values(fp8: Fp8, *, distributed_optimizer: bool) -> dict[str, Any]:
     """Return TransformerConfig fields for Transformer Engine; Megatron opens its FP8 context around middle layers."""
     return dict(
-        fp8="hybrid",
+        # Gradients in e5m2 need its range only under one scale for a whole tensor; blocks have e4m3 both ways.
+        fp8="hybrid" if fp8.recipe == "tensorwise" else "e4m3",
         fp8_recipe=fp8.recipe,
         # Keep weights in FP8 only with ZeRO-1 and without mxfp8. Megatron's plain optimizer would make its fp32
         # masters of the rounded values, and Megatron gathers MXFP8 weights only with a special buffer scheme. In those

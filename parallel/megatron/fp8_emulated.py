@@ -1,7 +1,7 @@
 """FP8 linears without FP8 hardware: operands are rounded to FP8 values and multiplied in fp32.
 
     y = Q(x) Q(w)^T          x, w in e4m3
-    dx = Q(dy) Q(w)          dy in e5m2, whose range gradients need
+    dx = Q(dy) Q(w)          dy in e4m3; in tensorwise in e5m2, whose range gradients need under one scale
     dw = Q(dy)^T Q(x)
 
 Q(v) = cast(v / s) * s with s = max |v| / (largest FP8 value), clamped before the cast. The recipe determines the
@@ -113,8 +113,9 @@ class _Product(torch.autograd.Function):
         x_MK, w_NK = ctx.saved_tensors
         recipe, group = ctx.recipe, ctx.group
         w_KN = round_weight(w_NK.T, recipe, group)
-        dx_MK = matmul(round_activation(dy_MN, E5M2, recipe, group), w_KN.T)
-        dy_NM = round_activation(dy_MN.T, E5M2, recipe, group)
+        dtype = E5M2 if recipe == "tensorwise" else E4M3
+        dx_MK = matmul(round_activation(dy_MN, dtype, recipe, group), w_KN.T)
+        dy_NM = round_activation(dy_MN.T, dtype, recipe, group)
         x_KM = round_activation(x_MK.T, E4M3, recipe, group)
         return dx_MK, outer(dy_NM.T, x_KM.T), None, None
 

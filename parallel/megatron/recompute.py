@@ -4,6 +4,8 @@ A norm (or SwiGLU) saves its input for its backward anyway, and the output can b
 saves a note instead of its input, and calls the op again for the gradient of its weight. This saves 2 D + F elements
 per token and layer (Korthikanti et al., arXiv 2205.05198, section 5, applied to what flash attention still saves).
 
+With Transformer Engine only SwiGLU's output is recomputed: a norm is a part of the linear after it.
+
 Megatron's `recompute_granularity="selective"` is not used. In 0.16.1 and 0.19.2 its `layernorm` module needs
 Transformer Engine even in bf16 (a NameError otherwise), and it has no module for the activation of a dense MLP.
 """
@@ -63,6 +65,21 @@ def forgetting(linear: type) -> type:
             return linear.forward(self, input_, *args, **kwargs)
 
     return type(f"{linear.__name__}Forgetting", (linear,), {"forward": forward})
+
+
+def saving_its_input(linear: type) -> type:
+    """Wrap a linear of Transformer Engine so that it forgets its input, as `forgetting`, and not an FP8 copy of it.
+
+    It saves the bf16 tensor that it is given, and rounds it again in backward. For attention's output that costs no
+    memory, because attention keeps the same tensor.
+    """
+    from megatron.core.extensions.transformer_engine import set_save_original_input
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        linear.__init__(self, *args, **kwargs)
+        set_save_original_input(self)
+
+    return type(f"{linear.__name__}Saving", (forgetting(linear),), {"__init__": __init__})
 
 
 def _notes_instead_of(tensor: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from phimini.model.config import ModelConfig
 from phimini.model.suggest import nearest
-from phimini.parallel.plan.layouts import MFUS, Plan, Workload, plan_stage
-from phimini.parallel.plan.memory import GIB, GPUS
+from phimini.parallel.plan.choice import choices, shape_of
+from phimini.parallel.plan.layouts import Plan, plan_stage
+from phimini.parallel.plan.rates import GIB, GPUS
+from phimini.parallel.plan.workload import Workload
 
 
 def describe(plan: Plan) -> str:
@@ -18,11 +20,6 @@ def describe(plan: Plan) -> str:
         f"{plan.workload.stage}: {plan.tokens_per_step} tokens per step on {plan.world_size} x {plan.gpu.name}, "
         f"{plan.flops_per_token / 1e9:.2f} GFLOP per token",
         *(
-            f"  at {mfu:.0%} MFU: {plan.tokens_per_second_per_gpu(mfu):,.0f} tokens/s per GPU, "
-            f"{plan.seconds_per_step(mfu):.1f} s per step"
-            for mfu in MFUS
-        ),
-        *(
             [f"  samples up to {per_step:,} answers per step and {before:,} before the first"]
             if per_step or before
             else []
@@ -30,14 +27,15 @@ def describe(plan: Plan) -> str:
         "fits:" if plan.fits else f"does not fit: {plan.because}",
     ]
     for planned in plan.layouts:
-        shape = " ".join(
-            f"{name}={value}"
-            for name, value in asdict(planned.layout).items()
-            if value not in (1, False, "auto")
-        )
         lines.append(
-            f"  {shape or 'one GPU'} recompute={planned.recompute}: {planned.peak_bytes / GIB:.1f} GiB"
+            f"  {shape_of(planned.layout)} recompute={planned.recompute}: {planned.peak_bytes / GIB:.1f} GiB; predicted "
+            f"{planned.time.total:.2f} s per step, {plan.tokens_per_second_per_gpu(planned):,.0f} tokens/s per GPU, MFU "
+            f"{plan.mfu(planned):.1%}"
         )
+        if planned.engine is not None:
+            lines.append(
+                f"    engine: {planned.engine.sequences} sequences at once, {planned.engine.share:.2f} of the memory"
+            )
         for phase, parts in planned.phases.items():
             listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
             lines.append(f"    {phase} {sum(parts.values()) / GIB:.1f} GiB: {listed}")
@@ -51,10 +49,11 @@ def print_plans(
     gpu: str,
     gpus: int,
     json_path: str | None = None,
+    steps: Mapping[str, int] | None = None,
 ) -> int:
     """Print a plan of each workload on `gpus` GPUs; return 0 if all fit, else 1.
 
-    The JSON is that of the stage that needs the most memory. Of several stages its "fits" is true if all fit, and
+    steps: of each stage of a whole run, whose first choice of a layout is printed too. The JSON is that of the stage that needs the most memory. Of several stages its "fits" is true if all fit, and
     "stages" holds each one's. Raises ValueError for an unknown GPU and for a file that cannot be written.
     """
     if gpu not in GPUS:
@@ -63,11 +62,16 @@ def print_plans(
     for plan in plans:
         print(describe(plan))
     fits = all(plan.fits for plan in plans)
+    whole = choices(config, workloads, steps, GPUS[gpu], gpus) if steps is not None else []
+    if steps is not None:
+        print(f"first choice for all stages: {whole[0]}" if whole else "no layout fits every stage")
     if json_path is not None:
         largest = max(plans, key=lambda plan: plan.layouts[0].peak_bytes)
         document = largest.to_json() | {"fits": fits}
         if len(plans) > 1:
             document["stages"] = {plan.workload.stage: plan.to_json() for plan in plans}
+        if steps is not None:
+            document["first_choice"] = asdict(whole[0]) if whole else None
         try:
             Path(json_path).write_text(json.dumps(document, indent=1) + "\n")
         except OSError as error:

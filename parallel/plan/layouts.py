@@ -1,14 +1,12 @@
-"""Plan a stage before it uses a GPU: memory, FLOPs and the best few layouts.
+"""Plan a stage before it uses a GPU: memory, predicted time, FLOPs and the best few layouts.
 
     plan = plan_stage(preset("phi-4-mini"), Workload(stage="midtrain", ...), GPUS["h100"], world_size=8)
     plan.to_json()      {"fits": ..., "layouts": [...], "assumptions": [...]}
 
 Memory is arithmetic over the tensors that the code keeps (`memory.py`); tests compare it with bytes measured on a CPU and
-with a full-size step traced on fake tensors.
-Time is stated for a given MFU and never predicted.
+with a full-size step traced on fake tensors. Time is predicted (`step_time.py`) from counted operations and stated rates.
 """
 
-import math
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, get_args
@@ -22,78 +20,25 @@ from phimini.model.config import (
     layer_flops_per_token,
 )
 from phimini.parallel.megatron import fp8
+from phimini.parallel.plan.engine import (
+    ENGINE_BYTES,
+    MEAN_CONTEXT,
+    SLEEPING_ENGINE_BYTES,
+    EngineMemory,
+    engine_memory,
+)
 from phimini.parallel.plan.memory import (
     CUDA_BYTES,
-    GIB,
     NCCL_BYTES_PER_GROUP,
-    SLEEPING_ENGINE_BYTES,
-    Fp8,
-    Gpu,
     MemoryOptions,
     Recompute,
+    held_while_sampling,
     memory_bytes,
-    stage_layers,
 )
+from phimini.parallel.plan.rates import GIB, RATES, RESERVE, Gpu, table
+from phimini.parallel.plan.step_time import GPUS_PER_NODE, StepTime, predict
+from phimini.parallel.plan.workload import Workload
 from phimini.parallel.ranks.layout import Layout
-
-RESERVE = 0.05
-"""share of a GPU's memory reserved for fragmentation and for allocations that this plan does not model"""
-MFUS = (0.40, 0.45, 0.50)
-GPUS_PER_NODE = 8
-# Estimated costs of each choice, used only to order the layouts that fit. They follow the usual advice: data parallel
-# first, tensor, context and pipeline parallel only if memory requires it.
-_RECOMPUTE_COST = {"none": 0.0, "selective": 0.02, "full": 1 / 3}
-_TENSOR_COST_PER_DOUBLING = 0.06
-_CONTEXT_COST_PER_DOUBLING = 0.03
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """One stage's step, in rows: packed rows, single sequences, or the two answers of a pair."""
-
-    stage: str
-    sequence_length: int
-    """tokens of a row"""
-    rows_per_step: int
-    """rows in the global batch"""
-    micro_tokens: int | None = None
-    """tokens that one rank computes at once; None: one row"""
-    document_length: int | None = None
-    """tokens of a document inside a packed row, for attention's FLOPs; None: one document fills the row"""
-    trained_share: float = 1.0
-    """share of the tokens with a loss; the head computes only these"""
-    extra_forwards: float = 0.0
-    """additional forward passes (a DPO reference: 1), counted as model FLOPs"""
-    reference_model: bool = False
-    """a frozen copy of the model in memory"""
-    pair_scratches: int = 0
-    """see `MemoryOptions`"""
-    samples_per_step: int = 0
-    """upper bound of the answers that a step samples; their memory and FLOPs are not counted"""
-    samples_before: int = 0
-    """answers sampled before the first step"""
-    rollout_sequences: int = 0
-    """sequences in flight of a rollout engine on the same GPU; 0: the engine runs elsewhere"""
-    rollout_tensor_parallel: int = 1
-    """GPUs that share that engine"""
-    fp8: Fp8 = "none"
-    zero1: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("sequence_length", "rows_per_step", "micro_rows", "rollout_tensor_parallel"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Workload.{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 < self.trained_share <= 1:
-            raise ValueError(
-                f"Workload.trained_share: expected a share in (0, 1], got {self.trained_share}"
-            )
-        if self.fp8 not in get_args(Fp8):
-            raise ValueError(f"Workload.fp8: expected one of {get_args(Fp8)}, got {self.fp8!r}")
-
-    @property
-    def micro_rows(self) -> int:
-        """Whole rows that one rank computes at once."""
-        return (self.micro_tokens or self.sequence_length) // self.sequence_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +51,10 @@ class PlannedLayout:
     phases: dict[str, dict[str, int]]
     """bytes by phase (`training`, and `rollout` if an engine shares the GPU) and part"""
     fits: bool
-    relative_cost: float
-    """cost of a step relative to a layout without communication or recomputation; for the order only"""
+    time: StepTime
+    """predicted seconds of a step"""
+    engine: EngineMemory | None
+    """memory of a rollout engine on the same GPUs"""
 
     @property
     def memory_bytes(self) -> dict[str, int]:
@@ -144,18 +91,17 @@ class Plan:
         """Tokens of the global batch."""
         return self.workload.rows_per_step * self.workload.sequence_length
 
-    def tokens_per_second_per_gpu(self, mfu: float) -> float:
-        """Return the speed that a given MFU means."""
-        return mfu * self.gpu.peak_flops / self.flops_per_token
+    def tokens_per_second_per_gpu(self, planned: PlannedLayout) -> float:
+        """Return the predicted speed of a layout."""
+        return self.tokens_per_step / planned.time.total / self.world_size
 
-    def seconds_per_step(self, mfu: float) -> float:
-        """Return the duration of a step that a given MFU means."""
-        return self.tokens_per_step / (self.tokens_per_second_per_gpu(mfu) * self.world_size)
+    def mfu(self, planned: PlannedLayout) -> float:
+        """Return the predicted share of the peak FLOP/s that the model's own FLOPs take."""
+        speed = self.tokens_per_second_per_gpu(planned)
+        return self.flops_per_token * speed / self.gpu.peak_flops
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as `phimini plan --json` writes it."""
-        speed = {f"{mfu:.2f}": round(self.tokens_per_second_per_gpu(mfu)) for mfu in MFUS}
-        seconds = {f"{mfu:.2f}": round(self.seconds_per_step(mfu), 3) for mfu in MFUS}
         return {
             "fits": self.fits,
             "because": self.because,
@@ -175,11 +121,16 @@ class Plan:
                     "peak_bytes": planned.peak_bytes,
                     "phases": planned.phases,
                     "flops_per_token": self.flops_per_token,
-                    "tokens_per_second_per_gpu_at_mfu": speed,
-                    "seconds_per_step_at_mfu": seconds,
+                    "predicted_seconds_per_step": round(planned.time.total, 4),
+                    "predicted_tokens_per_second_per_gpu": round(
+                        self.tokens_per_second_per_gpu(planned)
+                    ),
+                    "predicted_mfu": round(self.mfu(planned), 4),
+                    "engine": None if planned.engine is None else asdict(planned.engine),
                 }
                 for planned in self.layouts
             ],
+            "rates": table(self.gpu),
             "assumptions": self.assumptions,
         }
 
@@ -205,9 +156,10 @@ def plan_stage(
     recomputes: tuple[Recompute, ...] = get_args(Recompute),
     best: int = 5,
 ) -> Plan:
-    """Return the `best` layouts of `world_size` GPUs for a workload, or, if all are too large, the smallest and the reason.
+    """Return the `best` layouts of `world_size` GPUs for a workload, those with the lowest predicted time first.
 
-    recomputes: consider only these modes; `selective` is left out with FP8, because a run refuses it.
+    If all are too large, it has the smallest and the reason.
+    recomputes: consider only these modes.
     layouts: consider only these (as given, or with `data` None).
 
     Raises ValueError for settings that a run refuses: a layout that does not divide the world, the model or its FP8
@@ -215,14 +167,14 @@ def plan_stage(
     """
     if world_size < 1:
         raise ValueError(f"plan: expected at least 1 GPU, got {world_size}")
-    if workload.fp8 != "none" and len(recomputes) == 1:
-        fp8.check_recompute(recomputes[0], _fp8(workload, gpu))
+    if workload.fp8 != "none":
+        workload = replace(workload, fp8=_fp8(workload, gpu).recipe)
     candidates = _planned(config, workload, gpu, world_size, layouts, recomputes)
     if not candidates:
         raise ValueError(
             f"plan, {workload.stage}: no layout of {world_size} GPUs gives {workload.fp8} FP8 products that divide"
         )
-    fitting = sorted((c for c in candidates if c.fits), key=lambda c: c.relative_cost)
+    fitting = sorted((c for c in candidates if c.fits), key=lambda c: c.time.total)
     because = None
     if not fitting:
         candidates.sort(key=lambda c: c.peak_bytes)
@@ -256,8 +208,6 @@ def _planned(
     planned = []
     for layout, recompute in product(resolved, recomputes):
         assert layout.data is not None, "resolve fills it in"
-        if recompute == "selective" and workload.fp8 != "none":
-            continue
         # Replicas with fewer rows run idle micro-batches; interleaved stages are padded to multiples of `pipeline`.
         num_microbatches = -(-workload.rows_per_step // (layout.data * workload.micro_rows))
         if layout.virtual_pipeline > 1:
@@ -268,24 +218,27 @@ def _planned(
             fp8=workload.fp8,
             reference_model=workload.reference_model,
             pair_scratches=workload.pair_scratches,
-            rollout_sequences=workload.rollout_sequences,
-            rollout_tensor_parallel=workload.rollout_tensor_parallel,
+            engine=workload.engine,
         )
         phases = memory_bytes(
             config, layout, options,
             tokens=workload.micro_tokens or workload.sequence_length,
-            sequence_length=workload.sequence_length,
             num_microbatches=num_microbatches,
+            gpu_bytes=gpu.memory_bytes,
         )  # fmt: skip
+        engine = None
+        if workload.engine is not None:
+            held = held_while_sampling(phases)
+            engine = engine_memory(config, workload.engine, gpu.memory_bytes, held)
         planned.append(
             PlannedLayout(
                 layout=layout,
                 recompute=recompute,
                 num_microbatches=num_microbatches,
                 phases=phases,
-                fits=max(sum(p.values()) for p in phases.values())
-                <= (1 - RESERVE) * gpu.memory_bytes,
-                relative_cost=_relative_cost(config, workload, layout, recompute, num_microbatches),
+                fits=max(sum(p.values()) for p in phases.values()) <= gpu.usable_bytes,
+                time=predict(config, workload, gpu, layout, recompute, num_microbatches),
+                engine=engine,
             )
         )
     return planned
@@ -330,29 +283,6 @@ def _aligned(
     return found
 
 
-def _relative_cost(
-    config: ModelConfig,
-    workload: Workload,
-    layout: Layout,
-    recompute: Recompute,
-    num_microbatches: int,
-) -> float:
-    tensor = _TENSOR_COST_PER_DOUBLING * (layout.tensor.bit_length() - 1)
-    context = _CONTEXT_COST_PER_DOUBLING * (layout.context.bit_length() - 1)
-    # The other pipeline stages wait for the slowest; the last one has the head.
-    head = workload.trained_share * head_flops_per_token(config) * (3 + workload.extra_forwards)
-    whole = flops_per_token(config, workload)
-    costs = [n * (whole - head) / config.num_layers for n in stage_layers(config, layout)]
-    costs[-1] += head
-    imbalance = max(costs) * layout.pipeline / whole - 1
-    bubble = (layout.pipeline - 1) / (num_microbatches * layout.virtual_pipeline)
-    assert layout.data is not None, "resolved"
-    places = num_microbatches * layout.data * workload.micro_rows
-    idle = places / workload.rows_per_step - 1
-    factors = (_RECOMPUTE_COST[recompute], tensor, context, imbalance, bubble, idle)
-    return math.prod(1 + factor for factor in factors)
-
-
 def _why_not(
     config: ModelConfig,
     workload: Workload,
@@ -361,12 +291,11 @@ def _why_not(
     nearest: PlannedLayout,
     layouts: list[Layout] | None,
 ) -> str:
-    usable = (1 - RESERVE) * gpu.memory_bytes
     largest = sorted(nearest.memory_bytes.items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
     text = (
         f"the smallest layout still needs {nearest.peak_bytes / GIB:.1f} GiB per GPU and a {gpu.name} has "
-        f"{usable / GIB:.1f} to give; its largest parts are {parts} GiB"
+        f"{gpu.usable_bytes / GIB:.1f} to give; its largest parts are {parts} GiB"
     )
     if layouts is not None:
         return text
@@ -386,7 +315,9 @@ def _assumptions(workload: Workload, gpu: Gpu) -> list[str]:
         f"{gpu.name}: {gpu.memory_bytes / GIB:.1f} GiB, of which {RESERVE:.0%} stay free; "
         f"{gpu.peak_flops / 1e12:.0f} TFLOP/s dense bf16, also the base of MFU in fp8 runs",
         "FLOPs: multiply-add is 2, causal attention within documents, recomputation not counted",
-        "speeds are what the stated MFU means, not predictions; layouts are ordered by estimated overheads",
+        f"times are predictions, no measurements: counted operations over the rates of an H100, scaled to a {gpu.name}'s "
+        "data sheet: "
+        + "; ".join(f"{n} {r.value / 1e12:g}e12 ({r.source})" for n, r in RATES.items()),
         f"estimates: {NCCL_BYTES_PER_GROUP / GIB:.2f} GiB per NCCL group, {CUDA_BYTES / GIB:.1f} GiB for "
         "CUDA's context and libraries",
         "recompute: none, selective (outputs of norms and SwiGLU are made again) or full (whole layers)",
@@ -394,17 +325,18 @@ def _assumptions(workload: Workload, gpu: Gpu) -> list[str]:
     if workload.zero1:
         stated.append("optimizer state divided over data x context ranks (ZeRO-1)")
     if workload.fp8 != "none":
-        stated.append("fp8: two one-byte copies of every linear in the layers; the head stays bf16")
-    if workload.rollout_sequences:
-        shared = (
-            f", over {workload.rollout_tensor_parallel} GPUs"
-            if workload.rollout_tensor_parallel > 1
-            else ""
-        )
         stated.append(
-            f"a rollout engine on the same GPU{shared}: its own bf16 weights, and keys and values of "
-            f"{workload.rollout_sequences} sequences of {workload.sequence_length} tokens; it sleeps while the trainer "
-            f"trains and then keeps {SLEEPING_ENGINE_BYTES / GIB:.1f} GiB (an estimate), and while it samples the trainer "
-            "keeps weights, gradients and optimizer state: the larger of the two phases counts"
+            "fp8: two one-byte copies of the linears between the first and the last layer (with ZeRO-1 and not mxfp8 one of "
+            "them is the weight), their inputs kept in one byte; the head stays bf16"
+        )
+    if workload.engine is not None:
+        size = workload.engine.tensor_parallel
+        shared = f", over {size} GPUs" if size > 1 else ""
+        stated.append(
+            f"a rollout engine on the same GPU{shared}: its own bf16 weights, {ENGINE_BYTES / GIB:.1f} GiB for its "
+            "computation (an estimate), and keys and values in what is left; at least one sequence of "
+            f"{workload.engine.longest} tokens, and as many in flight as fit at {MEAN_CONTEXT:.0%} of that length; it sleeps "
+            f"while the trainer trains and then keeps {SLEEPING_ENGINE_BYTES / GIB:.1f} GiB (an estimate), and while it "
+            "samples the trainer keeps weights, gradients and optimizer state: the larger of the two phases counts"
         )
     return stated

@@ -11,68 +11,25 @@ from typing import Literal
 
 from phimini.kernels.head.rows import CHUNK_BYTES
 from phimini.model.config import ModelConfig
+from phimini.parallel.megatron.fp8 import is_fp8_layer
 from phimini.parallel.megatron.weight_names import LAYER_NAMES, hf_names
+from phimini.parallel.plan.engine import (
+    ENGINE_BYTES,
+    SLEEPING_ENGINE_BYTES,
+    Engine,
+    engine_memory,
+)
+from phimini.parallel.plan.rates import GIB
 from phimini.parallel.ranks.layout import Layout
 
 Recompute = Literal["none", "selective", "full"]
 Fp8 = Literal["none", "auto", "tensorwise", "blockwise", "mxfp8"]
-GIB = 2**30
 # Estimates that were not measured; `plan` lists them among its assumptions.
 NCCL_BYTES_PER_GROUP = int(0.35 * GIB)
 CUDA_BYTES = int(1.2 * GIB)
-SLEEPING_ENGINE_BYTES = int(1.0 * GIB)
-_ONLY_WHILE_TRAINING = ("activations", "head")
+_ONLY_WHILE_TRAINING = ("activations", "head", "rollout_residue")
+_ENGINE_PARTS = ("rollout_weights", "rollout_working", "rollout_kv")
 _SPLIT_OF = {hf: split for hf, split in LAYER_NAMES.values()}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """A GPU model."""
-
-    name: str
-    memory_bytes: int
-    """bytes that torch may allocate in all"""
-    peak_flops: float
-    """dense bf16 FLOP/s; also the base of MFU in fp8 runs"""
-    bandwidth: float
-    """bytes/s of the memory, by its data sheet"""
-    capability: tuple[int, int]
-    """CUDA's compute capability, which decides the FP8 recipes"""
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu(
-            name="a100",
-            memory_bytes=int(79.1 * GIB),
-            peak_flops=312e12,
-            bandwidth=2.04e12,
-            capability=(8, 0),
-        ),
-        Gpu(
-            name="h100",
-            memory_bytes=int(79.1 * GIB),
-            peak_flops=989e12,
-            bandwidth=3.35e12,
-            capability=(9, 0),
-        ),
-        Gpu(
-            name="h200",
-            memory_bytes=int(139.8 * GIB),
-            peak_flops=989e12,
-            bandwidth=4.8e12,
-            capability=(9, 0),
-        ),
-        Gpu(
-            name="b200",
-            memory_bytes=int(178.3 * GIB),
-            peak_flops=2250e12,
-            bandwidth=8e12,
-            capability=(10, 0),
-        ),
-    )
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +48,8 @@ class MemoryOptions:
     """a second, frozen copy of the weights (DPO)"""
     pair_scratches: int = 0
     """fp32 gradients of the head that a pair longer than a chunk keeps until its coefficient is known (DPO)"""
-    rollout_sequences: int = 0
-    """sequences in flight, at full length, of a rollout engine on the same GPU; 0: no engine here"""
-    rollout_tensor_parallel: int = 1
-    """GPUs that share that engine's weights, keys and values"""
+    engine: Engine | None = None
+    """rollout engine on the same GPUs; None: no engine here"""
 
 
 def stage_layers(config: ModelConfig, layout: Layout) -> list[int]:
@@ -103,13 +58,26 @@ def stage_layers(config: ModelConfig, layout: Layout) -> list[int]:
     return [sum(chunks[stage :: layout.pipeline]) for stage in range(layout.pipeline)]
 
 
-def stage_parameters(config: ModelConfig, layout: Layout) -> list[int]:
-    """Return the parameters on one rank of each pipeline stage, with a tied head's copy on the last stage."""
+def layer_parameters(config: ModelConfig, layout: Layout) -> int:
+    """Return the parameters of one layer on one rank."""
     layer = 0
     for name, shape in hf_names(config).items():
         if name.startswith("model.layers.0."):
             whole = _SPLIT_OF[name.removeprefix("model.layers.0.")] == "whole"
             layer += math.prod(shape) // (1 if whole else layout.tensor)
+    return layer
+
+
+def fp8_layers(config: ModelConfig, layout: Layout, stage: int) -> int:
+    """Return how many of a stage's layers compute in FP8: all but the model's first and last."""
+    layers = stage_layers(config, layout)
+    first = sum(layers[:stage])
+    return sum(is_fp8_layer(first + i, config.num_layers) for i in range(layers[stage]))
+
+
+def stage_parameters(config: ModelConfig, layout: Layout) -> list[int]:
+    """Return the parameters on one rank of each pipeline stage, with a tied head's copy on the last stage."""
+    layer = layer_parameters(config, layout)
     per_stage = [layer * layers for layers in stage_layers(config, layout)]
     vocabulary = config.vocab_size * config.model_dim // layout.tensor
     per_stage[0] += vocabulary
@@ -149,52 +117,38 @@ def memory_bytes(
     options: MemoryOptions,
     *,
     tokens: int,
-    sequence_length: int,
     num_microbatches: int,
+    gpu_bytes: int = 0,
 ) -> dict[str, dict[str, int]]:
     """Return bytes by phase (`training`, and `rollout` if an engine shares the GPU) and part, on each phase's fullest rank.
 
     `layout.data` must be filled in.
     tokens: tokens of one micro-batch, before context parallelism divides them.
-    sequence_length: tokens of the longest sequence, for a rollout engine's keys and values.
+    gpu_bytes: memory of the GPU, which an engine takes its keys and values from.
     """
     stages = [
         _stage_bytes(config, layout, options, stage, tokens, num_microbatches)
         for stage in range(layout.pipeline)
     ]
     phases = {"training": _fullest(stages)}
-    if options.rollout_sequences:
-        engine = _engine_bytes(config, options, sequence_length)
-        phases["rollout"] = _fullest(
-            [stage | dict.fromkeys(_ONLY_WHILE_TRAINING, 0) | engine for stage in stages]
-        )
+    if options.engine is not None:
+        held = _fullest([stage | dict.fromkeys(_ONLY_WHILE_TRAINING, 0) for stage in stages])
+        memory = engine_memory(config, options.engine, gpu_bytes, sum(held.values()))
+        phases["rollout"] = held | {
+            "rollout_weights": memory.weights,
+            "rollout_working": ENGINE_BYTES,
+            "rollout_kv": memory.kv,
+        }
     return phases
+
+
+def held_while_sampling(phases: dict[str, dict[str, int]]) -> int:
+    """Return the bytes of the trainer beside an awake engine."""
+    return sum(size for name, size in phases["rollout"].items() if name not in _ENGINE_PARTS)
 
 
 def _fullest(stages: list[dict[str, int]]) -> dict[str, int]:
     return max(stages, key=lambda parts: sum(parts.values()))
-
-
-def _engine_bytes(
-    config: ModelConfig, options: MemoryOptions, sequence_length: int
-) -> dict[str, int]:
-    """Return bf16 weights, keys and values on one of the engine's GPUs, which divide heads but not norms."""
-    size = options.rollout_tensor_parallel
-    kv_heads = -(-config.num_kv_heads // size)  # copied if there are more GPUs than heads
-    kv_bytes_per_token = 2 * 2 * config.num_layers * kv_heads * config.head_dim
-    return {
-        "rollout_weights": 2 * stage_parameters(config, Layout(tensor=size))[0],
-        "rollout_kv": options.rollout_sequences * sequence_length * kv_bytes_per_token,
-    }
-
-
-def decode_bytes_per_token(config: ModelConfig, sequences: int, sequence_length: int) -> float:
-    """Return the bytes that sampling a token reads: its share of the weights, and half a sequence's keys and values.
-
-    sequences: decoded together, each of up to `sequence_length` tokens.
-    """
-    engine = _engine_bytes(config, MemoryOptions(rollout_sequences=sequences), sequence_length)
-    return (engine["rollout_weights"] + engine["rollout_kv"] / 2) / sequences
 
 
 def _stage_bytes(
@@ -225,38 +179,48 @@ def _stage_bytes(
         "reference_model": size * parameters if options.reference_model else 0,
         "nccl": NCCL_BYTES_PER_GROUP * sum(n > 1 for n in groups),
         "cuda": CUDA_BYTES,
-        "rollout_residue": SLEEPING_ENGINE_BYTES if options.rollout_sequences else 0,
-        "rollout_weights": 0,
-        "rollout_kv": 0,
-    }
+        "rollout_residue": SLEEPING_ENGINE_BYTES if options.engine is not None else 0,
+    } | dict.fromkeys(_ENGINE_PARTS, 0)
     if options.fp8 != "none":
-        # Rowwise and columnwise copies for the forward and the transposed GEMM, one byte each.
-        vocabulary = config.vocab_size * config.model_dim // layout.tensor
-        num_vocabularies = (stage == 0) + (
-            is_last and (layout.pipeline > 1 or not config.tie_embeddings)
-        )
-        parts["fp8_copies"] = 2 * (parameters - num_vocabularies * vocabulary)
+        # Each linear has a copy for the forward and a transposed one for the backward, of one byte. Where the weights
+        # themselves are in FP8 (ZeRO-1, not mxfp8), the first of them is the weight.
+        middle = fp8_layers(config, layout, stage) * layer_parameters(config, layout)
+        kept = options.zero1 and options.fp8 != "mxfp8"
+        parts["weights"] -= middle if kept else 0
+        parts["fp8_copies"] = middle if kept else 2 * middle
     return parts
 
 
 def layer_bytes_per_token(
-    config: ModelConfig, layout: Layout, options: MemoryOptions
+    config: ModelConfig, layout: Layout, options: MemoryOptions, *, in_fp8: bool = False
 ) -> tuple[float, float]:
-    """Return (bytes that each layer keeps until its backward, working bytes of one layer's backward), per token of a rank."""
+    """Return (bytes that each layer keeps until its backward, working bytes of one layer's backward), per token of a rank.
+
+    in_fp8: for a layer whose linears keep their inputs in FP8, by Transformer Engine's source; not traced.
+    """
     elements = activation_elements(config, layout)
-    lse_bytes = 4 * config.num_heads / layout.tensor
-    whole_layer = options.element_bytes * sum(elements.values()) + lse_bytes
+    size = options.element_bytes
+    whole_layer = size * sum(elements.values()) + 4 * config.num_heads / layout.tensor
+    if in_fp8:
+        # One byte in place of two, and one more of attention's output, which attention keeps itself.
+        rounded = elements["norm outputs"] + elements["swiglu out"]
+        whole_layer += elements["attention out"] - (size - 1) * rounded
     kept, working = whole_layer, 0.0
     if options.recompute == "selective":
-        made_again = elements["norm outputs"] + elements["swiglu out"]
-        kept = whole_layer - options.element_bytes * made_again
         # One tensor at a time: its linear recomputes it, uses it and frees it.
-        working = options.element_bytes * max(elements["norm outputs"] / 2, elements["swiglu out"])
+        working = size * max(elements["norm outputs"] / 2, elements["swiglu out"])
+        if options.fp8 == "none":
+            kept -= size * (elements["norm outputs"] + elements["swiglu out"])
+        else:  # a norm is inside its linear, which keeps its output
+            kept -= (1 if in_fp8 else size) * elements["swiglu out"]
+            kept -= (
+                in_fp8 * elements["attention out"]
+            )  # the linear after it saves no copy of its own
     elif options.recompute == "full":
-        kept = options.element_bytes * elements["norm inputs"] / 2
+        kept = size * elements["norm inputs"] / 2
         working = whole_layer
     if layout.uses_ring("cuda"):
-        working += _ring_bytes(config, options.element_bytes) / layout.tensor
+        working += _ring_bytes(config, size) / layout.tensor
     return kept, working
 
 
@@ -270,11 +234,13 @@ def _activation_bytes(
     head_bytes: int,
 ) -> int:
     """Return what the layers keep, and of a layer's backward what exceeds the head, which is gone by then."""
-    kept, working = layer_bytes_per_token(config, layout, options)
-    layers = stage_layers(config, layout)[stage]
+    plain, working = layer_bytes_per_token(config, layout, options)
+    middle = fp8_layers(config, layout, stage) if options.fp8 != "none" else 0
+    rounded, _ = layer_bytes_per_token(config, layout, options, in_fp8=True)
+    kept = middle * rounded + (stage_layers(config, layout)[stage] - middle) * plain
     in_flight = _micro_batches_in_flight(layout, stage, num_microbatches)
     rows = tokens / layout.context
-    return math.ceil(rows * kept * layers * in_flight + max(0, rows * working - head_bytes))
+    return math.ceil(rows * kept * in_flight + max(0, rows * working - head_bytes))
 
 
 def _ring_bytes(config: ModelConfig, element_bytes: int) -> float:

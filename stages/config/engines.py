@@ -13,8 +13,8 @@ class RolloutConfig:
 
     engine: Literal["local", "vllm"] = "local"
     """`local`: the reference model's sampler, embedded in the training ranks"""
-    max_batch: Count = 256
-    """sequences decoded at once by one engine"""
+    max_batch: Count | None = None
+    """sequences decoded at once by one engine; none: as many as a GPU's memory holds, at most 256; on a CPU 256"""
     judges: CountOrZero = 0
     """processes that score answers as they arrive, beside each rank that samples; 0: that rank itself, afterwards"""
     placement: Literal["colocated", "separate"] = "colocated"
@@ -42,8 +42,11 @@ class RolloutConfig:
     """dtype of vLLM's weights; auto: bfloat16 on a GPU, float32 on a CPU"""
     quantization: Literal["none", "fp8"] = "none"
     """fp8: the trainer rounds the linears' weights to FP8, block by block, before they travel; needs a GPU"""
-    memory_share: PositiveShare = 0.5
-    """share of a GPU's memory for one colocated vLLM engine"""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """fp8: vLLM keeps keys and values in e4m3, one byte each, which holds twice as many sequences; auto: in its dtype"""
+    memory_share: PositiveShare | None = None
+    """share of a GPU's memory for one vLLM engine; none: what the trainer leaves, by the plan's arithmetic, and 0.9 of a
+    GPU without a trainer"""
     oversample: Annotated[float, Range(1, 1000)] = 1.0
     """separate: stage 4 asks for so many times rollouts_per_prompt and stops a group once it has enough; above 1,
     quick answers are favoured"""

@@ -73,9 +73,9 @@ def tiny() -> RunConfig:
 def phi4_mini_reasoning() -> RunConfig:
     """Phi-4-Mini-Reasoning (arXiv 2504.21233): the paper's values where it gives one (`PAPER`); the others are ours.
 
-    One layout serves 8, 64 and 128 H100; more GPUs only add replicas: with tensor 2, context 2 and ZeRO-1 every stage
-    fits without recomputation, stage 4 with its engine in memory too (`phimini recipe phi4_mini_reasoning --dry-run
-    gpus=64`). A stage run alone may take a cheaper one, e.g. `phimini midtrain ... context_parallel=1`.
+    Its layout is the first choice of `phimini plan` for 8, 64 and 128 H100: more GPUs only add replicas. Stage 3's
+    pairs of 2 x 16,384 tokens need context 2; a stage run alone may take a faster layout, e.g. `phimini midtrain ...
+    context_parallel=1`.
     """
     return RunConfig(
         name="phi4_mini_reasoning",
@@ -84,10 +84,10 @@ def phi4_mini_reasoning() -> RunConfig:
         base="Phi-4-mini-instruct",  # the paper starts from Phi-4-Mini; only the instruct model is public
         chat_template="reasoning",
         rope_factors="long",
-        tensor_parallel=2,
         context_parallel=2,
-        sequence_parallel=True,
         distributed_optimizer=True,
+        overlap=True,
+        recompute="selective",
         distill=DistillConfig(source="data"),
         curate=CurateConfig(
             sft_examples=200_000,
@@ -140,8 +140,6 @@ def phi4_mini_reasoning() -> RunConfig:
         ),
         rollout=RolloutConfig(
             engine="vllm",
-            engine_tensor_parallel=2,
-            max_batch=8,
             max_model_len=32_768,
             deadline_s=600.0,
         ),

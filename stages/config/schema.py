@@ -312,7 +312,7 @@ class RunConfig:
     fp8: Literal["none", "emulate", "te"] = "none"
     """the linears between the first and the last layer in FP8: by Transformer Engine, or rounded to its values"""
     fp8_recipe: Literal["auto", "tensorwise", "blockwise", "mxfp8"] = "auto"
-    """elements that share a scale; auto: the GPU's fastest recipe, blockwise when emulated"""
+    """elements that share a scale; auto: tensorwise (current scaling), on Blackwell mxfp8; blockwise is the other on Hopper"""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """data: questions and the teacher's rollouts"""
     curate: CurateConfig = field(default_factory=CurateConfig)

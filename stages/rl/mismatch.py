@@ -181,7 +181,7 @@ def importance_of(run: Any) -> str:
 
 def precision_of(rollout: Any, on_gpu: bool) -> str:
     """Return the precision in which the sampler of a RolloutConfig computes."""
-    if rollout.quantization == "fp8":
+    if "fp8" in (rollout.quantization, rollout.kv_cache_dtype):
         return "fp8"
     if rollout.dtype != "auto":
         return rollout.dtype

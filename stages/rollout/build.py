@@ -27,4 +27,4 @@ def build_engine(run: RunConfig, config: ModelConfig, world: World) -> RolloutEn
         from phimini.stages.rollout.colocated_vllm import colocated_vllm
 
         return colocated_vllm(run, config, world)
-    return LocalEngine(config, world, run.rollout.max_batch, run.rollout.max_model_len)
+    return LocalEngine(config, world, run.rollout.max_batch or 256, run.rollout.max_model_len)

@@ -256,7 +256,7 @@ _engine: ColocatedVllm | None = None
 def colocated_vllm(run: RunConfig, config: ModelConfig, world: World) -> ColocatedVllm:
     """Return this process's engine, which the first call starts. Raises ValueError if a later call asks for another."""
     global _engine
-    settings = engine_settings(run, config, "inproc")
+    settings = engine_settings(run, config, "inproc", world.layout)
     if _engine is None:
         size = bucket_bytes(run, config, settings)
         _engine = ColocatedVllm(config, settings, world, run.rollout.deadline_s, bucket_bytes=size)

@@ -22,7 +22,7 @@ from phimini.stages.rollout.messages import (
     State,
     encode,
 )
-from phimini.stages.rollout.vllm_settings import EngineSettings, vllm_version
+from phimini.stages.rollout.vllm_settings import SIZES, EngineSettings, vllm_version
 
 T = TypeVar("T")
 KEEP_ALIVE_S = 2.0
@@ -175,6 +175,7 @@ class ServedEngine:
             (f"{kind}.{field}", getattr(state, kind).get(field), as_json(value))
             for kind, fields in mine.items()
             for field, value in fields.items()
+            if field not in SIZES
         ]
         for field, theirs, ours in differing:
             if theirs != ours:

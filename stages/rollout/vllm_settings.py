@@ -27,11 +27,13 @@ from phimini.model.sampler import SamplingParams
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.megatron.hf_weights import to_hf
 from phimini.parallel.megatron.weight_names import hf_names
+from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.weight_sync.fp8_blocks import VLLM_CONFIG, check_blocks, quantise_stream
 from phimini.parallel.weight_sync.gpu_transports import expandable_segments
 from phimini.parallel.weight_sync.sync import backend, smallest_bucket
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.rollout.engine import Sampled, Span, check_temperature
+from phimini.stages.run.workloads import engine_memory_of
 
 WORKER_EXTENSION = "phimini.parallel.weight_sync.vllm_receiver.WorkerExtension"
 ENVIRONMENT = {
@@ -50,6 +52,10 @@ DESCRIPTION = "phimini.json"
 """file with an engine's model and settings, beside its config.json"""
 OWNER = "PHIMINI_OWNER"
 """environment variable: the id of the process that an engine ends with"""
+SIZES = ("max_num_seqs", "kv_cache_bytes", "memory_share")
+"""settings that follow from an engine's own GPU, and change none of its answers"""
+CPU_SEQUENCES = 256
+"""sequences that an engine on a CPU decodes at once where `rollout.max_batch` does not say"""
 STEP_TOKENS = 4096
 """tokens of prompts and answers in one forward pass of an engine on a CPU"""
 
@@ -66,6 +72,8 @@ class EngineSettings:
     tensor_parallel: int = 1
     fp8: bool = False
     """linear weights come in FP8, with the trainer's blockwise scales"""
+    fp8_cache: bool = False
+    """keys and values in e4m3"""
     kv_cache_bytes: int | None = None
     """None: vLLM takes `memory_share` of the GPU"""
     memory_share: float = 0.5
@@ -86,10 +94,12 @@ def require_vllm() -> None:
         os.environ.setdefault(name, value)
 
 
-def engine_settings(run: RunConfig, config: ModelConfig, transport: str) -> EngineSettings:
+def engine_settings(
+    run: RunConfig, config: ModelConfig, transport: str, layout: Layout | None = None
+) -> EngineSettings:
     """Return the settings of an engine for the run.
 
-    Raises ValueError if the recipe's sequences do not fit the model, or vLLM does not support a setting.
+    layout: of the trainer on the engine's GPUs; None: they are its own. Raises ValueError if the recipe's sequences do not fit the model, or vLLM does not support a setting.
     """
     rollout, on_gpu = run.rollout, torch.cuda.is_available()
     length = rollout.max_model_len or max(run.rlvr.sequence_length, run.rollout_dpo.sequence_length)
@@ -118,24 +128,27 @@ def engine_settings(run: RunConfig, config: ModelConfig, transport: str) -> Engi
                 f"rollout.dtype={dtype}: rollout.quantization=fp8 computes the rest in bfloat16"
             )
         check_blocks(config, rollout.engine_tensor_parallel)
-    per_token = (
-        2
-        * config.num_layers
-        * config.num_kv_heads
-        * config.head_dim
-        * getattr(torch, dtype).itemsize
-    )
-    blocks = -(-length // 128) + 1  # of 128 tokens, on a CPU
-    enough = per_token * 128 * blocks * rollout.max_batch
+    fp8_cache = rollout.kv_cache_dtype == "fp8"
+    sequences, share, kv_bytes = rollout.max_batch or CPU_SEQUENCES, 0.5, None
+    if on_gpu:
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        memory = engine_memory_of(run, config, total, layout)
+        sequences, share = rollout.max_batch or memory.sequences, round(memory.share, 3)
+    else:
+        size = 1 if fp8_cache else getattr(torch, dtype).itemsize
+        blocks = -(-length // 128) + 1  # of 128 tokens
+        per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
+        kv_bytes = max(per_token * 128 * blocks * sequences, 1 << 24)
     return EngineSettings(
         max_model_len=length,
-        max_num_seqs=rollout.max_batch,
+        max_num_seqs=sequences,
         dtype=dtype,
         transport=transport,
         tensor_parallel=rollout.engine_tensor_parallel,
         fp8=rollout.quantization == "fp8",
-        kv_cache_bytes=None if on_gpu else max(enough, 1 << 24),
-        memory_share=rollout.memory_share,
+        fp8_cache=fp8_cache,
+        kv_cache_bytes=kv_bytes,
+        memory_share=share,
         sleeps=on_gpu and rollout.placement == "colocated",
     )
 
@@ -158,6 +171,7 @@ def engine_arguments(settings: EngineSettings, folder: str) -> dict[str, Any]:
         "tensor_parallel_size": settings.tensor_parallel,
         "disable_custom_all_reduce": _without_custom_all_reduce(settings),
         "quantization": "fp8" if settings.fp8 else None,
+        "kv_cache_dtype": "fp8" if settings.fp8_cache else "auto",
         "kv_cache_memory_bytes": settings.kv_cache_bytes,
         "gpu_memory_utilization": settings.memory_share,
         "enforce_eager": not on_gpu,

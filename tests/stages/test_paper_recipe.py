@@ -90,7 +90,7 @@ SHARED = [
     word for word in MINIATURE if not word.startswith(("model=", "rollout_dpo.pairs_per_step="))
 ]
 ON_DATA_RANKS: dict[str, list[str]] = {
-    "phi4_mini_reasoning": [*MINIATURE, "tensor_parallel=1", "sequence_parallel=false"],
+    "phi4_mini_reasoning": MINIATURE,
     "tiny": [*SHARED, "distill.num_problems=20", "distill.rollouts_per_problem=2", "rollout_dpo.pairs=teacher",
              "rollout_dpo.epochs=1", "rollout_dpo.pairs_per_step=4"],
 }  # fmt: skip

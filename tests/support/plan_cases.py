@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from phimini.model.config import ModelConfig, preset
 from phimini.parallel.attention.core import rope_tables
 from phimini.parallel.megatron.builder import build_model
-from phimini.parallel.plan.layouts import Workload
+from phimini.parallel.plan.engine import Engine
 from phimini.parallel.plan.memory import (
     Recompute,
 )
+from phimini.parallel.plan.workload import Workload
 from phimini.parallel.ranks.world import World
 from phimini.parallel.training.batch import Document, PackedBatch, pack
 from phimini.parallel.training.step import forward_backward
@@ -37,7 +38,9 @@ TOKENS = 512
 
 
 # --- two phases ----------------------------------------------------------------------------------
-RLVR = Workload(stage="rlvr", sequence_length=25600, rows_per_step=128, rollout_sequences=8)
+RLVR = Workload(
+    stage="rlvr", sequence_length=25600, rows_per_step=128, engine=Engine(longest=25600)
+)
 
 
 # --- measured on the CPU -------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_plan(tmp_path: Path) -> None:
         "memory_bytes",
         "peak_bytes",
         "flops_per_token",
-        "tokens_per_second_per_gpu_at_mfu",
+        "predicted_tokens_per_second_per_gpu",
     }
     assert plan["layouts"] and all(layout <= one.keys() for one in plan["layouts"])
 

@@ -116,8 +116,9 @@ def test_forward_and_gradients_are_the_formulas(recipe: Fp8Recipe) -> None:
     x2, dy2 = x.detach().view(-1, 192), dy.view(-1, 96)
     activation = lambda v, dtype: round_activation(v, dtype, recipe, None)
     want = activation(x2, E4M3) @ round_weight(w.detach(), recipe, None).T
-    dx = activation(dy2, E5M2) @ round_weight(w.detach().T, recipe, None).T
-    dw = activation(dy2.T, E5M2) @ activation(x2.T, E4M3).T
+    dtype = E5M2 if recipe == "tensorwise" else E4M3
+    dx = activation(dy2, dtype) @ round_weight(w.detach().T, recipe, None).T
+    dw = activation(dy2.T, dtype) @ activation(x2.T, E4M3).T
     assert x.grad is not None and w.grad is not None
     for got, formula in ((y.detach().view(-1, 96), want), (x.grad.view(-1, 192), dx), (w.grad, dw)):
         assert ((got - formula).norm() / formula.norm()).item() < 1e-6
@@ -278,13 +279,14 @@ def test_tensor_and_sequence_parallel_models_agree_with_one_rank() -> None:
 def test_recipes_by_gpu() -> None:
     cuda = torch.device("cuda")
     assert choose("none", "auto", CPU) is None
-    assert choose("emulate", "auto", CPU) == Fp8(recipe="blockwise", emulate=True)
-    assert choose("te", "auto", cuda, (9, 0)) == Fp8(recipe="blockwise", emulate=False)
+    assert choose("emulate", "auto", CPU) == Fp8(recipe="tensorwise", emulate=True)
+    assert choose("te", "auto", cuda, (9, 0)) == Fp8(recipe="tensorwise", emulate=False)
+    assert choose("te", "blockwise", cuda, (9, 0)) == Fp8(recipe="blockwise", emulate=False)
     assert choose("te", "auto", cuda, (10, 0)) == Fp8(recipe="mxfp8", emulate=False)
     assert choose("te", "tensorwise", cuda, (8, 9)) == Fp8(recipe="tensorwise", emulate=False)
     with pytest.raises(ValueError, match="compute capability 8.0 has no FP8 recipe"):
         choose("te", "auto", cuda, (8, 0))
-    with pytest.raises(ValueError, match="fp8_recipe=mxfp8: .* 9.0 can do blockwise, tensorwise"):
+    with pytest.raises(ValueError, match="fp8_recipe=mxfp8: .* 9.0 can do tensorwise, blockwise"):
         choose("te", "mxfp8", cuda, (9, 0))
     with pytest.raises(
         ValueError, match="Transformer Engine needs a GPU; on a CPU use fp8=emulate"
@@ -322,6 +324,7 @@ def test_weights_are_kept_in_fp8_only_where_megatron_keeps_their_masters(recipe:
     fp8 = Fp8(recipe=recipe, emulate=False)
     plain, zero = (te_config_values(fp8, distributed_optimizer=z) for z in (False, True))
     assert plain["fp8_recipe"] == zero["fp8_recipe"] == recipe
+    assert zero["fp8"] == ("hybrid" if recipe == "tensorwise" else "e4m3")
     assert not plain["fp8_param"] and zero["fp8_param"] == (recipe != "mxfp8")
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
     assert zero.keys() <= fields, "a field that this megatron-core does not have would be dropped"

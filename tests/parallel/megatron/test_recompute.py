@@ -95,12 +95,3 @@ def test_nothing_is_noted_without_gradients() -> None:
     assert not hasattr(y, "made_again_by")
     x = torch.zeros(2, requires_grad=True)
     assert noted(x).made_again_by().equal(torch.zeros(2))  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def test_transformer_engine_s_linears_are_refused() -> None:
-    def run() -> None:
-        world = initialize(Layout(token_alignment=128), config())
-        build_model(config(), world, recompute="selective", fp8=Fp8(recipe="blockwise", emulate=False))  # fmt: skip
-
-    with pytest.raises(Exception, match="recompute: expected none or full with Transformer Engine"):
-        run_ranks(run, 1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from phimini.parallel.plan.engine import Engine
 from phimini.stages.config.recipes import phi4_mini_reasoning
 from phimini.stages.config.schema import RunConfig, override
 from phimini.stages.run.workloads import workloads
@@ -17,7 +18,7 @@ def test_the_papers_stages() -> None:
         "rlvr": (25600, 2048, 1),
     }
     assert [x.extra_forwards for x in w.values()] == [0, 0, 1, 0]
-    assert [x.rollout_sequences for x in w.values()] == [0, 0, 0, 8]
+    assert [x.engine for x in w.values()] == [None, None, None, Engine(longest=32_768)]
     assert not any(x.reference_model for x in w.values())
     assert all(x.zero1 and x.fp8 == "none" for x in w.values())
 
@@ -42,7 +43,8 @@ def test_what_a_setting_changes() -> None:
     run = phi4_mini_reasoning()
     kl = workloads(override(run, ["rlvr.kl_coef=0.1"]))["rlvr"]
     assert kl.reference_model and kl.extra_forwards == 1
-    assert workloads(override(run, ["rollout.placement=separate"]))["rlvr"].rollout_sequences == 0
+    assert workloads(override(run, ["rollout.placement=separate"]))["rlvr"].engine is None
+    assert not workloads(override(run, ["overlap=false"]))["sft"].overlap
     assert {x.fp8 for x in workloads(override(run, ["fp8=te"])).values()} == {"auto"}
     assert {x.fp8 for x in workloads(override(run, ["fp8=emulate"])).values()} == {"none"}
     plain = dataclasses.replace(run, distributed_optimizer=False)
