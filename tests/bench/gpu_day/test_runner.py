@@ -34,10 +34,10 @@ HANGS = (
 )
 
 
-def part(name: str, code: str, needs: tuple[str, ...] = ()) -> Part:
+def part(name: str, code: str, needs: tuple[str, ...] = (), share: float = 1.0) -> Part:
     words = ("-c", code.replace("{", "{{").replace("}", "}}"), "{rows}")
     return Part(
-        name=name, what=name, command=words, rehearsal=words, share=1.0, rehearsal_needs=needs
+        name=name, what=name, command=words, rehearsal=words, share=share, rehearsal_needs=needs
     )
 
 
@@ -65,15 +65,15 @@ def test_a_failed_a_hung_and_a_missing_part_stop_no_other(tmp_path: Path) -> Non
     parts = [
         part("first", WRITES),
         part("fails", "print('why'); raise SystemExit(3)"),
-        part("hangs", HANGS.replace("MARK", mark)),
+        part("hangs", HANGS.replace("MARK", mark), share=0.05),  # ten seconds
         part("absent", WRITES, needs=("no_such_module.inner", "os")),
         part("last", WRITES),
     ]
     started = time.monotonic()
-    process = driven(tmp_path, 30, parts)
-    printed, errors = process.communicate(timeout=120)
+    process = driven(tmp_path, 300, parts)
+    printed, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
-    assert time.monotonic() - started < 30 + 15, "start-up of the driver included"
+    assert time.monotonic() - started < 300
     by_part = ends(tmp_path)
     status = {name: row["status"] for name, row in by_part.items()}
     assert status == {"first": "ok", "fails": "failed", "hangs": "timed out", "absent": "not installed: no_such_module.inner", "last": "ok"}  # fmt: skip
@@ -91,15 +91,15 @@ def test_a_failed_a_hung_and_a_missing_part_stop_no_other(tmp_path: Path) -> Non
 
 
 def test_a_part_s_unused_time_goes_to_the_later_ones(tmp_path: Path) -> None:
-    process = driven(tmp_path, 30, [part(name, "pass") for name in ("one", "two")])
-    assert process.wait(120) == 0
+    process = driven(tmp_path, 300, [part(name, "pass") for name in ("one", "two")])
+    assert process.wait(300) == 0
     one, two = (ends(tmp_path)[name]["limit_s"] for name in ("one", "two"))
-    assert one < 14 and two > 20
+    assert one < 150 and two > 200
 
 
 def test_without_time_a_part_is_not_started(tmp_path: Path) -> None:
     process = driven(tmp_path, 2, [part("one", "pass")])
-    assert process.wait(120) == 0
+    assert process.wait(300) == 0
     assert ends(tmp_path)["one"]["status"] == "no time left"
 
 
@@ -109,20 +109,20 @@ def test_whenever_it_is_killed_every_line_is_json_and_the_part_ends(
 ) -> None:
     mark = f"loop of {tmp_path.name} {os.getpid()}"
     endless = WRITES.replace("range(40)", "range(10**6)").replace("0.005", "0.001") + f"  # {mark}"
-    process = driven(tmp_path, 60, [part("writes", endless)])
+    process = driven(tmp_path, 600, [part("writes", endless)])
     path = tmp_path / "rows.jsonl"
     while not path.exists() or path.read_text().count('"row"') < 20:
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(random.random() / 4)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     rows = rows_of(tmp_path)
     assert path.read_text().endswith("\n") and rows[0]["kind"] == "start"
     assert [r["row"]["i"] for r in rows if r["kind"] == "row"] == list(range(sum(r["kind"] == "row" for r in rows)))  # fmt: skip
     if number == signal.SIGINT:
         assert rows[-1]["kind"] == "end" and rows[-1]["status"] == "stopped"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (found := left_behind(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert [pid for pid in found if pid != process.pid] == []
