@@ -327,7 +327,7 @@ def _assumptions(workload: Workload, gpu: Gpu) -> list[str]:
     if workload.fp8 != "none":
         stated.append(
             "fp8: two one-byte copies of the linears between the first and the last layer (with ZeRO-1 and not mxfp8 one of "
-            "them is the weight), their inputs kept in one byte; the head stays bf16"
+            "them is the weight), their inputs kept in one byte; the head stays bf16; by Transformer Engine's source, not traced"
         )
     if workload.engine is not None:
         size = workload.engine.tensor_parallel

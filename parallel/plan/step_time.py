@@ -53,11 +53,13 @@ class Counts:
 
 # --- counts --------------------------------------------------------------------------------------
 def layer_counts(
-    config: ModelConfig, layout: Layout, recompute: Recompute, rows: float, document: int, *, backward: bool = True
+    config: ModelConfig, layout: Layout, recompute: Recompute, rows: float, document: int, *, backward: bool = True,
+    fp8: bool = False,
 ) -> Counts:  # fmt: skip
     """Return the counts of one layer's forward and, unless it is a forward alone, backward.
 
-    rows: tokens of this rank. document: length of the documents in them.
+    rows: tokens of this rank. document: length of the documents in them. fp8: norms are inside the linears, which keep
+    their outputs. The bytes of rounding to FP8 are not counted.
     """
     D, K, F, tp = config.model_dim, config.head_dim, config.mlp_dim, layout.tensor
     split = tp if layout.sequence_parallel else 1
@@ -67,7 +69,11 @@ def layer_counts(
     # Two norms with the residual's add; SwiGLU; rotation. Each reads and writes bf16.
     # A layer that is recomputed whole leaves no add to the next one's norm.
     norms, swiglu, rope = (9 if recompute == "full" else 8) * D / split, 3 * F / tp, 2 * qkv
-    again = {"none": 0.0, "selective": 2 * 2 * D / split + swiglu, "full": norms + swiglu + rope}
+    again = {
+        "none": 0.0,
+        "selective": (not fp8) * 4 * D / split + swiglu,
+        "full": norms + swiglu + rope,
+    }
     elements = norms + swiglu + rope
     if backward:
         elements += norms + 5 * F / tp + rope + again[recompute]
@@ -133,7 +139,8 @@ def predict(
     document = min(workload.document_length or workload.sequence_length, workload.sequence_length)
     stages = []
     for stage, layers in enumerate(stage_layers(config, layout)):
-        counts = layer_counts(config, layout, recompute, rows, document) * layers
+        fp8 = workload.fp8 != "none"
+        counts = layer_counts(config, layout, recompute, rows, document, fp8=fp8) * layers
         counts += (
             layer_counts(config, layout, recompute, rows, document, backward=False)
             * (workload.extra_forwards * layers)
@@ -142,7 +149,7 @@ def predict(
             trained = workload.trained_share * rows
             counts += outer_counts(config, layout, rows, trained, workload.pair_scratches)
             counts += forward_head(config, layout, trained) * workload.extra_forwards
-        if workload.fp8 != "none":
+        if fp8:
             rounded = counts.gemm * fp8_layers(config, layout, stage) / layers
             counts += Counts(gemm=-rounded, gemm_fp8=rounded)
         recipe = "blockwise" if workload.fp8 == "blockwise" else "tensorwise"

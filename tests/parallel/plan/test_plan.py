@@ -69,10 +69,10 @@ def test_flops_and_speed_at_16k() -> None:
     assert flops_per_token(PHI, MIDTRAIN) / 1e9 == pytest.approx(32.7, abs=0.05)
     plan = plan_stage(PHI, MIDTRAIN, GPUS["h100"], 8)
     best = plan.layouts[0]
-    assert plan.mfu(best) == pytest.approx(0.542, abs=0.002), (
+    assert plan.mfu(best) == pytest.approx(0.540, abs=0.002), (
         "53 % is the issue's goal, a prediction"
     )
-    assert plan.tokens_per_second_per_gpu(best) == pytest.approx(16_400, rel=0.005)
+    assert plan.tokens_per_second_per_gpu(best) == pytest.approx(16_340, rel=0.005)
     short = Workload(
         stage="sft", sequence_length=16384, rows_per_step=128, document_length=2048,
         trained_share=0.5, extra_forwards=1,

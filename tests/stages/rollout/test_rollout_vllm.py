@@ -6,6 +6,7 @@ look at them. `test_rollout_separate.py` has engines of their own.
 
 import dataclasses
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from rollout_cases import (
     assert_parity,
     cases,
     difference,
+    logprobs,
     move,
     parity,
     prompts,
@@ -33,16 +35,27 @@ from rollout_cases import (
 )
 from vllm_process import in_vllm
 
+from phimini.model.config import preset
 from phimini.model.io.huggingface import save_reference
 from phimini.parallel.megatron.builder import Model
+from phimini.parallel.plan.layouts import plan_stage
+from phimini.parallel.plan.rates import GPUS
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.weight_sync.deadline import WeightSyncError
-from phimini.stages.config.recipes import tiny
+from phimini.stages.config.recipes import phi4_mini_reasoning, tiny
 from phimini.stages.config.schema import override
+from phimini.stages.rl.mismatch import ALARM_LEVELS, alarm_level, precision_of
 from phimini.stages.rl.mismatch_diagnosis import diagnose
 from phimini.stages.rollout.colocated_vllm import ColocatedVllm
 from phimini.stages.rollout.engine import check_temperature
-from phimini.stages.rollout.vllm_settings import STEP_TOKENS, EngineSettings, engine_settings
+from phimini.stages.rollout.vllm_settings import (
+    STEP_TOKENS,
+    EngineSettings,
+    engine_arguments,
+    engine_settings,
+)
+from phimini.stages.run.training import layout_of
+from phimini.stages.run.workloads import workloads
 
 pytestmark = pytest.mark.vllm
 
@@ -361,6 +374,35 @@ def test_colocated_engines_from_a_split_trainer(
         assert_parity(rank[1], 1)
 
 
+# --- keys and values in FP8 ------------------------------------------------------------------------
+def with_fp8_cache() -> list[float]:
+    """Return the mean differences of log-probs from the reference's after each of two syncs."""
+    model = trainer(LONG, Layout(), 1)
+    engine = engine_for(model, dataclasses.replace(SETTINGS, fp8_cache=True))
+    found, asked = [], prompts()
+    for seed in (1, 2):
+        engine.sync(model)
+        done = sampled_by(engine, asked, SAMPLING, list(range(len(asked))))
+        expected = reference(LONG, seed)
+        parts = [
+            (logprobs(expected, p, c.tokens, 0.8) - torch.tensor(c.logprobs)).abs()
+            for p, c in zip(asked, done, strict=True)
+        ]
+        found.append(torch.cat(parts).mean().item())
+        move(model, 2)
+    return found
+
+
+def test_keys_and_values_in_fp8_stay_below_the_alarm() -> None:
+    """And differ: the engine did round them. Of a sampler in fp32 the alarm would be far lower."""
+    run = override(tiny(), ["rollout.engine=vllm", "rollout.kv_cache_dtype=fp8"])
+    assert engine_settings(run, LONG, "inproc").fp8_cache
+    level = alarm_level(None, precision_of(run.rollout, on_gpu=False))
+    assert level == ALARM_LEVELS["fp8"]
+    for mean in in_vllm(with_fp8_cache)[0]:
+        assert ALARM_LEVELS["float32"] < mean < level, mean
+
+
 # --- what needs no engine --------------------------------------------------------------------------
 def test_the_recipe_sets_the_engines_length() -> None:
     run = override(tiny(), ["rollout.engine=vllm"])
@@ -371,6 +413,33 @@ def test_the_recipe_sets_the_engines_length() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="fp8"):
             engine_settings(override(run, ["rollout.quantization=fp8"]), LONG, "inproc")
+
+
+def test_on_a_gpu_batch_and_memory_share_are_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, phi = phi4_mini_reasoning(), preset("phi-4-mini")
+    plan = plan_stage(phi, workloads(run)["rlvr"], GPUS["h100"], 8, layouts=[layout_of(run)])
+    planned = plan.layouts[0].engine
+    assert planned is not None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    total = GPUS["h100"].memory_bytes
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))  # fmt: skip
+    layout = layout_of(run).resolve(8, phi)
+    beside = engine_settings(run, phi, "inproc", layout)
+    assert (beside.max_num_seqs, beside.memory_share) == (
+        planned.sequences,
+        round(planned.share, 3),
+    )
+    assert beside.kv_cache_bytes is None and beside.tensor_parallel == 1
+    # Twice as many with keys and values of one byte; the user's own numbers; a GPU of the engine's own.
+    words = ["rollout.kv_cache_dtype=fp8"]
+    assert engine_settings(override(run, words), phi, "inproc", layout).max_num_seqs in (66, 67)
+    words = ["rollout.max_batch=48", "rollout.memory_share=0.4"]
+    own = engine_settings(override(run, words), phi, "inproc", layout)
+    assert (own.max_num_seqs, own.memory_share) == (48, 0.4)
+    alone = engine_settings(run, phi, "ipc")
+    assert (alone.max_num_seqs, alone.memory_share) == (57, 0.9)
+    assert engine_arguments(beside, "folder")["gpu_memory_utilization"] == beside.memory_share
 
 
 @pytest.mark.parametrize("field", ["rlvr.end_temperature", "evaluate.temperature"])
