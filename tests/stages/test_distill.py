@@ -195,3 +195,31 @@ def test_an_id_of_two_questions_is_refused(
         file.write(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=message):
         distill(own, redo=True)
+
+
+def test_prompts_are_in_the_window_of_pass_rates_and_processes_make_no_difference(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    """Question n has n % 5 correct rollouts of 4; a held-out question stays so when others are added."""
+    given = [
+        {"question": f"What is {n} + {n}?", "answer": str(2 * n), "id": f"q{n}/{k}",
+         "response": f"{k}: \\boxed{{{2 * n if k < n % 5 else 1}}}"}
+        for n in range(100, 160)
+        for k in range(4)
+    ]  # fmt: skip
+    path = tmp_path / "given.jsonl"
+    words = [f"distill.source={path}", "distill.num_heldout=10", "distill.num_validation=5",
+             "distill.min_pass_rate=0.2", "distill.max_pass_rate=0.5", "distill.licence=MIT"]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    data = distill(override(run, words))
+    asked = [int(row["question"].split()[2]) for row in rows(data / "prompts.jsonl")]
+    trained = {int(row["question"].split()[2]) for row in rows(data / "rollouts.jsonl")}
+    assert sorted(asked) == sorted(n for n in trained if n % 5 in (1, 2))
+    assert {row["licence"] for row in rows(data / "rollouts.jsonl")} == {"MIT"}
+    other = distill(override(run, [*words, "distill.workers=2", f"out={tmp_path / 'other'}"]))
+    for name in ("rollouts", "validation", "prompts", "heldout", "dropped"):
+        assert (data / f"{name}.jsonl").read_bytes() == (other / f"{name}.jsonl").read_bytes()
+    path.write_text("".join(json.dumps(row) + "\n" for row in given[: 4 * 40]))
+    held = lambda folder: {row["question"] for row in rows(folder / "heldout.jsonl")}
+    fewer = held(distill(override(run, [*words, f"out={tmp_path / 'fewer'}"])))
+    assert held(data) & {row["question"] for row in given[: 4 * 40]} <= fewer
