@@ -157,7 +157,7 @@ def rollout_batches(rollouts: list[Rollout], model: Model, config: RlvrConfig) -
     costs = costs_of(rollouts, model.config)
     make = lambda part: rollout_batch(part, model.num_updates, config, model.world)
     lengths = list(map(len, rollouts))
-    return micro_batches(rollouts, lengths, costs, config.token_budget, model.world, make)
+    return micro_batches(rollouts, lengths, costs, config.micro_tokens, model.world, make)
 
 
 def rollout_batch(

@@ -107,7 +107,7 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
         nll_scale = len(indices) / answer_tokens if config.nll_mean == "tokens" else None
         make = lambda part: pair_batch([pairs[i] for i in part], reference[part], world, nll_scale)
         lengths = [sum(pairs[i].lengths) for i in indices]
-        return micro_batches(indices, lengths, costs, config.token_budget, world, make)
+        return micro_batches(indices, lengths, costs, config.micro_tokens, world, make)
 
     def of_step(index: int) -> tuple[list[int], list[PackedBatch]]:
         """Return the step's pairs, and this rank's micro-batches of them."""
@@ -282,7 +282,7 @@ def reference_logps(
 
     logps = torch.zeros(len(pairs), 2)
     mine = list(range(world.data_rank, len(pairs), world.data_size))
-    rows = best_fit([sum(pairs[i].lengths) for i in mine], config.token_budget)
+    rows = best_fit([sum(pairs[i].lengths) for i in mine], config.micro_tokens)
     parts = [[mine[i] for i in row] for row in rows]
     batches = [
         pair_batch([pairs[i] for i in part], torch.zeros(len(part), 2), world) for part in parts

@@ -75,7 +75,7 @@ def fine_tune(
         lengths = list(map(len, some))
         costs = [flops_of([length], model.config) for length in lengths]
         make = lambda part: pack(documents(part), multiple_of=world.token_multiple)
-        return micro_batches(some, lengths, costs, config.token_budget, world, make)
+        return micro_batches(some, lengths, costs, config.micro_tokens, world, make)
 
     def of_step(index: int) -> tuple[list[PackedBatch], list[int]]:
         """Return this rank's micro-batches, and the digests of the whole step."""

@@ -95,7 +95,7 @@ def run_part(
     """Run one part with its limit, forward its rows while it runs, and leave no process of it behind."""
     path = folder / "rows.jsonl"
     words = (part.rehearsal if rehearse else part.command) or ()
-    named = {"rows": path, "folder": folder} | values
+    named = {"rows": path, "folder": folder, **values}
     command = [sys.executable, *(word.format_map(named) if "{" in word else word for word in words)]
     rows.add("start", part=part.name, what=part.what, limit_s=round(limit_s, 1), command=" ".join(command))  # fmt: skip
     forwarded, started, rc, status = Forwarded(path, part.name, rows), time.monotonic(), None, "stopped"  # fmt: skip

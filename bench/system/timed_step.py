@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile
 
 from phimini.bench.gate.peak_memory import peak_allocated_bytes
@@ -46,7 +46,8 @@ class TimedStep:
     """A model with random weights on this device, whose steps are timed stage by stage."""
 
     def __init__(self, name: str, recompute: Recompute, fp8: Fp8Mode) -> None:
-        self.name, self.recompute = name, recompute
+        self.name = name
+        self.recompute: Recompute = recompute
         self.config = preset(name)  # pyright: ignore[reportArgumentType]
         self.world = initialize(Layout(), self.config)
         self.device = self.world.device

@@ -313,19 +313,17 @@ def _print(rank: int, lines: list[str]) -> None:
 
 
 def _check_folder(reports: Reports, rank: int, out: Path) -> list[str]:
-    """Return a finding if some rank does not see rank 0's file in the folder, or cannot write there. Collective."""
+    """Return a finding if rank 0 cannot write into the folder, or some rank does not see its file there. Collective."""
     mark = out / f".doctor-{uuid.uuid4().hex}"
     told = reports.run("folder, written", lambda: _written(rank, mark), lambda marks: marks[0])
-    sees = reports.run("folder", lambda: _seen(out / told["name"]), lambda seen: seen)
+    if told["error"]:
+        return [told["error"]]
+    judge = lambda seen: _compare_views(reports, out, [r for r, ok in enumerate(seen) if not ok])
+    found = reports.run("folder", lambda: _seen(out / told["name"]), judge)
     if rank == 0:
         mark.unlink(missing_ok=True)
-    if told["error"]:
-        return [f"{out}: rank 0 cannot write there: {told['error']}"]
-    blind = [r for r, ok in enumerate(sees) if not ok]
-    _print(rank, [f"{out}: seen by {len(sees) - len(blind)} of {len(sees)} ranks"])
-    if blind:
-        return [f"{out}: expected one file system for all ranks; {reports.listed(blind)} does not see rank 0's file"]  # fmt: skip
-    return []
+    _print(rank, found["lines"])
+    return found["findings"]
 
 
 def _written(rank: int, mark: Path) -> dict[str, str]:
@@ -335,8 +333,15 @@ def _written(rank: int, mark: Path) -> dict[str, str]:
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.write_text("written by `phimini doctor --dist`\n")
         except OSError as failed:
-            error = f"{type(failed).__name__}: {failed}"
+            error = f"{mark.parent}: rank 0 cannot write there: {type(failed).__name__}: {failed}"
     return {"name": mark.name, "error": error}
+
+
+def _compare_views(reports: Reports, out: Path, blind: list[int]) -> dict[str, list[str]]:
+    ranks = reports.world_size
+    lines = [f"{out}: seen by {ranks - len(blind)} of {ranks} ranks"]
+    finding = f"{out}: expected one file system for all ranks; {reports.listed(blind)} does not see rank 0's file"
+    return {"lines": lines, "findings": [finding] * bool(blind)}
 
 
 def _seen(mark: Path) -> bool:

@@ -107,6 +107,7 @@ def phi4_mini_reasoning() -> RunConfig:
         sft=SftConfig(
             optimizer=OptimizerSettings(lr=1e-5),
             sequence_length=20_480,
+            micro_tokens=20_480,
             examples_per_step=128,
             epochs=5.0,
             validate_every=500,
@@ -115,6 +116,7 @@ def phi4_mini_reasoning() -> RunConfig:
             optimizer=OptimizerSettings(lr=5e-7, weight_decay=0.0),
             pairs="teacher",
             sequence_length=16_384,
+            micro_tokens=32_768,
             max_new_tokens=15_360,
             epochs=1.0,
             pairs_per_step=128,
@@ -125,6 +127,7 @@ def phi4_mini_reasoning() -> RunConfig:
             prompts_per_step=128,
             rollouts_per_prompt=16,
             sequence_length=25_600,
+            micro_tokens=25_600,
             max_new_tokens=24_576,
             probe_prompts=20_000,
             probe_rounds=2,

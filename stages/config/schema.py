@@ -91,19 +91,14 @@ class SftConfig:
     """an example longer than this is an error"""
     examples_per_step: Count
     """examples in the global batch"""
-    micro_tokens: Count | None = None
-    """tokens of the examples that one rank computes at once, without padding; none: one longest example"""
+    micro_tokens: Count
+    """tokens of the examples that one rank computes at once, without padding; at least sequence_length"""
     epochs: Positive = 1.0
     """passes over the data"""
     validate_every: Count = 50
     """steps between two measurements of the validation loss"""
     checkpoint_every: Count = 500
     """steps between two checkpoints"""
-
-    @property
-    def token_budget(self) -> int:
-        """Most tokens of a micro-batch."""
-        return self.micro_tokens or self.sequence_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,17 +133,12 @@ class RolloutDpoConfig:
     """that mean is over each chosen answer's tokens, or over all chosen tokens of the step"""
     pairs_per_step: Count = 32
     """pairs in the global batch"""
-    micro_tokens: Count | None = None
-    """tokens of the pairs that one rank computes at once, without padding; none: one longest pair"""
+    micro_tokens: Count = 512
+    """tokens of the pairs that one rank computes at once, without padding; at least two of sequence_length"""
     epochs: Positive = 1.0
     """passes over the data"""
     checkpoint_every: Count = 500
     """steps between two checkpoints"""
-
-    @property
-    def token_budget(self) -> int:
-        """Most tokens of a micro-batch."""
-        return self.micro_tokens or 2 * self.sequence_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,8 +157,8 @@ class RlvrConfig:
     """longest answer, in tokens"""
     sequence_length: Count = 256
     """longest question and answer together, in tokens"""
-    micro_tokens: Count | None = None
-    """tokens of the rollouts that one rank trains on at once, without padding; none: one longest rollout"""
+    micro_tokens: Count = 256
+    """tokens of the rollouts that one rank trains on at once, without padding; at least sequence_length"""
     clip_low: Share = 0.2
     """lower clip of the policy ratio: 1 - clip_low"""
     clip_high: NotNegative = 0.28
@@ -230,11 +220,6 @@ class RlvrConfig:
     """masked: tokens (or sequences) whose weight is outside [low, cap] are left out"""
     checkpoint_every: Count = 500
     """steps between two checkpoints"""
-
-    @property
-    def token_budget(self) -> int:
-        """Most tokens of a micro-batch."""
-        return self.micro_tokens or self.sequence_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,7 +329,7 @@ def check_together(run: RunConfig) -> None:
     longest = {"sft": 1, "rollout_dpo": 2, "rlvr": 1}  # in sequence lengths
     for name, number in longest.items():
         stage = getattr(run, name)
-        if stage.token_budget < number * stage.sequence_length:
+        if stage.micro_tokens < number * stage.sequence_length:
             raise ValueError(
                 f"{name}.micro_tokens: expected at least {number * stage.sequence_length}, because {name}.sequence_length is "
                 f"{stage.sequence_length}, got {stage.micro_tokens}"

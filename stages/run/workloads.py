@@ -33,14 +33,14 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
             stage="sft",
             sequence_length=run.sft.sequence_length,
             rows_per_step=run.sft.examples_per_step,
-            micro_tokens=run.sft.token_budget,
+            micro_tokens=run.sft.micro_tokens,
         ),
         # The reference's log-probs are computed once, before the first step: a forward, and no second model.
         "rollout_dpo": workload(
             stage="rollout_dpo",
             sequence_length=dpo.sequence_length,
             rows_per_step=2 * dpo.pairs_per_step,
-            micro_tokens=dpo.token_budget,
+            micro_tokens=dpo.micro_tokens,
             extra_forwards=1 / max(1.0, dpo.epochs),
             # One serves both answers where their coefficients differ in sign only (`linear_dpo`).
             pair_scratches=2 if dpo.nll_weight or dpo.length_normalized else 1,
@@ -50,7 +50,7 @@ def workloads(run: RunConfig) -> dict[str, Workload]:
             stage="rlvr",
             sequence_length=rl.sequence_length,
             rows_per_step=rl.prompts_per_step * rl.rollouts_per_prompt,
-            micro_tokens=rl.token_budget,
+            micro_tokens=rl.micro_tokens,
             extra_forwards=1.0 if rl.kl_coef else 0.0,
             reference_model=rl.kl_coef > 0,
             samples_per_step=rl.prompts_per_step * most_rollouts(run),
