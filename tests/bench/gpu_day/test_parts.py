@@ -73,6 +73,6 @@ def test_the_day_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
         assert written[name], f"{name} wrote no row"
     steps = [row["row"]["stage"] for row in rows if row["kind"] == "row" and row["part"] == "step"]
     assert steps == ["midtrain", "sft", "rollout_dpo", "rlvr"]
-    assert written["fp8"]["fp8"] == "blockwise"
+    assert written["fp8"]["fp8"] == "tensorwise"
     table = ran.stdout.split("\n\n")[-1]
     assert all(f"\n{name} " in table for name in status)

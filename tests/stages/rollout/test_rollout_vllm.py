@@ -425,12 +425,12 @@ def test_on_a_gpu_batch_and_memory_share_are_the_plans(monkeypatch: pytest.Monke
     total = GPUS["h100"].memory_bytes
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))  # fmt: skip
     layout = layout_of(run).resolve(8, phi)
-    beside = engine_settings(run, phi, "inproc", layout)
-    assert (beside.max_num_seqs, beside.memory_share) == (
+    together = engine_settings(run, phi, "inproc", layout)
+    assert (together.max_num_seqs, together.memory_share) == (
         planned.sequences,
         round(planned.share, 3),
     )
-    assert beside.kv_cache_bytes is None and beside.tensor_parallel == 1
+    assert together.kv_cache_bytes is None and together.tensor_parallel == 1
     # Twice as many with keys and values of one byte; the user's own numbers; a GPU of the engine's own.
     words = ["rollout.kv_cache_dtype=fp8"]
     assert engine_settings(override(run, words), phi, "inproc", layout).max_num_seqs == 66
@@ -439,7 +439,7 @@ def test_on_a_gpu_batch_and_memory_share_are_the_plans(monkeypatch: pytest.Monke
     assert (own.max_num_seqs, own.memory_share) == (48, 0.4)
     alone = engine_settings(run, phi, "ipc")
     assert (alone.max_num_seqs, alone.memory_share) == (62, 0.9)
-    assert engine_arguments(beside, "folder")["gpu_memory_utilization"] == beside.memory_share
+    assert engine_arguments(together, "folder")["gpu_memory_utilization"] == together.memory_share
 
 
 @pytest.mark.parametrize("field", ["rlvr.end_temperature", "evaluate.temperature"])
