@@ -31,7 +31,8 @@ from phimini.parallel.ranks.world import World
 
 THRESHOLDS = (0.01, 0.1)
 ALARM_LEVELS = {"float32": 1e-3, "bfloat16": 0.02, "fp8": 0.06}
-"""mean |d|, by the sampler's precision. A trained tiny model's rounding: 1e-7, 2e-4 (bfloat16), 2.4e-3 (FP8 weights)"""
+"""mean |d|, by the sampler's precision. A trained tiny model's rounding: 1e-7, 2e-4 (bfloat16), 2.4e-3 (FP8 weights), 5e-3 to
+7e-3 (keys and values in FP8)"""
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.02, "fp8": 0.05}
 """a |d| up to this counts as 0, so the token gets importance weight 1"""
 MAX_EXPONENT = 20.0

@@ -406,6 +406,9 @@ def test_an_engine_is_served_with_its_trainer_s_settings(
         raise Served
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    gpu = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     monkeypatch.setattr(launch, "EngineProcess", process)
     with pytest.raises(Served):
         launch.serve(tiny(), LONG, "node7:8765")
