@@ -99,7 +99,7 @@ def traced(
         model = build_model(config, world, seed=None, dtype=torch.bfloat16, recompute=recompute)
         for module in (module for gpt in model.gpts for module in gpt.modules()):
             if hasattr(module, "gradient_accumulation_fusion"):  # as on CUDA
-                module.gradient_accumulation_fusion = True
+                module.gradient_accumulation_fusion = True  # pyright: ignore[reportArgumentType]
         provide_fused_wgrad()
         recorder = Recorder(model)
         right = schedule._prepare

@@ -398,7 +398,7 @@ def test_keys_and_values_in_fp8_stay_below_the_alarm() -> None:
     run = override(tiny(), ["rollout.engine=vllm", "rollout.kv_cache_dtype=fp8"])
     assert engine_settings(run, LONG, "inproc").fp8_cache
     level = alarm_level(None, precision_of(run.rollout, on_gpu=False))
-    assert level == ALARM_LEVELS["fp8"]
+    assert level == ALARM_LEVELS["fp8_cache"]
     for mean in in_vllm(with_fp8_cache)[0]:
         assert ALARM_LEVELS["float32"] < mean < level, mean
 
