@@ -30,10 +30,10 @@ from torch import Tensor
 from phimini.parallel.ranks.world import World
 
 THRESHOLDS = (0.01, 0.1)
-ALARM_LEVELS = {"float32": 1e-3, "bfloat16": 0.02, "fp8": 0.06}
-"""mean |d|, by the sampler's precision. A trained tiny model's rounding: 1e-7, 2e-4 (bfloat16), 2.4e-3 (FP8 weights), 5e-3 to
-7e-3 (keys and values in FP8)"""
-ROUNDING = {"float32": 1e-4, "bfloat16": 0.02, "fp8": 0.05}
+ALARM_LEVELS = {"float32": 1e-3, "bfloat16": 0.02, "fp8": 0.06, "fp8_cache": 0.15}
+"""mean |d|, by the sampler's precision. A trained tiny model's rounding: 1e-7, 2e-4 (bfloat16), 2.4e-3 (FP8 weights), 5e-3 to 3e-2
+(keys and values in FP8, by vLLM on a CPU)"""
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.02, "fp8": 0.05, "fp8_cache": 0.1}
 """a |d| up to this counts as 0, so the token gets importance weight 1"""
 MAX_EXPONENT = 20.0
 
@@ -182,7 +182,9 @@ def importance_of(run: Any) -> str:
 
 def precision_of(rollout: Any, on_gpu: bool) -> str:
     """Return the precision in which the sampler of a RolloutConfig computes."""
-    if "fp8" in (rollout.quantization, rollout.kv_cache_dtype):
+    if rollout.kv_cache_dtype == "fp8":
+        return "fp8_cache"
+    if rollout.quantization == "fp8":
         return "fp8"
     if rollout.dtype != "auto":
         return rollout.dtype

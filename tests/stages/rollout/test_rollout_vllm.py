@@ -398,7 +398,7 @@ def test_keys_and_values_in_fp8_are_rounded_and_have_the_alarm_of_fp8() -> None:
     run = override(tiny(), ["rollout.engine=vllm", "rollout.kv_cache_dtype=fp8"])
     assert engine_settings(run, LONG, "inproc").fp8_cache
     level = alarm_level(None, precision_of(run.rollout, on_gpu=False))
-    assert level == ALARM_LEVELS["fp8"]
+    assert level == ALARM_LEVELS["fp8_cache"]
     for mean in in_vllm(with_fp8_cache)[0]:
         assert ALARM_LEVELS["float32"] < mean < 0.15, mean
 
