@@ -407,7 +407,7 @@ def test_malformed_training_rows_name_file_and_line(
     for name in ("distill", "base"):
         os.symlink(finished / name, run / name)
     for file in (finished / "curate").iterdir():
-        (run / "curate" / file.name).write_text(file.read_text())
+        (run / "curate" / file.name).write_bytes(file.read_bytes())
     with (run / "curate" / "midtrain.jsonl").open("a") as file:
         file.write('{"question": "unfinished\n')
     summary = read_sealed(run / "curate" / "summary.json")
