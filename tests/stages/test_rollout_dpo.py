@@ -134,11 +134,8 @@ def test_a_models_own_pairs_have_no_text_twice() -> None:
 @pytest.mark.parametrize("recipe", ["blockwise", "tensorwise"])
 def test_stage_3_starts_in_emulated_fp8(recipe: str, tmp_path: Path) -> None:
     make_run(tmp_path)
-    words = [
-        "fp8=emulate",
-        f"fp8_recipe={recipe}",
-        "rollout_dpo.micro_tokens=800",
-    ]  # several micro-batches
+    # Steps of 3 pairs: other micro-batches than the reference's.
+    words = ("fp8=emulate", f"fp8_recipe={recipe}", "rollout_dpo.pairs_per_step=3")
     loss = run_ranks(first_loss, 1, tmp_path, *words)[0]
     off = abs(loss - math.log(2))
     # One scale for a whole micro-batch: a log-prob depends on what else is in it.
