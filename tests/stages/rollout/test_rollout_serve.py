@@ -230,6 +230,13 @@ def test_a_trainer_with_another_recipe_is_refused_by_name(served: Served) -> Non
     client.close()
 
 
+def test_an_engine_on_another_gpu_may_hold_another_number_of_sequences(served: Served) -> None:
+    _, config, settings = served.run("rollout.max_batch=8")
+    client = served.client()
+    client.connect(config, settings, "runs/first")  # which has the lease, or had it last
+    client.close()
+
+
 PARAMS = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8, "stop_ids": [1]}
 PROMPT = as_bytes([5], TOKENS)
 BAD: dict[str, Any] = {
