@@ -201,7 +201,7 @@ def measure(
         run = override(tiny(), [
             f"out={folder}", f"rollout.judges={judges}", f"rlvr.probe_prompts={prompts}", f"rlvr.prompts_per_step={prompts}",
             f"rlvr.rollouts_per_prompt={size}", f"rlvr.probe_rollouts={size}", f"rlvr.max_new_tokens={tokens}",
-            f"rlvr.sequence_length={2 * tokens + 100}", f"rlvr.oversample_to={size}", "rlvr.rebalance=false",
+            f"rlvr.sequence_length={2 * tokens + 100}", f"rlvr.micro_tokens={2 * tokens + 100}", f"rlvr.oversample_to={size}", "rlvr.rebalance=false",
         ])  # fmt: skip
         timed = run_ranks(one_rank, ranks, work, run, engine, tokens, False)
         traced = timed if work is probe else run_ranks(one_rank, ranks, work, run, engine, tokens, True)  # fmt: skip

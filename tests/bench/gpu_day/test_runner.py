@@ -17,7 +17,8 @@ import pytest
 from phimini.bench.gpu_day.parts import PARTS, Part
 
 DRIVER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
 from pathlib import Path
 from phimini.bench.gpu_day.parts import Part
 from phimini.bench.gpu_day.runner import RowFile, run_parts
