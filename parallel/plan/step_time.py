@@ -122,7 +122,7 @@ class StepTime:
     micro_batches: float
     """kernels of all micro-batches, with the pipeline's bubble"""
     links: float
-    """transfers between GPUs that nothing hides"""
+    """exposed transfers between GPUs, which do not overlap with kernels"""
     optimizer: float
 
     @property

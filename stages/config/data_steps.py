@@ -21,7 +21,7 @@ class TeacherConfig:
     """A model behind an OpenAI-compatible endpoint, e.g. of `vllm serve`, that answers the questions of `distill.source`."""
 
     model: str | None = None
-    """its name there; none: the source has the rollouts. Answers may take longer than `collective_deadline_s`: run
+    """its name there; without it the source has the rollouts. Answers may take longer than `collective_deadline_s`: run
     `phimini distill` on its own"""
     url: str = "http://127.0.0.1:8000/v1"
     """address of the endpoint, up to the part before /chat/completions"""
@@ -66,7 +66,7 @@ class DistillConfig:
     fields: tuple[str, ...] = ()
     """fields of any other layout, each OURS:PATH, e.g. question:prompt.0.content,answer:reward_model.ground_truth"""
     licence: str | None = None
-    """licence of the source's rows that name none themselves"""
+    """licence of those rows of the source that do not name their own"""
     workers: CountOrZero = 0
     """processes that verify the source's rollouts; 0: this one"""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -90,7 +90,7 @@ class DistillConfig:
     gym_tasks: tuple[str, ...] = ()
     """if given, those questions come from these tasks of reasoning-gym, e.g. chain_sum,gcd (extra `prompts`)"""
     num_heldout: AtLeastTwo = 504
-    """evaluation questions; none of their numbers occur in any other set"""
+    """evaluation questions, which are in no other set, not even reworded"""
     num_validation: Count = 150
     """questions whose teacher rollouts measure the validation loss"""
     heldout_seed: Seed = 777
@@ -108,7 +108,7 @@ class CurateConfig:
     max_repetition: Share | None = None
     """stages 2 and 3 leave out answers of which a larger share are sequences of 10 words that occurred before in the answer"""
     pairs: Count | None = None
-    """the teacher's pairs of stage 3, equal over the questions' pass rates; none: all"""
+    """number of the teacher's pairs of stage 3, equal over the questions' pass rates; by default all"""
     pairs_per_question: Count | None = None
     """at most so many of them of one question"""
     pair_length_ratio: AboveOne | None = None

@@ -14,7 +14,7 @@ class RolloutConfig:
     engine: Literal["local", "vllm"] = "local"
     """`local`: the reference model's sampler, embedded in the training ranks"""
     max_batch: Count | None = None
-    """sequences decoded at once by one engine; none: as many as a GPU's memory holds, at most 256; on a CPU 256"""
+    """sequences decoded at once by one engine; by default as many as a GPU's memory holds, at most 256; on a CPU 256"""
     judges: CountOrZero = 0
     """processes that score answers as they arrive, beside each rank that samples; 0: that rank itself, afterwards"""
     placement: Literal["colocated", "separate"] = "colocated"
@@ -45,8 +45,8 @@ class RolloutConfig:
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """fp8: vLLM keeps keys and values in e4m3, one byte each, which holds twice as many sequences; auto: in its dtype"""
     memory_share: PositiveShare | None = None
-    """share of a GPU's memory for one vLLM engine; none: what the trainer leaves, by the plan's arithmetic, and 0.9 of a
-    GPU without a trainer"""
+    """share of a GPU's memory for one vLLM engine; by default the rest beside the trainer, by the plan's arithmetic, and 0.9
+    of a GPU without a trainer"""
     oversample: Annotated[float, Range(1, 1000)] = 1.0
     """separate: stage 4 asks for so many times rollouts_per_prompt and stops a group once it has enough; above 1,
     quick answers are favoured"""

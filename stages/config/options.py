@@ -65,13 +65,13 @@ class BenchmarkOptions:
     data: str = ""
     """folder with a file NAME or NAME_test (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .csv) or a folder NAME for each"""
     out: str | None = None
-    """folder of the results; none: benchmarks/STAGE in a stage's run, else runs/benchmarks/MODEL's name"""
+    """folder of the results; by default benchmarks/STAGE in a stage's run, else runs/benchmarks/MODEL's name"""
     k: Count | None = None
-    """samples of each question; none: 64 for AIME, 8 for the others"""
+    """samples of each question; by default 64 for AIME, 8 for the others"""
     pass_at: tuple[Count, ...] = ()
-    """points of the curve of pass@k, none of them above k; default: the powers of 2 up to k"""
+    """points of the curve of pass@k, at most k; by default the powers of 2 up to k"""
     questions: Count | None = None
-    """only so many questions of each benchmark, the first ones; none: all"""
+    """number of questions of each benchmark, the first ones; by default all"""
     temperature: NotNegative = 0.6
     """sampling temperature"""
     top_p: PositiveShare = 0.95
@@ -85,7 +85,7 @@ class BenchmarkOptions:
     redo: bool = False
     """sample again what is finished"""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """the sampling engine; max_model_len none: the longest prompt and max_new_tokens"""
+    """the sampling engine; its max_model_len is by default the longest prompt and max_new_tokens"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

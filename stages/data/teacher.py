@@ -162,7 +162,9 @@ class Teacher:
                     await self._answer(session, task)
                     if self._stopping:
                         return
-            except Exception as error:
+            except (
+                Exception
+            ) as error:  # of any kind: raised again, once the paid requests of the others are in
                 if not self._stopping:
                     print(f"distill: stopping when the requests under way have ended: {error}", flush=True)  # fmt: skip
                 self._stopping = True

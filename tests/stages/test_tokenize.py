@@ -17,7 +17,7 @@ import pytest
 import torch
 from forked_ranks import run_ranks
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from recipe_cases import MICRO, command
+from recipe_cases import MICRO, with_data
 
 from phimini.model.config import preset
 from phimini.model.io.chat import TEMPLATES, encode_example
@@ -52,9 +52,7 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "micro"
-    for verb in ("distill", "curate", "base", "tokenize"):
-        assert command([verb, "tiny", f"out={out}", *MICRO]) == 0
-    return out
+    return with_data(out)
 
 
 def run_in(out: Path, *words: str) -> RunConfig:

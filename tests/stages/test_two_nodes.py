@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from recipe_cases import MICRO, command
+from recipe_cases import MICRO, with_data
 
 from phimini.parallel.cluster.job_scripts import LaunchSettings, render_torchrun
 
@@ -25,9 +25,7 @@ TIME_LIMIT_S = 300.0
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make the data and the start model of a run."""
     run = tmp_path_factory.mktemp("nodes") / "start"
-    for verb in ("distill", "curate", "base", "tokenize"):
-        assert command([verb, "tiny", f"out={run}", *MICRO]) == 0
-    return run
+    return with_data(run)
 
 
 def started(run: Path, *words: str) -> list[subprocess.Popen]:

@@ -23,10 +23,18 @@ def command(words: list[str]) -> int:
     return run_ranks(main, 1, words)[0]
 
 
+def with_data(run: Path) -> Path:
+    """Make the data and the start model of a micro run in a folder, and return the folder."""
+    for verb in ("distill", "curate", "base", "tokenize"):
+        assert command([verb, "tiny", f"out={run}", *MICRO]) == 0
+    return run
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a micro run up to stage 3. Stage 4 needs prompts that the model sometimes answers, which this one lacks."""
     run = tmp_path_factory.mktemp("runs") / "micro"
-    for verb in ("distill", "curate", "base", "tokenize", "midtrain", "sft", "rollout_dpo"):
+    with_data(run)
+    for verb in ("midtrain", "sft", "rollout_dpo"):
         assert command([verb, "tiny", f"out={run}", *MICRO]) == 0
     return run

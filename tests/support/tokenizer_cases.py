@@ -1,8 +1,10 @@
 """Texts and a small tokenizer that several tests encode."""
 
-from phimini.model.io.tokenizer import (
-    train_tiny_tokenizer,
-)
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from phimini.model.io.tokenizer import train_tiny_tokenizer
 
 TEXTS = [
     "<|user|>What is 47 + 385?<|end|><|assistant|><think>47+385:7+5=12,4+8+1=13,0+3+1=4;=432</think>\\boxed{432}<|end|>",
@@ -12,3 +14,15 @@ TEXTS = [
 
 
 TINY = train_tiny_tokenizer(TEXTS)
+
+
+def byte_level(special: Sequence[str]) -> Tokenizer:
+    """Return a vocabulary of all bytes, as in Phi-4-mini's tokenizer, with these control tokens."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["a"], trainer)
+    made.add_special_tokens(list(special))
+    return made

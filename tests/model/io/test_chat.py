@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tokenizer_cases import TEXTS, TINY
-from tokenizers import Tokenizer as Inner
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizer_cases import TEXTS, TINY, byte_level
 
 from phimini.model.io.chat import (
     TEMPLATES,
@@ -104,14 +102,7 @@ def test_wrong_messages() -> None:
 
 
 def test_another_models_vocabulary_has_its_own_template_and_end(tmp_path: Path) -> None:
-    inner = Inner(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    inner.train_from_iterator(
-        ["a"], trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
-    )
-    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    inner = byte_level(["<|im_start|>", "<|im_end|>"])
     other = Tokenizer(inner, {"eos_token": {"content": "<|im_end|>"}})
     assert other.stop_ids == (other.inner.token_to_id("<|im_end|>"),) * 2
     template = (

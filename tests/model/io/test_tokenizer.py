@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizer_cases import TEXTS, TINY
+from tokenizer_cases import TEXTS, TINY, byte_level
 from tokenizers import Tokenizer as Inner
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import models
 
 from phimini.model.io.tokenizer import (
     PHI4_TOKENS,
@@ -116,14 +116,7 @@ def test_transformers_reads_it_the_same(tmp_path: Path) -> None:
 
 def test_a_byte_level_vocabulary_writes_everything(tmp_path: Path) -> None:
     """A byte-level vocabulary, as in Phi-4-mini's tokenizer."""
-    inner = Inner(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    inner.train_from_iterator(
-        ["a"], trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
-    )
-    inner.add_special_tokens(["<|endoftext|>", "<|end|>"])
+    inner = byte_level(["<|endoftext|>", "<|end|>"])
     inner.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.decode(tokenizer.encode("5 € ½ 漢<|end|>")) == "5 € ½ 漢<|end|>"
