@@ -162,9 +162,8 @@ class Teacher:
                     await self._answer(session, task)
                     if self._stopping:
                         return
-            except (
-                Exception
-            ) as error:  # of any kind: raised again, once the paid requests of the others are in
+            except Exception as error:
+                # Raised again; the other workers end first, because their requests are paid for.
                 if not self._stopping:
                     print(f"distill: stopping when the requests under way have ended: {error}", flush=True)  # fmt: skip
                 self._stopping = True

@@ -3,7 +3,7 @@
 from phimini.model.config import ModelConfig
 from phimini.parallel.ranks.world import World
 from phimini.stages.config.schema import RunConfig
-from phimini.stages.rollout.engine import LocalEngine, RolloutEngine
+from phimini.stages.rollout.engine import SEQUENCES, LocalEngine, RolloutEngine
 
 
 def build_engine(run: RunConfig, config: ModelConfig, world: World) -> RolloutEngine:
@@ -27,4 +27,4 @@ def build_engine(run: RunConfig, config: ModelConfig, world: World) -> RolloutEn
         from phimini.stages.rollout.colocated_vllm import colocated_vllm
 
         return colocated_vllm(run, config, world)
-    return LocalEngine(config, world, run.rollout.max_batch or 256, run.rollout.max_model_len)
+    return LocalEngine(config, world, run.rollout.max_batch or SEQUENCES, run.rollout.max_model_len)

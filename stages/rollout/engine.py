@@ -26,6 +26,8 @@ from phimini.parallel.weight_sync.sync import SyncReport
 T = TypeVar("T")
 LOADED = -1
 """version of weights that came from a folder"""
+SEQUENCES = 256
+"""sequences decoded at once where `rollout.max_batch` does not say and no GPU's memory decides"""
 
 
 class Span(NamedTuple):

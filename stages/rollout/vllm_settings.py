@@ -32,7 +32,7 @@ from phimini.parallel.weight_sync.fp8_blocks import VLLM_CONFIG, check_blocks, q
 from phimini.parallel.weight_sync.gpu_transports import expandable_segments
 from phimini.parallel.weight_sync.sync import backend, smallest_bucket
 from phimini.stages.config.schema import RunConfig
-from phimini.stages.rollout.engine import Sampled, Span, check_temperature
+from phimini.stages.rollout.engine import SEQUENCES, Sampled, Span, check_temperature
 from phimini.stages.run.workloads import engine_memory_of
 
 WORKER_EXTENSION = "phimini.parallel.weight_sync.vllm_receiver.WorkerExtension"
@@ -54,8 +54,6 @@ OWNER = "PHIMINI_OWNER"
 """environment variable: the id of the process that an engine ends with"""
 SIZES = ("max_num_seqs", "kv_cache_bytes", "memory_share")
 """settings that follow from an engine's own GPU, and change none of its answers"""
-CPU_SEQUENCES = 256
-"""sequences that an engine on a CPU decodes at once where `rollout.max_batch` does not say"""
 STEP_TOKENS = 4096
 """tokens of prompts and answers in one forward pass of an engine on a CPU"""
 
@@ -129,7 +127,7 @@ def engine_settings(
             )
         check_blocks(config, rollout.engine_tensor_parallel)
     fp8_cache = rollout.kv_cache_dtype == "fp8"
-    sequences, share, kv_bytes = rollout.max_batch or CPU_SEQUENCES, 0.5, None
+    sequences, share, kv_bytes = rollout.max_batch or SEQUENCES, 0.5, None
     if on_gpu:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         memory = engine_memory_of(run, config, total, layout)
