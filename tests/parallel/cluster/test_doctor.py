@@ -53,6 +53,9 @@ def test_the_run_s_folder_is_one_file_system(
     assert f"{tmp_path / 'new'}: seen by 2 of 2 ranks" in capfd.readouterr().out
     assert not list((tmp_path / "new").iterdir())
 
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+
     def on_a_disk_of_its_own() -> list[str]:
         return check_ranks(None, tmp_path / os.environ["RANK"])
 
