@@ -122,6 +122,16 @@ def test_pairs_join_a_right_and_a_wrong_rollout_of_one_question(tmp_path: Path) 
     assert len(pairs_of(tmp_path, rows, pairs_per_question=1)) == 2
 
 
+def test_a_text_counts_once_in_stage_1_and_in_pairs(tmp_path: Path) -> None:
+    """But the same text answers another question too."""
+    rows = asked("p", "a", "a", "b", "b", "c", right=2) + asked("q", "a", right=1)
+    index = index_of(tmp_path, rows)
+    assert [row["id"] for row in index.rows(verified(index))] == ["p/0", "q/0"]
+    assert [pair["id"] for pair in pairs_of(tmp_path, rows)] == ["p/0|p/2"]
+    more = asked("p", "a", "d", "b", "b", right=2)
+    assert [pair["id"] for pair in pairs_of(tmp_path, more)] == ["p/0|p/2"]
+
+
 def test_the_ends_of_a_pair_are_of_similar_length_if_asked_for(tmp_path: Path) -> None:
     words = lambda n: "w" * (n - 10)  # the box has ten characters
     rows = asked("p", words(400), words(100), words(50), words(210), words(100), words(52), right=3)

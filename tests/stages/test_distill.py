@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from phimini.model.io.json_files import read_json
+from phimini.model.io.json_files import read_json, write_rows
 from phimini.stages.config.recipes import recipe_config
 from phimini.stages.config.schema import RunConfig, override
 from phimini.stages.curate import curate
@@ -123,6 +123,18 @@ def test_own_data_is_verified_and_cleared_of_heldout_questions(
         ("What is 1 + 1?", True),
         ("What is 1 + 1?", False),
     ]
+
+
+def test_a_wrong_validation_row_is_left_out_and_named(run: RunConfig, tmp_path: Path) -> None:
+    """The validation loss is of right answers only, as the training sets are."""
+    write_source(tmp_path / "own", [{"question": "What is 1 + 1?", "answer": "2", "response": r"\boxed{2}"}])  # fmt: skip
+    right = {"id": "v0", "question": "What is 5 + 5?", "answer": "10", "response": r"\boxed{10}"}
+    wrong = {"id": "v1", "question": "What is 6 + 5?", "answer": "11", "response": r"\boxed{12}"}
+    write_rows(tmp_path / "own" / "validation.jsonl", [right, wrong])
+    data = distill(override(run, [f"distill.source={tmp_path / 'own'}"]))
+    assert [row["id"] for row in rows(data / "validation.jsonl")] == ["v0"]
+    (dropped,) = rows(data / "dropped.jsonl")
+    assert (dropped["id"], dropped["reason"]) == ("v1", "validation, different")
 
 
 def test_an_answer_that_was_cut_off_is_not_correct(run: RunConfig, tmp_path: Path) -> None:
