@@ -64,9 +64,8 @@ def _time(ops: list[str], quick: bool, compiled: bool, path: Path | None) -> int
                 case = dataclasses.replace(case, providers=rest)
             try:
                 new = run_case(case, timing)
-            except (
-                Exception
-            ):  # of any provider's library; the other cases are still worth their time
+            except Exception:
+                # Of any provider's library. It is told, and makes the status 1; the other cases are worth their time.
                 traceback.print_exc()
                 print(f"{case.op} {case.shape}: FAILED", flush=True)
                 failed = True
