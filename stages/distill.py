@@ -200,7 +200,7 @@ def _divide(run: RunConfig, stage: Stage, source: Path) -> Source:
                 asked.note(row["question"], row["correct"])
             yield name, row
 
-    return Source(rows(), lambda: asked.prompts(aside), heldout)
+    return Source(rows(), asked.prompts, heldout)
 
 
 def _given(run: RunConfig, path: Path, name: str) -> Iterator[Row]:

@@ -77,11 +77,12 @@ class AskedQuestions:
         counted = "UPDATE asked SET tried = tried + 1, correct = correct + ? WHERE place = ?"
         self._db.execute(counted, (correct, self._place(question)))
 
-    def prompts(self, aside: Aside) -> list[Row]:
+    def prompts(self) -> list[Row]:
         """Return `num_prompts` questions to train on whose pass rate is in the window of the config.
 
         "drop prompts whose group accuracy exceeds a threshold, e.g., 50%" (a summary of arXiv 2504.21233, stage 4): here by
-        the teacher's rollouts, before the policy's own are sampled. All pass rates are in the default window.
+        the teacher's rollouts, before the policy's own are sampled. All pass rates are in the default window. Questions that
+        are set aside, in whatever words, have no verdict noted and so no pass rate.
         """
         config = self._config
         found = self._rows(
@@ -90,10 +91,9 @@ class AskedQuestions:
         )
         chosen, seen = [], Questions()
         for row in found:
-            if len(chosen) < config.num_prompts and aside.of(row["question"]) is None:
-                if row["question"] not in seen:
-                    seen.add(row["question"])
-                    chosen.append(row)
+            if len(chosen) < config.num_prompts and row["question"] not in seen:
+                seen.add(row["question"])
+                chosen.append(row)
         return chosen
 
     def _rows(self, query: str, values: tuple = ()) -> Iterator[Row]:
