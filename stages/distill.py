@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from phimini.model.io.json_files import Row, atomic_file, dump, write_rows
+from phimini.model.io.tokenizer import Tokenizer
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.arithmetic_problems import Problem, generate_problems, teach
 from phimini.stages.data.gym_prompts import gym_prompts
 from phimini.stages.data.layouts import mapping_of
 from phimini.stages.data.own_rows import SETS, own_problems, own_rollouts, sets_in
 from phimini.stages.data.packing import derive
-from phimini.stages.data.row_fields import has_ended
+from phimini.stages.data.row_fields import check_texts, has_ended
 from phimini.stages.data.set_aside import Aside, AskedQuestions
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.verify.scorer import Answered, Scorer
@@ -171,14 +172,15 @@ def _read(run: RunConfig, stage: Stage) -> Source:
     if missing := [name for name in SETS if name not in sets]:
         raise ValueError(f"distill.source={source}: the folder has no set {', '.join(missing)}")
     mapped = mapping_of(config.layout, config.fields)
-    heldout = list(own_problems(sets["heldout"], mapped=mapped))
+    check = partial(check_texts, _base_tokenizer(run), ("question",))
+    heldout = list(own_problems(sets["heldout"], "", check, mapped))
     aside = Aside(heldout)
     given = (
         (name, row)
         for name in ("rollouts", "validation")
         for row in _answered(run, stage, name, partial(_given, run, sets[name], sets[name].name), aside)
     )  # fmt: skip
-    prompts = lambda: _without(aside, own_problems(sets["prompts"], mapped=mapped))
+    prompts = lambda: _without(aside, own_problems(sets["prompts"], "", check, mapped))
     return Source(_verified(run, _routed(given, aside)), prompts, heldout)
 
 
@@ -208,11 +210,18 @@ def _given(run: RunConfig, path: Path, name: str) -> Iterator[Row]:
     config, num_levels = run.distill, len(run.curate.level_weights)
     mapped = mapping_of(config.layout, config.fields)
     if config.teacher.model is None:
-        rows = own_rollouts(path, name, num_levels, mapped=mapped)
+        check = partial(check_texts, _base_tokenizer(run), ("question", "response"))
+        rows = own_rollouts(path, name, num_levels, check, mapped)
     else:
-        rows = own_problems(path, name, mapped=mapped, num_levels=num_levels)
+        check = partial(check_texts, _base_tokenizer(run), ("question",))
+        rows = own_problems(path, name, check, mapped, num_levels)
     for row in rows:
         yield row if config.licence is None else {"licence": config.licence} | row
+
+
+def _base_tokenizer(run: RunConfig) -> Tokenizer | None:
+    """Return the base model's tokenizer, or None if `base` will train one on the rows."""
+    return None if run.base == "random" else Tokenizer.load(Path(run.base))
 
 
 def _answered(

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from phimini.model.io.chat import check_plain, encode_example
+from phimini.model.io.chat import encode_example
 from phimini.model.io.json_files import Row
-from phimini.model.io.tokenizer import PHI4_TOKENS, Tokenizer
+from phimini.model.io.tokenizer import Tokenizer
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.layouts import mapping_of
 from phimini.stages.data.own_rows import MAX_LEVELS, SETS, own_problems, own_rollouts, sets_in
-from phimini.stages.data.row_fields import encode_problems, is_correct
+from phimini.stages.data.row_fields import check_texts, encode_problems, is_correct
 
 COUNTED_ROWS = 200
 """longest rows of each file whose tokens are counted"""
@@ -75,7 +75,7 @@ def problems_of(check: Callable[[], None]) -> list[str]:
 
 def _check_rollouts(told: Told, run: RunConfig, path: Path, tokenizer: Tokenizer | None) -> None:
     fields = ("question", "response")
-    check = partial(_check_texts, tokenizer, fields)
+    check = partial(check_texts, tokenizer, fields)
     mapped = mapping_of(run.distill.layout, run.distill.fields)
     rollouts = own_rollouts(path, path.name, len(run.curate.level_weights), check, mapped)
     amount = Amount()
@@ -145,7 +145,7 @@ def _check_problems(
 ) -> None:
     fields = ("question",)
     mapped = mapping_of(run.distill.layout, run.distill.fields)
-    check = partial(_check_texts, tokenizer, fields)
+    check = partial(check_texts, tokenizer, fields)
     longest = _longest(own_problems(path, "", check, mapped, num_levels), fields)
     if tokenizer is not None and check_prompts is not None and not run.distill.gym_tasks:
         check_prompts(encode_problems(tokenizer, longest, run.chat_template))
@@ -153,12 +153,3 @@ def _check_problems(
 
 def _longest(rows: Iterable[Row], fields: Sequence[str]) -> list[Row]:
     return heapq.nlargest(COUNTED_ROWS, rows, key=lambda row: sum(len(row[f]) for f in fields))
-
-
-def _check_texts(tokenizer: Tokenizer | None, fields: Sequence[str], row: Row) -> None:
-    """Raise ValueError for a text with a control token or a character that a vocabulary cannot encode."""
-    special = {text for text, is_special, _ in PHI4_TOKENS if is_special}
-    for name in fields:
-        check_plain(tokenizer.special_tokens if tokenizer else special, name, row[name])
-        if tokenizer is not None:
-            tokenizer.check(row[name])

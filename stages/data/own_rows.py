@@ -7,6 +7,7 @@ be integers. A level may be a number or `Level 5`, as in the MATH data set. Othe
 added: the file and line that a row is from.
 """
 
+import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ SETS = ("rollouts", "validation", "prompts", "heldout")
 
 _LEVEL = re.compile(r"\s*(?:level)?\s*([0-9]{1,3})\s*", re.IGNORECASE)
 MAX_LEVELS = 1000
+MAX_ENTRIES = 100_000
+"""files below a folder of rows: 30 B tokens are some 10,000 shards"""
 _PROVENANCE = dict.fromkeys(("family", "source", "licence", "teacher"), str) | {"sampling": dict}
 
 
@@ -42,14 +45,24 @@ def sets_in(folder: Path) -> dict[str, Path]:
 
 
 def files_of(source: Path) -> list[Path]:
-    """Return the file, or the files below a folder, in the order of their names. Raises ValueError for a folder without any."""
+    """Return the file, or the files below a folder that are not hidden, in the order of their names.
+
+    Raises ValueError for a folder without any, and for one with more than MAX_ENTRIES files of any kind, such as `/`.
+    """
     if not source.is_dir():
         return [source]
-    is_hidden = lambda path: any(p.startswith(".") for p in path.relative_to(source).parts)
-    found = [p for p in sorted(source.rglob("*")) if p.name.endswith(SUFFIXES) and not is_hidden(p)]
+    found, entries = [], 0
+    for folder, folders, names in os.walk(source):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        entries += len(names)
+        if entries > MAX_ENTRIES:
+            raise ValueError(f"{source}: expected a folder of rows, found more than {MAX_ENTRIES:,} files in it")  # fmt: skip
+        found += [
+            Path(folder, name) for name in names if name.endswith(SUFFIXES) and name[0] != "."
+        ]
     if not found:
         raise ValueError(f"{source}: expected files named *{', *'.join(SUFFIXES)}, found none")
-    return found
+    return sorted(found)
 
 
 def own_rollouts(

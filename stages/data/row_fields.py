@@ -1,10 +1,11 @@
 """The fields of the rows that stages read and write, and the prompts and verdicts of such rows."""
 
+from collections.abc import Sequence
 from hashlib import blake2b
 
-from phimini.model.io.chat import encode_prompt
+from phimini.model.io.chat import check_plain, encode_prompt
 from phimini.model.io.json_files import Row
-from phimini.model.io.tokenizer import Tokenizer
+from phimini.model.io.tokenizer import PHI4_TOKENS, Tokenizer
 from phimini.stages.verify.verdict import extract_answer, verify
 
 ASKED_FIELDS = {"question": str, "answer": str}
@@ -26,6 +27,18 @@ def encode_problems(
         except ValueError as error:
             raise ValueError(f"problem {row['id']!r:.60}: {error}") from error
     return prompts
+
+
+def check_texts(tokenizer: Tokenizer | None, fields: Sequence[str], row: Row) -> None:
+    """Raise ValueError for a text with a control token or a character that a vocabulary cannot encode.
+
+    tokenizer: of the base model; None if it is yet to be trained.
+    """
+    special = {text for text, is_special, _ in PHI4_TOKENS if is_special}
+    for name in fields:
+        check_plain(tokenizer.special_tokens if tokenizer else special, name, row[name])
+        if tokenizer is not None:
+            tokenizer.check(row[name])
 
 
 def text_hash(*texts: str) -> bytes:

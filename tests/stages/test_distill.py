@@ -160,6 +160,10 @@ def test_an_answer_that_was_cut_off_is_not_correct(run: RunConfig, tmp_path: Pat
             {"question": "q", "answer": "1", "response": "r", "finish_reason": "eos"},
             r"rollouts.jsonl, line 1, field 'finish_reason': expected stop or length, got 'eos'",
         ),
+        (
+            {"question": "q", "answer": "1", "response": "<|user|>"},
+            r"rollouts.jsonl, line 1, response: expected plain text, got the control token <\|user\|>",
+        ),
         ({"question": "q", "response": "r"}, r"rollouts.jsonl.*1.*answer"),
         ({"question": "q", "answer": " ", "response": "r"}, r"rollouts.jsonl.*1.*answer"),
         ({"question": "q", "answer": 3, "response": "r"}, r"rollouts.jsonl.*1.*answer"),

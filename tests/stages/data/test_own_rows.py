@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from phimini.stages.data.own_rows import own_problems, own_rollouts
+from phimini.stages.data import own_rows
+from phimini.stages.data.own_rows import files_of, own_problems, own_rollouts
 
 ROW = {"question": "What is 1 + 2?", "answer": "3", "response": r"so \boxed{3}"}
 
@@ -91,3 +92,24 @@ def test_a_check_of_the_caller_is_counted_too(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROW, ROW | {"level": 1}, ROW | {"level": 2})
     with pytest.raises(ValueError, match=r"line 2, level: expected none \(the first of 2 such"):
         list(own_rollouts(path, "mine", 3, refuse))
+
+
+def test_a_folder_of_shards_is_read_by_name_without_hidden_files(tmp_path: Path) -> None:
+    names = ["b/2.jsonl", "b/1.parquet", "a.csv", ".cache/0.jsonl", "b/.part.jsonl", "b/notes.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [str(path.relative_to(tmp_path)) for path in files_of(tmp_path)]
+    assert found == ["a.csv", "b/1.parquet", "b/2.jsonl"]
+
+
+def test_a_folder_that_is_no_folder_of_rows_is_named_before_all_of_it_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_rows, "MAX_ENTRIES", 3)
+    for k in range(4):
+        write(tmp_path / f"{k}.jsonl", ROW)
+    with pytest.raises(
+        ValueError, match=r"expected a folder of rows, found more than 3 files in it"
+    ):
+        files_of(tmp_path)
