@@ -35,6 +35,7 @@ EXPECTED = {
     "Stopped": 130,
     "KeyboardInterrupt": 130,
     "LostRanks": 1,
+    "LostWorkerError": 1,
     "RolloutError": 1,  # all engines are lost
     "WeightSyncError": 1,
     "DivergedError": 1,

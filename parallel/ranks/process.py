@@ -12,6 +12,14 @@ process_group_joined = False
 """Set by `world.initialize`: gloo's threads do not survive a fork, and a child would wait for them for ever."""
 
 
+class LostWorkerError(RuntimeError):
+    """Error of a rank whose worker process was killed."""
+
+    def __init__(self, field: str, does: str) -> None:
+        """field: the setting that started the worker. does: its work, as in `scores answers`."""
+        super().__init__(f"{field}: a process that {does} died; `dmesg` tells whether memory ran out")  # fmt: skip
+
+
 def can_fork() -> bool:
     """Return False once CUDA or a process group is in use: neither survives a fork."""
     return not process_group_joined and not torch.cuda.is_initialized()

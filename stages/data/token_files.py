@@ -12,6 +12,7 @@ import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from phimini.model.io.chat import TEMPLATES, TemplateName, encode_example
 from phimini.model.io.json_files import Span, atomic_file, numbered_rows, spans
 from phimini.model.io.tokenizer import Tokenizer
-from phimini.parallel.ranks.process import end_with_parent
+from phimini.parallel.ranks.process import LostWorkerError, end_with_parent
 from phimini.parallel.training.batch import digest
 from phimini.stages.data.packing import Example
 
@@ -84,7 +85,10 @@ def write_shard(shard: Shard, tokenizer: Tokenizer, template: TemplateName) -> S
 def write_shards(
     shards: Sequence[Shard], tokenizer: Tokenizer, template: TemplateName, workers: int
 ) -> Iterator[Shard]:
-    """Write the shards in up to `workers` processes, and yield each when it is whole. Raises as `write_shard`."""
+    """Write the shards in up to `workers` processes, and yield each when it is whole.
+
+    Raises as `write_shard`, and LostWorkerError if one of the processes died.
+    """
     work: Callable[[Shard], Shard] = partial(write_shard, tokenizer=tokenizer, template=template)
     workers = min(workers, len(shards))
     if workers < 2:
@@ -98,6 +102,8 @@ def write_shards(
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise LostWorkerError("tokenize.workers", "encodes rows") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():

@@ -19,6 +19,7 @@ from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 from phimini.model.user_file import function_of
+from phimini.parallel.ranks.process import LostWorkerError
 from phimini.stages.verify import verdict
 
 CHUNK = 8
@@ -68,7 +69,7 @@ class Scorer:
         """Give an answer to the next free worker and return at once; the result, called, waits for the finite score.
 
         Without workers that call computes it. It raises ValueError, naming function and question, for a function that raises
-        or returns anything else, and RuntimeError if a worker process died.
+        or returns anything else, and LostWorkerError if a worker process died.
         """
         if self._pool is None:
             return lambda: self._checked(_call(self._how, item), item)
@@ -92,7 +93,7 @@ class Scorer:
         return lambda: self._result(future.result)
 
     def texts(self, responses: Iterable[Any]) -> list[bytes]:
-        """Return the decoded responses as JSON strings, in order. Raises RuntimeError if a worker process died."""
+        """Return the decoded responses as JSON strings, in order. Raises LostWorkerError if a worker process died."""
         if self._pool is None:
             return [_json_text(self.decode, response) for response in responses]
         pool = self._pool
@@ -102,9 +103,7 @@ class Scorer:
         try:
             return wait()
         except BrokenProcessPool as error:
-            raise RuntimeError(
-                f"{self.field}: a process that scores answers died; `dmesg` tells whether memory ran out"
-            ) from error
+            raise LostWorkerError(self.field, "scores answers") from error
 
     def _checked(self, value: Any, item: Answered) -> Any:
         if not isinstance(value, _Raised):

@@ -1,6 +1,7 @@
 """The tokenize stage: same batches as from memory, resumed after kills, stale inputs named, a file larger than the memory."""
 
 import dataclasses
+import multiprocessing
 import os
 import re
 import shutil
@@ -8,6 +9,8 @@ import signal
 import time
 import types
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from phimini.model.io.checked_files import read_sealed
 from phimini.model.io.json_files import read_rows, write_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.parallel.training.batch import PackedBatch, pack
-from phimini.stages import midtrain, sft
+from phimini.stages import cli, midtrain, sft
 from phimini.stages.base import base
 from phimini.stages.cli import main
 from phimini.stages.config.recipes import tiny
@@ -184,6 +187,23 @@ def test_a_killed_stage_keeps_its_shards_and_ends_with_the_same_bytes(
     assert len(whole) > 3 * 6
     tokenize(run, redo=True)
     assert files(tmp_path / "tokenize") == whole
+
+
+def test_a_worker_that_is_killed_is_named(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("distill", "curate", "base"):
+        os.symlink(made / name, tmp_path / name)
+
+    def first_killed(futures: list[Future]) -> Iterator[Future]:
+        next(iter(multiprocessing.active_children())).kill()
+        yield from as_completed(futures)
+
+    monkeypatch.setattr(token_files, "SHARD_BYTES", 8192)
+    monkeypatch.setattr(token_files, "as_completed", first_killed)
+    monkeypatch.setattr(cli, "dispatch", lambda arguments: tokenize(run_in(tmp_path, "tokenize.workers=2")))  # fmt: skip
+    assert cli.exit_status([]) == (1, False)
+    assert capsys.readouterr().err == "phimini: tokenize.workers: a process that encodes rows died; `dmesg` tells whether memory ran out\n"  # fmt: skip
 
 
 def test_an_unfinished_stage_does_not_go_on_as_another(

@@ -13,6 +13,7 @@ from forked_ranks import run_ranks
 from rl_run import make_run, reinforce, run_config
 
 from phimini.model.io.tokenizer import train_tiny_tokenizer
+from phimini.parallel.ranks.process import LostWorkerError
 from phimini.stages.verify.scorer import Answered, Scorer
 
 SLOW_S = 3.0
@@ -106,7 +107,7 @@ def test_a_function_that_fails_is_named_with_its_question(
 
 
 def test_a_worker_that_dies_is_an_error(file: str) -> None:
-    with pytest.raises(RuntimeError, match=r"rlvr\.reward: a process that scores answers died"):
+    with pytest.raises(LostWorkerError, match=r"rlvr\.reward: a process that scores answers died"):
         scores(Scorer("rlvr.reward", f"{file}:dies", 1), ITEMS)
 
 
