@@ -220,7 +220,7 @@ def _check_out(run: RunConfig, config: ModelConfig) -> list[str]:
     need, free = 2 * CHECKPOINT_BYTES * config.num_parameters, shutil.disk_usage(folder).free
     if free < need:
         found.append(
-            f"out={run.out}: two checkpoints need {need / GIB:.0f} GiB, {folder} has {free / GIB:.0f} GiB free"
+            f"out={run.out}: two checkpoints need {need / GIB:,.3g} GiB, {folder} has {free / GIB:,.3g} GiB free"
         )
     return found
 

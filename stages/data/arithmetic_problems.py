@@ -196,8 +196,8 @@ def generate_problems(
                 break
         else:
             raise ValueError(
-                f"count: no new problem of family {family!r}, level {level} in {MAX_DRAWS} draws after "
-                f"{i} of {count} problems; ask for fewer, or exclude fewer keys"
+                f"no new problem of family {family!r}, level {level} in {MAX_DRAWS} draws after {i} of {count}; "
+                "ask for fewer in distill.num_problems, num_prompts, num_validation and num_heldout together"
             )
         used.add(key)
         problems.append(

@@ -3,12 +3,16 @@
 import os
 import re
 import resource
+import shutil
+import tempfile
 from pathlib import Path
 
 _MEMORY = re.compile(
     r"^MemoryError|Cannot allocate memory|can't allocate memory|failed to map segment|std::bad_alloc"
 )
 _FILES = re.compile(r"Too many open files in system|Too many open files")
+_SPACE = re.compile(r"^OSError: \[Errno 28\] No space left on device$")
+"""without a file: of a semaphore or a shared segment, which are in /dev/shm, or of a temporary file"""
 _PROCESSES = re.compile(r"can't start new thread|Resource temporarily unavailable")
 
 
@@ -37,6 +41,14 @@ def limit_behind(kind: str, message: str) -> str | None:
         if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
             return _of_process("KiB of address space", resource.RLIMIT_AS, "ulimit -v", 1024)
         return f"the memory that this process may use is exhausted: {_memory()}"
+    if _SPACE.search(text):
+        folders = dict.fromkeys(("/dev/shm", tempfile.gettempdir()))
+        free = (
+            f"{shutil.disk_usage(path).free:,} bytes in {path}"
+            for path in folders
+            if Path(path).is_dir()
+        )
+        return f"free for shared memory and temporary files: {', '.join(free)}"
     if _PROCESSES.search(text):
         return _of_process("processes and threads of this user", resource.RLIMIT_NPROC, "ulimit -u", 1)  # fmt: skip
     return None

@@ -1,6 +1,7 @@
 """An exhausted limit of process or machine is one line with the command that raises it, in our process and in a rank's."""
 
 import os
+import re
 import resource
 import threading
 from pathlib import Path
@@ -75,6 +76,14 @@ def test_without_a_limit_the_machines_memory_is_named() -> None:
     assert "sysctl" in (limit_behind("OSError", "[Errno 23] Too many open files in system") or "")
 
 
-@pytest.mark.parametrize("error", [ValueError("bad"), OSError(28, "No space left on device"), threading.BrokenBarrierError()])  # fmt: skip
+def test_a_full_disk_behind_no_file_is_named() -> None:
+    error = OSError(28, "No space left on device")
+    assert re.fullmatch(
+        r"free for shared memory and temporary files: [\d,]+ bytes in /dev/shm, [\d,]+ bytes in \S+",
+        limit_behind("OSError", str(error)) or "",
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), OSError(28, "No space left on device", "run/x"), threading.BrokenBarrierError()])  # fmt: skip
 def test_other_errors_name_no_limit(error: Exception) -> None:
     assert limit_behind(type(error).__name__, str(error)) is None
