@@ -94,23 +94,25 @@ class CrossEntropy(LossOptions):
         rows = call.counting_rows(row_weight_M)
         weight_M = rows.weights(row_weight_M, call.dtype)
         head = call.open(rows, with_entropy=self.with_entropy, with_mean_logit=smoothing != 0)
-        sums_5 = weight_M.new_zeros(5)
+        sums_5, ones_M = weight_M.new_zeros(5), torch.ones_like(weight_M)
         for chunk in head.chunks:
             stats, w_M = head.forward(chunk), weight_M[chunk]
             nll_M = ce_M = -stats.logp_M
             dlogp_M, dlse_M, dmean_M = -w_M, None, None
             if stats.mean_logit_M is not None:
-                ce_M = (1 - smoothing) * nll_M + smoothing * (stats.lse_M - stats.mean_logit_M)
+                smooth_M = stats.max_M + stats.log_sum_M - stats.mean_logit_M
+                ce_M = (1 - smoothing) * nll_M + smoothing * smooth_M
                 dlogp_M, dlse_M, dmean_M = (smoothing - 1) * w_M, smoothing * w_M, -smoothing * w_M
             if z_loss:
-                ce_M = ce_M + z_loss * stats.lse_M.square()
-                dz_M = 2 * z_loss * w_M * stats.lse_M
+                lse_M = stats.max_M + stats.log_sum_M
+                ce_M = ce_M + z_loss * lse_M.square()
+                dz_M = 2 * z_loss * w_M * lse_M
                 dlse_M = dz_M if dlse_M is None else dlse_M + dz_M
             if call.needs_gradient:
                 head.backward(chunk, RowGrads(dlogp_M, dlse_M, mean_logit_M=dmean_M))
             entropy_M = torch.zeros_like(nll_M) if stats.entropy_M is None else stats.entropy_M
-            is_top_M, ones_M = stats.is_top_M.to(nll_M.dtype), torch.ones_like(nll_M)
-            values_5M = torch.stack([w_M * ce_M, nll_M, is_top_M, entropy_M, ones_M])
+            is_top_M = stats.is_top_M.to(nll_M.dtype)
+            values_5M = torch.stack([w_M * ce_M, nll_M, is_top_M, entropy_M, ones_M[chunk]])
             sums_5 += rows.sum(values_5M, chunk)
         return LossResult(sums_5[0].clone(), sums_5[1:].clone(), head.finish(), None)
 

@@ -75,7 +75,7 @@ class Logprob(HeadOp):
         )
         for chunk in head.chunks:
             stats = head.forward(chunk)
-            logp_M[chunk], lse_M[chunk] = stats.logp_M, stats.lse_M
+            logp_M[chunk], lse_M[chunk] = stats.logp_M, stats.max_M + stats.log_sum_M
             if stats.entropy_M is not None:
                 entropy_M[chunk] = stats.entropy_M
         return rows.expand(logp_M), rows.expand(entropy_M), rows.expand(lse_M)

@@ -177,10 +177,11 @@ def _row_pass() -> TrafficCase:
     head = TritonHead(rows, weight, M, needs_dx=True, with_entropy=False)
     chunk = slice(0, M)
     head.forward(chunk)
+    stats_KM = torch.empty(3, M)
     ones_M = torch.ones(M)
     grads = LogitGrads(ones_M, ones_M, -ones_M, None, None)
     return TrafficCase(
         kernel="cross_entropy_row_pass",
-        run=lambda: (head.merge(), head.row_pass(chunk, grads)),
+        run=lambda: (head.merge(stats_KM), head.row_pass(chunk, grads)),
         minimum_bytes=2 * M * V * 2,
     )

@@ -25,24 +25,18 @@ from torch import Tensor
 from phimini.kernels.backend.launch import host_knows
 from phimini.kernels.head.rows import HeadRows, chunk_slices
 
-
-class LocalStats(NamedTuple):
-    """This rank's part of the softmax of each row, (M,) each."""
-
-    max_M: Tensor
-    sum_M: Tensor
-    """Sum of exp(z - max)."""
-    target_logit_M: Tensor
-    """0 where another rank has the target."""
-    weighted_M: Tensor | None
-    """Sum of exp(z - max) * (z - max), for the entropy."""
+MAX, SUM, WEIGHTED, TARGET = 0, 1, 2, -1
+"""Rows of `stats_KM`, a rank's part of the softmax of each row: the largest logit, the sum of exp(z - max), for the entropy
+alone the sum of exp(z - max) * (z - max), and last the target's logit, 0 where another rank has the target."""
 
 
 class RowStats(NamedTuple):
     """Statistics of each row, (M,) each; fp64, the mean logit in the compute dtype."""
 
     logp_M: Tensor
-    lse_M: Tensor
+    max_M: Tensor
+    log_sum_M: Tensor
+    """Log of the sum of exp(z - max); lse is `max_M + log_sum_M`."""
     entropy_M: Tensor | None
     mean_logit_M: Tensor | None
     is_top_M: Tensor
@@ -105,6 +99,10 @@ class ChunkedHead:
         self.num_classes = V if group is None else V * group.size()
         self.targets_M = rows.targets_M if group is None else rows.targets_M - V * group.rank()
         self.has_all_targets = group is None and rows.active_M is None
+        self.inactive_41 = None
+        if rows.active_M is not None:
+            self.inactive_41 = weight_VD.new_zeros(4, 1, dtype=self.dtype)
+            self.inactive_41[SUM] = 1.0 if group is None or group.rank() == 0 else 0.0
         self.with_entropy = with_entropy or entropy_gradient
         self.entropy_gradient = entropy_gradient
         self.inverse_temperature_M = None
@@ -127,8 +125,8 @@ class ChunkedHead:
             if group is not None:
                 dist.all_reduce(self.mean_D, group=group)
 
-    def logits(self, rows: slice) -> LocalStats:
-        """Compute and keep a chunk's logits; return their statistics."""
+    def logits(self, rows: slice) -> Tensor:
+        """Compute and keep a chunk's logits; return their `stats_KM`, of three or, with the entropy, four rows."""
         raise NotImplementedError
 
     def gradients(self, rows: slice, grads: LogitGrads) -> None:
@@ -141,34 +139,27 @@ class ChunkedHead:
 
     def forward(self, rows: slice) -> RowStats:
         """Return the statistics of a chunk; 0 for rows that do not count."""
-        local = self.logits(rows)
-        if self.rows.active_M is not None:
+        stats_KM = self.logits(rows)
+        if self.inactive_41 is not None and self.rows.active_M is not None:
             # Back-ends may leave out rows that do not count. They get a softmax over one class with logit 0.
-            active_M = self.rows.active_M[rows]
-            has_the_class = self.group is None or self.group.rank() == 0
-            weighted_M = local.weighted_M
-            local = LocalStats(
-                max_M=local.max_M.where(active_M, 0),
-                sum_M=local.sum_M.where(active_M, 1.0 if has_the_class else 0.0),
-                target_logit_M=local.target_logit_M.where(active_M, 0),
-                weighted_M=None if weighted_M is None else weighted_M.where(active_M, 0),
-            )
-        merged = local
+            stats_KM = stats_KM.where(self.rows.active_M[rows], self.inactive_41[: len(stats_KM)])
+        self.local_max_M = stats_KM[MAX]
         if self.group is not None:
-            merged = _merge_ranks(local, self.weight_VD.shape[0], self.group)
+            stats_KM = _merge_ranks(stats_KM, self.weight_VD.shape[0], self.group)
         # fp64 for these few numbers: in fp32 a log-prob of -10 is off by up to 5e-7, a ratio of two by 1e-6.
-        self.max_M = merged.max_M.double()
-        self.local_max_M = self.max_M if merged is local else local.max_M.double()
-        self.log_sum_M = merged.sum_M.double().log()
-        target_M = merged.target_logit_M.double() - self.max_M
+        stats_KM = stats_KM.double()
+        self.max_M = stats_KM[MAX]
+        self.log_sum_M = stats_KM[SUM].log()
+        target_M = stats_KM[TARGET] - self.max_M
         self.logp_M = target_M - self.log_sum_M
         self.mean_shift_M = self.entropy_M = None
-        if merged.weighted_M is not None:
-            self.mean_shift_M = merged.weighted_M.double() / merged.sum_M
+        if self.with_entropy:
+            self.mean_shift_M = stats_KM[WEIGHTED] / stats_KM[SUM]
             self.entropy_M = self.log_sum_M - self.mean_shift_M
         return RowStats(
             logp_M=self.logp_M,
-            lse_M=self.max_M + self.log_sum_M,
+            max_M=self.max_M,
+            log_sum_M=self.log_sum_M,
             entropy_M=self.entropy_M,
             mean_logit_M=None if self.mean_D is None else self.scaled_rows(rows).mv(self.mean_D),
             is_top_M=target_M >= 0,
@@ -180,7 +171,7 @@ class ChunkedHead:
         if grads.entropy_M is not None:
             assert self.mean_shift_M is not None, "an entropy gradient needs entropy_gradient=True"
             shift_M = -self.mean_shift_M
-        if self.local_max_M is not self.max_M:  # other ranks have larger logits
+        if self.group is not None:  # other ranks may have larger logits
             below_M = self.local_max_M - self.max_M
             scale_M = scale_M + below_M
             shift_M = None if shift_M is None else shift_M + below_M
@@ -228,28 +219,20 @@ class ChunkedHead:
         return dx_MD
 
 
-def _merge_ranks(local: LocalStats, num_local_classes: int, group: dist.ProcessGroup) -> LocalStats:
+def _merge_ranks(stats_KM: Tensor, num_local_classes: int, group: dist.ProcessGroup) -> Tensor:
     """Merge the ranks' statistics: one all-gather, then every rank does the same sums in the same order."""
-    M = local.max_M.shape[0]
-    weighted_M = local.weighted_M if local.weighted_M is not None else local.sum_M
-    mine = torch.cat([local.max_M, local.sum_M, local.target_logit_M, weighted_M,
-                      local.max_M.new_full((1,), num_local_classes)])  # fmt: skip
+    K, M = stats_KM.shape
+    mine = torch.cat([stats_KM.flatten(), stats_KM.new_full((1,), num_local_classes)])
     gathered = mine.new_empty(group.size() * mine.shape[0])
     dist.all_gather_into_tensor(gathered, mine, group=group)
     gathered = gathered.view(group.size(), -1)
     _check_equal_shares(gathered[:, -1])
-    max_RM, sum_RM, target_RM, weighted_RM = gathered[:, :-1].view(group.size(), 4, M).unbind(1)
+    max_RM, sum_RM, *weighted_RM, target_RM = gathered[:, :-1].view(group.size(), K, M).unbind(1)
     max_M = max_RM.amax(0)
     below_RM = max_RM - max_M
     factor_RM = below_RM.exp()
-    return LocalStats(
-        max_M=max_M,
-        sum_M=(factor_RM * sum_RM).sum(0),
-        target_logit_M=target_RM.sum(0),
-        weighted_M=None
-        if local.weighted_M is None
-        else (factor_RM * (weighted_RM + below_RM * sum_RM)).sum(0),
-    )
+    weighted = [(factor_RM * (each_RM + below_RM * sum_RM)).sum(0) for each_RM in weighted_RM]
+    return torch.stack([max_M, (factor_RM * sum_RM).sum(0), *weighted, target_RM.sum(0)])
 
 
 def _check_equal_shares(num_classes_R: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from phimini.kernels.backend.cpu_gemm import add_outer, matmul
-from phimini.kernels.head.chunked import ChunkedHead, LocalStats, LogitGrads
+from phimini.kernels.head.chunked import ChunkedHead, LogitGrads
 from phimini.kernels.head.rows import HeadRows
 
 SEVERAL_THREADS_ELEMENTS = 1 << 21
@@ -44,7 +44,7 @@ class TorchHead(ChunkedHead):
     def scaled_rows(self, rows: slice) -> Tensor:
         return self.x_MD[rows]
 
-    def logits(self, rows: slice) -> LocalStats:
+    def logits(self, rows: slice) -> Tensor:
         x_MD = self.x_MD[rows]
         M = x_MD.shape[0]
         self.logits_MV = self.x_MD.new_empty(0)  # free the previous chunk first
@@ -73,7 +73,8 @@ class TorchHead(ChunkedHead):
             else:
                 torch.sum(z.mul_(e), 1, out=weighted_M[block])
                 z.copy_(e)
-        return LocalStats(max_M1[:, 0], sum_M, target_M1[:, 0], weighted_M)
+        weighted = [] if weighted_M is None else [weighted_M]
+        return torch.stack([max_M1[:, 0], sum_M, *weighted, target_M1[:, 0]])
 
     def gradients(self, rows: slice, grads: LogitGrads) -> None:
         x_MD = self.x_MD[rows]

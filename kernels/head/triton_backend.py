@@ -39,7 +39,7 @@ from phimini.kernels.head.block_sizes import (
     MERGE_WARPS,
     vocabulary_splits,
 )
-from phimini.kernels.head.chunked import ChunkedHead, LocalStats, LogitGrads
+from phimini.kernels.head.chunked import MAX, SUM, TARGET, WEIGHTED, ChunkedHead, LogitGrads
 from phimini.kernels.head.rows import HeadRows
 from phimini.kernels.head.triton_kernels import (
     _head_fwd_kernel,
@@ -89,7 +89,7 @@ class TritonHead(ChunkedHead):
             return x_MD
         return x_MD * self.inverse_temperature_M[rows, None]
 
-    def logits(self, rows: slice) -> LocalStats:
+    def logits(self, rows: slice) -> Tensor:
         M, V = rows.stop - rows.start, self.weight_VD.shape[0]
         b, device = self.blocks, self.weight_VD.device
         num_row_blocks, num_tiles = triton.cdiv(M, b.block_m), triton.cdiv(V, b.block_n)
@@ -105,10 +105,12 @@ class TritonHead(ChunkedHead):
             kinds, num_splits, num_row_blocks * b.block_m, dtype=torch.float32, device=device
         )
         part_max, part_sum, part_weighted = (*parts.unbind(), None)[:3]
-        target_logit_M = torch.zeros(M, dtype=torch.float32, device=device)
+        # The target's logit is written by the one program whose tile has it: 0 where there is none.
+        stats_KM = torch.zeros(kinds + 1, parts.shape[2], dtype=torch.float32, device=device)
         temperature_M = self.inverse_temperature_M
-        self.count_1 = torch.full((1,), M, dtype=torch.int32, device=device)
-        if self.rows.active_M is not None:
+        if self.rows.active_M is None:
+            self.count_1 = torch.full((1,), M, dtype=torch.int32, device=device)
+        else:
             self.count_1 = self.rows.active_M[rows].sum(0, dtype=torch.int32)[None]
         x_MD, w_VD = self.x_MD[rows], self.weight_VD
         common = dict(
@@ -117,7 +119,7 @@ class TritonHead(ChunkedHead):
             targets_ptr=self.targets_M[rows],
             inverse_temperature_ptr=None if temperature_M is None else temperature_M[rows],
             num_rows_ptr=self.count_1, max_ptr=part_max, sum_ptr=part_sum, weighted_ptr=part_weighted,
-            target_logit_ptr=target_logit_M, M=M, V=V, D=self.weight_VD.shape[1], stride_s=parts.stride(1),
+            target_logit_ptr=stats_KM[TARGET], M=M, V=V, D=self.weight_VD.shape[1], stride_s=parts.stride(1),
             USE_TMA=b.use_tma, WITH_ENTROPY=self.with_entropy, PRECISION=self.precision,
             BLOCK_M=b.block_m, BLOCK_N=b.block_n, BLOCK_K=b.block_k, num_warps=b.num_warps, num_stages=b.num_stages,
         )  # fmt: skip
@@ -134,26 +136,22 @@ class TritonHead(ChunkedHead):
                 **common, e=e, stride_e_m=self.e_MV.stride(0), PERSISTENT=b.persistent
             )
         self.parts = parts
-        merged = self.merge() if num_splits > 1 else parts[:, 0]
-        return LocalStats(
-            max_M=merged[0, :M],
-            sum_M=merged[1, :M],
-            target_logit_M=target_logit_M,
-            weighted_M=merged[2, :M] if self.with_entropy else None,
-        )
+        if num_splits > 1:
+            self.merge(stats_KM)
+        else:
+            stats_KM[:kinds] = parts[:, 0]
+        return stats_KM[:, :M]
 
-    def merge(self) -> Tensor:
-        """Return (max, sum, weighted) per row, from the tiles' or splits' of the latest logits."""
+    def merge(self, stats_KM: Tensor) -> None:
+        """Write max, sum and weighted sum of each row, from those of the tiles or splits of the latest logits."""
         parts = self.parts
         kinds, num_splits, M = parts.shape
-        merged = torch.empty(kinds, M, dtype=parts.dtype, device=parts.device)
         _head_merge_kernel[(triton.cdiv(M, MERGE_ROWS),)](
             parts[0], parts[1], parts[2] if kinds == 3 else None,
-            merged[0], merged[1], merged[2] if kinds == 3 else None,
+            stats_KM[MAX], stats_KM[SUM], stats_KM[WEIGHTED] if kinds == 3 else None,
             num_splits, parts.stride(1),
             WITH_ENTROPY=kinds == 3, BLOCK_S=MERGE_SPLITS, BLOCK_M=MERGE_ROWS, num_warps=MERGE_WARPS,
         )  # fmt: skip
-        return merged
 
     def gradients(self, rows: slice, grads: LogitGrads) -> None:
         dz_MV, w_VD, x_MD = self.row_pass(rows, grads), self.weight_VD, self.x_MD[rows]

@@ -238,7 +238,7 @@ MUTATIONS = [
     ),
     Mutation(
         "ranks: sums are added without rescaling", "head/chunked.py",
-        "sum_M=(factor_RM * sum_RM).sum(0)", "sum_M=sum_RM.sum(0)", RANKS,
+        "(factor_RM * sum_RM).sum(0)", "sum_RM.sum(0)", RANKS,
     ),
     Mutation(
         "ranks: dX is not summed", "head/chunked.py",
@@ -272,7 +272,7 @@ MUTATIONS = [
     ),
     Mutation(
         "z-loss: its gradient lacks the 2", "linear_cross_entropy.py",
-        "dz_M = 2 * z_loss * w_M * stats.lse_M", "dz_M = z_loss * w_M * stats.lse_M", CE,
+        "dz_M = 2 * z_loss * w_M * lse_M", "dz_M = z_loss * w_M * lse_M", CE,
     ),
     Mutation(
         "DPO: chosen and rejected swapped", "linear_dpo.py",
