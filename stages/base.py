@@ -1,14 +1,14 @@
 """The start model of stage 1: a Hugging Face folder or, for the demo, a new model and tokenizer."""
 
-import dataclasses
 from itertools import islice
 from pathlib import Path
 
-from phimini.model.config import ModelConfig, preset
-from phimini.model.io.chat import TEMPLATES, render_example
+from phimini.model.config import ModelConfig
+from phimini.model.io.chat import check_template, render_example, template_of
 from phimini.model.io.huggingface import (
     ROPE_FACTORS_KEY,
     check_tensors,
+    config_of,
     load_config,
     read_tensors,
     save_config,
@@ -29,11 +29,11 @@ TOKENIZER_TEXTS = 4000
 def base_config(run: RunConfig) -> ModelConfig:
     """Return the run's model, with the rope table that the run asks for.
 
-    Raises ValueError for an unknown preset, an unreadable config.json, or the export of a run that was trained with the
-    other rope table.
+    Raises ValueError for an unknown preset, a config.json that cannot be read or expressed, or the export of a run that
+    was trained with the other rope table.
     """
     if run.base == "random":
-        return dataclasses.replace(preset(run.model), rope_factors=run.rope_factors)
+        return config_of(run.model, run.rope_factors)
     config, path = load_config(run.base, run.rope_factors), Path(run.base) / "config.json"
     trained = read_object(path).get(ROPE_FACTORS_KEY, run.rope_factors)
     if config.long_factor is not None and trained != run.rope_factors:
@@ -45,17 +45,17 @@ def base_config(run: RunConfig) -> ModelConfig:
 
 
 def base(run: RunConfig, *, redo: bool = False) -> Path:
-    """Write `base/model/`. Raises ValueError for an unknown preset or an unreadable folder."""
+    """Write `base/model/`. Raises ValueError as `base_config`, and for weights or a chat template that do not fit."""
     stage = Stage.open(run, "base", redo=redo)
     if stage.complete:
         return stage.path
     stage.prepare(redo=redo)
     directory = stage.path / "model"
-    config = base_config(run)
+    config, template = base_config(run), template_of(run.chat_template)
     if run.base == "random":
         rows = numbered_rows(Path(run.out) / "curate" / "midtrain.jsonl", ROLLOUT_FIELDS)
         texts = [
-            render_example(row["question"], row["response"], run.chat_template)
+            render_example(row["question"], row["response"], template)
             for _, row in islice(rows, TOKENIZER_TEXTS)
         ]
         tokenizer = train_tiny_tokenizer(texts, vocab_size=config.vocab_size)
@@ -69,6 +69,7 @@ def base(run: RunConfig, *, redo: bool = False) -> Path:
         dtype = files[next(iter(files))].dtype
         save_config(config, directory, stop_ids=tokenizer.stop_ids, dtype=dtype)
         write_tensors(((name, files[name]) for name in files), directory)
-    tokenizer.save(directory, chat_template=TEMPLATES[run.chat_template])
+    check_template(run.chat_template, tokenizer)
+    tokenizer.save(directory, chat_template=template)
     stage.finish({"parameters": config.num_parameters, "vocabulary": tokenizer.vocab_size})
     return stage.path

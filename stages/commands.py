@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from phimini.model.config import preset
+from phimini.model.io.huggingface import config_of
 from phimini.parallel.cluster.job_scripts import LaunchSettings, render_slurm, render_torchrun
 from phimini.parallel.cluster.preflight import examine_ranks
 from phimini.parallel.plan.command import print_plans
@@ -110,10 +110,10 @@ def run_serve(verb: str, settings: options.ServeOptions) -> int:
 
 
 def run_plan(verb: str, settings: options.PlanOptions) -> int:
-    """Print the plan of one stage or of all; a base model that is not there is planned by its preset."""
+    """Print the plan of one stage or of all; a base model that is not there is planned by `model`."""
     run = settings.run
     there = run.base == "random" or Path(run.base).exists()
-    config = base_config(run) if there else preset(run.model)
+    config = base_config(run) if there else config_of(run.model)
     stages = workloads(run)
     if settings.stage is not None:
         chosen = {settings.stage: stages[settings.stage]}

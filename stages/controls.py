@@ -17,7 +17,7 @@ from pathlib import Path
 
 from phimini.model.io.checked_files import read_sealed, write_sealed
 from phimini.model.io.json_files import read_rows, write_rows
-from phimini.model.io.tokenizer import END, EOS, Tokenizer
+from phimini.model.io.tokenizer import Tokenizer
 from phimini.parallel.ranks.world import World, on_main
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.token_files import shards_of, write_shard
@@ -84,15 +84,16 @@ def write_correct(run: RunConfig, folder: Path) -> None:
     out, rows = Path(run.out), folder.with_suffix(".jsonl")
     files = sorted((out / "rollout_dpo" / "rollouts").glob("*.jsonl"))
     rollouts = (row for file in files for row in read_rows(file, {"correct": bool}))
-    write_rows(rows, (plain(r) for r in rollouts if r["correct"]))
     tokenizer = Tokenizer.load(out / "sft" / "model")
+    write_rows(rows, (plain(r, tokenizer) for r in rollouts if r["correct"]))
     for shard in shards_of(rows, folder):
-        write_shard(shard, tokenizer, run.chat_template)
+        write_shard(shard, tokenizer, tokenizer.chat_template)
 
 
-def plain(rollout: dict) -> dict:
-    """Return the rollout without the end token of its text (either stops the sampler): training examples add both."""
-    return rollout | {"response": rollout["response"].removesuffix(END).removesuffix(EOS)}
+def plain(rollout: dict, tokenizer: Tokenizer) -> dict:
+    """Return the rollout without the end token of its text, which the chat template adds to a training example."""
+    end, eos = (tokenizer.decode([token]) for token in tokenizer.stop_ids)
+    return rollout | {"response": rollout["response"].removesuffix(end).removesuffix(eos)}
 
 
 def summary(run: RunConfig) -> dict:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from phimini.model.config import ModelConfig, preset
-from phimini.model.io.huggingface import check_tensors, read_tensors
+from phimini.model.config import ModelConfig
+from phimini.model.io.chat import check_template, template_of
+from phimini.model.io.huggingface import check_tensors, config_of, read_tensors
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.suggest import nearest
 from phimini.model.user_file import function_of
@@ -96,7 +97,7 @@ def dry_run(run: RunConfig, gpu: str = "h100", gpus: int = 8) -> int:
     """
     problems, costs = examine(run, gpus, gpu, print)
     print(
-        f"{run.name}: {run.model}, {preset(run.model).num_parameters:,} parameters, on {gpus} x {gpu}"
+        f"{run.name}: {run.model}, {config_of(run.model).num_parameters:,} parameters, on {gpus} x {gpu}"
     )
     if costs:
         print(cost_table(costs, gpus))
@@ -128,7 +129,7 @@ def examine(
         raise ValueError(f"dry run: gpu={gpu}: {nearest(gpu, GPUS)}")
     if gpus < 1:
         raise ValueError(f"dry run: gpus={gpus}: expected at least 1")
-    config = preset(run.model)
+    config = config_of(run.model)
     problems = missing_packages(run) + check_inputs(run, config, told) + check_lengths(run)
     problems += problems_of(lambda: check_addresses(run))
     layout = planned_layout(run).resolve(gpus, config)
@@ -185,6 +186,11 @@ def check_inputs(
                         f"{base}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is "
                         f"{config.vocab_size}"
                     )
+    try:
+        tokenizer = _with_template(run, tokenizer)
+    except ValueError as error:
+        found.append(str(error))
+        tokenizer = None
     for field, name in (("rlvr.reward", run.rlvr.reward), ("evaluate.judge", run.evaluate.judge)):
         if name is not None:
             found += problems_of(partial(_check_function, name, field))
@@ -194,12 +200,24 @@ def check_inputs(
     return found + _check_out(run, config)
 
 
+def _with_template(run: RunConfig, tokenizer: Tokenizer | None) -> Tokenizer | None:
+    """Return the base model's tokenizer with the run's chat template, or None if it is yet to be trained.
+
+    Raises ValueError that names the template's file if it does not fit the tokenizer.
+    """
+    template = template_of(run.chat_template)
+    if tokenizer is None and run.base != "random":  # it cannot be read
+        return None
+    check_template(run.chat_template, tokenizer)
+    return tokenizer and Tokenizer(tokenizer.inner, tokenizer.config | {"chat_template": template})
+
+
 def _check_function(name: str, field: str) -> None:
     function_of(name, field)
 
 
 def _check_base(run: RunConfig, base: Path, want: ModelConfig) -> None:
-    """Raise ValueError unless the base model fits the preset; only headers are read."""
+    """Raise ValueError unless the base model fits `model`; only headers are read."""
     config = base_config(run)
     for name in ("num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size"):  # fmt: skip
         if getattr(config, name) != getattr(want, name):
@@ -288,7 +306,7 @@ def first_choice(run: RunConfig, gpu: Gpu, gpus: int) -> str:
     """Return a line with the layout that the plan would choose for the whole run, beside the run's own."""
     stages = workloads(run)
     steps = {stage: number_of_steps(run, stage)[0] for stage in stages}
-    found = choices(preset(run.model), stages, steps, gpu, gpus)
+    found = choices(config_of(run.model), stages, steps, gpu, gpus)
     return f"first choice of the plan: {found[0]}" if found else "no layout fits every stage"
 
 

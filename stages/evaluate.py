@@ -68,7 +68,7 @@ def evaluate_problems(
     """
     config, started = run.evaluate, time.perf_counter()
     judge = Scorer("evaluate.judge", config.judge, run.rollout.judges, tokenizer.decode)
-    prompts = list(encode_problems(tokenizer, problems, run.chat_template).values())
+    prompts = list(encode_problems(tokenizer, problems, tokenizer.chat_template).values())
     greedy_params = SamplingParams(
         temperature=0.0, max_new_tokens=config.max_new_tokens, stop_ids=tokenizer.stop_ids
     )

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phimini.kernels import linear_dpo, linear_logprob
-from phimini.model.io.chat import TemplateName, encode_example, encode_prompt
+from phimini.model.io.chat import encode_example, encode_prompt
 from phimini.model.io.json_files import array_of, read_rows, write_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.parallel.megatron.builder import Model
@@ -89,7 +89,7 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
     if config.pairs == "policy":
         path = stage.path / "pairs.jsonl"
         sample_pairs(run, world, stage, model, tokenizer)
-    pairs = read_pairs(path, tokenizer, run.chat_template, config.pairs_per_prompt)
+    pairs = read_pairs(path, tokenizer, tokenizer.chat_template, config.pairs_per_prompt)
     sides = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
     limit, field = config.sequence_length, "rollout_dpo.sequence_length"
     check_lengths([len(side) for side in sides], limit, field, lambda i: sides[i].id)
@@ -191,7 +191,7 @@ def pair_up(rollouts: list[dict], pairs_per_prompt: int, seed: int) -> list[dict
 
 
 def read_pairs(
-    path: Path, tokenizer: Tokenizer, template: TemplateName, pairs_per_prompt: int | None = None
+    path: Path, tokenizer: Tokenizer, template: str, pairs_per_prompt: int | None = None
 ) -> list[Pair]:
     """Return the first `pairs_per_prompt` pairs of each problem, or all.
 
@@ -215,7 +215,7 @@ def read_pairs(
 
 
 def _encode_side(
-    tokenizer: Tokenizer, row: dict, side: str, template: TemplateName
+    tokenizer: Tokenizer, row: dict, side: str, template: str
 ) -> tuple[list[int], int]:
     if f"{side}_tokens" in row:
         prompt = encode_prompt(tokenizer, row["question"], template)

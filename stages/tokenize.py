@@ -31,9 +31,9 @@ def tokenize(run: RunConfig, *, redo: bool = False) -> Path:
     names = lambda shard: [str(path.relative_to(stage.path)) for path in shard.files]
     left = [shard for shard in shards if not stage.made.keys() >= set(names(shard))]
     workers = run.tokenize.workers or len(os.sched_getaffinity(0))
-    for shard in write_shards(left, tokenizer, run.chat_template, workers):
+    for shard in write_shards(left, tokenizer, tokenizer.chat_template, workers):
         stage.record(*names(shard))
     sets = {name: TokenSet(stage.path / name, out / rows) for name, rows in TOKENIZED.items()}
     counts = {name: tokens.counts() for name, tokens in sets.items()}
-    stage.finish({"fingerprint": fingerprint(tokenizer, run.chat_template), "sets": counts})
+    stage.finish({"fingerprint": fingerprint(tokenizer, tokenizer.chat_template), "sets": counts})
     return stage.path

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from phimini.kernels import linear_logprob
-from phimini.model.io.chat import encode_example, render
+from phimini.model.io.chat import encode_example, render, template_of
 from phimini.model.io.json_files import read_rows, write_json, write_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.parallel.megatron.builder import Model
@@ -64,7 +64,9 @@ def prepare(folder: Path) -> RunConfig:
             for e in examples
         ],
     )
-    pairs = rollout_dpo.read_pairs(out / "curate" / "pairs.jsonl", tokenizer, run.chat_template)
+    pairs = rollout_dpo.read_pairs(
+        out / "curate" / "pairs.jsonl", tokenizer, tokenizer.chat_template
+    )
     rows = []
     for pair in pairs:
         prompt, chosen, rejected = pair.chosen.loss_from, pair.chosen.tokens.tolist(), pair.rejected.tokens.tolist()  # fmt: skip
@@ -90,7 +92,7 @@ def sft_examples(run: RunConfig) -> list[Example]:
 
 def _prompt(question: str, run: RunConfig) -> str:
     message = {"role": "user", "content": question}
-    return render([message], run.chat_template, add_generation_prompt=True)
+    return render([message], template_of(run.chat_template), add_generation_prompt=True)
 
 
 def _train(run: RunConfig) -> None:
@@ -114,7 +116,7 @@ def dpo_loss(run: RunConfig, world: World, folder: Path) -> float:
     model, tokenizer = load_model(run, world, "sft")
     frozen, _ = load_model(run, world, "midtrain")
     rows = Path(run.out) / "curate" / "pairs.jsonl"
-    pairs = rollout_dpo.read_pairs(rows, tokenizer, run.chat_template)[: BATCH["dpo"]]
+    pairs = rollout_dpo.read_pairs(rows, tokenizer, tokenizer.chat_template)[: BATCH["dpo"]]
     reference = rollout_dpo.reference_logps(frozen, pairs, run.rollout_dpo, world)
     batch = rollout_dpo.pair_batch(pairs, reference, world)
     return forward_backward(model, [batch], rollout_dpo.dpo_head(run.rollout_dpo)).loss
@@ -124,7 +126,7 @@ def grpo_loss(run: RunConfig, world: World, folder: Path) -> float:
     """Return the GRPO loss of teacher rollouts with advantages of both signs and shifted old log-probs, so that some clip."""
     model, tokenizer = load_model(run, world, "sft")
     rows = read_rows(Path(run.out) / "distill" / "rollouts.jsonl", GIVEN_FIELDS)[:64]
-    encode = lambda row: encode_example(tokenizer, row["question"], row["response"], run.chat_template)  # fmt: skip
+    encode = lambda row: encode_example(tokenizer, row["question"], row["response"], tokenizer.chat_template)  # fmt: skip
     examples = [Example(row["id"], *encode(row)) for row in rows]
     logps = _logps(model, pack(documents(examples))).split([len(e.tokens) - 1 for e in examples])
     generator = torch.Generator().manual_seed(0)

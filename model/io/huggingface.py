@@ -1,5 +1,8 @@
 """Reader and writer of Hugging Face folders: config.json, generation_config.json and safetensors with Phi3's names.
 
+A Llama is read too, where it is a Phi-3 whose q, k, v and gate, up are stored apart: no biases, plain RoPE over whole
+heads. It is written as a Phi-3.
+
 It reads two generations of config.json: `rope_scaling` with top-level rope fields (transformers 4, as Phi-4-mini
 ships it) and `rope_parameters` (transformers 5). It writes the first.
 
@@ -27,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from phimini.model.config import ModelConfig, RopeFactors
+from phimini.model.config import ModelConfig, RopeFactors, preset
 from phimini.model.io.json_files import read_object, write_json
 from phimini.model.io.safetensors_folder import (
     TensorFiles,
@@ -39,6 +42,7 @@ from phimini.model.reference import Phi4Mini
 __all__ = [
     "ROPE_FACTORS_KEY",
     "check_tensors",
+    "config_of",
     "load_config",
     "load_reference",
     "parameter_shapes",
@@ -53,6 +57,8 @@ _ROPE_SCALING_KEY = "phimini_rope_scaling"
 _KEPT = ("short_factor", "long_factor", "original_max_position_embeddings")
 _ATTENTION_FACTORS = ("attention_factor", "short_mscale", "long_mscale")
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+_NORM_EPS = {"phi3": 1e-5, "llama": 1e-6}
+"""transformers' defaults by model_type"""
 ORIGINAL_MAX_POSITIONS = 4096
 """transformers' default for a LongRoPE file without the field"""
 
@@ -74,19 +80,33 @@ _MUST_BE_OFF = (
 )  # fmt: skip
 
 
+def config_of(model: str, rope_factors: RopeFactors | None = None) -> ModelConfig:
+    """Return a preset by its name, or the shape in a config.json by its path; errors as in `load_config`."""
+    if not model.endswith(".json"):
+        config = preset(model)
+        return dataclasses.replace(config, rope_factors=rope_factors or config.rope_factors)
+    if not Path(model).is_file():
+        raise ValueError(f"model={model:.200}: no such file; expected a Hugging Face config.json")
+    return read_config(Path(model), rope_factors)
+
+
 def load_config(
     directory: str | os.PathLike, rope_factors: RopeFactors | None = None
 ) -> ModelConfig:
-    """Read config.json of either generation.
+    """Read the config.json of a folder; see `read_config`."""
+    return read_config(Path(directory) / "config.json", rope_factors)
+
+
+def read_config(path: Path, rope_factors: RopeFactors | None = None) -> ModelConfig:
+    """Read a config.json of either generation.
 
     `rope_factors` overrides the table that the file names; the default is "long". Raises ValueError that names the
-    file and the key if it is not a phi3 model, a key is missing, the rope type is unknown, or a field asks for
+    file and the key if it is not a phi3 or llama model, a key is missing, the rope type is unknown, or a field asks for
     a feature that this model lacks (biases, dropout, an attention window).
     """
-    path = Path(directory) / "config.json"
     raw = read_object(path)
-    if raw.get("model_type") != "phi3":
-        raise _refused(path, "model_type", "'phi3'", raw.get("model_type"))
+    if raw.get("model_type") not in _NORM_EPS:
+        raise _refused(path, "model_type", "'phi3' or 'llama'", raw.get("model_type"))
     for key in _REQUIRED:
         if type(raw.get(key)) is not int or raw[key] < 1:
             raise _refused(path, key, "a positive integer", raw.get(key))
@@ -103,7 +123,7 @@ def load_config(
     fields = {ours: raw[theirs] for theirs, ours in _REQUIRED.items()}
     fields["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     fields["num_kv_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
-    fields["norm_eps"] = raw.get("rms_norm_eps", 1e-5)
+    fields["norm_eps"] = raw.get("rms_norm_eps", _NORM_EPS[raw["model_type"]])
     fields["tie_embeddings"] = raw.get("tie_word_embeddings", False)
     fields["initializer_range"] = raw.get("initializer_range", 0.02)
     fields["rope_factors"] = raw.get(ROPE_FACTORS_KEY, "long")
@@ -153,6 +173,9 @@ def _rope_fields(path: Path, raw: dict) -> dict:
         or rope.get("original_max_position_embeddings")
         or (raw["max_position_embeddings"] if rope_type == "default" else ORIGINAL_MAX_POSITIONS),
     }
+    if raw["model_type"] == "llama" and (rope_type, fields["partial_rotary_factor"]) != ("default", 1.0):  # fmt: skip
+        found = {"rope_type": rope_type, "partial_rotary_factor": fields["partial_rotary_factor"]}
+        raise _refused(path, "rope parameters", "plain RoPE over whole heads of a llama", found)
     if rope_type == "default":
         return fields
     for key in ("short_factor", "long_factor"):

@@ -1,6 +1,7 @@
 """Safetensors folders: one file, or shards with an index, read lazily and replaced atomically.
 
-Pickles are never read: a folder that has only pytorch_model.bin is refused.
+Pickles are never read: a folder that has only pytorch_model.bin is refused. A Llama stores queries, keys and values, and
+gate and up apart; they are read as the one tensor that Phi-3 has of each, its rows in this order.
 """
 
 import json
@@ -17,6 +18,11 @@ from phimini.model.io.json_files import atomic_file, flush_directory, read_objec
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+_FUSED_OF = {part: whole for whole, parts in _FUSED.items() for part in parts}
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -34,15 +40,17 @@ class TensorFiles(Mapping[str, Tensor]):
                 f"{self.directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither"
             )
         self._opened = {}
+        self.file_of: dict[str, str] = {}
+        """the file of each tensor; of a fused one, that of its first part"""
+        self._parts: dict[str, list[str]] = {}
         if single.is_file():
-            self.file_of = dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+            self._name(dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE))
             return
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
             isinstance(f, str) for f in weight_map.values()
         ):
             raise ValueError(f"{index}: expected 'weight_map' from tensor names to files")
-        self.file_of: dict[str, str] = weight_map
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file:
                 raise ValueError(f"{index}: expected file names in this folder, got {file!r:.100}")
@@ -51,6 +59,22 @@ class TensorFiles(Mapping[str, Tensor]):
                 raise ValueError(
                     f"{self.directory / file}: has no tensor {min(absent)!r:.100}, which {INDEX_FILE} promises"
                 )
+        self._name(weight_map)
+
+    def _name(self, stored: dict[str, str]) -> None:
+        """Name the tensors, with the stored parts of a fused one under one name."""
+        self._stored = stored
+        for name in stored:
+            module, _, last = name.rpartition(".weight")[0].rpartition(".")
+            fused, parts = name, [name]
+            if last in _FUSED_OF and name.endswith(".weight"):
+                fused = f"{module}.{_FUSED_OF[last]}.weight"
+                parts = [f"{module}.{part}.weight" for part in _FUSED[_FUSED_OF[last]]]
+            if missing := [part for part in parts if part not in stored]:
+                raise ValueError(f"{self.directory}: tensor {missing[0]} is missing beside {name}")
+            if self._parts.setdefault(fused, parts) != parts:
+                raise ValueError(f"{self.directory}: {fused} is stored whole and in parts")
+            self.file_of[fused] = stored[parts[0]]
 
     def _open(self, file: str):
         if file not in self._opened:
@@ -64,7 +88,8 @@ class TensorFiles(Mapping[str, Tensor]):
         return self._opened[file]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._open(self.file_of[name]).get_tensor(name)
+        parts = [self._open(self._stored[part]).get_tensor(part) for part in self._parts[name]]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.file_of)
@@ -74,11 +99,26 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor from the file's header."""
-        return tuple(self._open(self.file_of[name]).get_slice(name).get_shape())
+        shapes = [tuple(each.get_shape()) for each in self._slices(name)]
+        if len(shapes) == 1:
+            return shapes[0]
+        # Keys and values, or gate and up, are alike; queries have more rows.
+        if shapes[-1] != shapes[-2] or len(shapes[0]) != 2 or shapes[0][1:] != shapes[-1][1:]:
+            raise ValueError(
+                f"{self.directory}: expected matrices of one width, the last two of one shape, got "
+                f"{dict(zip(self._parts[name], shapes, strict=True))}"
+            )
+        return sum(shape[0] for shape in shapes), shapes[0][1]
 
     def dtype(self, name: str) -> str:
-        """Return the data type of a tensor from the file's header, in safetensors' notation (F32, BF16)."""
-        return self._open(self.file_of[name]).get_slice(name).get_dtype()
+        """Return the data type of a tensor from the file's header, in safetensors' notation (F32, BF16).
+
+        Parts of several types give all of them, which is none.
+        """
+        return ", ".join(sorted({each.get_dtype() for each in self._slices(name)}))
+
+    def _slices(self, name: str) -> list[Any]:
+        return [self._open(self._stored[part]).get_slice(part) for part in self._parts[name]]
 
 
 def read_tensors(directory: str | os.PathLike) -> TensorFiles:

@@ -34,6 +34,27 @@ PHI4_TOKENS = (
     ("<|tool_response|>", False, False),
     ("<|tag|>", True, False),
 )
+NAMED_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOS)
+"""of Phi-4-mini's tokenizer_config.json"""
+# As shipped in tokenizer_config.json of microsoft/Phi-4-mini-instruct and microsoft/Phi-4-mini-reasoning.
+TEMPLATES: dict[str, str] = {
+    "instruct": (
+        "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and "
+        "message['tools'] is not none %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + "
+        "message['tools'] + '<|/tool|>' + '<|end|>' }}{% else %}{{ '<|' + message['role'] + '|>' + "
+        "message['content'] + '<|end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+    ),
+    "reasoning": (
+        "{{ '<|system|>Your name is Phi, an AI math expert developed by Microsoft.' }}"
+        "{% for message in messages %}{% if message['role'] == 'system' %} {{ message['content'] }}"
+        "{% if 'tools' in message and message['tools'] is not none %}{{ '<|tool|>' + message['tools'] + "
+        "'<|/tool|>' }}{% endif %}{% endif %}{% endfor %}{{ '<|end|>' }}{% for message in messages %}"
+        "{% if message['role'] != 'system' %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}"
+        "{% endif %}"
+    ),
+}
 # Ordinary text to Phi-4-mini. In the tiny tokenizer each is one token, but not a special one, so decoding keeps it.
 THINK_TOKENS = ("<think>", "</think>")
 # The characters of the demo's problems and solutions; those of the training texts are added.
@@ -58,8 +79,11 @@ class Tokenizer:
         self.inner = inner
         self.config = config
         """tokenizer_config.json as read"""
-        own = config.get("eos_token")
-        own = own.get("content") if isinstance(own, dict) else own
+        named = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}  # fmt: skip
+        named = {k: v for k, v in named.items() if k.endswith("_token") and isinstance(v, str)}
+        own = named.get("eos_token")
+        self.named_tokens = {"eos_token": EOS, **named}
+        """control tokens by the names that chat templates use"""
         self.end_id = self._first_id(END, own)
         """ends a turn; in another model's vocabulary its `eos_token` does"""
         self.eos_id = self._first_id(EOS, own)
@@ -84,6 +108,8 @@ class Tokenizer:
         if not path.is_file():
             raise ValueError(f"{path}: no such file; expected a directory with tokenizer.json")
         config = read_object(config_path) if config_path.is_file() else {}
+        if (template := Path(directory) / "chat_template.jinja").is_file():  # as transformers does
+            config["chat_template"] = template.read_text(encoding="utf-8")
         read_object(path)
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
@@ -105,6 +131,16 @@ class Tokenizer:
             ("tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n"),
         ):
             write_text(directory / name, text)
+
+    @property
+    def chat_template(self) -> str:
+        """The text of the chat template in tokenizer_config.json or chat_template.jinja. Raises ValueError without one."""
+        text = self.config.get("chat_template")
+        if not isinstance(text, str) or "{" not in text:
+            raise ValueError(
+                f"chat_template: expected the text of a chat template, here or in chat_template.jinja, got {text!r:.60}"
+            )
+        return text
 
     @property
     def vocab_size(self) -> int:
@@ -235,7 +271,7 @@ def _alphabet(inner: tokenizers.Tokenizer) -> frozenset[str] | None:
 
 
 def train_tiny_tokenizer(texts: Iterable[str], vocab_size: int = 256) -> Tokenizer:
-    """Train a character-level BPE with Phi-4-mini's control tokens, for a model of a few hundred token ids.
+    """Train a character-level BPE with Phi-4-mini's control tokens and chat template, for a model of a few hundred token ids.
 
     Each digit is one token, so numbers are spelled out. Words merge with the space before them. `\\boxed{` is never
     one token, so that the model must write the box of its answer.
@@ -262,10 +298,8 @@ def train_tiny_tokenizer(texts: Iterable[str], vocab_size: int = 256) -> Tokeniz
     inner.add_tokens([AddedToken(t, special=False, normalized=False) for t in THINK_TOKENS])
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": EOS,
-        "eos_token": EOS,
-        "pad_token": EOS,
-        "unk_token": EOS,
+        **NAMED_TOKENS,
+        "chat_template": TEMPLATES["instruct"],
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 from phimini.model.checked_fields import Range, check
+from phimini.model.suggest import nearest
 from phimini.stages.config.data_steps import CurateConfig, DistillConfig, TokenizeConfig
 from phimini.stages.config.dialect import build, read_words
 from phimini.stages.config.engines import RolloutConfig
@@ -27,6 +28,8 @@ from phimini.stages.config.ranges import (
 )
 
 C = TypeVar("C")
+CHAT_TEMPLATES = ("instruct", "reasoning")
+"""the names in `phimini.model.io.chat.TEMPLATES`"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,11 +264,11 @@ class RunConfig:
     seed: Seed = 0
     """seed of every random choice"""
     model: str = "tiny"
-    """a preset of `phimini.model.config`"""
+    """shape of the model: tiny, phi-400m, phi-4-mini, or the path of a Hugging Face config.json (phi3 or llama)"""
     base: str = "random"
     """`random` (a new model and tokenizer) or a Hugging Face directory to start from"""
-    chat_template: Literal["instruct", "reasoning"] = "instruct"
-    """chat format of questions and answers"""
+    chat_template: str = "instruct"
+    """chat format of questions and answers: instruct, reasoning (Phi-4-mini's), or the path of a .jinja file"""
     rope_factors: Literal["short", "long"] = "long"
     """LongRoPE table of every stage, the sampler and vLLM"""
     processes: Count = 1
@@ -326,6 +329,10 @@ class RunConfig:
 
 def check_together(run: RunConfig) -> None:
     """Raise ValueError for the first field whose value another field's does not allow."""
+    if run.chat_template not in CHAT_TEMPLATES and not run.chat_template.endswith(".jinja"):
+        raise ValueError(
+            f"chat_template: {nearest(run.chat_template, CHAT_TEMPLATES)} or a .jinja file, got {run.chat_template!r:.60}"
+        )
     longest = {"sft": 1, "rollout_dpo": 2, "rlvr": 1}  # in sequence lengths
     for name, number in longest.items():
         stage = getattr(run, name)

@@ -89,7 +89,9 @@ def _check_rollouts(told: Told, run: RunConfig, path: Path, tokenizer: Tokenizer
     limit = getattr(run, setting).sequence_length
     too_long = {}
     for row in longest:
-        tokens, _ = encode_example(tokenizer, row["question"], row["response"], run.chat_template)
+        tokens, _ = encode_example(
+            tokenizer, row["question"], row["response"], tokenizer.chat_template
+        )
         if len(tokens) - 1 > limit and is_correct(row):
             too_long[row["id"]] = len(tokens) - 1
     if too_long:
@@ -122,7 +124,7 @@ class Amount:
     def described(self, run: RunConfig, tokenizer: Tokenizer) -> str:
         """Return a line with rows, tokens, bytes and hours of encoding, from the tokens of the sample and the time that they took."""
         began, workers = time.process_time(), run.tokenize.workers or len(os.sched_getaffinity(0))
-        encode = lambda row: encode_example(tokenizer, row["question"], row["response"], run.chat_template)  # fmt: skip
+        encode = lambda row: encode_example(tokenizer, row["question"], row["response"], tokenizer.chat_template)  # fmt: skip
         counted = sum(len(encode(row)[0]) for row in self.sample)
         factor = self.characters / max(sum(map(_characters, self.sample)), 1)
         hours = factor * (time.process_time() - began) / 3600 / workers
@@ -148,7 +150,7 @@ def _check_problems(
     check = partial(check_texts, tokenizer, fields)
     longest = _longest(own_problems(path, "", check, mapped, num_levels), fields)
     if tokenizer is not None and check_prompts is not None and not run.distill.gym_tasks:
-        check_prompts(encode_problems(tokenizer, longest, run.chat_template))
+        check_prompts(encode_problems(tokenizer, longest, tokenizer.chat_template))
 
 
 def _longest(rows: Iterable[Row], fields: Sequence[str]) -> list[Row]:

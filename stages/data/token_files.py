@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from phimini.model.io.chat import TEMPLATES, TemplateName, encode_example
+from phimini.model.io.chat import TEMPLATES, encode_example
 from phimini.model.io.json_files import Span, atomic_file, numbered_rows, spans
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.parallel.ranks.process import LostWorkerError, end_with_parent
@@ -54,7 +54,7 @@ def shards_of(rows: Path, folder: Path) -> list[Shard]:
     return [Shard(rows, span, folder / f"{number:05d}") for number, span in enumerate(parts)]
 
 
-def write_shard(shard: Shard, tokenizer: Tokenizer, template: TemplateName) -> Shard:
+def write_shard(shard: Shard, tokenizer: Tokenizer, template: str) -> Shard:
     """Encode `question` and `response` of a shard's rows into its files, and return it.
 
     Raises ValueError that names file and line of a bad row.
@@ -83,7 +83,7 @@ def write_shard(shard: Shard, tokenizer: Tokenizer, template: TemplateName) -> S
 
 
 def write_shards(
-    shards: Sequence[Shard], tokenizer: Tokenizer, template: TemplateName, workers: int
+    shards: Sequence[Shard], tokenizer: Tokenizer, template: str, workers: int
 ) -> Iterator[Shard]:
     """Write the shards in up to `workers` processes, and yield each when it is whole.
 
@@ -120,9 +120,12 @@ def _start_worker(parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def fingerprint(tokenizer: Tokenizer, template: TemplateName) -> dict[str, str]:
+def fingerprint(tokenizer: Tokenizer, template: str) -> dict[str, str]:
     """Return the sha256 of the tokenizer and of the text of the chat template."""
-    texts = {"tokenizer": tokenizer.inner.to_str(), "chat_template": TEMPLATES[template]}
+    texts = {
+        "tokenizer": tokenizer.inner.to_str(),
+        "chat_template": TEMPLATES.get(template, template),
+    }
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 

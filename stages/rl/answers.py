@@ -30,7 +30,7 @@ def sample_answers(
     config = run.rollout_dpo
     rows = read_rows(Path(run.out) / "distill" / "prompts.jsonl", PROBLEM_FIELDS)
     problems = rows[: config.num_prompts]
-    prompts = encode_problems(tokenizer, problems, run.chat_template)
+    prompts = encode_problems(tokenizer, problems, tokenizer.chat_template)
     check_room(prompts, config, "rollout_dpo")
     engine = build_engine(run, model.config, world)
     engine.sync(model)

@@ -57,7 +57,7 @@ class GroupSampler:
         """all ranks sample together"""
         judges = run.rollout.judges
         self.scorer = Scorer("rlvr.reward", run.rlvr.reward, judges, tokenizer.decode)
-        encoded = encode_problems(tokenizer, list(problems.values()), run.chat_template)
+        encoded = encode_problems(tokenizer, list(problems.values()), tokenizer.chat_template)
         self.prompts = {id: np.array(tokens, np.int32) for id, tokens in encoded.items()}
 
     def alone(self, engine: EngineSampler) -> "GroupSampler":

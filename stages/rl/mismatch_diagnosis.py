@@ -270,7 +270,7 @@ def doctor(run: RunConfig, world: World, *, samples: int = EXAMINED) -> Verdict:
     engine = build_engine(run, model.config, world)
     engine.sync(model)
     problems = read_rows(out / "distill" / "prompts.jsonl", PROBLEM_FIELDS)[:samples]
-    prompts = list(encode_problems(tokenizer, problems, run.chat_template).values())
+    prompts = list(encode_problems(tokenizer, problems, tokenizer.chat_template).values())
     params = SamplingParams(
         temperature=run.rlvr.start_temperature,
         max_new_tokens=run.rlvr.max_new_tokens,

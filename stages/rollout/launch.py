@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import torch
 
 from phimini.model.config import ModelConfig
-from phimini.model.io.chat import TEMPLATES
+from phimini.model.io.chat import template_of
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.rollout.engine_folder import engine_folder
@@ -74,7 +74,7 @@ class EngineProcess:
         fields = {"config": dataclasses.asdict(config), "settings": dataclasses.asdict(settings)}
         Path(folder, DESCRIPTION).write_text(json.dumps(fields))
         if tokenizer is not None:
-            Tokenizer.load(tokenizer).save(folder, chat_template=TEMPLATES[chat_template])
+            Tokenizer.load(tokenizer).save(folder, chat_template=chat_template)
         self.key, self.host, self.port = key, host, port or free_port(host)
         self.url = f"http://{host}:{self.port}"
         self.words = serve_words(settings, folder, host, self.port)
@@ -248,7 +248,7 @@ def serve(run: RunConfig, config: ModelConfig, address: str) -> None:
     settings = engine_settings(there, config, transport_of(there))
     engine = EngineProcess(
         config, settings, shared_key("serve"), host=host, port=port, tokenizer=tokenizer_of(run),
-        chat_template=run.chat_template,
+        chat_template=template_of(run.chat_template),
     )  # fmt: skip
     variables = f"VLLM_PLUGINS=phimini VLLM_API_KEY=${KEY}"
     print(f"phimini serve: {variables} {shlex.join(engine.words)}", flush=True)

@@ -13,6 +13,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from phimini.model.config import ModelConfig
+from phimini.model.io.chat import template_of
 from phimini.model.sampler import SamplingParams
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.ranks.world import World
@@ -191,7 +192,7 @@ class SeparateVllm:
                         key,
                         devices=device,
                         tokenizer=tokenizer_of(run),
-                        chat_template=run.chat_template,
+                        chat_template=template_of(run.chat_template),
                     )  # fmt: skip
                 )
             for process in processes:

@@ -67,20 +67,21 @@ def check_inputs(run: RunConfig, world: World, *stages: str) -> None:
 def sources_of(run: RunConfig, stage: str) -> dict[str, Path]:
     """Return, by name, the files that must not change once a stage is complete.
 
-    Those are the user's data and the base model, and the rows and the tokenizer that tokens were made with.
+    Those are the user's data, base model, config.json and chat template, and the rows and the tokenizer that tokens were
+    made with.
     """
     if stage == "tokenize":
         names = (*TOKENIZED.values(), "base/model/tokenizer.json")
         return {name: Path(run.out) / name for name in names}
-    given = {"distill": run.distill.source, "base": run.base}.get(stage)
-    if given in (None, "generator", "random"):
-        return {}
-    path = Path(given)
-    if stage == "distill":
+    files: list[Path] = []
+    if stage == "distill" and run.distill.source != "generator":
+        path = Path(run.distill.source)
         sources = sets_in(path).values() or [path]
         files = [file for source in sources for file in files_of(source)]
-    else:
-        files = [p for glob in ("*.json", "*.safetensors") for p in path.glob(glob)]
+    elif stage == "base":
+        globs = () if run.base == "random" else ("*.json", "*.safetensors")
+        files = [p for glob in globs for p in Path(run.base).glob(glob)]
+        files += [Path(name) for name in (run.model, run.chat_template)]  # a name is no file
     return {str(p): p for p in sorted(files) if p.is_file()}
 
 

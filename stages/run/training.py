@@ -66,7 +66,8 @@ def open_tokens(
         stage = Stage.open(run, "tokenize")
         made = read_sealed(stage.path / SUMMARY)["fingerprint"]
         model = out / start / "model"
-        for name, sha256 in fingerprint(Tokenizer.load(model), run.chat_template).items():
+        tokenizer = Tokenizer.load(model)
+        for name, sha256 in fingerprint(tokenizer, tokenizer.chat_template).items():
             if made[name] != sha256:
                 raise ValueError(
                     f"{stage.path}: was made with another {name} (sha256 {made[name]:.12}) than that of {model} "

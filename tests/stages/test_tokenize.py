@@ -9,7 +9,7 @@ import signal
 import time
 import types
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
@@ -222,15 +222,17 @@ def test_an_unfinished_stage_does_not_go_on_as_another(
 
 # --- stale inputs ---------------------------------------------------------------------------------
 def changed_template(out: Path) -> None:
-    TEMPLATES["instruct"] += " "
+    changed_tokenizer(out, TEMPLATES["instruct"] + " ", [])
 
 
-def changed_tokenizer(out: Path) -> None:
+def changed_tokenizer(
+    out: Path, template: str = TEMPLATES["instruct"], tokens: Sequence[str] = ("sum",)
+) -> None:
     """Let the start model have a tokenizer of its own, in a folder that is whole."""
     path = out / "base" / "model"
     tokenizer = Tokenizer.load(path)
-    tokenizer.inner.add_tokens(["sum"])
-    tokenizer.save(path)
+    tokenizer.inner.add_tokens(list(tokens))
+    tokenizer.save(path, chat_template=template)
     summary = read_sealed(out / "base" / "summary.json")
     write_summary(out / "base", {k: v for k, v in summary.items() if k != "files"})
 

@@ -244,7 +244,7 @@ def test_what_a_file_leaves_open_is_read_as_transformers_does(case: str, tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type: expected 'phi3', got 'llama'"),
+        ({"model_type": "mistral"}, "model_type: expected 'phi3' or 'llama', got 'mistral'"),
         ({"hidden_size": None}, "hidden_size: expected a positive integer, got None"),
         ({"rope_scaling": {"type": "yarn"}}, "rope type: expected 'default' or 'longrope', got 'yarn'"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48}}, "long_factor: expected a list of numbers, got None"),

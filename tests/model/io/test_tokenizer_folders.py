@@ -118,7 +118,7 @@ SAME: dict[str, tuple[Callable[[Inner], Any], dict[str, dict]]] = {
         set_(), {"tokenizer_config": {"added_tokens_decoder": {USER: token("<|user|>", lstrip=True)}}},
     ),
     "a token listed that tokenizer.json has not": (
-        set_(), {"tokenizer_config": {"added_tokens_decoder": {UNUSED: token("Don't")}}},
+        set_(), {"tokenizer_config": {"added_tokens_decoder": {UNUSED: token("Don't", special=False)}}},
     ),
     "a token listed that is an ordinary one": (
         set_(), {"tokenizer_config": {"added_tokens_decoder": {"5": token("H")}}},
