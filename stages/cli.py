@@ -9,7 +9,7 @@
 
 A stage that is complete is not run again; `--redo` does. One command at a time writes into a run's folder. Exit status:
 0 done, 1 a check or plan says no, a rank was lost, the folder is in use, a file cannot be read or written, 2 bad input,
-130 stopped and saved (Ctrl-C, SIGTERM; the same command goes on).
+3 a guard stopped and saved the run, 130 stopped and saved (Ctrl-C, SIGTERM); the same command goes on.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from phimini.stages.run.output import lasting_output
 EXPECTED = {
     "ValueError": 2,
     "Stopped": 130,
+    "GuardStop": 3,
     "KeyboardInterrupt": 130,
     "LostRanks": 1,
     "RolloutError": 1,  # all engines are lost
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     with lasting_output() as output, sigterm_as_ctrl_c():
         status, writes = exit_status(arguments)
-    if status == 2 and "RANK" in os.environ:  # imported late: it loads torch
+    if status in (2, 3) and "RANK" in os.environ:  # imported late: it loads torch
         function_of("phimini.parallel.ranks.process:end_job_without_restart")()
     return status or int(output.lost is not None and not writes)
 

@@ -41,6 +41,7 @@ from phimini.stages.data.packing import (
     micro_batches,
 )
 from phimini.stages.rl.answers import sample_answers
+from phimini.stages.run.guards import check_trained_shares
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import (
     Ahead,
@@ -50,7 +51,6 @@ from phimini.stages.run.training import (
     start_optimizer,
     sum_over_data,
     training_steps,
-    update_row,
 )
 
 PAIR_FIELDS = {"problem_id": str, "question": str, "chosen": str, "rejected": str}
@@ -94,6 +94,8 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
     limit, field = config.sequence_length, "rollout_dpo.sequence_length"
     check_lengths([len(side) for side in sides], limit, field, lambda i: sides[i].id)
     check_same_data(world, "rollout_dpo, before step 1", [pair.digest() for pair in pairs])
+    shares = np.array([side.num_targets / len(side) for side in sides])
+    check_trained_shares(run.guards, world, stage.name, shares, lambda i: sides[i].id)
     reference = reference_logps(model, pairs, config, world)
     steps = max(1, math.floor(config.epochs * len(pairs) / config.pairs_per_step))
     optimizer = start_optimizer(run, model, config.optimizer, steps)
@@ -127,7 +129,7 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
             if step.index == 0:
                 check_first_step(metrics, config, exact=logps_are_exact(run, model))
             num_tokens = sum(sum(pairs[i].lengths) for i in indices)
-            step.row = update_row(metrics, optimizer.step(), num_tokens)
+            step.update(optimizer, metrics, num_tokens)
 
 
 def sample_pairs(

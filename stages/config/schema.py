@@ -13,11 +13,13 @@ from phimini.model.checked_fields import Range, check
 from phimini.stages.config.data_steps import CurateConfig, DistillConfig, TokenizeConfig
 from phimini.stages.config.dialect import build, read_words
 from phimini.stages.config.engines import RolloutConfig
+from phimini.stages.config.guards import GuardsConfig, check_actions
 from phimini.stages.config.ranges import (
     AboveOne,
     AtLeastTwo,
     BelowOne,
     Count,
+    CountOrZero,
     NotNegative,
     Positive,
     PositiveShare,
@@ -206,6 +208,8 @@ class RlvrConfig:
     reward: str | None = None
     """a function of yours, FILE.py:FUNCTION, called with question, answer, response and finish reason, that returns
     the reward, above 0 for a right answer; none: +1 for an answer that ended and verifies, else -1"""
+    audit_rollouts: CountOrZero = 0
+    """so many answers of each step, spread over the groups, are judged by math-verify too, for guards.reward_hacking"""
     max_mismatch: Positive | None = None
     """the run stops when sampler and trainer differ by more than this in mean |log-prob|; none: 1e-3 for a sampler
     in float32, 0.02 in bfloat16, 0.06 in FP8, 0.15 with keys and values in FP8"""
@@ -316,6 +320,8 @@ class RunConfig:
     """evaluation after each stage"""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """the sampling engine"""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """alarms of training, each with a threshold and an action; may be changed when a run goes on"""
     log: LogConfig = field(default_factory=LogConfig)
     """experiment trackers"""
 
@@ -326,6 +332,7 @@ class RunConfig:
 
 def check_together(run: RunConfig) -> None:
     """Raise ValueError for the first field whose value another field's does not allow."""
+    check_actions(run.guards)
     longest = {"sft": 1, "rollout_dpo": 2, "rlvr": 1}  # in sequence lengths
     for name, number in longest.items():
         stage = getattr(run, name)

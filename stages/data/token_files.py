@@ -159,6 +159,14 @@ class TokenSet(Sequence[Example]):
         both = [shard.sequence_lengths.reshape(-1, 2) for shard in self._shards]
         return np.concatenate([pair.sum(1, dtype=np.int32) - 1 for pair in both])
 
+    @property
+    def trained_shares(self) -> np.ndarray:
+        """The share of each example's input positions that carry loss; (examples,) float64."""
+        if self.loss_on_question:
+            return np.ones(len(self))
+        answers = [shard.sequence_lengths.reshape(-1, 2)[:, 1] for shard in self._shards]
+        return np.concatenate(answers) / self.lengths
+
     def digest(self) -> int:
         """Return a checksum of all that training sees."""
         return digest(
