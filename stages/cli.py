@@ -62,7 +62,7 @@ class Verb(NamedTuple):
     """fields of the options that words without `=` give, in this order"""
 
 
-def _stage(line: str, function: str = "train", kind: type = options.StageOptions) -> Verb:
+def _stage(line: str, function: str = "train", kind: type | None = options.StageOptions) -> Verb:
     return Verb(line, kind, f"phimini.stages.commands:{function}", writes=True)
 
 
@@ -84,7 +84,8 @@ VERBS = {
     "evaluate MODEL": Verb("benchmarks of any model: benchmarks=aime24,math500 data=FOLDER", options.BenchmarkOptions, "phimini.stages.commands:run_benchmarks", writes=True, names=("model",)),
     "compare": Verb("paired difference of two results of `evaluate MODEL`: A B", options.CompareOptions, "phimini.stages.benchmarks.compare:compare", names=("before", "after")),
     "controls": _stage("the control arms of a complete run"),
-    "report": _stage("write the report again", "run_report", options.RunOptions),
+    "report": _stage("write the report of a run as it is: report RUN, a folder or a recipe", "run_report", None),
+    "watch": _prints("what a run does, every second: watch RUN, a folder or a recipe", "run_watch", None),
     "serve": _stage("an engine of `vllm serve` for rollout.addresses of a run; its key is in PHIMINI_API_KEY", "run_serve", options.ServeOptions),
     "data trace": _prints("where the row ID came from, and what each step did with it: data trace ID RECIPE", "trace_row", None),
     "data pages": _prints("write a page about the data set of each stage", "write_pages", options.RunOptions),
