@@ -21,6 +21,7 @@ from phimini.model.reference import Phi4Mini
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import ROLLOUT_FIELDS
+from phimini.stages.run.progress import tracked, work
 from phimini.stages.run.stage_folder import Stage
 
 TOKENIZER_TEXTS = 4000
@@ -68,7 +69,8 @@ def base(run: RunConfig, *, redo: bool = False) -> Path:
         check_tensors(config, files)
         dtype = files[next(iter(files))].dtype
         save_config(config, directory, stop_ids=tokenizer.stop_ids, dtype=dtype)
-        write_tensors(((name, files[name]) for name in files), directory)
+        names = tracked(list(files), work("base", len(files), run.out))
+        write_tensors(((name, files[name]) for name in names), directory)
     check_template(run.chat_template, tokenizer)
     tokenizer.save(directory, chat_template=template)
     stage.finish({"parameters": config.num_parameters, "vocabulary": tokenizer.vocab_size})

@@ -9,7 +9,7 @@
 
 A stage that is complete is not run again; `--redo` does. One command at a time writes into a run's folder. Exit status:
 0 done, 1 a check or plan says no, a rank was lost, the folder is in use, a file cannot be read or written, 2 bad input,
-130 stopped and saved (Ctrl-C, SIGTERM; the same command goes on).
+3 a guard stopped and saved the run, 130 stopped and saved (Ctrl-C, SIGTERM); the same command goes on.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from phimini.stages.run.output import lasting_output
 EXPECTED = {
     "ValueError": 2,
     "Stopped": 130,
+    "GuardStop": 3,
     "KeyboardInterrupt": 130,
     "LostRanks": 1,
     "LostWorkerError": 1,
@@ -62,7 +63,7 @@ class Verb(NamedTuple):
     """fields of the options that words without `=` give, in this order"""
 
 
-def _stage(line: str, function: str = "train", kind: type = options.StageOptions) -> Verb:
+def _stage(line: str, function: str = "train", kind: type | None = options.StageOptions) -> Verb:
     return Verb(line, kind, f"phimini.stages.commands:{function}", writes=True)
 
 
@@ -84,7 +85,8 @@ VERBS = {
     "evaluate MODEL": Verb("benchmarks of any model: benchmarks=aime24,math500 data=FOLDER", options.BenchmarkOptions, "phimini.stages.commands:run_benchmarks", writes=True, names=("model",)),
     "compare": Verb("paired difference of two results of `evaluate MODEL`: A B", options.CompareOptions, "phimini.stages.benchmarks.compare:compare", names=("before", "after")),
     "controls": _stage("the control arms of a complete run"),
-    "report": _stage("write the report again", "run_report", options.RunOptions),
+    "report": _stage("write the report of a run as it is: report RUN, a folder or a recipe", "run_report", None),
+    "watch": _prints("what a run does, every second: watch RUN, a folder or a recipe", "run_watch", None),
     "serve": _stage("an engine of `vllm serve` for rollout.addresses of a run; its key is in PHIMINI_API_KEY", "run_serve", options.ServeOptions),
     "data trace": _prints("where the row ID came from, and what each step did with it: data trace ID RECIPE", "trace_row", None),
     "data pages": _prints("write a page about the data set of each stage", "write_pages", options.RunOptions),
@@ -104,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     with lasting_output() as output, sigterm_as_ctrl_c():
         status, writes = exit_status(arguments)
-    if status == 2 and "RANK" in os.environ:  # imported late: it loads torch
+    if status in (2, 3) and "RANK" in os.environ:  # imported late: it loads torch
         function_of("phimini.parallel.ranks.process:end_job_without_restart")()
     return status or int(output.lost is not None and not writes)
 

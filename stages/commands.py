@@ -22,6 +22,7 @@ from phimini.stages.benchmarks.evaluate import evaluate_benchmarks
 from phimini.stages.benchmarks.plan import Plan, planned
 from phimini.stages.config import options
 from phimini.stages.config.dialect import build, read_words
+from phimini.stages.config.recipes import RECIPES
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.controls import controls
 from phimini.stages.dry_run import dry_run, is_ready, number_of_steps
@@ -31,8 +32,10 @@ from phimini.stages.rl.mismatch_diagnosis import doctor
 from phimini.stages.rollout.launch import serve
 from phimini.stages.run.limits import check_open_files
 from phimini.stages.run.lock import RunLock, held_by_main
+from phimini.stages.run.status import read_status, recorded
 from phimini.stages.run.trackers import missing_packages
 from phimini.stages.run.training import layout_of
+from phimini.stages.run.watch import watch
 from phimini.stages.run.workloads import workloads
 
 
@@ -51,7 +54,7 @@ def run_recipe(verb: str, settings: options.RecipeOptions) -> int:
 
 def prepare(verb: str, settings: options.StageOptions) -> int:
     """Run a stage of the data, on one rank."""
-    with RunLock(settings.run.out, make=verb == "distill"):
+    with RunLock(settings.run.out, make=verb == "distill"), recorded(settings.run.out, verb):
         DATA[verb](settings.run, redo=settings.redo)
     return 0
 
@@ -75,12 +78,30 @@ def run_benchmarks(verb: str, settings: options.BenchmarkOptions) -> int:
     return 0
 
 
-def run_report(verb: str, settings: options.RunOptions) -> int:
+def run_report(verb: str, words: list[str]) -> int:
+    """Write the report of a run as it is, also while a command goes on in it."""
     from phimini.stages.report.page import write_report  # late: only reports need plotly
 
-    with RunLock(settings.run.out):
-        write_report(Path(settings.run.out))
+    out = folder_of(verb, words)
+    status = read_status(out)
+    write_report(out, "" if status.state == "complete" else status.line)
+    print(f"{out / 'report.html'}: {status.line}")
     return 0
+
+
+def run_watch(verb: str, words: list[str]) -> int:
+    watch(folder_of(verb, words))
+    return 0
+
+
+def folder_of(verb: str, words: list[str]) -> Path:
+    """Return the run's folder that the words name: by itself, or by a recipe and its settings."""
+    read = read_words(words, options.RunOptions, verb, names=1)
+    name = Path("" if read.help or read.given or not read.names else read.names[0])
+    is_recipe = str(name) in RECIPES or name.suffix.startswith(".py")
+    if name == Path() or is_recipe or not (name.parent.name or name.is_dir()):
+        return Path(options.of_recipe(options.RunOptions, read).run.out)
+    return name
 
 
 def trace_row(verb: str, words: list[str]) -> int:
@@ -187,7 +208,8 @@ def run_rank(run: RunConfig, verb: str, stage: str | None, redo: bool) -> None:
     )
     reads_only = verb == "doctor --mismatch"
     lock = contextlib.nullcontext() if reads_only else held_by_main(world, run.out, make=verb == "recipe")  # fmt: skip
-    with closing_or_naming_lost_ranks(world), lock:
+    note = contextlib.nullcontext() if reads_only else recorded(run.out, verb, is_main=world.is_main)  # fmt: skip
+    with closing_or_naming_lost_ranks(world), lock, note:
         if verb == "recipe":
             recipe(run, world, redo=redo)
         elif verb == "controls":

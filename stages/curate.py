@@ -6,7 +6,8 @@ for stage 3's pairs as in the paper) and `steps.npy` (what became of each rollou
 twice, once into an index of 34 bytes a row, so they may exceed the memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import has_ended, is_correct
 from phimini.stages.data.row_index import RowIndex, index_rows
 from phimini.stages.run.outputs import SUMMARY
+from phimini.stages.run.progress import tracked, work
 from phimini.stages.run.stage_folder import Stage
 
 
@@ -33,7 +35,10 @@ def curate(run: RunConfig, *, redo: bool = False) -> Path:
         return stage.path
     stage.prepare(redo=redo)
     config, rollouts = run.curate, Path(run.out) / "distill" / "rollouts.jsonl"
-    index = index_rows(rollouts, with_repetition=config.max_repetition is not None)
+    number = read_sealed(rollouts.with_name(SUMMARY))["rollouts"]
+    with work("curate index", number, run.out) as progress:
+        loops = config.max_repetition is not None
+        index = index_rows(rollouts, with_repetition=loops, note=progress.advance)
     correct = selection.verified(index)
     seed = derive(run.seed, "curate")
     subset = selection.balanced_subset(index, correct, config, seed)
@@ -43,9 +48,10 @@ def curate(run: RunConfig, *, redo: bool = False) -> Path:
         )
     pairs = selection.preference_pairs(index, config, seed)
     kept = np.ones(len(pairs), bool)
-    index.copy(correct, stage.path / "midtrain.jsonl")
-    index.copy(subset, stage.path / "sft.jsonl")
-    write_rows(stage.path / "pairs.jsonl", pair_rows(index, pairs, kept))
+    copied = lambda name, places: tracked(places, work(f"curate {name}", len(places), run.out))
+    index.copy(copied("midtrain.jsonl", correct), stage.path / "midtrain.jsonl")
+    index.copy(copied("sft.jsonl", subset), stage.path / "sft.jsonl")
+    write_rows(stage.path / "pairs.jsonl", pair_rows(index, copied("pairs.jsonl", pairs), kept))
     pairs = pairs[kept]
     _check_pairs(run, len(pairs))
     with atomic_file(stage.path / "steps.npy") as file:
@@ -63,12 +69,12 @@ def _check_pairs(run: RunConfig, num_pairs: int) -> None:
         )
 
 
-def pair_rows(index: RowIndex, pairs: np.ndarray, kept: np.ndarray) -> Iterator[Row]:
+def pair_rows(index: RowIndex, pairs: Iterable[np.ndarray], kept: np.ndarray) -> Iterator[Row]:
     """Yield the rows of pairs whose ends get the same verdict again, and clear `kept` for the others.
 
     `rejected_ended` is False for an answer that was cut off.
     """
-    rows = index.rows(pairs.ravel())
+    rows = index.rows(chain.from_iterable(pairs))
     for number, (chosen, rejected) in enumerate(zip(rows, rows, strict=True)):
         kept[number] = is_correct(chosen) and not is_correct(rejected)
         if kept[number]:

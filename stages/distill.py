@@ -14,16 +14,17 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from phimini.model.io.json_files import Row, atomic_file, dump, write_rows
+from phimini.model.io.json_files import Row, atomic_file, count_rows, dump, write_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.arithmetic_problems import Problem, generate_problems, teach
 from phimini.stages.data.gym_prompts import gym_prompts
 from phimini.stages.data.layouts import mapping_of
-from phimini.stages.data.own_rows import SETS, own_problems, own_rollouts, sets_in
+from phimini.stages.data.own_rows import SETS, files_of, own_problems, own_rollouts, sets_in
 from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import check_texts, has_ended
 from phimini.stages.data.set_aside import Aside, AskedQuestions
+from phimini.stages.run.progress import tracked, work
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.verify.scorer import Answered, Scorer
 from phimini.stages.verify.verdict import verify
@@ -122,10 +123,12 @@ def _generate(run: RunConfig) -> Source:
     )
 
     def rows() -> Iterator[tuple[str, Row]]:
-        for p in training:
+        total = len(training) + len(validation)
+        problems = tracked((*training, *validation), work("distill", total, run.out))
+        for p in islice(problems, len(training)):
             for k in range(config.rollouts_per_problem):
                 yield "rollouts", _rollout_row(run, p, k)
-        for p in validation:
+        for p in problems:
             if (row := _rollout_row(run, p, 0))["correct"]:
                 yield "validation", row
 
@@ -191,7 +194,7 @@ def _divide(run: RunConfig, stage: Stage, source: Path) -> Source:
     are in one set.
     """
     read = partial(_given, run, source, str(source))
-    asked = AskedQuestions(read(), run.distill)
+    asked = AskedQuestions(read("questions"), run.distill)
     heldout, validation = asked.divide()
     aside = Aside(heldout, validation)
     given = (("rollouts", row) for row in _answered(run, stage, "rollouts", read, aside))
@@ -205,23 +208,33 @@ def _divide(run: RunConfig, stage: Stage, source: Path) -> Source:
     return Source(rows(), asked.prompts, heldout)
 
 
-def _given(run: RunConfig, path: Path, name: str) -> Iterator[Row]:
-    """Yield the rollouts of a source, or its questions for the teacher; ids and errors name the line of the file `name`."""
+def _given(run: RunConfig, path: Path, name: str, what: str = "rows") -> Iterator[Row]:
+    """Yield the rollouts of a source, or its questions for the teacher; ids and errors name the line of the file `name`.
+
+    what: is read, for the progress.
+    """
     config, num_levels = run.distill, len(run.curate.level_weights)
     mapped = mapping_of(config.layout, config.fields)
-    if config.teacher.model is None:
-        check = partial(check_texts, _base_tokenizer(run), ("question", "response"))
-        rows = own_rollouts(path, name, num_levels, check, mapped)
-    else:
-        check = partial(check_texts, _base_tokenizer(run), ("question",))
-        rows = own_problems(path, name, check, mapped, num_levels)
-    for row in rows:
+    read = own_rollouts if config.teacher.model is None else own_problems
+    fields = ("question", "response") if config.teacher.model is None else ("question",)
+    check = partial(check_texts, _base_tokenizer(run), fields)
+    read = partial(read, path, name, mapped=mapped, num_levels=num_levels, check=check)
+    for row in _with_progress(run, path, what, read):
         yield row if config.licence is None else {"licence": config.licence} | row
 
 
 def _base_tokenizer(run: RunConfig) -> Tokenizer | None:
     """Return the base model's tokenizer, or None if `base` will train one on the rows."""
     return None if run.base == "random" else Tokenizer.load(Path(run.base))
+
+
+def _with_progress(
+    run: RunConfig, path: Path, what: str, read: Callable[..., Iterator[Row]]
+) -> Iterator[Row]:
+    """Yield the rows of a source, and show how much of its files is read."""
+    total = sum(map(count_rows, files_of(path)))
+    with work(f"distill {path.name} {what}", total, run.out) as progress:
+        yield from read(note=progress.advance)
 
 
 def _answered(
@@ -252,7 +265,9 @@ def _answered(
         ask(run.distill, run.seed, questions, path)
         stage.record(file)
     path.with_suffix(".journal").unlink(missing_ok=True)
-    return own_rollouts(path, file, len(run.curate.level_weights), mapped=mapping_of("plain", ()))
+    levels, mapped = len(run.curate.level_weights), mapping_of("plain", ())
+    read = partial(own_rollouts, path, file, levels, mapped=mapped)
+    return _with_progress(run, path, "verdicts", read)
 
 
 def _routed(given: Iterable[tuple[str, Row]], aside: Aside) -> Iterator[tuple[str, Row]]:

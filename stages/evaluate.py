@@ -23,9 +23,10 @@ from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
 from phimini.stages.report.intervals import mean_interval, pass_at_k, wilson_interval
 from phimini.stages.rl.rollouts import sample_and_score
-from phimini.stages.rollout.build import build_engine
+from phimini.stages.rollout.build import build_engine, expected_on_main
 from phimini.stages.rollout.engine import Sampled, Sampler, on_all_ranks, release_memory
 from phimini.stages.run.outputs import SUMMARY, check_inputs
+from phimini.stages.run.progress import work
 from phimini.stages.verify.scorer import Scorer
 
 SHOWN_PER_CELL = 1
@@ -51,7 +52,7 @@ def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) ->
     tokenizer = Tokenizer.load(directory)
     engine = build_engine(run, load_config(directory), world)
     engine.load(directory)
-    result = evaluate_problems(run, world, engine, tokenizer, problems)
+    result = evaluate_problems(run, world, engine, tokenizer, problems, f"evaluate {stage}")
     release_memory(engine)
     result = {"stage": stage, "model_id": made, "settings": settings} | result
     if world.is_main:
@@ -60,11 +61,12 @@ def evaluate(run: RunConfig, world: World, stage: str, *, redo: bool = False) ->
 
 
 def evaluate_problems(
-    run: RunConfig, world: World, engine: Sampler, tokenizer: Tokenizer, problems: list[dict]
-) -> dict:
+    run: RunConfig, world: World, engine: Sampler, tokenizer: Tokenizer, problems: list[dict],
+    label: str = "evaluate",
+) -> dict:  # fmt: skip
     """Sample answers, judge each once, and return the result on every rank. Collective.
 
-    Raises ValueError for fewer than 8 `evaluate.samples`.
+    label: for the progress. Raises ValueError for fewer than 8 `evaluate.samples`.
     """
     config, started = run.evaluate, time.perf_counter()
     judge = Scorer("evaluate.judge", config.judge, run.rollout.judges, tokenizer.decode)
@@ -78,14 +80,16 @@ def evaluate_problems(
     params = replace(greedy_params, temperature=config.temperature, top_p=config.top_p)
     seeds = [derive(config.seed, p["id"], j) for p in problems for j in range(k)]
     repeated = [prompt for prompt in prompts for _ in range(k)]
-    answers, greedy = sample_and_score(
-        lambda arrived: engine.generate(prompts, greedy_params, [0] * len(prompts), arrived),
-        problems, judge, world,
-    )  # fmt: skip
-    _, sampled = sample_and_score(
-        lambda arrived: engine.generate(repeated, params, seeds, arrived),
-        [problem for problem in problems for _ in range(k)], judge, world,
-    )  # fmt: skip
+    total = sum(expected_on_main(run, world, n) for n in (len(prompts), len(repeated)))
+    with work(label, total, run.out, world.is_main) as progress:
+        answers, greedy = sample_and_score(
+            lambda arrived: engine.generate(prompts, greedy_params, [0] * len(prompts), arrived),
+            problems, judge, world, progress=progress,
+        )  # fmt: skip
+        _, sampled = sample_and_score(
+            lambda arrived: engine.generate(repeated, params, seeds, arrived),
+            [problem for problem in problems for _ in range(k)], judge, world, progress=progress,
+        )  # fmt: skip
     greedy, sampled = (
         [answer for answer in all_of if answer is not None] for all_of in (greedy, sampled)
     )

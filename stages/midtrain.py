@@ -23,6 +23,7 @@ from phimini.stages.data.packing import (
     micro_batches,
 )
 from phimini.stages.data.token_files import TokenSet
+from phimini.stages.run.guards import check_trained_shares
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import (
     Ahead,
@@ -33,7 +34,6 @@ from phimini.stages.run.training import (
     shared_array,
     start_optimizer,
     training_steps,
-    update_row,
     validation_loss,
 )
 
@@ -53,6 +53,9 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
     )
     limit = config.sequence_length
     check_tokens(world, stage.name, (examples, held_out), limit, "midtrain.sequence_length")
+    check_trained_shares(
+        run.guards, world, stage.name, examples.trained_shares, examples.name_of, all_tokens=config.loss_on_question
+    )  # fmt: skip
     model, tokenizer = load_model(run, world, "base")
     rows = packed_rows(stage, world, examples, limit)
     steps = step_budget(config, len(rows))
@@ -92,7 +95,7 @@ def midtrain(run: RunConfig, world: World, *, redo: bool = False) -> None:
             running = start_step(model, microbatches, cross_entropy_head)
             ahead.prepare(step.index + 1)
             metrics = running.metrics()
-            step.row = update_row(metrics, optimizer.step(), int(metrics.count))
+            step.update(optimizer, metrics, int(metrics.count))
             if (step.index + 1) % config.validate_every == 0 or step.is_last:
                 step.row["validation_loss"] = validation_loss(model, validation, world)
                 note_validation(state, step.row["validation_loss"])

@@ -28,6 +28,7 @@ from phimini.parallel.training.step import StepMetrics, forward_backward, forwar
 from phimini.stages.config.schema import RlvrConfig, RunConfig
 from phimini.stages.data.packing import derive, micro_batches
 from phimini.stages.data.row_fields import PROBLEM_FIELDS
+from phimini.stages.rl.audit import audit
 from phimini.stages.rl.groups import GroupSampler, RolloutSource
 from phimini.stages.rl.loss import logps, policy_head, with_reference_logps
 from phimini.stages.rl.mismatch import (
@@ -47,6 +48,9 @@ from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import RolloutEngine, on_all_ranks, release_memory
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import Row, load_model, start_optimizer, training_steps
+
+GUARDED = ("response_length", "unconfirmed", "zero_groups", "truncated")
+"""metrics of a step's rollouts that guards watch, before there are gradients"""
 
 
 def rlvr(run: RunConfig, world: World, *, redo: bool = False) -> None:
@@ -91,11 +95,15 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
             chosen = [r for r in usable if r.age(model.num_updates) <= run.rollout.max_staleness]
             step.row = describe(groups, chosen, config, source.temperature(step.index))
             step.row["too_stale"] = len(usable) - len(chosen)
+            if config.audit_rollouts:
+                step.row |= audit(groups, source.sampler, config.audit_rollouts, world)
             count_unused(state["unused"], groups, step.row, config)
             state["sampled_tokens"] += sum(r.facts.length for group in groups for r in group)
             # Before anything depends on the rollouts: even their number decides whether there is an update.
             digests = [rollout.digest() for rollout in chosen]
             check_same_data(world, step.name, digests)
+            if not step.allows({name: step.row[name] for name in GUARDED if name in step.row}):
+                chosen = []
             del groups, waiting, usable  # their tokens
             if len(chosen) < config.min_rollouts:
                 state["waiting"] = rows_on_main(chosen, world)
@@ -111,13 +119,20 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
                     microbatches = with_reference_logps(reference, microbatches)
                 metrics = forward_backward(model, microbatches, head)
                 mismatch = check_mismatch(run, source, chosen, model, engine, meter, stage)
-                step.row |= policy_metrics(metrics, mismatch, optimizer.step(), chosen)
+                watched = {"entropy": metrics.metrics["entropy"] / metrics.metrics["rows"]}
+                info = optimizer.step(
+                    lambda norm, of=watched, step=step: step.allows(of | {"grad_norm": norm})
+                )
+                step.row |= policy_metrics(metrics, mismatch, info, chosen)
                 with phase("sync"):
                     engine.sync(model)
             step.row["waiting"] = len(state["waiting"])
         state["waiting"], unused = len(state["waiting"]), state.pop("unused")  # for the summary
         if not model.num_updates:
-            raise ValueError(no_update(unused, state["waiting"], config, run.rollout.max_staleness))
+            held = sum(count["skipped"] for count in state["guards"]["counts"].values())
+            raise ValueError(
+                no_update(unused, state["waiting"], held, config, run.rollout.max_staleness)
+            )
 
 
 def rollout_source(
@@ -320,14 +335,19 @@ def count_unused(
         unused[name] = unused.get(name, 0) + number
 
 
-def no_update(unused: dict[str, int], waiting: int, config: RlvrConfig, max_staleness: int) -> str:
-    """Return the error message of a stage that made no update, from the counts of `count_unused`."""
+def no_update(
+    unused: dict[str, int], waiting: int, held: int, config: RlvrConfig, max_staleness: int
+) -> str:
+    """Return the error message of a stage that made no update, from the counts of `count_unused`.
+
+    waiting: usable rollouts at the end. held: updates that guards held back.
+    """
     return (
         f"rlvr: no update was made in {config.steps} steps. Of {unused['groups']} groups {unused['all_wrong']} had no right "
         f"answer, {unused['too_easy']} were too easy (all right, or above rlvr.max_accuracy with rlvr.rebalance) and "
         f"{unused['all_cut_off']} were cut off at rlvr.max_new_tokens={config.max_new_tokens}; {unused['too_stale']} rollouts "
         f"were older than rollout.max_staleness={max_staleness} updates; {waiting} usable rollouts were left at the end, "
-        f"fewer than rlvr.min_rollouts={config.min_rollouts}"
+        f"fewer than rlvr.min_rollouts={config.min_rollouts}{f'; guards held back {held} updates' if held else ''}"
     )
 
 

@@ -36,11 +36,14 @@ from phimini.stages.data.packing import (
     Example,
     best_fit,
     check_lengths,
+    chunks,
     derive,
     flops_of,
     micro_batches,
 )
 from phimini.stages.rl.answers import sample_answers
+from phimini.stages.run.guards import check_trained_shares
+from phimini.stages.run.progress import work
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import (
     Ahead,
@@ -50,10 +53,11 @@ from phimini.stages.run.training import (
     start_optimizer,
     sum_over_data,
     training_steps,
-    update_row,
 )
 
 PAIR_FIELDS = {"problem_id": str, "question": str, "chosen": str, "rejected": str}
+CHUNK = 16
+"""micro-batches, per pipeline stage, between two reports of progress"""
 LN2_TOLERANCE, LN2_TOLERANCE_ROUNDED = 1e-3, 5e-2
 
 
@@ -94,7 +98,9 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
     limit, field = config.sequence_length, "rollout_dpo.sequence_length"
     check_lengths([len(side) for side in sides], limit, field, lambda i: sides[i].id)
     check_same_data(world, "rollout_dpo, before step 1", [pair.digest() for pair in pairs])
-    reference = reference_logps(model, pairs, config, world)
+    shares = np.array([side.num_targets / len(side) for side in sides])
+    check_trained_shares(run.guards, world, stage.name, shares, lambda i: sides[i].id)
+    reference = reference_logps(model, pairs, config, world, run.out)
     steps = max(1, math.floor(config.epochs * len(pairs) / config.pairs_per_step))
     optimizer = start_optimizer(run, model, config.optimizer, steps)
     sampler = EpochSampler(len(pairs), config.pairs_per_step, derive(run.seed, "rollout_dpo"))
@@ -127,7 +133,7 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
             if step.index == 0:
                 check_first_step(metrics, config, exact=logps_are_exact(run, model))
             num_tokens = sum(sum(pairs[i].lengths) for i in indices)
-            step.row = update_row(metrics, optimizer.step(), num_tokens)
+            step.update(optimizer, metrics, num_tokens)
 
 
 def sample_pairs(
@@ -268,11 +274,12 @@ def rows_of_sequences(batch: PackedBatch, number: int) -> tuple[list[int], list[
 
 
 def reference_logps(
-    model: Model, pairs: list[Pair], config: RolloutDpoConfig, world: World
+    model: Model, pairs: list[Pair], config: RolloutDpoConfig, world: World, out: str | None = None
 ) -> Tensor:
     """Return (P, 2) fp32: summed log-probs of each pair's chosen and rejected answer under `model`. Collective.
 
-    The model is stage 2's, before the first update; each data rank computes its share.
+    The model is stage 2's, before the first update; each data rank computes its share. out: the run's folder, for
+    its progress.
     """
 
     def summed(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:
@@ -288,9 +295,13 @@ def reference_logps(
         pair_batch([pairs[i] for i in part], torch.zeros(len(part), 2), world) for part in parts
     ]
     # Data ranks do not communicate here, so a rank without pairs can skip the forward pass.
-    results = forward_only(model, batches, summed, summed=True) if batches else []
-    for part, result in zip(parts, results, strict=True):
-        logps[part] = result.view(-1, 2).cpu()
+    together = chunks(list(zip(parts, batches, strict=True)), CHUNK * world.layout.pipeline)
+    with work("rollout_dpo reference log-probs", len(batches), out, world.is_main) as progress:
+        for some in together:
+            results = forward_only(model, [batch for _, batch in some], summed, summed=True)
+            for (part, _), result in zip(some, results, strict=True):
+                logps[part] = result.view(-1, 2).cpu()
+                progress.advance()
     return sum_over_data(logps, world).cpu()
 
 

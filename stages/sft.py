@@ -20,6 +20,7 @@ from phimini.stages.data.packing import (
     flops_of,
     micro_batches,
 )
+from phimini.stages.run.guards import check_trained_shares
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import (
     Ahead,
@@ -30,7 +31,6 @@ from phimini.stages.run.training import (
     shared_array,
     start_optimizer,
     training_steps,
-    update_row,
     validation_loss,
 )
 
@@ -63,6 +63,7 @@ def fine_tune(
     examples, held_out = open_tokens(run, world, start, tokens)
     limit = config.sequence_length
     check_tokens(world, stage.name, (examples, held_out), limit, "sft.sequence_length")
+    check_trained_shares(run.guards, world, stage.name, examples.trained_shares, examples.name_of)
     model, tokenizer = load_model(run, world, start)
     if steps is None:
         steps = max(1, math.ceil(config.epochs * len(examples) / config.examples_per_step))
@@ -96,6 +97,6 @@ def fine_tune(
             running = start_step(model, microbatches, cross_entropy_head)
             ahead.prepare(step.index + 1)
             metrics = running.metrics()
-            step.row = update_row(metrics, optimizer.step(), int(metrics.count))
+            step.update(optimizer, metrics, int(metrics.count))
             if (step.index + 1) % config.validate_every == 0 or step.is_last:
                 step.row["validation_loss"] = validation_loss(model, validation, world)

@@ -11,6 +11,7 @@ from phimini.model.io.tokenizer import Tokenizer
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.token_files import TokenSet, fingerprint, shards_of, write_shards
 from phimini.stages.run.outputs import TOKENIZED
+from phimini.stages.run.progress import work
 from phimini.stages.run.stage_folder import Stage
 
 
@@ -31,8 +32,10 @@ def tokenize(run: RunConfig, *, redo: bool = False) -> Path:
     names = lambda shard: [str(path.relative_to(stage.path)) for path in shard.files]
     left = [shard for shard in shards if not stage.made.keys() >= set(names(shard))]
     workers = run.tokenize.workers or len(os.sched_getaffinity(0))
-    for shard in write_shards(left, tokenizer, tokenizer.chat_template, workers):
-        stage.record(*names(shard))
+    with work("tokenize", sum(shard.span.lines for shard in left), run.out) as progress:
+        note = lambda rows: progress.update(rows) if rows else None
+        for shard in write_shards(left, tokenizer, tokenizer.chat_template, workers, note):
+            stage.record(*names(shard))
     sets = {name: TokenSet(stage.path / name, out / rows) for name, rows in TOKENIZED.items()}
     counts = {name: tokens.counts() for name, tokens in sets.items()}
     stage.finish({"fingerprint": fingerprint(tokenizer, tokenizer.chat_template), "sets": counts})

@@ -5,6 +5,7 @@ steps of n, step k (from 0) has lr * k / s while k < s, then decays towards `min
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +73,8 @@ class StepInfo:
     grad_norm: float
     """over all parameters, before clipping"""
     lr: float
+    made: bool = True
+    """False for an update that was refused"""
 
 
 class Optimizer:
@@ -101,10 +104,10 @@ class Optimizer:
 
     @phase("optimizer")
     @torch.no_grad()
-    def step(self) -> StepInfo:
-        """Make one update.
+    def step(self, accept: Callable[[float], bool] = lambda grad_norm: True) -> StepInfo:
+        """Make one update, unless `accept` refuses its gradient norm: a refused one is skipped, as by `skip`.
 
-        Raises NonFiniteError on every rank, before weights or schedule change, if the gradient is not finite.
+        accept: called with what is equal on every rank; it must decide alike. Raises NonFiniteError on every rank, before weights or schedule change, if the gradient is not finite.
         """
         lr = self.megatron.param_groups[0]["lr"]
         refuse_unscheduled_decay(self.megatron.param_groups, self.config.weight_decay)
@@ -112,6 +115,9 @@ class Optimizer:
         grad_norm = float(self.megatron.get_grad_norm() or 0.0)
         if not math.isfinite(grad_norm):
             raise_for_gradient(self.model, grad_norm)
+        if not accept(grad_norm):
+            self.skip()
+            return StepInfo(grad_norm=grad_norm, lr=lr, made=False)
         if self.config.clip > 0:
             for part in self.megatron.chained_optimizers:
                 parameters: list[torch.Tensor] = [*part.get_parameters()]

@@ -18,7 +18,7 @@ from phimini.stages.benchmarks.plan import Asked, Plan
 from phimini.stages.benchmarks.scores import RESULTS, RULES, scores
 from phimini.stages.config.schema import to_dict
 from phimini.stages.data.packing import derive
-from phimini.stages.rollout.build import build_engine
+from phimini.stages.rollout.build import build_engine, expected_on_main
 from phimini.stages.rollout.dispatch import RolloutError
 from phimini.stages.rollout.engine import RolloutEngine, Sampled, release_memory
 from phimini.stages.run.progress import StepProgress
@@ -83,7 +83,9 @@ def sample(
     """Ask for these samples; each goes into this rank's journal as it arrives. Collective."""
     prompts = [asked.prompts[key.problem] for key in keys]
     seeds = [derive(plan.settings.seed, asked.name, *key) for key in keys]
-    progress = StepProgress(len(keys), asked.name, world.is_main)
+    progress = StepProgress(
+        expected_on_main(plan.run, world, len(keys)), asked.name, world.is_main, out=plan.run.out
+    )
     with Journal(Path(plan.run.out) / "samples", asked.name, world.rank, asked.made) as journal:
         num_arrived = 0
 

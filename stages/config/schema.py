@@ -14,11 +14,13 @@ from phimini.model.suggest import nearest
 from phimini.stages.config.data_steps import CurateConfig, DistillConfig, TokenizeConfig
 from phimini.stages.config.dialect import build, read_words
 from phimini.stages.config.engines import RolloutConfig
+from phimini.stages.config.guards import GuardsConfig, check_actions
 from phimini.stages.config.ranges import (
     AboveOne,
     AtLeastTwo,
     BelowOne,
     Count,
+    CountOrZero,
     NotNegative,
     Positive,
     PositiveShare,
@@ -209,6 +211,8 @@ class RlvrConfig:
     reward: str | None = None
     """a function of yours, FILE.py:FUNCTION, called with question, answer, response and finish reason, that returns
     the reward, above 0 for a right answer; none: +1 for an answer that ended and verifies, else -1"""
+    audit_rollouts: CountOrZero = 0
+    """so many answers of each step, spread over the groups, are judged by math-verify too, for guards.reward_hacking"""
     max_mismatch: Positive | None = None
     """the run stops when sampler and trainer differ by more than this in mean |log-prob|; none: 1e-3 for a sampler
     in float32, 0.02 in bfloat16, 0.06 in FP8, 0.15 with keys and values in FP8"""
@@ -319,6 +323,8 @@ class RunConfig:
     """evaluation after each stage"""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """the sampling engine"""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """alarms of training, each with a threshold and an action; may be changed when a run goes on"""
     log: LogConfig = field(default_factory=LogConfig)
     """experiment trackers"""
 
@@ -333,6 +339,7 @@ def check_together(run: RunConfig) -> None:
         raise ValueError(
             f"chat_template: {nearest(run.chat_template, CHAT_TEMPLATES)} or a .jinja file, got {run.chat_template!r:.60}"
         )
+    check_actions(run.guards)
     longest = {"sft": 1, "rollout_dpo": 2, "rlvr": 1}  # in sequence lengths
     for name, number in longest.items():
         stage = getattr(run, name)

@@ -71,11 +71,12 @@ def own_rollouts(
     num_levels: int,
     check: RowCheck | None = None,
     mapped: Mapping = AUTO,
+    note: Callable[[], None] = lambda: None,
 ) -> Iterator[Row]:
     """Yield a source's rollouts with all our fields but the verdict; rows without an id get `name:line`.
 
     num_levels: of `curate.level_weights`. check: raises ValueError that names a field that it refuses.
-    mapped: of a published layout. Raises one ValueError for all bad rows of a file; see `numbered_rows`.
+    mapped: of a published layout. note: called at each row of the file, of which several rollouts may be. Raises one ValueError for all bad rows of a file; see `numbered_rows`.
     """
     seen = _Seen()
 
@@ -89,7 +90,7 @@ def own_rollouts(
         _apply(check, row, at)
         return row
 
-    yield from _numbered(source, name, GIVEN_FIELDS, completed, mapped)
+    yield from _numbered(source, name, GIVEN_FIELDS, completed, mapped, note)
 
 
 def own_problems(
@@ -98,6 +99,7 @@ def own_problems(
     check: RowCheck | None = None,
     mapped: Mapping = AUTO,
     num_levels: int = MAX_LEVELS,
+    note: Callable[[], None] = lambda: None,
 ) -> Iterator[Row]:
     """Yield a source's questions. name: default that of the file. Other arguments and errors as in `own_rollouts`."""
     seen = _Seen()
@@ -108,7 +110,7 @@ def own_problems(
         _apply(check, row, at)
         return row
 
-    yield from _numbered(source, name or source.name, ASKED_FIELDS, completed, mapped)
+    yield from _numbered(source, name or source.name, ASKED_FIELDS, completed, mapped, note)
 
 
 def _numbered(
@@ -117,12 +119,15 @@ def _numbered(
     required: dict[str, type],
     completed: Callable[[Row, str], Row],
     mapped: Mapping,
+    note: Callable[[], None],
 ) -> Iterator[Row]:
     for path in files_of(source):
         file = f"{name}/{path.relative_to(source)}" if path != source else name
         before, k = 0, 0
         for line, row in numbered_rows(path, required, completed=completed, mapped=mapped):
             before, k = line, k + 1 if line == before else 0
+            if not k:
+                note()
             origin = f"{file}:{line}/{k}" if k else f"{file}:{line}"
             yield {"id": origin, "origin": origin} | row
 

@@ -2,7 +2,7 @@
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +63,13 @@ class RowIndex:
             file.writelines(self.lines(places))
 
 
-def index_rows(path: Path, *, with_repetition: bool = False) -> RowIndex:
-    """Return the index of a file of `distill`. with_repetition: look for it, which takes a millisecond a row."""
+def index_rows(
+    path: Path, *, with_repetition: bool = False, note: Callable[[], None] = lambda: None
+) -> RowIndex:
+    """Return the index of a file of `distill`. with_repetition: look for it, which takes a millisecond a row.
+
+    note: called after each row.
+    """
     starts, problems, texts = array("q"), array("q"), array("q")
     lengths, cells, flags, repetitions = array("i"), array("i"), array("B"), array("B")
     names: dict[tuple[str, int], int] = {}
@@ -83,6 +88,7 @@ def index_rows(path: Path, *, with_repetition: bool = False) -> RowIndex:
             flags.append(CORRECT * row["correct"] | ENDED * has_ended(row) | empty)
             share = repetition(row["response"]) if with_repetition else 0.0
             repetitions.append(round(100 * share))
+            note()
     arrays = [
         np.frombuffer(values, values.typecode) if len(values) else np.empty(0, values.typecode)
         for values in (starts, problems, texts, lengths, cells, flags, repetitions)

@@ -11,11 +11,13 @@ import os
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +30,8 @@ from phimini.parallel.ranks.process import LostWorkerError, end_with_parent
 from phimini.parallel.training.batch import digest
 from phimini.stages.data.packing import Example
 
+NOTE_EVERY_S = 0.5
+"""between two counts of encoded rows"""
 SHARD_BYTES = 64 << 20
 """of JSON Lines in a shard, whatever the number of processes"""
 
@@ -54,10 +58,12 @@ def shards_of(rows: Path, folder: Path) -> list[Shard]:
     return [Shard(rows, span, folder / f"{number:05d}") for number, span in enumerate(parts)]
 
 
-def write_shard(shard: Shard, tokenizer: Tokenizer, template: str) -> Shard:
+def write_shard(
+    shard: Shard, tokenizer: Tokenizer, template: str, note: Callable[[], None] | None = None
+) -> Shard:
     """Encode `question` and `response` of a shard's rows into its files, and return it.
 
-    Raises ValueError that names file and line of a bad row.
+    note: called after each row; default: count it for the process that started this worker. Raises ValueError that names file and line of a bad row.
     """
     data_path, checksum_path, index_path = shard.files
     checksums = []
@@ -77,31 +83,40 @@ def write_shard(shard: Shard, tokenizer: Tokenizer, template: str) -> Shard:
             document = torch.tensor(ids, dtype=torch.int32)
             builder.add_document(document, [loss_from, len(ids) - loss_from])
             checksums.append(zlib.crc32(document.numpy().data))
+            (note or _count_row)()
         np.save(checksum_file, np.array(checksums, np.uint32))
         builder.finalize(index.name)
     return shard
 
 
 def write_shards(
-    shards: Sequence[Shard], tokenizer: Tokenizer, template: str, workers: int
+    shards: Sequence[Shard],
+    tokenizer: Tokenizer,
+    template: str,
+    workers: int,
+    note: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Shard]:
     """Write the shards in up to `workers` processes, and yield each when it is whole.
 
-    Raises as `write_shard`, and LostWorkerError if one of the processes died.
+    note: called with the number of rows that are encoded, often. Raises as `write_shard`, and LostWorkerError if one of the
+    processes died.
     """
     work: Callable[[Shard], Shard] = partial(write_shard, tokenizer=tokenizer, template=template)
     workers = min(workers, len(shards))
     if workers < 2:
-        yield from map(work, shards)
+        rows = count(1)
+        yield from (work(shard, note=lambda: note(next(rows))) for shard in shards)
         return
     # Spawned: the rank that calls this may have joined a process group, whose threads survive no fork.
-    with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(),)
-    ) as pool:
-        futures = [pool.submit(work, shard) for shard in shards]
+    context = multiprocessing.get_context("spawn")
+    encoded = context.Value("q", 0)
+    with ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), encoded)) as pool:
+        left = {pool.submit(work, shard) for shard in shards}
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            while left:
+                done, left = wait(left, timeout=NOTE_EVERY_S, return_when=FIRST_COMPLETED)
+                note(encoded.get_obj().value)  # without the lock, which a killed worker may hold
+                yield from (future.result() for future in done)
         except BrokenProcessPool as error:
             raise LostWorkerError("tokenize.workers", "encodes rows") from error
         except BaseException:
@@ -111,8 +126,20 @@ def write_shards(
             raise
 
 
-def _start_worker(parent: int) -> None:
+_encoded: Any = None
+"""a worker's counter of encoded rows, shared with the others and their parent"""
+
+
+def _count_row() -> None:
+    if _encoded is not None:
+        with _encoded.get_lock():
+            _encoded.value += 1
+
+
+def _start_worker(parent: int, encoded: Any) -> None:
     """Prepare a process that ends with its parent; Ctrl-C reaches it too, and ends it without a traceback."""
+    global _encoded
+    _encoded = encoded
     end_with_parent()
     if os.getppid() != parent:  # it ended while this process was starting
         os._exit(1)
@@ -167,6 +194,14 @@ class TokenSet(Sequence[Example]):
         """The number of input positions of each example, one fewer than tokens; (examples,) int32."""
         both = [shard.sequence_lengths.reshape(-1, 2) for shard in self._shards]
         return np.concatenate([pair.sum(1, dtype=np.int32) - 1 for pair in both])
+
+    @property
+    def trained_shares(self) -> np.ndarray:
+        """The share of each example's input positions that carry loss; (examples,) float64."""
+        if self.loss_on_question:
+            return np.ones(len(self))
+        answers = [shard.sequence_lengths.reshape(-1, 2)[:, 1] for shard in self._shards]
+        return np.concatenate(answers) / self.lengths
 
     def digest(self) -> int:
         """Return a checksum of all that training sees."""

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from phimini.model.io.checked_files import check_file, read_sealed
-from phimini.model.io.json_files import Row, read_rows, write_text
+from phimini.model.io.json_files import Row, read_json, read_rows, write_text
 from phimini.stages.report.figures import Chart, Rung, Series, curves, gains, ladder, times
 from phimini.stages.report.formats import duration, minus, short, spaced
 from phimini.stages.report.template import render
+from phimini.stages.run.status import last_rows
 
 STAGE_NAMES = {
     "base": "Base",
@@ -53,12 +54,17 @@ _NOT_CURVES = {"step", "tokens", "seconds"}
 _NUMERALS = {1: "one stage", 2: "two stages", 3: "three stages", 4: "four stages"}
 
 
-def write_report(run_dir: str | Path) -> None:
-    """Write `run_dir`/report.html. Raises FileNotFoundError or ValueError, naming the file that is missing or damaged."""
+def write_report(run_dir: str | Path, state: str = "") -> None:
+    """Write `run_dir`/report.html, also of a run without results yet. Raises ValueError that names a damaged file.
+
+    state: a sentence about a run that is not complete.
+    """
     run = Path(run_dir)
-    results = read_sealed(run / "results.json")
+    results = (
+        read_sealed(run / "results.json") if (run / "results.json").exists() else nothing_yet(run)
+    )
     expected = {"stages", "seed", "num_problems", "peak_rss_bytes", "versions"}
-    if not isinstance(results, dict) or not expected <= results.keys() or not results["stages"]:
+    if not isinstance(results, dict) or not expected <= results.keys():
         raise ValueError(f"{run / 'results.json'}: expected an object with {sorted(expected)}, as `recipe` writes it")  # fmt: skip
     stages = results["stages"]
     names = [row["stage"] for row in stages]
@@ -66,6 +72,10 @@ def write_report(run_dir: str | Path) -> None:
     metrics = {
         name: read_rows(run / name / "metrics.jsonl", {"step": int})
         for name in with_metrics(run, names)
+    } | {
+        name: rows
+        for name in STAGE_NAMES
+        if name not in names and (rows := last_rows(run / name / "metrics.jsonl", None))
     }
     controls = run / "controls" / "controls.json"
     intervals = [row["gain_ci95"] for row in stages if row["gain_ci95"] is not None]
@@ -73,6 +83,7 @@ def write_report(run_dir: str | Path) -> None:
         "report.html.j2",
         stage_name=stage_name,
         short_name=short_name,
+        state=state,
         run_name=results.get("config", {}).get("name", run.name),
         results=results,
         stages=stages,
@@ -80,7 +91,7 @@ def write_report(run_dir: str | Path) -> None:
         num_gains=len(intervals),
         num_sure=sum(low > 0 for low, _ in intervals),
         facts=facts(results),
-        ladder=ladder_charts(stages),
+        ladder=ladder_charts(stages) if stages else [],
         paper=PAPER,
         controls=read_sealed(controls) if controls.exists() else None,
         breakdowns=breakdowns(evaluations),
@@ -88,6 +99,13 @@ def write_report(run_dir: str | Path) -> None:
         samples=samples(evaluations),
     )
     write_text(run / "report.html", page)
+
+
+def nothing_yet(run: Path) -> Row:
+    """Return the results of a run whose start model is not evaluated yet."""
+    path = run / "config.json"
+    config = read_json(path) if path.exists() else {}
+    return {"stages": [], "seed": config.get("seed", "unknown"), "num_problems": 0, "peak_rss_bytes": 0, "versions": {}, "config": config}  # fmt: skip
 
 
 def with_metrics(run: Path, stages: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from phimini.stages.rl.rollouts import sample_and_score
 from phimini.stages.rl.slices import in_slices
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import release_memory
+from phimini.stages.run.progress import StepProgress
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.verify.scorer import Scorer
 
@@ -41,12 +42,14 @@ def sample_answers(
         stop_ids=tokenizer.stop_ids,
     )
 
-    def rows_of(part: list[Row]) -> list[Row]:
+    def rows_of(part: list[Row], progress: StepProgress) -> list[Row]:
         asked = [(problem, k) for problem in part for k in range(config.rollouts_per_prompt)]
         given = [prompts[problem["id"]] for problem, _ in asked]
         seeds = [derive(run.seed, "rollout_dpo", problem["id"], k) for problem, k in asked]
         generate = lambda arrived: engine.generate(given, params, seeds, arrived)
-        here, facts = sample_and_score(generate, [problem for problem, _ in asked], scorer, world)
+        here, facts = sample_and_score(
+            generate, [problem for problem, _ in asked], scorer, world, progress=progress
+        )
         tokens = {i: c.tokens for i, c in enumerate(here) if c is not None}
         texts = scorer.texts(tokens.values())
         own = {

@@ -19,6 +19,7 @@ from phimini.stages.rl.rollouts import Rollout, sample_and_score, without_answer
 from phimini.stages.rollout.engine import First, PrefetchingEngine, RolloutEngine
 from phimini.stages.rollout.engine import Sampler as EngineSampler
 from phimini.stages.rollout.prefetch import Background
+from phimini.stages.run.progress import StepProgress
 from phimini.stages.verify.scorer import Scorer
 
 SHORT_TOKENS = 64
@@ -76,11 +77,12 @@ class GroupSampler:
         *,
         group_size: int | None = None,
         max_new_tokens: int | None = None,
+        progress: StepProgress | None = None,
     ) -> list[Rollout]:
         """Return a rollout for each (prompt id, index within its group) in `asked`.
 
         purpose: part of ids and seeds. group_size: return only the first so many of each group to end.
-        max_new_tokens: default `rlvr.max_new_tokens`.
+        max_new_tokens: default `rlvr.max_new_tokens`. progress: told of each answer that arrives.
         """
         params = SamplingParams(
             temperature=temperature,
@@ -99,6 +101,7 @@ class GroupSampler:
             self.scorer,
             self.world,
             collective=self.collective,
+            progress=progress,
         )
         rollouts = [
             Rollout(

@@ -10,6 +10,7 @@ from phimini.stages.config.schema import RlvrConfig
 from phimini.stages.rl.groups import GroupSampler, check_room
 from phimini.stages.rl.remedies import is_too_easy, select_uniform_length
 from phimini.stages.rl.slices import in_slices
+from phimini.stages.run.progress import StepProgress
 from phimini.stages.run.stage_folder import Stage
 
 PROBE_FIELDS = {"prompt_id": str, "length": int, "reward": float, "truncated": bool}
@@ -39,7 +40,7 @@ def select_prompts(
     candidates = list(sampler.problems)[-config.probe_prompts :]
     check_room({id: sampler.prompts[id] for id in candidates}, config, "rlvr")
 
-    def rows_of(part: list[str], round: int) -> list[Row]:
+    def rows_of(part: list[str], progress: StepProgress, round: int) -> list[Row]:
         asked = [(id, k) for id in part for k in range(config.probe_rollouts)]
         return [
             {
@@ -48,7 +49,9 @@ def select_prompts(
                 "reward": r.reward,
                 "truncated": r.truncated,
             }
-            for r in sampler.sample(asked, round, config.start_temperature, "probe")
+            for r in sampler.sample(
+                asked, round, config.start_temperature, "probe", progress=progress
+            )
         ]
 
     files = [
@@ -56,7 +59,7 @@ def select_prompts(
         for round in range(config.probe_rounds)
         for file in in_slices(
             stage, f"probe/{round + 1}", candidates, config.probe_rollouts, world,
-            lambda part, round=round: rows_of(part, round),
+            lambda part, progress, round=round: rows_of(part, progress, round),
         )
     ]  # fmt: skip
 

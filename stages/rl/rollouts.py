@@ -21,6 +21,7 @@ from phimini.parallel.ranks.world import World, on_every
 from phimini.parallel.training.batch import DivergedError, digest
 from phimini.stages.data.packing import flops_of, shares
 from phimini.stages.rollout.engine import Arrived, Sampled, Span
+from phimini.stages.run.progress import StepProgress
 from phimini.stages.verify.scorer import Answered, Scorer
 
 KEPT = ("id", "prompt_id", "step", "temperature", "reward", "advantage")
@@ -58,11 +59,12 @@ def sample_and_score(
     world: World,
     *,
     collective: bool = True,
+    progress: StepProgress | None = None,
 ) -> tuple[list[Sampled | None], list[Facts | None]]:
     """Return the answers that this rank has, and the facts about all, one for each of `problems`. Collective.
 
     generate: calls an engine with a function to call when an answer arrives. The facts about an answer that was aborted
-    are None. collective: False if only this rank samples. Raises on every rank as `Scorer.start`.
+    are None. collective: False if only this rank samples. progress: a step of it is an answer that arrives here. Raises on every rank as `Scorer.start`.
     """
     scores: dict[int, Callable[[], float]] = {}
 
@@ -70,6 +72,8 @@ def sample_and_score(
         problem = problems[number]
         asked = problem["question"], problem["answer"]
         scores[number] = scorer.start(Answered(*asked, completion.tokens, completion.finish_reason))
+        if progress is not None:
+            progress.advance()
 
     here = generate(arrived)
 

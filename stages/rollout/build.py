@@ -6,6 +6,14 @@ from phimini.stages.config.schema import RunConfig
 from phimini.stages.rollout.engine import SEQUENCES, LocalEngine, RolloutEngine
 
 
+def expected_on_main(run: RunConfig, world: World, number: int) -> int:
+    """Return how many of so many completions arrive on rank 0: all of separate engines, else its share."""
+    if run.rollout.engine == "vllm" and run.rollout.placement == "separate":
+        return number
+    together = run.rollout.engine_tensor_parallel if run.rollout.engine == "vllm" else 1
+    return -(-number // max(world.world_size // together, 1))
+
+
 def build_engine(run: RunConfig, config: ModelConfig, world: World) -> RolloutEngine:
     """Return the engine that `run.rollout` asks for. Raises ValueError if its settings contradict or vLLM is missing."""
     separate = run.rollout.engine == "vllm" and run.rollout.placement == "separate"

@@ -47,7 +47,8 @@ class MetricsLog:
         self._stage = stage
         self._run = run
         self._trackers: Trackers | None = None
-        self._progress = StepProgress(total_steps, stage, is_main)
+        out = None if run is None else run.out
+        self._progress = StepProgress(total_steps, stage, is_main, out=out)
         self._file: IO[bytes] | None = None
         self._last_step: int | None = None
         self._since = time.perf_counter()

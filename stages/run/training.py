@@ -1,7 +1,7 @@
 """Parts that the four training stages share: data, model, optimizer, the steps with their log and checkpoints."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,13 +37,13 @@ from phimini.parallel.training.batch import PackedBatch, check_same_data
 from phimini.parallel.training.optimizer import (
     Optimizer,
     OptimizerConfig,
-    StepInfo,
     build_optimizer,
 )
 from phimini.parallel.training.step import StepMetrics, forward_only
 from phimini.stages.config.schema import OptimizerSettings, RunConfig
 from phimini.stages.data.packing import check_lengths
 from phimini.stages.data.token_files import TokenSet, fingerprint
+from phimini.stages.run.guards import Guards, GuardStop
 from phimini.stages.run.metrics import MetricsLog
 from phimini.stages.run.outputs import METRICS, SUMMARY, TOKENIZED
 from phimini.stages.run.stage_folder import PACKING, Interrupt, Stage, Stopped
@@ -202,13 +202,14 @@ class Progress:
             print(f"{self.stage.name}: going on after step {step}", flush=True)
         return step
 
-    def after_step(self, step: int, last: bool, interrupt: Interrupt) -> None:
+    def after_step(self, step: int, last: bool, interrupt: Interrupt, guard: str | None) -> None:
         """Save a checkpoint if one is due after `step` steps. Collective.
 
-        Raises Stopped, after saving, if the run was asked to stop; after the last step `finish` does.
+        guard: why a guard stops the run. Raises GuardStop, after saving, if there is such a reason; Stopped if the run was asked
+        to stop, after the last step `finish` does.
         """
-        asked = interrupt.requested(self.world)
-        due = not last and (asked or step % self.every == 0)
+        asked = interrupt.requested(self.world) or guard is not None
+        due = guard is not None or not last and (asked or step % self.every == 0)
         if self.pending is not None:
             written = self.world.all_gather_objects(self.pending.is_written())
             if last or due or all(written):
@@ -224,6 +225,10 @@ class Progress:
                 self.pending = begin_checkpoint(
                     self.path, step, self.model, self.optimizer, extra=extra
                 )
+        if guard is not None:
+            raise GuardStop(
+                f"{guard}; saved after step {step}: the same command goes on, also with other guards"
+            )
         if asked and not last:
             raise Stopped(
                 f"{self.stage.name} stopped after step {step} and saved; the same command goes on from there"
@@ -262,8 +267,23 @@ class Step:
     """for error messages, e.g. `sft, step 3`"""
     is_last: bool
     """no step follows; the loop may set it to end early"""
+    guards: Guards
     row: Row = field(default_factory=dict)
     """the step's metrics, with `tokens`; logged after the step"""
+
+    def allows(self, values: Mapping[str, float]) -> bool:
+        """Return False if a guard holds this step's update back, for one of these metrics. Collective; see `Guards.allow`."""
+        return self.guards.allow(self.name, self.index, values, self.row)
+
+    def update(self, optimizer: Optimizer, metrics: StepMetrics, num_tokens: int) -> None:
+        """Make the update, unless a guard holds it back; fill in the row with means, learning rate and gradient norm. Collective.
+
+        num_tokens: of all ranks.
+        """
+        watched = {"loss": metrics.loss}
+        info = optimizer.step(lambda grad_norm: self.allows(watched | {"grad_norm": grad_norm}))
+        of_update = {"lr": info.lr, "grad_norm": info.grad_norm, "tokens": num_tokens}
+        self.row = means(metrics) | of_update | self.row
 
 
 class Ahead(Generic[T]):
@@ -305,14 +325,15 @@ def training_steps(
         with training_steps(...) as remaining:
             for step in remaining:
                 ...
-                step.row = update_row(metrics, info, num_tokens)
+                step.update(optimizer, metrics, num_tokens)
 
     state: JSON values of the loop that a checkpoint keeps; `tokens` is added. summary: fields of the stage's
-    summary.json, by the number of steps that were made. Raises Stopped when the run was asked to stop.
+    summary.json, by the number of steps that were made. Raises Stopped when the run was asked to stop, GuardStop by a guard.
     """
-    state.setdefault("tokens", 0)
+    state |= {"tokens": 0, "guards": {}}
     progress = Progress(stage, model.world, model, optimizer, checkpoint_every, state)
     done = progress.resume()
+    guards = Guards(stage.run.guards, model.world, state["guards"])
     kept = stage.made[METRICS]["bytes"] if METRICS in stage.made else 0
     log = MetricsLog(stage.path / METRICS, steps, stage.name, model.world.is_main, stage.run, kept)
     with log, Interrupt() as interrupt:
@@ -321,21 +342,16 @@ def training_steps(
             nonlocal done
             is_last = done >= steps
             while not is_last:
-                step = Step(done, f"{stage.name}, step {done + 1}", done + 1 == steps)
+                step = Step(done, f"{stage.name}, step {done + 1}", done + 1 == steps, guards)
                 yield step
                 done, is_last = done + 1, step.is_last
                 state["tokens"] += step.row["tokens"]
                 log.write(step.index, **step.row)
-                progress.after_step(done, is_last, interrupt)
+                progress.after_step(done, is_last, interrupt, guards.stop)
 
         yield remaining()
+        state["guards"] = guards.counts
         progress.finish(tokenizer, {"steps": done} | summary(done), interrupt)
-
-
-def update_row(metrics: StepMetrics, info: StepInfo, num_tokens: int) -> Row:
-    """Return a step's row of metrics: loss and other means, learning rate, gradient norm, tokens of all ranks."""
-    row = means(metrics) | {"lr": info.lr, "grad_norm": info.grad_norm}
-    return row | {"tokens": num_tokens}
 
 
 def cross_entropy_head(

@@ -120,7 +120,7 @@ def test_a_bench_refuses_before_it_measures(
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        ("report tiny out={}/none", 1, "/none/results.json"),
+        ("report tiny out={}/none", 2, "/none: expected the folder of a run, got nothing there"),
         ("distill tiny out={}/file", 1, "/file"),
         (
             "distill tiny distill.source={}/empty out={}/run",

@@ -9,8 +9,8 @@ import signal
 import time
 import types
 import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, as_completed
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -195,12 +195,12 @@ def test_a_worker_that_is_killed_is_named(
     for name in ("distill", "curate", "base"):
         os.symlink(made / name, tmp_path / name)
 
-    def first_killed(futures: list[Future]) -> Iterator[Future]:
+    def first_killed(futures: set[Future], **how: Any) -> tuple[set[Future], set[Future]]:
         next(iter(multiprocessing.active_children())).kill()
-        yield from as_completed(futures)
+        return wait(futures, **how)
 
     monkeypatch.setattr(token_files, "SHARD_BYTES", 8192)
-    monkeypatch.setattr(token_files, "as_completed", first_killed)
+    monkeypatch.setattr(token_files, "wait", first_killed)
     monkeypatch.setattr(cli, "dispatch", lambda arguments: tokenize(run_in(tmp_path, "tokenize.workers=2")))  # fmt: skip
     assert cli.exit_status([]) == (1, False)
     assert capsys.readouterr().err == "phimini: tokenize.workers: a process that encodes rows died; `dmesg` tells whether memory ran out\n"  # fmt: skip

@@ -77,7 +77,7 @@ def test_a_fork_of_rank_0_does_not_end_the_lock(tmp_path: Path) -> None:
             RunLock(tmp_path).acquire(wait_s=0.0)
 
 
-@pytest.mark.parametrize("verb", ["recipe", "distill", "curate", "base", "tokenize", "midtrain", "sft", "rollout_dpo", "rlvr", "controls", "report", "evaluate"])  # fmt: skip
+@pytest.mark.parametrize("verb", ["recipe", "distill", "curate", "base", "tokenize", "midtrain", "sft", "rollout_dpo", "rlvr", "controls", "evaluate"])  # fmt: skip
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_command_that_writes_is_refused(
     verb: str,
