@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,7 @@ from datatrove.pipeline.dedup.minhash import (
 )
 from loguru import logger
 
-from phimini.parallel.ranks.process import end_with_parent
-from phimini.stages.config.cleaning import CleanOptions
+from phimini.stages.config.cleaning import CleanOptions, SlurmJobs
 from phimini.stages.corpus import blocks
 from phimini.stages.corpus.report import make_report
 from phimini.stages.corpus.shards import Shard
@@ -52,6 +52,9 @@ _starting = False
 def _become_worker() -> None:
     """Let a signal end a worker at once: one that raises here, in the pool's locks, would leave the others waiting."""
     if _starting:
+        # Late: it imports torch, which the tasks of a job array do not need.
+        from phimini.parallel.ranks.process import end_with_parent
+
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         end_with_parent()
@@ -115,17 +118,24 @@ def run(options: CleanOptions, shards: list[Shard], out: Path) -> None:
                 job.pipeline, job.tasks, min(options.workers, job.tasks), str(out / "logs" / job.name), start_method="fork"
             ).run()  # fmt: skip
         return
-    settings, before = options.slurm, None
+    before = None
     for job in jobs(options, shards, out):
-        before = Slurm(
-            job.pipeline, job.tasks, settings.time, str(settings.partition), mem_per_cpu_gb=settings.memory_gb, workers=options.workers,
-            job_name=f"clean-{job.name}", qos="", venv_path=settings.venv and str(Path(settings.venv, "bin", "activate").resolve()),
-            sbatch_args={"account": settings.account} if settings.account else {}, max_array_size=settings.array, depends=before,
-            logging_dir=str(out / "logs" / job.name),
-        )  # fmt: skip
-        before.run()
+        before = _array(options.slurm, options.workers, job, out / "logs" / job.name, before)
+        try:
+            before.run()
+        except subprocess.CalledProcessError as error:
+            raise OSError(f"clean: {job.name}: sbatch ended with {error.returncode}; the same command goes on") from error  # fmt: skip
         script = out / "logs" / job.name / "launch_script.slurm"
         print(f"clean: {job.name}: {'complete' if before.job_id == -1 else f'job {before.job_id}, {script}'}", flush=True)  # fmt: skip
+
+
+def _array(settings: SlurmJobs, workers: int, job: Job, logs: Path, before: Slurm | None) -> Slurm:
+    return Slurm(
+        job.pipeline, job.tasks, settings.time, str(settings.partition), mem_per_cpu_gb=settings.memory_gb, workers=workers,
+        job_name=f"clean-{job.name}", qos="", venv_path=settings.venv and str(Path(settings.venv, "bin", "activate").resolve()),
+        sbatch_args={"account": settings.account} if settings.account else {}, max_array_size=settings.array, depends=before,
+        logging_dir=str(logs),
+    )  # fmt: skip
 
 
 def check_slurm(options: CleanOptions) -> None:

@@ -62,7 +62,8 @@ def _with_verdicts(
             yield name, row
             continue
         reason = next(reasons)
-        if accept_judged and reason != "equal" and row.get("judge", {}).get("verdict") == "right":
+        judge = row.get("judge")
+        if accept_judged and reason != "equal" and isinstance(judge, dict) and judge.get("verdict") == "right":  # fmt: skip
             reason = JUDGED
         row |= {"correct": reason in ("equal", JUDGED), "verdict": reason}
         is_unfit = name == "validation" and not row["correct"]

@@ -76,7 +76,7 @@ class AskedQuestions:
         """Count the verdict on a rollout. Rows of `clean` have the counts of their question, some of whose rollouts are gone."""
         counted = "UPDATE asked SET tried = tried + 1, correct = correct + ? WHERE place = ?"
         values = [row["correct"], self._place(row["question"])]
-        if "tried" in row:
+        if {"tried", "passed"} <= row.keys():
             counted = "UPDATE asked SET tried = ?, correct = ? WHERE place = ?"
             values[:1] = row["tried"], row["passed"]
         self._db.execute(counted, values)

@@ -8,59 +8,21 @@ import signal
 import sys
 import time
 from collections import Counter
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from corpus_cases import WORDS, clean, corpus, digests, rows_in
 
 from phimini.model.io.checked_files import read_sealed
 from phimini.model.io.json_files import read_rows, write_rows
 from phimini.stages.cli import main
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
-from phimini.stages.corpus.shards import SCHEMA, read_back
+from phimini.stages.corpus.shards import SCHEMA
 from phimini.stages.curate import curate
 from phimini.stages.distill import distill
 from phimini.stages.report.datasets import trace
-
-LOOP = "we add the numbers in this line once more and " * 20
-WORDS = "so then we take both sides and divide them by the number which gives half of what was there before as a check of the last line now".split()  # fmt: skip
-
-
-def corpus(folder: Path, number: int = 40) -> Path:
-    """Write rollouts of sums in two files: right ones, copies in capitals, wrong, cut off, in a loop; and held-out questions."""
-    for name, numbers in {"a": range(100, 100 + number), "b": range(300, 300 + number)}.items():
-        rows = []
-        for n in numbers:
-            rng = random.Random(n)
-            text = " ".join(rng.choices(WORDS, k=60))
-            for kind, response in {
-                "right": f"{text} so \\boxed{{{4 * n}}}", "near": f"{text.upper()}  so\n\\boxed{{{4 * n}}}", "wrong": f"{text} so \\boxed{{1}}",
-                "other": f"{' '.join(rng.choices(WORDS, k=60))} so \\boxed{{{4 * n}.0}}", "loop": f"{LOOP} {n} \\boxed{{{4 * n}}}", "cut": f"{text} and",
-            }.items():  # fmt: skip
-                rows.append({"id": f"r{n}.{kind}", "question": f"What is {n} + {3 * n}?", "answer": str(4 * n), "level": n % 3, "family": "sums",
-                             "license": "MIT", "sampling": {"temperature": 0.6}, "seed": n, "response": response})  # fmt: skip
-        write_rows(folder / "source" / f"{name}.jsonl", rows)
-    asked = ["Add $101$ and $303$: what is the sum?", "what  is 110+330?"]
-    write_rows(folder / "held.jsonl", [{"question": q, "answer": "1"} for q in asked])
-    return folder / "source"
-
-
-def clean(folder: Path, *words: str) -> Path:
-    out = folder / "out"
-    words = (f"heldout={folder / 'held.jsonl'}", "max_repetition=0.5", "shard_mb=0.04", "near.buckets=10", *words)  # fmt: skip
-    assert main(["clean", str(folder / "source"), str(out), *words]) == 0
-    return out
-
-
-def rows_in(folder: Path) -> list[dict[str, Any]]:
-    return [row for path in sorted(folder.rglob("*.parquet")) for row in read_back(path)]
-
-
-def digests(out: Path) -> dict[str, str]:
-    files = [*(out / "rows").rglob("*"), *(out / "dropped").rglob("*"), out / "report.json"]
-    return {str(p.relative_to(out)): sha256(p.read_bytes()).hexdigest() for p in files if p.is_file()}  # fmt: skip
 
 
 def test_every_row_is_kept_with_its_facts_or_dropped_with_its_reason(
@@ -86,8 +48,6 @@ def test_every_row_is_kept_with_its_facts_or_dropped_with_its_reason(
     }  # fmt: skip
     assert row["origin"] == f"{source}/a.jsonl:{6 * 11 + 4}"
     assert (one["wrong"]["verdict"], one["cut"]["verdict"]) == ("different", "cut off")
-    import pyarrow.parquet as pq
-
     assert all(pq.read_schema(path).equals(SCHEMA) for path in out.rglob("rows/*.parquet"))
     report = read_sealed(out / "report.json")
     assert (report["rows"], report["correct"], report["questions"]) == (312, 156, 78)
