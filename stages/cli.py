@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from phimini.model.suggest import nearest
 from phimini.stages.config import options
+from phimini.stages.config.cleaning import CleanOptions
 from phimini.stages.config.dialect import Words, build, read_words
 from phimini.stages.run.limits import limit_behind
 from phimini.stages.run.output import lasting_output
@@ -73,6 +74,7 @@ def _prints(line: str, function: str, kind: type | None) -> Verb:
 
 VERBS = {
     "recipe": _stage("all four stages, evaluation and report; --dry-run checks and plans only", "run_recipe", options.RecipeOptions),
+    "clean": Verb("data: verify, annotate and clean a corpus: SOURCE OUT [executor=slurm] (extra `data`)", CleanOptions, "phimini.stages.corpus.clean:main", writes=True, names=("source", "out")),
     "distill": _stage("data: questions, the teacher's rollouts, verdicts", "prepare"),
     "curate": _stage("data: the subset for stage 2", "prepare"),
     "base": _stage("the model and tokenizer that stage 1 starts from", "prepare"),

@@ -6,33 +6,31 @@ stages 3 and 4), `validation.jsonl` (verified rollouts that no stage trains on) 
 `dropped.jsonl` names the rows of a source that are left out. Rows pass one by one, so a source may exceed the memory.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from phimini.model.io.json_files import Row, atomic_file, count_rows, dump, write_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.stages.config.schema import RunConfig
+from phimini.stages.corpus.steps import Named, routed, verified
 from phimini.stages.data.arithmetic_problems import Problem, generate_problems, teach
 from phimini.stages.data.gym_prompts import gym_prompts
 from phimini.stages.data.layouts import mapping_of
 from phimini.stages.data.own_rows import SETS, files_of, own_problems, own_rollouts, sets_in
 from phimini.stages.data.packing import derive
-from phimini.stages.data.row_fields import check_texts, has_ended
+from phimini.stages.data.row_fields import check_texts
 from phimini.stages.data.set_aside import Aside, AskedQuestions
 from phimini.stages.run.progress import tracked, work
 from phimini.stages.run.stage_folder import Stage
-from phimini.stages.verify.scorer import Answered, Scorer
+from phimini.stages.verify.scorer import Scorer
 from phimini.stages.verify.verdict import verify
 
 TAUGHT = "teacher"
 """the folder of the answers of `distill.teacher`"""
-BATCH = 64
-"""rollouts that a process verifies at a time"""
 
 
 class Source(NamedTuple):
@@ -184,7 +182,7 @@ def _read(run: RunConfig, stage: Stage) -> Source:
         for row in _answered(run, stage, name, partial(_given, run, sets[name], sets[name].name), aside)
     )  # fmt: skip
     prompts = lambda: _without(aside, own_problems(sets["prompts"], "", check, mapped))
-    return Source(_verified(run, _routed(given, aside)), prompts, heldout)
+    return Source(_checked(run, given, aside), prompts, heldout)
 
 
 def _divide(run: RunConfig, stage: Stage, source: Path) -> Source:
@@ -200,9 +198,9 @@ def _divide(run: RunConfig, stage: Stage, source: Path) -> Source:
     given = (("rollouts", row) for row in _answered(run, stage, "rollouts", read, aside))
 
     def rows() -> Iterator[tuple[str, Row]]:
-        for name, row in _verified(run, _routed(given, aside)):
+        for name, row in _checked(run, given, aside):
             if name == "rollouts":
-                asked.note(row["question"], row["correct"])
+                asked.note(row)
             yield name, row
 
     return Source(rows(), asked.prompts, heldout)
@@ -262,7 +260,8 @@ def _answered(
     file = f"{TAUGHT}/{name}.jsonl"
     path = stage.path / file
     if file not in stage.made:
-        ask(run.distill, run.seed, questions, path)
+        config, copies = run.distill.teacher, run.distill.rollouts_per_problem
+        ask(config, run.seed, questions, path, copies=copies, field="distill.teacher")
         stage.record(file)
     path.with_suffix(".journal").unlink(missing_ok=True)
     levels, mapped = len(run.curate.level_weights), mapping_of("plain", ())
@@ -270,47 +269,11 @@ def _answered(
     return _with_progress(run, path, "verdicts", read)
 
 
-def _routed(given: Iterable[tuple[str, Row]], aside: Aside) -> Iterator[tuple[str, Row]]:
-    """Yield each row with the set that its question is of, or `dropped`."""
-    for name, row in given:
-        found, question_id = aside.of(row["question"]) or (name, "")
-        if found == "heldout":
-            yield _dropped(row, f"held-out question {question_id}")
-        else:
-            yield found, row
-
-
-def _dropped(row: Row, reason: str) -> tuple[str, Row]:
-    return "dropped", {"id": row["id"], "origin": row["origin"], "reason": reason}
-
-
-def _verified(run: RunConfig, routed: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
-    """Yield the rows with `correct` and the `verdict`'s reason; wrong ones of the validation set are dropped."""
+def _checked(run: RunConfig, given: Iterable[Named], aside: Aside) -> Iterator[Named]:
+    """Yield the rows with their sets and verdicts; of those that are dropped, only where they came from and why."""
+    accept = run.distill.accept_judged
     scorer = Scorer("distill", workers=run.distill.workers)
-    waiting: deque = deque()
-    while batch := list(islice(routed, BATCH)):
-        to_judge = [
-            Answered(row["question"], row["answer"], row["response"], "stop" if has_ended(row) else "length")
-            for name, row in batch
-            if name != "dropped"
-        ]  # fmt: skip
-        waiting.append((batch, scorer.reasons(to_judge)))
-        if len(waiting) > 2 * run.distill.workers:
-            yield from _judged(*waiting.popleft())
-    for each in waiting:
-        yield from _judged(*each)
-
-
-def _judged(
-    batch: list[tuple[str, Row]], wait: Callable[[], list[str]]
-) -> Iterator[tuple[str, Row]]:
-    reasons = iter(wait())
-    for name, row in batch:
-        if name == "dropped":
-            yield name, row
-            continue
-        reason = next(reasons)
-        if name == "validation" and reason != "equal":
-            yield _dropped(row, f"validation, {reason}")
-        else:
-            yield name, row | {"correct": reason == "equal", "verdict": reason}
+    for name, row in verified(
+        routed(given, aside), scorer, run.distill.workers, accept_judged=accept
+    ):
+        yield name, row if name != "dropped" else {key: row[key] for key in ("id", "origin", "reason")}  # fmt: skip

@@ -5,7 +5,7 @@ appendix G, which names no prompt for the three benchmarks that the paper lacks.
 their questions (`... within \boxed{}.` as first or last line); these are removed, and so are repeated rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,8 +68,8 @@ def questions_of(name: str, source: Path, seed: int, most: int | None) -> list[R
     question with two answers, and for fewer than two questions, which have no interval.
     """
     rows: dict[str, Row] = {}
-    for row in own_problems(source, mapped=partial(_mapped, seed)):
-        question = _without_request(row["question"])
+    for row in bare_questions(source, seed):
+        question = row["question"]
         asked = row | {"question": f"{BENCHMARKS[name].request} {question}"}
         first = rows.setdefault(question, asked)
         if first["answer"] != row["answer"]:
@@ -80,6 +80,12 @@ def questions_of(name: str, source: Path, seed: int, most: int | None) -> list[R
     if len(rows) < 2:
         raise ValueError(f"{source}: expected two or more questions, got {len(rows)}")
     return list(rows.values())[:most]
+
+
+def bare_questions(source: Path, seed: int = 0) -> Iterator[Row]:
+    """Yield the questions of a benchmark in any public layout, without requests. Arguments and errors as in `questions_of`."""
+    for row in own_problems(source, mapped=partial(_mapped, seed)):
+        yield row | {"question": _without_request(row["question"])}
 
 
 def _without_request(text: str) -> str:

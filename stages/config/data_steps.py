@@ -15,14 +15,18 @@ from phimini.stages.config.ranges import (
     Share,
 )
 
+Layout = Literal[
+    "auto", "plain", "cleaned", "openr1_math", "openthoughts", "conversation", "gsm8k", "math", "aqua_rat"
+]  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherConfig:
-    """A model behind an OpenAI-compatible endpoint, e.g. of `vllm serve`, that answers the questions of `distill.source`."""
+    """A model behind an OpenAI-compatible endpoint, e.g. of `vllm serve`."""
 
     model: str | None = None
-    """its name there; without it the source has the rollouts. Answers may take longer than `collective_deadline_s`: run
-    `phimini distill` on its own"""
+    """its name there; without it none is asked. Answers may take longer than `collective_deadline_s`: run the verb on its
+    own"""
     url: str = "http://127.0.0.1:8000/v1"
     """address of the endpoint, up to the part before /chat/completions"""
     key_variable: str = "PHIMINI_TEACHER_KEY"
@@ -59,9 +63,7 @@ class DistillConfig:
     """`generator` (our own problems and teacher); a folder of your own with the sets rollouts, validation, prompts and
     heldout; or rollouts whose questions are then divided over these. With `teacher.model` it has questions. A set is a file (.jsonl, .jsonl.gz, .jsonl.zst,
     .parquet, .csv) or a folder of such files"""
-    layout: Literal[
-        "auto", "plain", "openr1_math", "openthoughts", "conversation", "gsm8k", "math", "aqua_rat"
-    ] = "auto"
+    layout: Layout = "auto"
     """published layout of the source's rows; auto: recognised by the fields of each row"""
     fields: tuple[str, ...] = ()
     """fields of any other layout, each OURS:PATH, e.g. question:prompt.0.content,answer:reward_model.ground_truth"""
@@ -70,7 +72,9 @@ class DistillConfig:
     workers: CountOrZero = 0
     """processes that verify the source's rollouts; 0: this one"""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """a model that answers the source's questions"""
+    """a model that answers the source's questions; without one the source has the rollouts"""
+    accept_judged: bool = False
+    """count answers as correct that the judge of `phimini clean` found right after the verifier had not"""
     num_problems: Count = 1000
     """training questions that the generated teacher answers"""
     level_weights: tuple[NotNegative, ...] = (1.0, 1.0, 1.0)

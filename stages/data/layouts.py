@@ -4,6 +4,7 @@ A layout is recognised by its fields, or named by `distill.layout`. `distill.fie
 to a path in the published row, e.g. `question:prompt.0.content,answer:reward_model.ground_truth`.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -66,6 +67,8 @@ def mapped_by(mapping: Callable[[Row], list[Row]], name: str, row: Row, at: str)
 def recognised(row: Row) -> str:
     """Return the name of the layout that has the fields of this row, or `plain`."""
     has = lambda *fields: all(row.get(field) is not None for field in fields)
+    if has("question", "answer", "response", "origin", "other"):
+        return "cleaned"
     if has("problem", "generations"):
         return "openr1_math"
     if has("problem", "deepseek_reasoning"):
@@ -186,7 +189,14 @@ def _aqua_rat(row: Row) -> list[Row]:
     return [{"question": f"{row['question']}\n{choices}", "answer": row["correct"], "response": response}]  # fmt: skip
 
 
+def _cleaned(row: Row) -> list[Row]:
+    """A row of `phimini clean`; its column `other` has the fields that other rows may lack, as JSON."""
+    known = {name: value for name, value in row.items() if value is not None}
+    return [json.loads(known.pop("other")) | known]
+
+
 LAYOUTS: dict[str, Callable[[Row], list[Row]]] = {
+    "cleaned": _cleaned,
     "openr1_math": _openr1_math,
     "openthoughts": _openthoughts,
     "conversation": _conversation,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from phimini.model.io.json_files import Row, dump, numbered_rows
+from phimini.model.io.json_files import Row, Span, dump, numbered_rows
 from phimini.model.io.tokenizer import around
 from phimini.stages.data.decontaminate import fingerprint, same_question
 from phimini.stages.data.layouts import AUTO, Mapping
@@ -65,6 +65,11 @@ def files_of(source: Path) -> list[Path]:
     return sorted(found)
 
 
+def name_in(source: Path, name: str, path: Path) -> str:
+    """Return the name that ids and origins give to one of a source's files."""
+    return f"{name}/{path.relative_to(source)}" if path != source else name
+
+
 def own_rollouts(
     source: Path,
     name: str,
@@ -72,11 +77,13 @@ def own_rollouts(
     check: RowCheck | None = None,
     mapped: Mapping = AUTO,
     note: Callable[[], None] = lambda: None,
+    span: Span | None = None,
 ) -> Iterator[Row]:
     """Yield a source's rollouts with all our fields but the verdict; rows without an id get `name:line`.
 
     num_levels: of `curate.level_weights`. check: raises ValueError that names a field that it refuses.
-    mapped: of a published layout. note: called at each row of the file, of which several rollouts may be. Raises one ValueError for all bad rows of a file; see `numbered_rows`.
+    mapped: of a published layout. note: called at each row of the file, of which several rollouts may be. span: the lines
+    of a file to read. Raises one ValueError for all bad rows of a file; see `numbered_rows`.
     """
     seen = _Seen()
 
@@ -90,7 +97,7 @@ def own_rollouts(
         _apply(check, row, at)
         return row
 
-    yield from _numbered(source, name, GIVEN_FIELDS, completed, mapped, note)
+    yield from _numbered(source, name, GIVEN_FIELDS, completed, mapped, note, span)
 
 
 def own_problems(
@@ -120,11 +127,14 @@ def _numbered(
     completed: Callable[[Row, str], Row],
     mapped: Mapping,
     note: Callable[[], None],
+    span: Span | None = None,
 ) -> Iterator[Row]:
     for path in files_of(source):
-        file = f"{name}/{path.relative_to(source)}" if path != source else name
+        file = name_in(source, name, path)
         before, k = 0, 0
-        for line, row in numbered_rows(path, required, completed=completed, mapped=mapped):
+        for line, row in numbered_rows(
+            path, required, completed=completed, span=span, mapped=mapped
+        ):
             before, k = line, k + 1 if line == before else 0
             if not k:
                 note()

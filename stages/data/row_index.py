@@ -98,10 +98,13 @@ def index_rows(
 
 def repetition(text: str) -> float:
     """Return the share of a text's sequences of `LOOP_WORDS` words that occurred before in it: near 1 for a loop."""
-    words = np.fromiter(map(hash, text.split()), np.int64)
-    if len(words) <= LOOP_WORDS:
-        return 0.0
-    sequences = np.zeros(len(words) - LOOP_WORDS + 1, np.int64)
-    for k in range(LOOP_WORDS):  # a polynomial of the words' hashes, modulo 2^64
-        sequences = sequences * 1_000_003 + words[k : k + len(sequences)]
-    return 1.0 - len(np.unique(sequences)) / len(sequences)
+    sequences = sequence_hashes(np.fromiter(map(hash, text.split()), np.int64), LOOP_WORDS)
+    return 1.0 - len(np.unique(sequences)) / len(sequences) if len(sequences) else 0.0
+
+
+def sequence_hashes(words: np.ndarray, length: int) -> np.ndarray:
+    """Return a hash of each sequence of `length` words: a polynomial of the words' hashes, modulo 2^64."""
+    sequences = np.zeros(max(len(words) - length + 1, 0), words.dtype)
+    for k in range(length):
+        sequences = sequences * sequences.dtype.type(1_000_003) + words[k : k + len(sequences)]
+    return sequences

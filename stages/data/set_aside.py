@@ -72,10 +72,14 @@ class AskedQuestions:
             f"num_validation={config.num_validation} leave none to train on"
         )
 
-    def note(self, question: str, correct: bool) -> None:
-        """Count a verdict on a rollout."""
+    def note(self, row: Row) -> None:
+        """Count the verdict on a rollout. Rows of `clean` have the counts of their question, some of whose rollouts are gone."""
         counted = "UPDATE asked SET tried = tried + 1, correct = correct + ? WHERE place = ?"
-        self._db.execute(counted, (correct, self._place(question)))
+        values = [row["correct"], self._place(row["question"])]
+        if {"tried", "passed"} <= row.keys():
+            counted = "UPDATE asked SET tried = ?, correct = ? WHERE place = ?"
+            values[:1] = row["tried"], row["passed"]
+        self._db.execute(counted, values)
 
     def prompts(self) -> list[Row]:
         """Return `num_prompts` questions to train on whose pass rate is in the window of the config.

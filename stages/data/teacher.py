@@ -1,4 +1,6 @@
-"""A teacher behind an OpenAI-compatible endpoint: answers to questions, each asked for until there is one, and once.
+"""A model behind an OpenAI-compatible endpoint: answers to questions, each asked for until there is one, and once.
+
+The teacher of `distill`, and the judge and the labels of `clean`.
 
 An answer is a line of the journal as soon as it arrives. A run that was killed, at whatever point, reads the journal and asks
 for what is missing; at the end the answers are written in the order of the questions. The journal is flushed to the
@@ -23,7 +25,7 @@ import numpy as np
 
 from phimini.model.io.json_files import Row, atomic_file, dump
 from phimini.model.io.tokenizer import PHI4_TOKENS
-from phimini.stages.config.data_steps import DistillConfig, TeacherConfig
+from phimini.stages.config.data_steps import TeacherConfig
 from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import text_hash
 
@@ -137,8 +139,9 @@ class Task(NamedTuple):
 class Teacher:
     """Requests to the endpoint, and the counts of what came back."""
 
-    def __init__(self, config: DistillConfig, seed: int, journal: Journal) -> None:
-        self.config: TeacherConfig = config.teacher
+    def __init__(self, config: TeacherConfig, seed: int, journal: Journal, field: str) -> None:
+        """field: the setting that errors name; its first word begins the lines that are printed."""
+        self.config, self.field = config, field
         self.counts: Counter[str] = Counter()
         self._seed, self._journal = seed, journal
         self._key = os.environ.get(self.config.key_variable, "")
@@ -165,7 +168,7 @@ class Teacher:
             except Exception as error:
                 # Raised again; the other workers end first, because their requests are paid for.
                 if not self._stopping:
-                    print(f"distill: stopping when the requests under way have ended: {error}", flush=True)  # fmt: skip
+                    self._print(f"stopping when the requests under way have ended: {error}")
                 self._stopping = True
                 raise
 
@@ -195,7 +198,7 @@ class Teacher:
                 self.counts[str(fault)] += 1
                 if failed == self.config.attempts:
                     raise ConnectionError(
-                        f"distill.teacher: {self.config.url}: {failed} attempts at the question {task.question['id']!r:.60} "
+                        f"{self.field}: {self.config.url}: {failed} attempts at the question {task.question['id']!r:.60} "
                         f"failed, the last one: {fault}; the answers so far are kept"
                     ) from None
                 wait = random.uniform(0.5, 1) * min(FIRST_WAIT_S * 2 ** (failed - 1), MAX_WAIT_S)
@@ -266,7 +269,7 @@ class Teacher:
             said = data[:300].decode(errors="replace")
             said = said.replace(self._key, "***") if self._key else said
             raise ValueError(
-                f"distill.teacher: {config.url} refuses the question {question['id']!r:.60}: HTTP {response.status}: {said}"
+                f"{self.field}: {config.url} refuses the question {question['id']!r:.60}: HTTP {response.status}: {said}"
             )
         try:
             return msgspec.json.decode(data, type=Reply)
@@ -293,19 +296,31 @@ class Teacher:
     def _report(self) -> None:
         if time.monotonic() - self._reported > REPORT_S:
             self._reported = time.monotonic()
-            print(f"distill: {self.described()}", flush=True)
+            self.print_counts()
+
+    def print_counts(self) -> None:
+        self._print(self.described())
+
+    def _print(self, text: str) -> None:
+        print(f"{self.field.partition('.')[0]}: {text}", flush=True)
 
 
 def ask(
-    config: DistillConfig, seed: int, questions: Callable[[], Iterable[Row]], path: Path
+    config: TeacherConfig,
+    seed: int,
+    questions: Callable[[], Iterable[Row]],
+    path: Path,
+    *,
+    copies: int = 1,
+    field: str,
 ) -> None:
-    """Write `rollouts_per_problem` answers to each question into `path`, in the order of the questions, and print the counts.
+    """Write `copies` answers to each question into `path`, in the order of the questions, and print the counts.
 
-    questions: called twice. Raises as `Teacher.answer_all`; what has arrived by then is beside `path`, in a journal.
+    questions: called twice. field: the setting that errors name. Raises as `Teacher.answer_all`; what has arrived by then is beside `path`, in a journal.
     """
     journal = Journal(path.with_suffix(".journal"))
-    teacher = Teacher(config, seed, journal)
-    ids = lambda question: {f"{question['id']}/{k}": k for k in range(config.rollouts_per_problem)}
+    teacher = Teacher(config, seed, journal, field)
+    ids = lambda question: {f"{question['id']}/{k}": k for k in range(copies)}
 
     def tasks() -> Iterator[Task]:
         for question in questions():
@@ -323,7 +338,7 @@ def ask(
         asyncio.run(teacher.answer_all(tasks()))
     finally:
         journal.close()
-        print(f"distill: {teacher.described()}", flush=True)
+        teacher.print_counts()
     whole = Journal(journal.path)
     with atomic_file(path) as file:
         for question in questions():

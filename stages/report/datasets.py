@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from phimini.model.io.json_files import Row, write_text
+from phimini.model.io.json_files import Row, numbered_rows, write_text
 from phimini.stages.config.schema import RunConfig
+from phimini.stages.data.layouts import AUTO
 from phimini.stages.data.selection import STEPS
 from phimini.stages.report.figures import Chart, counts
 from phimini.stages.report.template import render
@@ -26,12 +27,14 @@ _PROVENANCE = ("origin", "source", "licence", "teacher", "sampling", "seed")
 
 
 def trace(run: RunConfig, id: str) -> list[str]:
-    """Return lines on where the row with an id came from, and what each step did with it. ValueError if there is no such row."""
+    """Return lines on where the row with an id came from, and what each step did with it, `clean` included.
+
+    Raises ValueError if there is no such row.
+    """
     folder = Path(run.out) / "distill"
     for name in ("rollouts", "validation", "prompts", "heldout", "dropped"):
         for number, row in _with_id(folder / f"{name}.jsonl", id):
-            known = [f"{key} {row[key]}" for key in _PROVENANCE if row.get(key)]
-            lines = [f"{id}: {', '.join(known) or 'made by this run'}"]
+            lines = _from(row) + _cleaned(row)
             if name == "dropped":
                 return [*lines, f"distill: left out: {row['reason']}"]
             verdict = ""
@@ -39,7 +42,34 @@ def trace(run: RunConfig, id: str) -> list[str]:
                 verdict = f", {'correct' if row['correct'] else 'wrong'} ({row.get('verdict', 'by the verifier')})"
             lines.append(f"distill: line {number + 1} of {name}.jsonl{verdict}")
             return lines + (_curated(run, number, row) if name == "rollouts" else [])
+    for path in sorted((Path(run.distill.source).parent / "dropped").rglob("*.parquet")):
+        for _, row in numbered_rows(path, {"id": str, "reason": str}, mapped=AUTO):
+            if row["id"] == id:
+                return [*_from(row), *_cleaned(row), f"clean: left out: {row['reason']}"]
     raise ValueError(f"data trace: {folder}: expected the id of a row, got {id!r:.60}")
+
+
+def _from(row: Row) -> list[str]:
+    known = [f"{key} {row[key]}" for key in _PROVENANCE if row.get(key)]
+    return [f"{row['id']}: {', '.join(known) or 'made by this run'}"]
+
+
+def _cleaned(row: Row) -> list[str]:
+    """Return lines on the way of a row through `clean`, if it has been there."""
+    lines = []
+    if "repetition" in row:
+        lines.append(f"clean: repetition {row['repetition']:.2f}")
+    if "judge" in row:
+        said = " ".join(row["judge"].get(key) or "" for key in ("verdict", "reason")).strip()
+        lines.append(f"clean: judge {row['judge']['model']} after {row['judge']['verifier']}: {said or 'invalid reply'}")  # fmt: skip
+    if "tried" in row:
+        lines.append(
+            f"clean: {row['passed']} of the question's {row['tried']} rollouts are correct"
+        )
+    if "label" in row:
+        given = row["label"]
+        lines.append(f"clean: {row['family']}, level {row['level']} by {given['model']}, before {given['family'] or 'none'}, level {given['level']}")  # fmt: skip
+    return lines
 
 
 def _curated(run: RunConfig, number: int, row: Row) -> list[str]:
