@@ -76,10 +76,10 @@ def run_benchmarks(verb: str, settings: options.BenchmarkOptions) -> int:
 
 
 def run_report(verb: str, settings: options.RunOptions) -> int:
-    from phimini.stages.report.page import write_report  # late: only reports need plotly
+    from phimini.stages.report.viewer.page import write_run_pages  # late: only reports need plotly
 
     with RunLock(settings.run.out):
-        write_report(Path(settings.run.out))
+        write_run_pages(Path(settings.run.out))
     return 0
 
 
