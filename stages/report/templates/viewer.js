@@ -84,7 +84,7 @@ function textElement(place) {
   const box = element("section", "", "text");
   const title = element("h3", data.names[place]);
   let trained = 0;
-  for (let t = first; t < end; t++) trained += column("weight")[t] !== 0;
+  for (let t = first; t < end; t++) trained += column("weight")[t] > 0;
   const counts = `  ${(end - first).toLocaleString("en")} tokens, ${trained.toLocaleString("en")} with loss`;
   title.append(element("small", counts));
   const body = element("div", "", "tokens");

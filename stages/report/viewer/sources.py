@@ -11,11 +11,12 @@ import numpy as np
 from phimini.model.io.checked_files import read_sealed
 from phimini.model.io.json_files import Row, numbered_rows, read_rows
 from phimini.model.io.tokenizer import Tokenizer
-from phimini.parallel.training.batch import pack
+from phimini.parallel.training.batch import IGNORE, Document, pack
 from phimini.stages.data.packing import Example, Rows, documents
 from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
 from phimini.stages.data.token_files import TokenSet
 from phimini.stages.report.viewer.samples import Sample, Text, texts_of
+from phimini.stages.rl.loss import weight_of
 from phimini.stages.rl.pairs import LOGPS, read_pairs
 
 T = TypeVar("T")
@@ -122,29 +123,56 @@ def rollouts(out: Path, tokenizer: Tokenizer) -> Iterator[Sample]:
     settings = settings_of(out / "rlvr")
     prompts = encode_problems(tokenizer, problems, settings["chat_template"])
     answers = {problem["id"]: problem["answer"] for problem in problems}
-    files = sorted((out / "rlvr" / "rollouts").glob("*.*"))
-    for file in drawn(files, MOST_STEPS):
+    for file in drawn(sorted((out / "rlvr" / "rollouts").glob("[!.]*")), MOST_STEPS):
         rows = numbered_rows(file, ROLLOUT_FIELDS)
         for number, row in islice(rows, MOST_SAMPLES // MOST_STEPS):
-            prompt = prompts[row["prompt_id"]]
-            facts = {
-                "reward": f"{row['reward']:+g}",
-                "reference": answers[row["prompt_id"]],
-                "temperature": f"{row['temperature']:.3g}",
-            }
+            prompt = np.array(prompts[row["prompt_id"]], np.int32)
+            read = _logged if "tokens" in row else _of_text
+            text, facts = read(row, prompt, settings["rlvr"], tokenizer)
             yield Sample(
                 id=f"step {row['step'] + 1}, {row['id']}",
                 place=row["step"] * MOST_SAMPLES + number,
-                texts=[_rollout(row, np.array(prompt, np.int32), tokenizer)],
+                texts=[text],
                 verdict="right" if row["reward"] > 0 else "wrong",
-                reason="cut off" if row["truncated"] else "",
-                facts=facts,
-            )
+                reason=row.get("reason") or "",
+                facts={"reward": f"{row['reward']:+g}", "reference": answers[row["prompt_id"]]} | facts,
+            )  # fmt: skip
 
 
-def _rollout(row: Row, prompt: np.ndarray, tokenizer: Tokenizer) -> Text:
-    """Return a rollout with its prompt. The log has its text, so the tokens are those of the text."""
+def _logged(
+    row: Row, prompt: np.ndarray, config: Row, tokenizer: Tokenizer
+) -> tuple[Text, dict[str, str]]:
+    """Return a rollout of the log's tokens, with its facts. One that was not trained on has no loss weight."""
+    answer, advantage = np.array(row["tokens"], np.int32), row["advantage"]
+    trained = advantage is not None
+    weight = weight_of(config["normalizer"], len(answer), config["max_new_tokens"])
+    before = np.zeros(len(prompt) - 1)
+    whole = lambda values: np.concatenate([before, np.broadcast_to(values, len(answer))])
+    document = Document(
+        tokens=np.concatenate([prompt, answer[:-1]]),
+        targets=np.concatenate([np.full(len(before), IGNORE), answer]),
+        token_fields={
+            "old_logp": whole(row["logprobs"]),
+            "advantage": whole(advantage if trained else np.nan),
+            "weight": whole(weight * trained),
+        },
+    )
+    updates = sorted({span["version"] for span in row["versions"]})
+    facts = {
+        "trained on": f"with advantage {advantage:+.3f}" if trained else "no",
+        "ended": {"stop": "by itself", "length": "cut off"}[row["finish_reason"]],
+        "temperature": f"{row['temperature']:.3g}",
+        "sampled after update": ", ".join(map(str, updates)),
+    }
+    return texts_of(pack([document]), [row["prompt_id"]])[0], facts
+
+
+def _of_text(
+    row: Row, prompt: np.ndarray, config: Row, tokenizer: Tokenizer
+) -> tuple[Text, dict[str, str]]:
+    """Return a rollout of a log that has its text alone, with its facts. Its loss weight is not known."""
     answer = np.array(tokenizer.encode(row["response"]), np.int32)
     tokens = np.concatenate([prompt, answer])
-    of_answer = np.arange(len(tokens)) >= len(prompt)
-    return Text(row["prompt_id"], tokens, {"weight": of_answer.astype(np.float32)})
+    weight = np.where(np.arange(len(tokens)) >= len(prompt), np.nan, 0).astype(np.float32)
+    facts = {"trained on": "not logged", "ended": "cut off" if row["truncated"] else "by itself"}
+    return Text(row["prompt_id"], tokens, {"weight": weight}), facts
