@@ -79,12 +79,12 @@ def run_benchmarks(verb: str, settings: options.BenchmarkOptions) -> int:
 
 
 def run_report(verb: str, words: list[str]) -> int:
-    """Write the report of a run as it is, also while a command goes on in it."""
-    from phimini.stages.report.page import write_report  # late: only reports need plotly
+    """Write all pages of a run as it is, also while a command goes on in it."""
+    from phimini.stages.report.viewer.page import write_run_pages  # late: only reports need plotly
 
     out = folder_of(verb, words)
     status = read_status(out)
-    write_report(out, "" if status.state == "complete" else status.line)
+    write_run_pages(out, "" if status.state == "complete" else status.line)
     print(f"{out / 'report.html'}: {status.line}")
     return 0
 

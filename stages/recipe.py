@@ -45,7 +45,7 @@ VERSIONS = ("torch", "megatron-core", "triton", "numpy", "tokenizers", "safetens
 def recipe(run: RunConfig, world: World, *, redo: bool = False) -> None:
     """Run what is not complete yet. With `redo`, everything again. Collective.
 
-    results.json and report.html are written after each stage: one that ends the recipe leaves those of the stages before.
+    results.json and the pages are written after each stage: one that ends the recipe leaves those of the stages before.
     """
     started = time.perf_counter()
     out = Path(run.out)
@@ -82,7 +82,7 @@ def ladder_line(before: dict, after: dict) -> str:
 
 
 def write_results(run: RunConfig, evaluations: list[dict], peak_rss: int, seconds: float) -> None:
-    """Write results.json and report.html from the stages' files in the run's folder. One rank calls it.
+    """Write results.json and the run's pages from the stages' files in the run's folder. One rank calls it.
 
     Results of these models and of later ones stay as they are: those are complete, and their turn comes.
     evaluations: of the start model and each stage, in order. peak_rss: bytes over all ranks. seconds: wall clock.
@@ -140,9 +140,9 @@ def write_results(run: RunConfig, evaluations: list[dict], peak_rss: int, second
         "config": to_dict(run),
     }
     write_sealed(out / "results.json", results)
-    from phimini.stages.report.page import write_report  # late: only reports need plotly
+    from phimini.stages.report.viewer.page import write_run_pages  # late: only reports need plotly
 
-    write_report(out)
+    write_run_pages(out)
 
 
 def machine() -> str:

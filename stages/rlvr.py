@@ -30,7 +30,7 @@ from phimini.stages.data.packing import derive, micro_batches
 from phimini.stages.data.row_fields import PROBLEM_FIELDS
 from phimini.stages.rl.audit import audit
 from phimini.stages.rl.groups import GroupSampler, RolloutSource
-from phimini.stages.rl.loss import logps, policy_head, with_reference_logps
+from phimini.stages.rl.loss import logps, policy_head, weight_of, with_reference_logps
 from phimini.stages.rl.mismatch import (
     ROUNDING,
     Mismatch,
@@ -207,7 +207,7 @@ def document_of(rollout: Rollout, version: int, config: RlvrConfig) -> Document:
     assert rollout.answer is not None, f"the tokens of {rollout.id} are on another rank"
     tokens = np.concatenate([rollout.prompt, rollout.answer.tokens])
     before, length = len(rollout.prompt) - 1, rollout.facts.length
-    weights = {"token": 1.0, "sequence": 1.0 / length, "constant": 1.0 / config.max_new_tokens}
+    weight = weight_of(config.normalizer, length, config.max_new_tokens)
 
     def per_token(
         of_answer: np.ndarray | float, of_prompt: float = 0, kind: type = np.float32
@@ -222,7 +222,7 @@ def document_of(rollout: Rollout, version: int, config: RlvrConfig) -> Document:
         token_fields={
             "old_logp": per_token(rollout.answer.logprobs),
             "advantage": per_token(rollout.advantage),
-            "weight": per_token(weights[config.normalizer]),
+            "weight": per_token(weight),
             "share": per_token(1.0 if config.normalizer == "token" else 1.0 / length),
             "temperature": per_token(rollout.temperature, of_prompt=1.0),
             "age": per_token(rollout.ages(version), kind=np.int64),

@@ -10,9 +10,7 @@ likelihood term keeps the chosen answers likely.
 
 import math
 import random
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phimini.kernels import linear_dpo, linear_logprob
-from phimini.model.io.chat import encode_example, encode_prompt
-from phimini.model.io.json_files import array_of, read_rows, write_rows
+from phimini.model.io.json_files import atomic_file, read_rows, write_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.megatron.layers import main_grad_of
@@ -33,7 +30,6 @@ from phimini.parallel.training.step import StepMetrics, forward_only, start_step
 from phimini.stages.config.schema import RolloutDpoConfig, RunConfig
 from phimini.stages.data.packing import (
     EpochSampler,
-    Example,
     best_fit,
     check_lengths,
     chunks,
@@ -42,6 +38,7 @@ from phimini.stages.data.packing import (
     micro_batches,
 )
 from phimini.stages.rl.answers import sample_answers
+from phimini.stages.rl.pairs import LOGPS, Pair, read_pairs
 from phimini.stages.run.guards import check_trained_shares
 from phimini.stages.run.progress import work
 from phimini.stages.run.stage_folder import Stage
@@ -55,27 +52,11 @@ from phimini.stages.run.training import (
     training_steps,
 )
 
-PAIR_FIELDS = {"problem_id": str, "question": str, "chosen": str, "rejected": str}
+SHOWN = 256
+"""pairs, the first ones, whose log-probs are written for the viewer"""
 CHUNK = 16
 """micro-batches, per pipeline stage, between two reports of progress"""
 LN2_TOLERANCE, LN2_TOLERANCE_ROUNDED = 1e-3, 5e-2
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A correct and an incorrect answer to one question."""
-
-    chosen: Example
-    rejected: Example
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Input positions of the chosen and the rejected answer, with their question."""
-        return len(self.chosen), len(self.rejected)
-
-    def digest(self) -> tuple[int, int]:
-        """Return checksums of all that training sees."""
-        return self.chosen.digest(), self.rejected.digest()
 
 
 def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
@@ -134,6 +115,14 @@ def rollout_dpo(run: RunConfig, world: World, *, redo: bool = False) -> None:
                 check_first_step(metrics, config, exact=logps_are_exact(run, model))
             num_tokens = sum(sum(pairs[i].lengths) for i in indices)
             step.update(optimizer, metrics, num_tokens)
+        trained = reference_logps(model, pairs[:SHOWN], config, world)
+        on_main(world, lambda: write_logps(stage, torch.stack([reference[:SHOWN], trained], 1)))
+
+
+def write_logps(stage: Stage, logps_P22: Tensor) -> None:
+    """Write log-probs of pairs for the viewer: (P, before and after the stage, chosen and rejected answer)."""
+    with atomic_file(stage.path / LOGPS) as file:
+        np.save(file, logps_P22.numpy())
 
 
 def sample_pairs(
@@ -196,40 +185,6 @@ def pair_up(rollouts: list[dict], pairs_per_prompt: int, seed: int) -> list[dict
     return pairs
 
 
-def read_pairs(
-    path: Path, tokenizer: Tokenizer, template: str, pairs_per_prompt: int | None = None
-) -> list[Pair]:
-    """Return the first `pairs_per_prompt` pairs of each problem, or all.
-
-    Sampled answers keep the tokens that were sampled; texts are encoded, with an end token unless `*_ended` is false.
-    Raises ValueError that names file and line.
-    """
-    pairs, seen = [], Counter()
-    for line, row in enumerate(read_rows(path, PAIR_FIELDS), 1):
-        seen[row["problem_id"]] += 1
-        if pairs_per_prompt is not None and seen[row["problem_id"]] > pairs_per_prompt:
-            continue
-        sides = []
-        for side in ("chosen", "rejected"):
-            try:
-                tokens, loss_from = _encode_side(tokenizer, row, side, template)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {line} ({side}), {error}") from error
-            sides.append(Example(f"{path}:{line} ({side})", tokens, loss_from))
-        pairs.append(Pair(*sides))
-    return pairs
-
-
-def _encode_side(
-    tokenizer: Tokenizer, row: dict, side: str, template: str
-) -> tuple[list[int], int]:
-    if f"{side}_tokens" in row:
-        prompt = encode_prompt(tokenizer, row["question"], template)
-        return prompt + array_of(row[f"{side}_tokens"], np.int32).tolist(), len(prompt)
-    ended = row.get(f"{side}_ended", True)
-    return encode_example(tokenizer, row["question"], row[side], template, ended=ended)
-
-
 @phase("data")
 def pair_batch(
     pairs: Sequence[Pair], reference_P2: Tensor, world: World, nll_scale: float | None = None
@@ -278,8 +233,8 @@ def reference_logps(
 ) -> Tensor:
     """Return (P, 2) fp32: summed log-probs of each pair's chosen and rejected answer under `model`. Collective.
 
-    The model is stage 2's, before the first update; each data rank computes its share. out: the run's folder, for
-    its progress.
+    Before the first update the model is the reference, stage 2's. Each data rank computes its share. out: the run's
+    folder, for its progress.
     """
 
     def summed(hidden_MD: Tensor, weight_VD: Tensor, batch: PackedBatch, *, group) -> Tensor:

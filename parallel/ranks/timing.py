@@ -36,10 +36,15 @@ class Recorder:
     """A context manager that records this thread's marks. `steps` holds the finished steps."""
 
     def __init__(
-        self, device: torch.device, between_steps: Callable[[int], None] | None = None
+        self,
+        device: torch.device,
+        between_steps: Callable[[int], None] | None = None,
+        *,
+        counts: bool = True,
     ) -> None:
-        """between_steps(n): called after n steps are done; its time is not recorded."""
+        """between_steps(n): called after n steps are done; its time is not recorded. counts: False for the time alone."""
         self.steps: list[Step] = []
+        self.counts = counts
         self.exact = True
         """On a GPU: synchronise at every mark. Phases are then exact, but nothing overlaps and steps take longer. If
         False, only the sum of a step's phases is meaningful."""
@@ -73,6 +78,11 @@ class Recorder:
     def count(self, name: str, amount: float) -> None:
         """Add to a count of the current step."""
         self._step.counts[name] += amount  # pyright: ignore[reportArgumentType]
+
+    def so_far(self) -> Counter[str]:
+        """Return the wall seconds of the current step by phase."""
+        self._credit()
+        return self._step.wall_s
 
     def step_done(self) -> None:
         """End the current step and append it to `steps`."""
@@ -115,8 +125,9 @@ def phase(name: str) -> Iterator[None]:
 
 
 def recording() -> bool:
-    """Return True if a recorder is active in this thread."""
-    return _recorder.get() is not None
+    """Return True if a recorder that counts work is active in this thread."""
+    recorder = _recorder.get()
+    return recorder is not None and recorder.counts
 
 
 def count(name: str, amount: float) -> None:
@@ -124,6 +135,17 @@ def count(name: str, amount: float) -> None:
     recorder = _recorder.get()
     if recorder is not None:
         recorder.count(name, amount)
+
+
+@contextmanager
+def host_times() -> Iterator[Recorder]:
+    """Record a loop's steps, without waiting for a GPU, unless a recorder is active: then that one is given."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        yield recorder
+        return
+    with Recorder(torch.device("cpu"), counts=False) as recorder:
+        yield recorder
 
 
 def step_done() -> None:

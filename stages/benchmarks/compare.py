@@ -1,4 +1,4 @@
-"""`phimini compare A B`: paired differences of two evaluations, and the problems that changed."""
+"""`phimini compare A B`: paired differences of two evaluations, and the problems that changed; or two runs side by side."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,21 @@ from phimini.model.io.checked_files import read_sealed
 from phimini.stages.benchmarks.scores import RESULTS, RULES
 from phimini.stages.config.options import CompareOptions
 from phimini.stages.report.intervals import paired_gain
+from phimini.stages.report.side_by_side import RESULTS as RUN_RESULTS
+from phimini.stages.report.side_by_side import compare_runs
 
 
 def compare(verb: str, settings: CompareOptions) -> int:
-    """Print, for each benchmark that both evaluations have, the difference by both rules with its interval.
+    """Compare two runs, if A and B are folders of runs, or two evaluations.
+
+    Of evaluations: print, for each benchmark that both evaluations have, the difference by both rules with its interval.
 
     Raises ValueError if one has no results, they share no benchmark, or the same benchmark has other questions.
     """
+    runs = [Path(folder, RUN_RESULTS).is_file() for folder in (settings.before, settings.after)]
+    if all(runs):
+        compare_runs(settings.before, settings.after, settings.page)
+        return 0
     a, b = (_results(folder) for folder in (settings.before, settings.after))
     shared = [name for name in a["benchmarks"] if name in b["benchmarks"]]
     if not shared:
@@ -34,7 +42,9 @@ def compare(verb: str, settings: CompareOptions) -> int:
 def _results(folder: str) -> dict[str, Any]:
     path = Path(folder, RESULTS)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; `phimini evaluate MODEL benchmarks=...` writes it")
+        raise ValueError(
+            f"{path}: no such file; `phimini evaluate MODEL benchmarks=...` writes it, or name two runs' folders, with {RUN_RESULTS}"
+        )
     return read_sealed(path)
 
 

@@ -90,7 +90,7 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareOptions:
-    """A and B: folders of results that `evaluate MODEL` wrote."""
+    """A and B: folders of two runs, or of results that `evaluate MODEL` wrote."""
 
     before: str = ""
     """the word A"""
@@ -98,6 +98,8 @@ class CompareOptions:
     """the word B"""
     shown: Count = 20
     """changed problems that are listed for each benchmark, those that changed most first"""
+    page: str = "compare.html"
+    """file of the page about two runs"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,14 +6,14 @@ Both read the files of distill/ and curate/ row by row.
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from phimini.model.io.json_files import Row, numbered_rows, write_text
+from phimini.model.io.checked_files import read_sealed, write_sealed
+from phimini.model.io.json_files import Row, numbered_rows, read_json, write_text
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.layouts import AUTO
 from phimini.stages.data.selection import STEPS
@@ -22,6 +22,7 @@ from phimini.stages.report.template import render
 
 PAGES = {"midtrain": "curate/midtrain", "sft": "curate/sft", "pairs": "curate/pairs", "prompts": "distill/prompts"}  # fmt: skip
 """the data set of each training stage"""
+LENGTHS = "Answers by length, characters"
 NUM_SAMPLES, MOST_FAMILIES = 6, 20
 _PROVENANCE = ("origin", "source", "licence", "teacher", "sampling", "seed")
 
@@ -125,8 +126,8 @@ class Tally:
             tally.rows += 1
             texts = [row[key] for key in ("response", "chosen", "rejected") if key in row]
             tally.lengths.update(max(len(text) - 1, 0).bit_length() for text in texts)
-            tally.levels[row["level"]] += 1
-            tally.families[row["family"] or "none"] += 1
+            tally.levels[row.get("level", 0)] += 1
+            tally.families[row.get("family") or "none"] += 1
             tally.sources[", ".join(str(row[key]) for key in ("source", "licence", "teacher") if key in row)] += 1  # fmt: skip
             place = len(tally.samples) if tally.rows <= NUM_SAMPLES else rng.randrange(tally.rows)
             if place < NUM_SAMPLES:
@@ -141,53 +142,81 @@ def pages(run: RunConfig) -> list[Path]:
         raise ValueError(
             f"data pages: {out / 'curate'} is not complete; run `phimini curate` first"
         )
-    drops, written = _drops(out), []
-    for name, file in PAGES.items():
-        tally = Tally.of(_rows(out / f"{file}.jsonl"))
-        path = out / "data" / f"{name}.html"
-        lengths = (
-            {
-                f"to {2**n:,}": tally.lengths[n]
-                for n in range(min(tally.lengths), max(tally.lengths) + 1)
-            }
-            if tally.lengths
-            else {}
-        )
-        histograms = {
-            "Answers by length, characters": lengths,
-            "Rows by level": {str(level): n for level, n in sorted(tally.levels.items())},
-            "Rows by family": dict(tally.families.most_common(MOST_FAMILIES)),
-        }
-        facts = {
-            "Rows": f"{tally.rows:,}",
-            "Families": f"{len(tally.families):,}",
-            "Sources and licences": "; ".join(
-                f"{s}: {n:,}" for s, n in tally.sources.most_common(9)
-            )
-            or "none",
-        }
-        write_text(
-            path, data_page(run.name, name, facts, histograms, drops.get(name, {}), tally.samples)
-        )
-        written.append(path)
+    return write_pages(out, run.name, described(out))
+
+
+def write_pages(out: Path, run_name: str, sets: Mapping[str, Row]) -> list[Path]:
+    """Write `data/NAME.html` of each data set of `described`, and return the paths."""
+    written = []
+    for name, found in sets.items():
+        written.append(out / "data" / f"{name}.html")
+        charts = [
+            Chart(title, counts(numbers), title.lower())
+            for title, numbers in found["histograms"].items()
+            if numbers
+        ]
+        page = render("data.html.j2", run_name=run_name, name=name, charts=charts, **found)
+        write_text(written[-1], page)
     return written
 
 
-def data_page(
-    run_name: str,
-    name: str,
-    facts: Mapping[str, str],
-    histograms: Mapping[str, Mapping[str, int]],
-    drops: Mapping[str, int],
-    samples: Sequence[Row],
-) -> str:
-    """Return the page. histograms: numbers by label, by title; those without a number are left out."""
-    charts = [
-        Chart(title, counts(numbers), title.lower()) for title, numbers in histograms.items() if numbers
-    ]  # fmt: skip
-    return render(
-        "data.html.j2", run_name=run_name, name=name, facts=facts, charts=charts, drops=drops, samples=samples
-    )  # fmt: skip
+def described(out: Path) -> dict[str, Row]:
+    """Return `facts`, `histograms`, `drops` and `samples` of each data set of a run whose curate is complete.
+
+    They are kept in `data/sets.json`: rows are read again only if the data was made again.
+    """
+    path, made = out / "data" / "sets.json", {}
+    for stage in ("curate", "rollout_dpo", "rlvr"):
+        if (out / stage / "summary.json").exists():
+            made[stage] = read_sealed(out / stage / "summary.json")["id"]
+    if path.exists() and (kept := read_sealed(path))["made"] == made:
+        return kept["sets"]
+    files, drops = dict(PAGES), _drops(out)
+    if (out / "rollout_dpo" / "pairs.jsonl").exists() and "rollout_dpo" in made:
+        files["pairs"], drops["pairs"] = "rollout_dpo/pairs", _drops_of_own_pairs(out)
+    tallies = {name: Tally.of(_rows(out / f"{file}.jsonl")) for name, file in files.items()}
+    if "rlvr" in made:
+        pool = read_json(out / "rlvr" / "pool.json")
+        drops["prompts"] = _drops_of_pool(pool, tallies["prompts"].rows)
+    sets = {name: _set(tally, drops.get(name, {})) for name, tally in tallies.items()}
+    write_sealed(path, {"made": made, "sets": sets})
+    return sets
+
+
+def _set(tally: Tally, drops: Mapping[str, int]) -> Row:
+    """Return what a page says about a data set, as JSON values."""
+    sizes = range(min(tally.lengths), max(tally.lengths) + 1) if tally.lengths else ()
+    sources = "; ".join(f"{s}: {n:,}" for s, n in tally.sources.most_common(9))
+    return {
+        "facts": {
+            "Rows": f"{tally.rows:,}",
+            "Families": f"{len(tally.families):,}",
+            "Sources and licences": sources or "none",
+        },
+        "histograms": {
+            LENGTHS: {f"to {2**n:,}": tally.lengths[n] for n in sizes},
+            "Rows by level": {str(level): n for level, n in sorted(tally.levels.items())},
+            "Rows by family": dict(tally.families.most_common(MOST_FAMILIES)),
+        },
+        "drops": {reason: n for reason, n in drops.items() if n},
+        "samples": tally.samples,
+    }
+
+
+def _drops_of_own_pairs(out: Path) -> dict[str, int]:
+    """Return the number of rollouts of stage 2's model that are in no pair, by verdict."""
+    left: Counter[str] = Counter()
+    for file in sorted((out / "rollout_dpo" / "rollouts").glob("*.jsonl")):
+        left.update("right" if row["correct"] else "wrong" for _, row in _rows(file))
+    pairs = sum(1 for _ in _rows(out / "rollout_dpo" / "pairs.jsonl"))
+    return {f"{verdict}, in no pair": n - pairs for verdict, n in left.items()}
+
+
+def _drops_of_pool(pool: Row, prompts: int) -> dict[str, int]:
+    """Return the number of prompts that stage 4 does not train on, by reason."""
+    varied = pool["probed"] - pool["too_easy"] - pool["unfinished"] - len(pool["kept"])
+    return {"not probed": prompts - pool["probed"], "too easy for stage 3's model": pool["too_easy"], "every answer of the probe cut off": pool["unfinished"],
+            "lengths of the answers vary": varied}  # fmt: skip
 
 
 def _drops(out: Path) -> dict[str, dict[str, int]]:
@@ -204,10 +233,10 @@ def _drops(out: Path) -> dict[str, dict[str, int]]:
             before[f"wrong, {row.get('verdict', 'by the verifier')}"] += 1
     paired = has["chosen"] | has["rejected"]
     number = lambda mask: int(mask.sum())
-    found: dict[str, dict[str, Any]] = {
+    found: dict[str, dict[str, int]] = {
         "midtrain": before | {"copy of another answer": correct - number(has["midtrain"])},
         "sft": {"loop": number(has["midtrain"] & has["loop"]), "not chosen": number(has["midtrain"] & ~has["loop"] & ~has["sft"])},
         "pairs": {"loop": number(has["loop"]), "copy": number(has["copy"] & ~has["loop"] & ~paired),
                   "no partner": number(~has["loop"] & ~has["copy"] & ~paired)},
     }  # fmt: skip
-    return {name: {reason: n for reason, n in drops.items() if n} for name, drops in found.items()}
+    return found

@@ -63,25 +63,31 @@ class Rung:
 
 
 def curves(series: Sequence[Series], x_name: str = "step") -> go.Figure:
-    """Draw lines over the steps, or what `x_name` counts. A long one is pale, with its running mean over it."""
+    """Draw lines over the steps, or what `x_name` counts. A long one is pale, with its running mean over it.
+
+    A point whose y is NaN is a gap; a value between two gaps is a dot.
+    """
     figure = _figure(190, margin={"l": 46, "r": 12, "t": 8, "b": 24}, hovermode="x unified")
     for one in series:
         x, y = np.array(one.points, dtype=np.float64).T
         style = {"color": f"var(--{one.colour})"}
-        name = escape(one.name)
-        long = len(y) >= _SMOOTH_FROM
+        name, there = escape(one.name), np.isfinite(y)
+        long, sizes = there.sum() >= _SMOOTH_FROM, 5 if len(y) <= 12 else _dots(there)
         figure.add_scatter(
-            **_steps(x), y=y.astype(np.float32), name=name, mode="lines" if len(y) > 12 else "lines+markers",
-            opacity=0.28 if long else 1.0, line={"width": 1 if long else 1.8, **style}, marker={"size": 5, **style},
+            **_steps(x), y=y.astype(np.float32), name=name, mode="lines" if sizes is None else "lines+markers",
+            opacity=0.28 if long else 1.0, line={"width": 1 if long else 1.8, **style},
+            marker={"size": sizes, "line": {"width": 0}, **style},
         )  # fmt: skip
         if long:
+            mean = y.copy()
+            mean[there] = smoothed(y[there])
             every = -(-len(y) // _MAX_SMOOTH_POINTS)
             figure.add_scatter(
-                x=x[::every].astype(np.int64), y=smoothed(y)[::every].astype(np.float32), name=f"{name}, mean",
+                x=x[::every].astype(np.int64), y=mean[::every].astype(np.float32), name=f"{name}, mean",
                 mode="lines", line={"width": 1.8, **style},
             )  # fmt: skip
     figure.update_traces(hovertemplate="%{y:.4~g}")
-    every_point = np.array([point for one in series for point in one.points])
+    every_point = np.array([point for one in series for point in one.points if np.isfinite(point[1])])  # fmt: skip
     x_range, y_range = (_padded(values, share) for values, share in zip(every_point.T, (0.01, 0.06), strict=True))  # fmt: skip
     figure.update_xaxes(
         showgrid=False, nticks=6, range=x_range, hoverformat=",d", unifiedhovertitle={"text": f"{x_name} %{{x:,d}}"},
@@ -93,6 +99,13 @@ def curves(series: Sequence[Series], x_name: str = "step") -> go.Figure:
         showarrow=False,
     )  # fmt: skip
     return figure
+
+
+def _dots(there: np.ndarray) -> np.ndarray | None:
+    """Return the size of each point's marker, 0 but between two gaps; or None if that makes no marker."""
+    around = np.concatenate([[False], there, [False]])
+    alone = there & ~around[:-2] & ~around[2:]
+    return np.where(alone, 4, 0).astype(np.uint8) if alone.any() else None
 
 
 def counts(numbers: Mapping[str, int]) -> go.Figure:
@@ -174,17 +187,17 @@ def gains(rows: Sequence[tuple[str, float, float, float]]) -> go.Figure:
     return figure
 
 
-def times(rows: Sequence[tuple[str, float, float, str]]) -> go.Figure:
-    """Draw a bar per row: (name, seconds of training, seconds of evaluation, label), the two stacked."""
+def times(
+    rows: Sequence[tuple[str, Sequence[float], str]], parts: Sequence[tuple[str, str, float]]
+) -> go.Figure:
+    """Draw a bar per row: (name, seconds of each part, label), the parts stacked. parts: (name, colour, opacity)."""
     figure = _figure(
         34 * len(rows) + 12, margin={"l": 74, "r": 66, "t": 4, "b": 4}, barmode="stack", bargap=0.45
     )
-    for part, (name, colour, opacity) in enumerate(
-        (("training", "var(--c1)", 0.85), ("evaluation", "var(--c0)", 0.45))
-    ):
+    for part, (name, colour, opacity) in enumerate(parts):
         figure.add_bar(
-            x=[row[1 + part] for row in rows], y=list(range(len(rows))), orientation="h", name=name,
-            marker={"color": colour, "opacity": opacity, "line": {"width": 0}}, hovertemplate="%{x:,.0f} s",
+            x=[row[1][part] for row in rows], y=list(range(len(rows))), orientation="h", name=name,
+            marker={"color": f"var(--{colour})", "opacity": opacity, "line": {"width": 0}}, hovertemplate="%{x:,.0f} s",
         )  # fmt: skip
     for index, (*_, label) in enumerate(rows):
         _right_label(figure, index, label)

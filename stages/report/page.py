@@ -1,15 +1,18 @@
 """The report of a run: everything in its directory on one page, `report.html`, that needs no other file.
 
-Reads results.json, evaluate/STAGE.json, STAGE/metrics.jsonl and, if it exists, controls/controls.json.
+Reads results.json, evaluate/STAGE.json, STAGE/metrics.jsonl, the data sets and, if it exists, controls/controls.json.
 """
 
 from collections.abc import Mapping, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
 from phimini.model.io.checked_files import check_file, read_sealed
 from phimini.model.io.json_files import Row, read_json, read_rows, write_text
-from phimini.stages.report.figures import Chart, Rung, Series, curves, gains, ladder, times
+from phimini.stages.report.alarms import ALARM, alarms, num_updates
+from phimini.stages.report.datasets import LENGTHS, described, write_pages
+from phimini.stages.report.figures import Chart, Rung, Series, counts, curves, gains, ladder, times
 from phimini.stages.report.formats import duration, minus, short, spaced
 from phimini.stages.report.template import render
 from phimini.stages.run.status import last_rows
@@ -47,17 +50,22 @@ CURVES = [
     ("Sampling temperature", ["temperature"]),
 ]
 # Folded away: of interest when something went wrong.
-_FOLDED = ["accuracy", "grad_norm", "lr", "tokens_per_second"]
-_NOT_CURVES = {"step", "tokens", "seconds"}
+FOLDED = ["accuracy", "grad_norm", "lr", "tokens_per_second"]
+NOT_CURVES = {"step", "tokens", "seconds", "skipped"}
+_NOW_AND_THEN = {"validation_loss"}
+"""fields that not every step has; a step without another field is a gap in its curve"""
+RL_PHASES = {"sampling": "rollout", "verdicts": "verify", "sync": "sync", "data": "data"}
+STAGE_OF = {"midtrain": "midtrain", "sft": "sft", "pairs": "rollout_dpo", "prompts": "rlvr"}
+"""the stage that is trained on each data set"""
 
 
 _NUMERALS = {1: "one stage", 2: "two stages", 3: "three stages", 4: "four stages"}
 
 
 def write_report(run_dir: str | Path, state: str = "") -> None:
-    """Write `run_dir`/report.html, also of a run without results yet. Raises ValueError that names a damaged file.
+    """Write `run_dir`/report.html, also of a run without results yet, and the pages of its data sets.
 
-    state: a sentence about a run that is not complete.
+    state: a sentence about a run that is not complete. Raises ValueError that names a damaged file.
     """
     run = Path(run_dir)
     results = (
@@ -78,19 +86,26 @@ def write_report(run_dir: str | Path, state: str = "") -> None:
         if name not in names and (rows := last_rows(run / name / "metrics.jsonl", None))
     }
     controls = run / "controls" / "controls.json"
+    run_name = results.get("config", {}).get("name", run.name)
+    sets = described(run) if (run / "curate" / "summary.json").exists() else {}
+    write_pages(run, run_name, sets)
     intervals = [row["gain_ci95"] for row in stages if row["gain_ci95"] is not None]
     page = render(
         "report.html.j2",
         stage_name=stage_name,
         short_name=short_name,
         state=state,
-        run_name=results.get("config", {}).get("name", run.name),
+        run_name=run_name,
         results=results,
         stages=stages,
         length=_NUMERALS.get(len(stages) - 1, f"{len(stages) - 1} stages"),
         num_gains=len(intervals),
         num_sure=sum(low > 0 for low, _ in intervals),
         facts=facts(results),
+        updates={name: num_updates(rows) for name, rows in metrics.items()},
+        alarms=alarms(run, metrics),
+        trained_on=trained_on(run, sets),
+        rl_time=rl_time(metrics.get("rlvr", [])),
         ladder=ladder_charts(stages) if stages else [],
         paper=PAPER,
         controls=read_sealed(controls) if controls.exists() else None,
@@ -165,10 +180,52 @@ def ladder_charts(stages: Sequence[Row]) -> list[Chart]:
     spent = []
     for label, row in zip(labels, stages, strict=True):
         evaluation = row.get("evaluation_seconds", 0.0)
-        spent.append((label, row["seconds"], evaluation, duration(row["seconds"] + evaluation)))
-    legend = [("c1", "training"), ("c0", "evaluation")]
-    charts.append(Chart("Where the time went", times(spent), "time of training and evaluation of each stage", legend=legend))  # fmt: skip
+        spent.append((label, (row["seconds"], evaluation), duration(row["seconds"] + evaluation)))
+    charts.append(time_chart("Where the time went", spent, [("training", "c1", 0.85), ("evaluation", "c0", 0.45)], "time of training and evaluation of each stage"))  # fmt: skip
     return charts
+
+
+def time_chart(
+    title: str,
+    rows: Sequence[tuple[str, Sequence[float], str]],
+    parts: Sequence[tuple[str, str, float]],
+    label: str,
+) -> Chart:
+    """Return the chart of `figures.times`, with the legend of its parts."""
+    return Chart(title, times(rows, parts), label, legend=[(colour, name) for name, colour, _ in parts])  # fmt: skip
+
+
+def rl_time(rows: Sequence[Row]) -> Chart | None:
+    """Return stage 4's time by phase, apart for steps with and without an update; None for a log without phases."""
+    if not any("rollout_seconds" in row for row in rows):
+        return None
+    spent = dict.fromkeys((*RL_PHASES, "training"), (0.0, 0.0))
+    for row in rows:
+        updated = num_updates([row])
+        own = {name: row.get(f"{phase}_seconds", 0.0) for name, phase in RL_PHASES.items()}
+        for name, seconds in (own | {"training": row["seconds"] - sum(own.values())}).items():
+            with_update, without = spent[name]
+            spent[name] = (with_update + seconds * updated, without + seconds * (1 - updated))
+    bars = [(name, both, duration(sum(both))) for name, both in spent.items()]
+    parts = [("steps with an update", "c1", 0.85), ("steps without", "c2", 0.7)]
+    return time_chart("Where RL's time went", bars, parts, "time of stage 4 by phase")
+
+
+def trained_on(run: Path, sets: Mapping[str, Row]) -> list[dict[str, Any]]:
+    """Return, for each stage with a data set, its counts, the chart of its lengths, and the paths of its pages."""
+    found = []
+    for name, of_one in sets.items():
+        stage = STAGE_OF[name]
+        lengths = of_one["histograms"][LENGTHS]
+        pages = {"data set": f"data/{name}.html"}
+        if (run / stage / "metrics.jsonl").exists():
+            pages["token by token"] = f"viewer/{stage}.html"
+        found.append({
+            "stage": stage_name(stage), "rows": of_one["facts"]["Rows"], "drops": of_one["drops"],
+            "chart": Chart(f"{stage_name(stage)}: {LENGTHS[0].lower()}{LENGTHS[1:]}", counts(lengths), "lengths of answers") if lengths else None,
+            "pages": pages,
+        })  # fmt: skip
+    return found
 
 
 def breakdowns(evaluations: Mapping[str, Row]) -> list[dict[str, Any]]:
@@ -190,9 +247,10 @@ def breakdowns(evaluations: Mapping[str, Row]) -> list[dict[str, Any]]:
 def stage_curves(name: str, rows: Sequence[Row]) -> dict[str, Any]:
     """Return a stage's charts, those of most interest first and the others folded."""
     known = [field for _, fields in CURVES for field in fields]
-    others = sorted({field for row in rows for field in row} - {*known, *_FOLDED, *_NOT_CURVES})
+    fields = {field for row in rows for field in row if not field.startswith(ALARM)}
+    others = sorted(fields - {*known, *FOLDED, *NOT_CURVES})
     shown = [curve_chart(title, fields, rows) for title, fields in CURVES]
-    folded = [curve_chart(spaced(f).capitalize(), [f], rows) for f in others + _FOLDED]
+    folded = [curve_chart(spaced(f).capitalize(), [f], rows) for f in others + FOLDED]
     return {
         "name": stage_name(name),
         "shown": [chart for chart in shown if chart],
@@ -204,12 +262,12 @@ def curve_chart(title: str, fields: Sequence[str], rows: Sequence[Row]) -> Chart
     """Return a chart of `fields` over the steps, or None if no row has any of them."""
     series = []
     for index, field in enumerate(fields):
-        points = [(row["step"] + 1, float(row[field])) for row in rows if _is_number(row.get(field))]  # fmt: skip
-        if points:
+        points = points_of(rows, field)
+        if any(y == y for _, y in points):
             series.append(Series(spaced(field), points, f"c{index + 1}"))
     if not series:
         return None
-    values = [y for _, y in series[0].points]
+    values = [y for _, y in series[0].points if y == y]
     scale = max(map(abs, values))
     note = f"{short(values[0], scale)} → {short(values[-1], scale)}"
     legend = [(one.colour, one.name) for one in series] if len(fields) > 1 else []
@@ -218,6 +276,12 @@ def curve_chart(title: str, fields: Sequence[str], rows: Sequence[Row]) -> Chart
         note += minus(f", last quarter {100 * (values[-1] - quarter) / quarter:+.1f} %")
     label = f"{', '.join(one.name for one in series)} over the steps"
     return Chart(title, curves(series), label, "" if legend else note, legend)
+
+
+def points_of(rows: Sequence[Row], field: str) -> list[tuple[float, float]]:
+    """Return a field over the steps; NaN, a gap, where a step has no number that a chart can show."""
+    points = [(row["step"] + 1, float(row[field]) if _is_number(row.get(field)) else nan) for row in rows]  # fmt: skip
+    return [(x, y) for x, y in points if y == y or field not in _NOW_AND_THEN]
 
 
 def samples(evaluations: Mapping[str, Row]) -> dict[str, list[Row]]:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -15,14 +16,26 @@ _FOLDER = Path(__file__).with_name("templates")
 _FILTERS = ("duration", "interval", "percent", "points", "spaced", "whole")
 
 
-def render(template: str, **values: object) -> str:
-    """Return the page of `template` with `values`. A name that the template lacks raises jinja2.UndefinedError."""
-    scripts = [Markup(get_plotlyjs().replace("\r\n", "\n")), _file("charts.js")]
-    return (
-        _environment()
-        .get_template(template)
-        .render(values, style=_file("page.css"), scripts=scripts, policy=_policy(scripts))
-    )
+def render(
+    template: str,
+    *,
+    scripts: Sequence[str] = ("plotly", "charts.js"),
+    styles: Sequence[str] = ("page.css",),
+    **values: object,
+) -> str:
+    """Return the page of `template` with `values`. A name that the template lacks raises jinja2.UndefinedError.
+
+    scripts: files of the folder, or "plotly". styles: files of the folder.
+    """
+    texts = [_plotly() if name == "plotly" else _file(name) for name in scripts]
+    style = Markup("").join(map(_file, styles))
+    found = _environment().get_template(template)
+    return found.render(values, style=style, scripts=texts, policy=_policy(texts))
+
+
+@cache
+def _plotly() -> Markup:
+    return Markup(get_plotlyjs().replace("\r\n", "\n"))
 
 
 @cache

@@ -206,7 +206,8 @@ class RolloutSource:
     def groups(self, step: int) -> list[list[Rollout]]:
         """Return the groups of `step`, counted from 0, and start to sample the next step's if asynchronous. Collective."""
         if self._prefetched is not None:
-            groups = self._prefetched.result()
+            with phase("rollout"):
+                groups = self._prefetched.result()
         else:
             groups = self.sampler.sample_groups(*self._plan(step))
         self._prefetched, self._short = None, []

@@ -15,6 +15,12 @@ from phimini.stages.config.schema import RlvrConfig
 from phimini.stages.rl.mismatch import MismatchMeter, importance_weights, sums_of_documents
 
 
+def weight_of(normalizer: str, length: int, max_new_tokens: int) -> float:
+    """Return the weight in the loss of each token of an answer of `length` tokens; see `rlvr.normalizer`."""
+    weights = {"token": 1.0, "sequence": 1.0 / length, "constant": 1.0 / max_new_tokens}
+    return weights[normalizer]
+
+
 def with_reference_logps(frozen: Model, microbatches: list[PackedBatch]) -> list[PackedBatch]:
     """Return the batches with the log-probs of the frozen stage-3 model, at the rollouts' temperatures. Collective."""
 

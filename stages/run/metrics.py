@@ -11,10 +11,13 @@ from types import TracebackType
 from typing import IO, SupportsFloat
 
 from phimini.model.io.json_files import Row, append_line, dump
-from phimini.parallel.ranks.timing import step_done
+from phimini.parallel.ranks.timing import host_times, step_done
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.run.progress import StepProgress
 from phimini.stages.run.trackers import Trackers
+
+HOST_PHASES = ("data", "rollout", "verify", "sync")
+"""phases for which a step waits on the host; the rest of a step is training"""
 
 
 class MetricsLog:
@@ -52,10 +55,12 @@ class MetricsLog:
         self._file: IO[bytes] | None = None
         self._last_step: int | None = None
         self._since = time.perf_counter()
+        self._recording = host_times()
 
     def __enter__(self) -> "MetricsLog":
         if self.is_main and self._run is not None:
             self._trackers = Trackers(self._run, self._stage)
+        self._recorder = self._recording.__enter__()
         self._since = time.perf_counter()
         return self
 
@@ -65,6 +70,7 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._recording.__exit__(None, None, None)
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -77,7 +83,7 @@ class MetricsLog:
         """Record a finished step, counted from 0. `tokens` counts this step's tokens over all ranks.
 
         `values` are numbers or tensors of one element; None leaves the field out. A value that is not finite is
-        written as null. The row also gets `seconds`, the time since the previous step, and `tokens_per_second`.
+        written as null. The row also gets `seconds`, the time since the previous step, those of HOST_PHASES, e.g. `rollout_seconds`, and `tokens_per_second`.
         """
         assert self._last_step is None or step > self._last_step, (
             f"step {step} after step {self._last_step}"
@@ -89,13 +95,14 @@ class MetricsLog:
         if self.is_main:
             numbers = {name: _plain(value) for name, value in values.items() if value is not None}
             rate = tokens / seconds if seconds > 0 else 0.0
+            spent = self._recorder.so_far()
             row = {
                 "step": step,
                 **numbers,
                 "tokens": tokens,
                 "tokens_per_second": rate,
                 "seconds": seconds,
-            }
+            } | {f"{name}_seconds": spent[name] for name in HOST_PHASES if spent[name]}
             self._append(row)
             if self._trackers is not None:
                 self._trackers.log(step, {k: v for k, v in row.items() if k != "step"})

@@ -14,10 +14,10 @@ from forked_ranks import run_ranks
 from rollout_cases import reference
 
 from phimini.model.config import preset
-from phimini.model.io.chat import TEMPLATES
-from phimini.model.io.huggingface import save_reference
+from phimini.model.io.chat import TEMPLATES, encode_example
+from phimini.model.io.huggingface import load_reference, save_reference
 from phimini.model.io.json_files import read_json, read_rows, write_rows
-from phimini.model.io.tokenizer import train_tiny_tokenizer
+from phimini.model.io.tokenizer import Tokenizer, train_tiny_tokenizer
 from phimini.parallel.ranks.world import initialize
 from phimini.parallel.training.step import StepMetrics
 from phimini.stages.config.recipes import tiny
@@ -25,13 +25,8 @@ from phimini.stages.config.schema import CurateConfig, OptimizerSettings, Rollou
 from phimini.stages.curate import pair_rows
 from phimini.stages.data.row_index import index_rows
 from phimini.stages.data.selection import preference_pairs
-from phimini.stages.rollout_dpo import (
-    check_first_step,
-    logps_are_exact,
-    pair_up,
-    read_pairs,
-    rollout_dpo,
-)
+from phimini.stages.rl.pairs import LOGPS, read_pairs
+from phimini.stages.rollout_dpo import check_first_step, logps_are_exact, pair_up, rollout_dpo
 from phimini.stages.run.outputs import write_summary
 from phimini.stages.run.training import layout_of
 
@@ -123,6 +118,32 @@ def test_the_teachers_pairs_are_limited_in_the_stage(tmp_path: Path) -> None:
         first_loss, 1, tmp_path, "rollout_dpo.pairs_per_prompt=3", "rollout_dpo.pairs_per_step=2"
     )
     assert read_json(tmp_path / "rollout_dpo" / "summary.json")["pairs"] == 3
+
+
+def summed_logps(folder: Path, stage: str, row: dict, side: str) -> float:
+    """Return the log-prob of an answer under a stage's exported model, by the reference."""
+    directory = folder / stage / "model"
+    tokenizer = Tokenizer.load(directory)
+    ids, loss_from = encode_example(tokenizer, row["question"], row[side])
+    model = load_reference(directory, dtype=torch.float32)
+    with torch.no_grad():
+        logp_TV = model.logits(model(torch.tensor([ids[:-1]])))[0].log_softmax(-1)
+    each = logp_TV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    return float(each[loss_from - 1 :].sum())
+
+
+def test_the_log_probs_of_pairs_before_and_after_are_written(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    run_ranks(first_loss, 1, tmp_path, "rollout_dpo.pairs_per_step=4", "rollout_dpo.epochs=0.25")
+    logps = np.load(tmp_path / "rollout_dpo" / LOGPS)
+    rows = read_rows(tmp_path / "curate" / "pairs.jsonl", {})
+    assert logps.shape == (len(rows), 2, 2)
+    expected = [
+        [summed_logps(tmp_path, stage, rows[3], side) for side in ("chosen", "rejected")]
+        for stage in ("sft", "rollout_dpo")
+    ]
+    assert logps[3] == pytest.approx(np.array(expected), rel=1e-4)
+    assert abs(logps[:, 1] - logps[:, 0]).min() > 1e-3, "training changed every log-prob"
 
 
 def test_a_models_own_pairs_have_no_text_twice() -> None:

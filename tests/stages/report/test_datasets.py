@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from phimini.model.io.json_files import read_rows, write_rows
+from phimini.model.io.json_files import read_rows, write_json, write_rows
 from phimini.stages.cli import main
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
 from phimini.stages.curate import curate
 from phimini.stages.distill import distill
-from phimini.stages.report.datasets import pages, trace
+from phimini.stages.report.datasets import described, pages, trace
+from phimini.stages.report.page import trained_on
+from phimini.stages.run.outputs import write_summary
 
 LOOP = "and once more we add the two numbers in this line " * 30
 
@@ -90,3 +92,42 @@ def test_a_page_counts_rows_and_drops_and_shows_samples(tmp_path: Path) -> None:
         charts = [json.loads(text) for text in re.findall(r'<script type="application/json">(.*?)</script>', page)]  # fmt: skip
         assert len(charts) >= 2 and all(sum(chart["data"][0]["y"]) > 0 for chart in charts)
         assert page.count('<details class="sample"') == 6
+
+
+def test_what_was_trained_on_is_kept_until_the_data_is_made_again(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    distill(run)
+    curate(run)
+    out = tmp_path / "run"
+    sets = described(out)
+    assert sets["midtrain"]["facts"]["Rows"] == "56" and sets["sft"]["drops"]["not chosen"] == 8
+    (out / "curate" / "sft.jsonl").write_text("")
+    assert described(out) == sets, "the files were read again"
+    curate(run, redo=True)
+    (out / "curate" / "sft.jsonl").write_text("")
+    assert described(out)["sft"]["facts"]["Rows"] == "0"
+
+
+def test_pairs_of_the_models_own_rollouts_and_the_pool_are_counted(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    distill(run)
+    curate(run)
+    out = tmp_path / "run"
+    pair = {"id": "a|b", "problem_id": "p", "question": "q", "answer": "1", "chosen": "x" * 9, "rejected": "y"}  # fmt: skip
+    write_rows(out / "rollout_dpo" / "pairs.jsonl", [pair])
+    rollouts = [{"id": str(n), "correct": n < 3} for n in range(8)]
+    write_rows(out / "rollout_dpo" / "rollouts" / "000001.jsonl", rollouts)
+    number = len(read_rows(out / "distill" / "prompts.jsonl", {}))
+    pool = {"probed": 9, "too_easy": 2, "unfinished": 3, "kept": ["p"]}
+    write_json(out / "rlvr" / "pool.json", pool)
+    for stage in ("rollout_dpo", "rlvr"):
+        write_summary(out / stage, {"id": stage})
+    sets = described(out)
+    assert sets["pairs"]["facts"]["Rows"] == "1"
+    assert sets["pairs"]["drops"] == {"right, in no pair": 2, "wrong, in no pair": 4}
+    assert sets["prompts"]["drops"] == {
+        "not probed": number - 9, "too easy for stage 3's model": 2, "every answer of the probe cut off": 3,
+        "lengths of the answers vary": 3,
+    }  # fmt: skip
+    (line,) = [each for each in trained_on(out, sets) if each["stage"] == "Rollout DPO"]
+    assert line["rows"] == "1" and line["pages"] == {"data set": "data/pairs.html"}

@@ -2,12 +2,9 @@
 
 import base64
 import copy
-import hashlib
 import json
 import random
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ElementTree
 from html import unescape
 from html.parser import HTMLParser
@@ -16,17 +13,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import browse, needs_chromium, probed, sha256
 from plotly.offline import get_plotlyjs
 
 from phimini.model.io.checked_files import read_sealed, write_sealed
 from phimini.model.io.json_files import write_rows
+from phimini.stages.report.alarms import alarms, num_updates
 from phimini.stages.report.figures import Series, curves, smoothed
 from phimini.stages.report.intervals import mean_interval, paired_gain, wilson_interval
-from phimini.stages.report.page import PAPER, STAGE_NAMES, write_report
+from phimini.stages.report.page import PAPER, STAGE_NAMES, stage_curves, write_report
 from phimini.stages.run.outputs import write_summary
 
 STAGES = ["base", "midtrain", "sft", "rollout_dpo", "rlvr"]
 FAMILIES = ["chain_sum", "equation", "gcd", "product", "quotient", "sequence", "word"]
+NO_UPDATE = (5, 7, 8, 50)
+"""steps of stage 4, from 0"""
 SKILLS = [0.0, 0.20, 0.42, 0.55, 0.65]
 HOSTILE = '</pre><script>alert("1")</script><img src="http://example.com/x.png" onerror=\'alert(2)\'>&amp; \x00\x07\ud800\uffff]]>'
 
@@ -98,7 +99,13 @@ def metrics_row(stage: str, step: int, steps: int, rng: random.Random) -> dict:
     if stage == "rlvr":
         row |= {"reward": -0.1 + 0.5 * done + rng.gauss(0, 0.05), "response_length": 60 + 12 * done,
                 "temperature": max(0.6, 1 - 0.8 * done), "zero_groups": 0.2 + 0.3 * done, "truncated": 0.01,
-                "kl": None if step == 3 else 0.01 * done}  # fmt: skip
+                "rollout_seconds": 0.1, "verify_seconds": 0.01, "kl": None if step == 3 else 0.01 * done}  # fmt: skip
+        if step in NO_UPDATE:
+            row = {
+                name: value
+                for name, value in row.items()
+                if name not in ("loss", "lr", "grad_norm", "entropy", "kl")
+            }
     return row
 
 
@@ -226,16 +233,48 @@ def test_the_gains_and_times_are_those_of_the_results(run: Path) -> None:
     assert evaluation["x"] == [row["evaluation_seconds"] for row in rows]
 
 
-def test_a_curve_holds_every_step(run: Path) -> None:
-    """A curve has the file's number of points and values, and a gap for a row without a value."""
+def test_a_curve_holds_every_step_and_a_gap_where_it_has_no_value(run: Path) -> None:
     page = elements((run / "report.html").read_text())
     (rl,) = [json.loads(f.findtext("script") or "") for f in page.iter("figure") if f.findtext("figcaption") == "Kl"]  # fmt: skip
     rows = [json.loads(line) for line in (run / "rlvr" / "metrics.jsonl").read_text().splitlines()]
-    kl = {row["step"] + 1: row["kl"] for row in rows if row["kl"] is not None}
+    kl = [np.nan if row.get("kl") is None else row["kl"] for row in rows]
     every_step, mean = rl["data"]
-    assert values(every_step["x"]) == list(kl) and 4 not in kl
-    assert values(every_step["y"]) == pytest.approx(list(kl.values()), rel=1e-6)
-    assert len(values(mean["y"])) == len(kl) and mean["name"] == "kl, mean"
+    assert (every_step["x0"], every_step["dx"]) == (1, 1)
+    assert values(every_step["y"]) == pytest.approx(kl, rel=1e-6, nan_ok=True)
+    gaps = {i for i, y in enumerate(kl) if y != y}
+    assert gaps == {3, *NO_UPDATE}
+    assert {i for i, y in enumerate(values(mean["y"])) if y != y} == gaps
+    # Between the gaps at 3 and 5, and 5 and 7, a line has no other point: a dot.
+    assert [i for i, size in enumerate(values(every_step["marker"]["size"])) if size] == [4, 6]
+    validation = charts(page)["Validation loss"]["data"][0]
+    assert values(validation["x"]) == list(range(10, 121, 10)), (
+        "no gap: only every tenth step has it"
+    )
+
+
+def test_steps_without_an_update_are_counted_and_named(run: Path) -> None:
+    page = elements((run / "report.html").read_text())
+    text = page_text(page).replace("\xa0", " ")
+    assert "RL 4 of 120 steps made no update: steps 6, 8, 9, 51" in text
+    assert "RL kl is not a finite number: step 4" in text
+    cells = {row[0].text: [c.text for c in row] for row in page.iter("tr") if row[0].text}
+    assert cells["RL"][5:7] == ["120", "116"] and cells["SFT"][5:7] == ["120", "120"]
+
+
+def test_alarms_of_guards_are_shown_and_are_no_curves(tmp_path: Path) -> None:
+    rows = [{"step": n, "loss": 1.0} | ({"alarm_loss_spike": 40.0 + n, "skipped": 1} if n > 30 else {}) for n in range(50)]  # fmt: skip
+    found = dict(alarms(tmp_path, {"sft": rows}))
+    assert found["sft"].startswith("loss spike, up to 89: steps 32, 33, 34") and found["sft"].endswith("and 7 more")  # fmt: skip
+    assert num_updates(rows) == 31
+    drawn = stage_curves("sft", rows)
+    assert [chart.title for chart in (*drawn["shown"], *drawn["folded"])] == ["Loss"]
+
+
+def test_the_time_of_rl_is_that_of_its_phases(run: Path) -> None:
+    with_update, without = charts(elements((run / "report.html").read_text()))["Where RL's time went"]["data"]  # fmt: skip
+    # 120 steps of 0.16 s, 4 without an update: 0.1 s sampling, 0.01 s verdicts, the rest training.
+    assert with_update["x"] == pytest.approx([11.6, 1.16, 0, 0, 5.8])
+    assert without["x"] == pytest.approx([0.4, 0.04, 0, 0, 0.2])
 
 
 def test_nothing_is_fetched_and_only_the_pages_own_scripts_run(run: Path) -> None:
@@ -409,56 +448,38 @@ def test_the_running_mean_of_a_long_noisy_curve_is_near_its_trend() -> None:
     assert np.abs(smoothed(noisy) - trend).max() < 0.03
 
 
-CHROMIUM = shutil.which("chromium")
-# Draws all charts, as printing does, and writes what it finds into the tree.
+# Draws all charts, as printing does.
 PROBE = """
-addEventListener("load", () => {
-  dispatchEvent(new Event("beforeprint"));
-  const root = document.documentElement;
-  document.body.dataset.found = JSON.stringify({
-    charts: document.querySelectorAll(".chart").length,
-    drawn: document.querySelectorAll(".chart.drawn").length,
-    empty: [...document.querySelectorAll(".chart")].filter((c) => !c.querySelector(".js-line, .bars path, .points path")).length,
-    overflow: root.scrollWidth - root.clientWidth,
-  });
-});
+dispatchEvent(new Event("beforeprint"));
+const root = document.documentElement;
+return {
+  charts: document.querySelectorAll(".chart").length,
+  drawn: document.querySelectorAll(".chart.drawn").length,
+  empty: [...document.querySelectorAll(".chart")].filter((c) => !c.querySelector(".js-line, .bars path, .points path")).length,
+  overflow: root.scrollWidth - root.clientWidth,
+};
 """
+BUDGET = "--virtual-time-budget=20000"
 
 
-def sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def browse(page: Path, width: int, folder: Path) -> tuple[str, str]:
-    """Return the page's tree after its scripts ran in headless Chromium, and what the browser said on its console."""
-    assert CHROMIUM is not None
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={folder}",
-         "--enable-logging=stderr", "--virtual-time-budget=20000", f"--window-size={width},20000", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=180, check=True,
-    )  # fmt: skip
-    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs the Debian package chromium")
+@needs_chromium
 @pytest.mark.parametrize("width", [1280, 500])
 def test_a_browser_draws_every_chart_without_an_error(
     width: int, run: Path, tmp_path: Path
 ) -> None:
-    """500 pixels is the narrowest window that headless Chromium opens."""
-    page = (run / "report.html").read_text()
-    page = page.replace("script-src", f"script-src 'sha256-{sha256(PROBE)}'", 1)
-    (tmp_path / "probed.html").write_text(
-        page.replace("</body>", f"<script>{PROBE}</script></body>")
-    )
-    tree, said = browse(tmp_path / "probed.html", width, tmp_path / "profile")
-    found = json.loads(unescape(re.findall(r'data-found="([^"]*)"', tree)[0]))
+    found = probed(run / "report.html", width, tmp_path, PROBE, BUDGET)
     charts = found.pop("charts")
-    assert not said and found == {"drawn": charts, "empty": 0, "overflow": 0} and charts > 30
+    assert found == {"drawn": charts, "empty": 0, "overflow": 0, "said": ""} and charts > 30
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs the Debian package chromium")
+@needs_chromium
+def test_a_browser_draws_10_000_steps(tmp_path: Path) -> None:
+    write_report(make_run(tmp_path, steps=10_000))
+    found = probed(tmp_path / "report.html", 1280, tmp_path, PROBE, BUDGET)
+    assert found["drawn"] == found["charts"] and not found["said"] and not found["empty"]
+
+
+@needs_chromium
 def test_a_script_that_is_not_the_pages_own_does_not_run(run: Path, tmp_path: Path) -> None:
     """The content security policy refuses an injected script and an image of another host."""
     injected = (
@@ -466,5 +487,5 @@ def test_a_script_that_is_not_the_pages_own_does_not_run(run: Path, tmp_path: Pa
     )
     page = (run / "report.html").read_text().replace("</body>", injected)
     (tmp_path / "injected.html").write_text(page)
-    tree, said = browse(tmp_path / "injected.html", 1280, tmp_path / "profile")
+    tree, said = browse(tmp_path / "injected.html", 1280, tmp_path / "profile", BUDGET)
     assert "<title>mine" not in tree and said.count("Content Security Policy") == 2, said

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from phimini.parallel.ranks.timing import phase, recording
 from phimini.stages.run import metrics
 from phimini.stages.run.metrics import MetricsLog
 
@@ -41,6 +42,25 @@ def test_a_row_holds_plain_numbers_and_the_measured_speed(
         {"step": 0, "loss": 0.5, "lr": 1e-3, "zero_groups": 3, "tokens": 500, "tokens_per_second": 250.0, "seconds": 2.0},
         {"step": 1, "loss": None, "grad_norm": None, "done": 1, "tokens": 500, "tokens_per_second": 1000.0, "seconds": 0.5},
     ]  # fmt: skip
+
+
+def test_a_row_holds_the_time_for_which_the_host_waited(tmp_path: Path, clock: list[float]) -> None:
+    with MetricsLog(tmp_path / "rlvr" / "metrics.jsonl", 2, "rlvr", is_main=True) as log:
+        for seconds in (3.0, 4.0):
+            with phase("rollout"):
+                clock[0] += seconds
+                with phase("verify"):
+                    clock[0] += 0.5
+            with phase("forward"):
+                clock[0] += 1.0
+            assert not recording(), (
+                "the time alone: work is not counted, which a GPU would wait for"
+            )
+            log.write(0 if seconds == 3.0 else 1, tokens=0)
+    assert [(row["seconds"], row["rollout_seconds"], row["verify_seconds"]) for row in rows_of(log.path)] == [
+        (4.5, 3.0, 0.5), (5.5, 4.0, 0.5)
+    ]  # fmt: skip
+    assert "forward_seconds" not in rows_of(log.path)[0]
 
 
 def test_only_rank_0_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
