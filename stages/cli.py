@@ -89,6 +89,7 @@ VERBS = {
     "controls": _stage("the control arms of a complete run"),
     "report": _stage("write the report of a run as it is, and its pages of tokens: report RUN, a folder or a recipe", "run_report", None),
     "watch": _prints("what a run does, every second: watch RUN, a folder or a recipe", "run_watch", None),
+    "push": Verb("a stage's model and its card to the Hugging Face Hub: push runs/tiny/rlvr repo=OWNER/NAME", options.PushOptions, "phimini.stages.publish.push:push", names=("model",)),
     "serve": _stage("an engine of `vllm serve` for rollout.addresses of a run; its key is in PHIMINI_API_KEY", "run_serve", options.ServeOptions),
     "data trace": _prints("where the row ID came from, and what each step did with it: data trace ID RECIPE", "trace_row", None),
     "data pages": _prints("write a page about the data set of each stage", "write_pages", options.RunOptions),

@@ -1,4 +1,4 @@
-"""The recipe: data, four stages, an evaluation after each, results.json and report.html."""
+"""The recipe: data, four stages, an evaluation and a model card after each, results.json and report.html."""
 
 import datetime
 import importlib.metadata
@@ -68,6 +68,7 @@ def recipe(run: RunConfig, world: World, *, redo: bool = False) -> None:
             print(ladder_line(*evaluations[-2:]), flush=True)
         seconds = time.perf_counter() - started
         on_main(world, partial(write_results, run, evaluations, peak_rss, seconds))
+        on_main(world, partial(write_model_card, out / name))
     if world.is_main:
         print(f"{out / 'results.json'} and {out / 'report.html'} are of all stages", flush=True)
 
@@ -143,6 +144,12 @@ def write_results(run: RunConfig, evaluations: list[dict], peak_rss: int, second
     from phimini.stages.report.viewer.page import write_run_pages  # late: only reports need plotly
 
     write_run_pages(out)
+
+
+def write_model_card(stage: Path) -> None:
+    from phimini.stages.publish.card import write_card  # late, too, and the Hub's client
+
+    write_card(stage)
 
 
 def machine() -> str:

@@ -103,6 +103,20 @@ class CompareOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PushOptions:
+    """MODEL and repo=OWNER/NAME; the Hub's token is read from the environment variable HF_TOKEN and from no other place."""
+
+    model: str = ""
+    """a stage's folder of a run, e.g. runs/tiny/rlvr; the word MODEL"""
+    repo: str | None = None
+    """OWNER/NAME of the repository on the Hugging Face Hub (HF_ENDPOINT names another hub); made if it is not there"""
+    public: bool = False
+    """make a repository that everyone sees; by default only its owner does. One that is there stays as it is"""
+    dry_run: bool = False
+    """write the card and list the files with their sizes, without a connection"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions(RunOptions):
     """RECIPE, address=HOST:PORT, and any field of its config."""
 

@@ -1,10 +1,10 @@
 """The user's own model, tokenizer, chat template, rows and reward: what fits runs through all stages, the rest is refused."""
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forked_ranks import run_ranks
@@ -19,6 +19,8 @@ from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
 from phimini.stages.data.token_files import TokenSet
 from phimini.stages.recipe import TRAINING
+from phimini.stages.report.formats import percent
+from phimini.stages.report.page import STAGE_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,15 @@ def test_a_llama_with_its_own_format_runs_through_all_stages(run: Path) -> None:
     assert [row["stage"] for row in read_json(run / "results.json")["stages"]] == ["base", *TRAINING]  # fmt: skip
     for stage in TRAINING:
         assert read_json(run / stage / "summary.json")["steps"] >= 2
+        score = read_json(run / "evaluate" / f"{stage}.json")["mean_at_8"]
+        card = (run / stage / "model" / "README.md").read_text()
+        assert f"\n| {STAGE_NAMES[stage]} | {percent(score)} [" in card
+        assert "from `llama`" in card and "ends at `<|im_end|>`\n" in card
     # The export answers in transformers as here, from the question's words to the same tokens.
     folder = run / "rlvr" / "model"
     ours, tokenizer = load_reference(folder), Tokenizer.load(folder)
-    theirs, words_of = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)  # fmt: skip
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder)
+    words_of = AutoTokenizer.from_pretrained(folder)
     assert words_of.chat_template == CHATML
     assert theirs.generation_config.eos_token_id == list(tokenizer.stop_ids)
     params = SamplingParams(temperature=0.0, max_new_tokens=24, stop_ids=tokenizer.stop_ids)
@@ -83,8 +90,9 @@ def test_a_new_model_of_an_own_shape_has_the_template_too(given: list[str], tmp_
     more = [f"out={tmp_path}/run", "base=random", f"chat_template={file}"]
     for verb in ("distill", "curate", "base", "tokenize"):
         assert main([verb, "tiny", *given, *more]) == 0
-    model, tokenizer = (kind(tmp_path / "run/base/model") for kind in (load_reference, Tokenizer.load))  # fmt: skip
-    assert (model.config.num_layers, model.config.model_dim, model.config.rotary_dim) == (2, 64, 16)
+    folder = tmp_path / "run" / "base" / "model"
+    model, tokenizer = load_reference(folder), Tokenizer.load(folder)
+    assert (model.config.num_layers, model.config.model_dim, model.config.rotary_dim) == (2, 64, 32)
     assert tokenizer.chat_template == file.read_text() and "§" in tokenizer.inner.get_vocab()
 
 
@@ -96,8 +104,12 @@ def edit(file: str, **changes: object) -> Callable[[Path], None]:
     return change
 
 
-def without(*names: str) -> Callable[[Path], None]:
-    return lambda folder: [os.unlink(folder / name) for name in names] and None
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def endless(folder: Path) -> None:
+    (folder / "chatml.jinja").write_text(CHATML.replace("<|im_end|>", ""))
 
 
 UNFIT: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
@@ -107,7 +119,7 @@ UNFIT: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "no tokenizer": (without("llama/tokenizer.json"), [], r"llama/tokenizer\.json: no such file"),
     "no end token": (edit("llama/tokenizer_config.json", eos_token=None), [], r"expected a vocabulary with <\|end\|> or an eos_token"),
     "Phi's template": (lambda _: None, ["chat_template=reasoning"], r"reasoning: chat_template: .*got a tokenizer without <\|assistant\|>; give a \.jinja file"),
-    "template without an end": (lambda f: (f / "chatml.jinja").write_text(CHATML.replace("<|im_end|>", "")) and None, [], r"chatml\.jinja: chat_template: expected an end token of the tokenizer, '<\|im_end\|>'"),
+    "template without an end": (endless, [], r"chatml\.jinja: chat_template: expected an end token of the tokenizer, '<\|im_end\|>'"),
     "no template": (without("chatml.jinja"), [], r"chatml\.jinja: expected a text file with a chat template: .*No such file"),
     "no reward": (without("reward.py"), [], r"rlvr\.reward .*reward\.py:coin: expected FILE\.py:FUNCTION"),
 }  # fmt: skip

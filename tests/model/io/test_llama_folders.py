@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +19,14 @@ from phimini.model.io.huggingface import (
 )
 from phimini.model.sampler import SamplingParams, sample
 
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-3, initializer_range=0.2,
 )  # fmt: skip
 PROMPT = [[1, 5, 9, 20, 33]]
 
 
-def write_llama(folder: Path, **changes) -> Path:
+def write_llama(folder: Path, **changes: Any) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -53,7 +54,8 @@ def test_a_llama_computes_the_same_here_and_as_an_exported_phi3(
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "phi3")
     assert type(again).__name__ == "Phi3ForCausalLM"
     (answer,) = sample(ours, PROMPT, SamplingParams(temperature=0.0, max_new_tokens=40, stop_ids=(2,)), [0])  # fmt: skip
-    for model in (theirs, again):
+    models: list[Any] = [theirs, again]
+    for model in models:
         done = model.generate(torch.tensor(PROMPT), do_sample=False, max_new_tokens=40)  # fmt: skip
         assert done[0, len(PROMPT[0]) :].tolist() == answer.tokens.tolist()
 

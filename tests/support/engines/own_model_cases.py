@@ -35,8 +35,8 @@ def write_own(folder: Path) -> list[str]:
     inner = byte_level(["<s>", "<|im_start|>", "<|im_end|>"])
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=inner.get_vocab_size(), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1, tie_word_embeddings=True,
+        vocab_size=inner.get_vocab_size(), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.1, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "llama")
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|im_end|>"}  # fmt: skip
