@@ -79,7 +79,7 @@ def run_benchmarks(verb: str, settings: options.BenchmarkOptions) -> int:
 
 
 def run_report(verb: str, words: list[str]) -> int:
-    """Write the report of a run as it is, also while a command goes on in it."""
+    """Write the report of a run as it is, also while a command uses the run."""
     from phimini.stages.report.page import write_report  # late: only reports need plotly
 
     out = folder_of(verb, words)
