@@ -79,7 +79,7 @@ def run_benchmarks(verb: str, settings: options.BenchmarkOptions) -> int:
 
 
 def run_report(verb: str, words: list[str]) -> int:
-    """Write all pages of a run as it is, also while a command goes on in it."""
+    """Write all pages of a run as it is, also while a command uses the run."""
     from phimini.stages.report.viewer.page import write_run_pages  # late: only reports need plotly
 
     out = folder_of(verb, words)

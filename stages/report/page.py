@@ -117,7 +117,11 @@ def write_report(run_dir: str | Path, state: str = "") -> None:
 
 
 def nothing_yet(run: Path) -> Row:
-    """Return the results of a run whose start model is not evaluated yet."""
+    """Return the results of a run that has none yet. Raises FileNotFoundError if every model is evaluated: then they are lost."""
+    if all((run / "evaluate" / f"{name}.json").exists() for name in STAGE_NAMES):
+        raise FileNotFoundError(
+            f"{run / 'results.json'} is missing; `phimini recipe` writes it again"
+        )
     path = run / "config.json"
     config = read_json(path) if path.exists() else {}
     return {"stages": [], "seed": config.get("seed", "unknown"), "num_problems": 0, "peak_rss_bytes": 0, "versions": {}, "config": config}  # fmt: skip

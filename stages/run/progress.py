@@ -43,7 +43,7 @@ class StepProgress:
         out: str | Path | None = None,
         quiet_s: float = 0.0,
     ) -> None:
-        """out: the run's folder, for PROGRESS. quiet_s: nothing is shown before, and the first steps have no lines of their own."""
+        """Show no progress before `quiet_s` seconds; then the first steps have no lines of their own. out: the run's folder, for PROGRESS."""
         self.total = total
         self._label = label
         self._enabled = enabled

@@ -1,4 +1,4 @@
-"""What a run does at this moment and how its last command ended, from the files of its folder, without its lock."""
+"""State of a run, read from the files of its folder without its lock: its present step, and how its last command ended."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def described(progress: Row) -> str:
 
 
 def read_status(out: Path) -> Status:
-    """Return the state of the run in a folder. Raises ValueError for a folder that is none."""
+    """Return the state of the run in a folder. Raises ValueError if there is no such folder."""
     if not out.is_dir():
         raise ValueError(f"{out}: expected the folder of a run, got {'a file' if out.exists() else 'nothing there'}")  # fmt: skip
     stages = [_stage(out, name) for name in STAGES if (out / name).is_dir()]
@@ -129,7 +129,7 @@ def _current(out: Path, stages: list[StageStatus], verb: str | None) -> str:
     if verb not in ("recipe", None):
         return verb
     done = {stage.name for stage in stages if stage.complete}
-    steps = list(STAGES)
+    steps: list[str] = list(STAGES)
     for name in reversed(STAGES):  # an evaluation after each model; the base's, after the data
         if name == "base" or name not in DATA:
             place = len(DATA) if name == "base" else steps.index(name) + 1

@@ -368,10 +368,11 @@ def test_controls_and_a_stage_without_metrics(tmp_path: Path) -> None:
     assert "SFT" not in [h.text for h in page.iter("h3")]
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", ["results.json", "evaluate/sft.json"])
+def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
     make_run(tmp_path)
-    (tmp_path / "evaluate/sft.json").unlink()
-    with pytest.raises(FileNotFoundError, match="evaluate/sft.json"):
+    (tmp_path / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 

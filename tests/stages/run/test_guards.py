@@ -23,6 +23,7 @@ from phimini.stages.config.schema import OptimizerSettings, override
 from phimini.stages.run import guards
 from phimini.stages.run.guards import Guards, GuardStop, check_trained_shares
 from phimini.stages.run.training import start_optimizer
+from phimini.stages.verify.symbolic import Outcome
 
 
 class OneRank:
@@ -33,7 +34,8 @@ class OneRank:
 
 def guarded(*words: str, state: dict | None = None, world: Any = None) -> Guards:
     settings = override(tiny(), [f"guards.{word}" for word in words]).guards
-    return Guards(settings, world or OneRank(), {} if state is None else state)
+    one: Any = OneRank()
+    return Guards(settings, world or one, {} if state is None else state)
 
 
 def looked_at(own: Guards, metric: str, values: list[float]) -> list[dict]:
@@ -297,7 +299,7 @@ def test_a_step_of_stage_4_that_a_guard_holds_back_makes_no_update(tmp_path: Pat
         run_ranks(reinforce, 1, run, timeout_s=200)
 
 
-def confirmed(response: str, answer: str) -> str:
+def confirmed(response: str, answer: str) -> Outcome:
     return "equal" if len(response) % 4 == 0 else "different"
 
 

@@ -17,6 +17,8 @@ from phimini.model.io import safetensors_folder as tensor_files
 from phimini.stages.cli import main
 from phimini.stages.rollout.engine_folder import engine_folder
 from phimini.stages.run import stage_folder as stage
+from phimini.stages.run.progress import PROGRESS
+from phimini.stages.run.status import ENDED
 
 MICRO = [
     "processes=1", "distill.num_problems=40", "distill.rollouts_per_problem=3", "distill.num_prompts=10",
@@ -26,7 +28,8 @@ MICRO = [
 
 
 def tree(out: Path) -> set[str]:
-    return {str(path.relative_to(out)) for path in out.rglob("*")}
+    """Return all paths in a run's folder but those of the present, which each command replaces."""
+    return {str(p.relative_to(out)) for p in out.rglob("*") if p.name not in (ENDED, PROGRESS)}
 
 
 @pytest.fixture(scope="module")

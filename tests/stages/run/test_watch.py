@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(run: Path) -> dict[str, str]:
-    """What each verb of a micro run prints."""
+    """Run each verb of a micro run; return the printed text by verb."""
     found = {}
     for name in (*VERBS, "evaluate"):
         words = [name, "tiny", f"out={run}", *MICRO, *(["stage=sft"] if name == "evaluate" else [])]

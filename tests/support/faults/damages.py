@@ -10,7 +10,9 @@ from typing import Any
 
 from fault_runs import command, differences, snapshot, words_of
 
+from phimini.stages.run.progress import PROGRESS
 from phimini.stages.run.stage_folder import INPUTS
+from phimini.stages.run.status import ENDED
 
 HOW = ("flip", "cut", "delete", "empty", "swap")
 # The next reader of a complete stage's files, which are compared by size alone until then.
@@ -66,7 +68,8 @@ def files_of(out: Path) -> list[str]:
     latest = [json.loads(p.read_text())["directory"] for p in out.rglob("latest.json")]
     names = [str(p.relative_to(out)) for p in sorted(out.rglob("*")) if p.is_file()]
     kept = [n for n in names if "/step-" not in n or any(f"/{name}/" in n for name in latest)]
-    return [n for n in kept if n != ".lock" and not n.endswith(".tmp")]
+    ours = (".lock", ENDED, PROGRESS)
+    return [n for n in kept if n not in ours and not n.endswith(".tmp")]
 
 
 def damages(run: str, out: Path, count: int, seed: int) -> list[Damage]:

@@ -18,6 +18,8 @@ import torch
 
 from phimini.stages.cli import main
 from phimini.stages.run import training
+from phimini.stages.run.progress import PROGRESS
+from phimini.stages.run.status import ENDED
 from phimini.stages.verify import verdict as scorer
 
 MICRO = [
@@ -98,7 +100,7 @@ def snapshot(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        if path.is_dir() or name == ".lock":
+        if path.is_dir() or name in (".lock", ENDED, PROGRESS):
             continue
         if name == "report.html":  # full of times
             found[name] = "</html>" in path.read_text()
