@@ -17,7 +17,7 @@ from typing import NoReturn
 import numpy as np
 from torch import Tensor
 
-from phimini.model.io.json_files import atomic_file, dump, read_rows
+from phimini.model.io.json_files import read_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.parallel.megatron.builder import Model
 from phimini.parallel.ranks.timing import phase
@@ -42,7 +42,8 @@ from phimini.stages.rl.mismatch import (
 from phimini.stages.rl.mismatch_diagnosis import EXAMINED, Case, diagnose
 from phimini.stages.rl.prompt_pool import select_prompts
 from phimini.stages.rl.remedies import advantages, is_too_easy, keeps_prompt, rebalance
-from phimini.stages.rl.rollouts import Rollout, costs_of, delivered, from_row, to_trainers
+from phimini.stages.rl.rollout_log import from_row, waiting_rows, write_rollouts
+from phimini.stages.rl.rollouts import Journal, Rollout, costs_of, to_trainers
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import RolloutEngine, on_all_ranks, release_memory
 from phimini.stages.run.stage_folder import Stage
@@ -69,25 +70,25 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
     config = run.rlvr
     model, tokenizer = load_model(run, world, start)
     reference = load_model(run, world, start)[0] if config.kl_coef else None
-    engine = build_engine(run, model.config, world)
-    engine.sync(model)
-    source = rollout_source(run, world, stage, engine, tokenizer)
+    engine, journal = build_engine(run, model.config, world), Journal(stage.path, run, world)
+    give_weights(model, engine, journal)
+    source = rollout_source(run, world, stage, engine, tokenizer, journal)
     optimizer = start_optimizer(run, model, config.optimizer, config.steps)
     meter = MismatchMeter()
     rounding = ROUNDING[precision_of(run.rollout, world.device.type == "cuda")]
     head = policy_head(config, meter, rounding, importance_of(run))
-    state = {"sampled_tokens": 0, "waiting": [], "unused": {}}
+    state = {"sampled_tokens": 0, "waiting": [], "unused": {}, "weights": []}
     summary = lambda _: {"updates": model.num_updates, "pool": len(source.pool)}
     with training_steps(stage, model, optimizer, tokenizer, config.steps, config.checkpoint_every, state, summary) as remaining:  # fmt: skip
         if model.num_updates:  # resumed
-            engine.sync(model)
+            journal.weights = dict(state["weights"])
+            give_weights(model, engine, journal)
         for step in remaining:
             groups = source.groups(step.index)
-            write_rollouts(stage, step.index, groups, source.sampler)
+            usable = choose(groups, config, derive(run.seed, "rlvr", "choose", step.index))
+            write_rollouts(stage, step.index, groups, usable, source.sampler)
             waiting = [from_row(row, source.sampler.prompts, world) for row in state["waiting"]]
-            usable = waiting + choose(
-                groups, config, derive(run.seed, "rlvr", "choose", step.index)
-            )
+            usable = waiting + usable
             chosen = [r for r in usable if r.age(model.num_updates) <= run.rollout.max_staleness]
             step.row = describe(groups, chosen, config, source.temperature(step.index))
             step.row["too_stale"] = len(usable) - len(chosen)
@@ -98,7 +99,7 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
             check_same_data(world, step.name, digests)
             del groups, waiting, usable  # their tokens
             if len(chosen) < config.min_rollouts:
-                state["waiting"] = rows_on_main(chosen, world)
+                state["waiting"] = waiting_rows(chosen, world)
                 optimizer.skip()
             else:
                 state["waiting"] = []
@@ -113,19 +114,33 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
                 mismatch = check_mismatch(run, source, chosen, model, engine, meter, stage)
                 step.row |= policy_metrics(metrics, mismatch, optimizer.step(), chosen)
                 with phase("sync"):
-                    engine.sync(model)
+                    give_weights(model, engine, journal)
             step.row["waiting"] = len(state["waiting"])
+            state["weights"] = list(journal.weights.items())
+        del state["weights"]
         state["waiting"], unused = len(state["waiting"]), state.pop("unused")  # for the summary
         if not model.num_updates:
             raise ValueError(no_update(unused, state["waiting"], config, run.rollout.max_staleness))
 
 
+def give_weights(model: Model, engine: RolloutEngine, journal: Journal) -> None:
+    """Sync the engine; the journal knows the weights before an answer has tokens of them. Collective."""
+    journal.note_weights(model)
+    engine.sync(model)
+
+
 def rollout_source(
-    run: RunConfig, world: World, stage: Stage, engine: RolloutEngine, tokenizer: Tokenizer
+    run: RunConfig,
+    world: World,
+    stage: Stage,
+    engine: RolloutEngine,
+    tokenizer: Tokenizer,
+    journal: Journal,
 ) -> RolloutSource:
     """Return the source of rollouts to the run's prompts, chosen by remedy 1. Collective."""
     rows = read_rows(Path(run.out) / "distill" / "prompts.jsonl", PROBLEM_FIELDS)
-    sampler = GroupSampler(run, world, engine, tokenizer, {row["id"]: row for row in rows})
+    problems = {row["id"]: row for row in rows}
+    sampler = GroupSampler(run, world, engine, tokenizer, problems, journal)
     return RolloutSource(sampler, engine, select_prompts(stage, sampler, run.rlvr, world))
 
 
@@ -329,39 +344,3 @@ def no_update(unused: dict[str, int], waiting: int, config: RlvrConfig, max_stal
         f"were older than rollout.max_staleness={max_staleness} updates; {waiting} usable rollouts were left at the end, "
         f"fewer than rlvr.min_rollouts={config.min_rollouts}"
     )
-
-
-def rows_on_main(rollouts: list[Rollout], world: World) -> list[Row]:
-    """Return the rollouts for the checkpoint, which keeps rank 0's rows: only those have the answers. Collective."""
-    everything = set(range(len(rollouts)))
-    wanted = [everything if rank == 0 else set() for rank in range(world.world_size)]
-    return [rollout.to_row() for rollout in delivered(rollouts, wanted, world)]
-
-
-def write_rollouts(
-    stage: Stage, step: int, groups: list[list[Rollout]], sampler: GroupSampler
-) -> None:
-    """Write a step's rollouts to a file of `rollouts/` that is named by the number of steps done. Collective."""
-    rollouts = [rollout for group in groups for rollout in group]
-    here = {r.id: r.answer.tokens for r in rollouts if r.answer is not None}
-    own = dict(zip(here, sampler.scorer.texts(here.values()), strict=True))
-    texts = {id: text for part in sampler.world.gather_objects(own) for id, text in part.items()}
-    if not sampler.world.is_main:
-        return
-    name = f"rollouts/{step + 1:06d}.jsonl"
-
-    def line(r: Rollout) -> bytes:
-        row = {
-            "id": r.id,
-            "prompt_id": r.prompt_id,
-            "step": r.step,
-            "temperature": r.temperature,
-            "reward": r.reward,
-            "truncated": r.truncated,
-        }
-        start = dump(row, f"{name}: {r.id}").removesuffix("}").encode()
-        return b'%b, "response": %b}\n' % (start, texts[r.id])
-
-    with atomic_file(stage.path / name) as file:
-        file.writelines(map(line, rollouts))
-    stage.note(name)

@@ -32,6 +32,7 @@ from phimini.stages.rl.rollouts import Rollout, facts_of
 from phimini.stages.rollout.engine import Sampled, Span
 from phimini.stages.run.outputs import TOKENIZED
 from phimini.stages.run.training import cross_entropy_head, load_model
+from phimini.stages.verify.scorer import Score
 
 TASKS = ("sft", "dpo", "grpo")
 BATCH = {"sft": 32, "dpo": 32, "grpo": 192}
@@ -136,7 +137,7 @@ def grpo_loss(run: RunConfig, world: World, folder: Path) -> float:
         answer = Sampled(tokens=response, logprobs=old, finish_reason="stop", versions=(Span(0, 0, len(old)),))  # fmt: skip
         rollouts.append(Rollout(
             id=str(i), prompt_id=str(i), step=0, prompt=prompt, temperature=1.0, reward=0.0,
-            facts=facts_of(answer, 0.0, world.rank), answer=answer, advantage=(-1.0) ** i * (1 + i % 3),
+            facts=facts_of(answer, Score(0.0), world.rank), answer=answer, advantage=(-1.0) ** i * (1 + i % 3),
         ))  # fmt: skip
         lists = {"prompt": prompt, "response": response, "old_logps": old}
         row = {name: array.tolist() for name, array in lists.items()}

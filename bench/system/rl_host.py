@@ -23,9 +23,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 
 from phimini.bench.gate.options import at_least_one, output_file
 from phimini.model.config import preset
+from phimini.model.io.checked_files import describe_file
 from phimini.model.io.json_files import write_rows
 from phimini.model.io.tokenizer import Tokenizer, train_tiny_tokenizer
 from phimini.model.sampler import SamplingParams
@@ -37,8 +39,9 @@ from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import RunConfig, override
 from phimini.stages.rl.groups import GroupSampler
 from phimini.stages.rl.prompt_pool import select_prompts
-from phimini.stages.rl.rollouts import Rollout, to_trainers
-from phimini.stages.rlvr import choose, count_unused, describe, rollout_batches, write_rollouts
+from phimini.stages.rl.rollout_log import write_rollouts
+from phimini.stages.rl.rollouts import Journal, Rollout, to_trainers
+from phimini.stages.rlvr import choose, count_unused, describe, rollout_batches
 from phimini.stages.rollout.dispatch import Progress, Request
 from phimini.stages.rollout.engine import Arrived, First, Sampled, Span, share_of, unnoticed
 from phimini.stages.rollout.messages import LOGPROBS, TOKENS, Answer, as_bytes, encode
@@ -139,7 +142,10 @@ def one_rank(
     tokenizer = train_tiny_tokenizer([text_of(WORDS)], vocab_size=2000)
     problems = {f"p{i}": {"id": f"p{i}", "question": f"what is {i}?", "answer": "4"} for i in range(run.rlvr.probe_prompts)}  # fmt: skip
     synthetic: Any = Synthetic(world, tokenizer, engine == "served", tokens)
-    sampler = GroupSampler(run, world, synthetic, tokenizer, problems)
+    journal = Journal(Path(run.out), run, world)
+    journal.weights = {0: 0}
+    sampler = GroupSampler(run, world, synthetic, tokenizer, problems, journal)
+    pa.array([0])  # imports pandas if that is installed, once in a process
     if tracing:
         tracemalloc.start()
     parts = Parts(synthetic)
@@ -154,8 +160,6 @@ def step(run: RunConfig, sampler: GroupSampler, parts: Parts) -> int:
     model: Any = SimpleNamespace(world=world, config=CONFIG, num_updates=0)
     with parts.part("sample"):
         groups = sampler.sample_groups(list(sampler.problems), 0, 1.0)
-    with parts.part("log"):
-        write_rollouts(folder_of(run), 0, groups, sampler)
     with parts.part("choose"):
         chosen: list[Rollout] = choose(groups, config, 0)
         row = describe(groups, chosen, config, 1.0) | {"too_stale": 0}
@@ -163,6 +167,8 @@ def step(run: RunConfig, sampler: GroupSampler, parts: Parts) -> int:
         number = sum(rollout.facts.length for group in groups for rollout in group)
         digests = [rollout.digest() for rollout in chosen]
         check_same_data(world, "bench", digests)
+    with parts.part("log"):
+        write_rollouts(folder_of(run), 0, groups, chosen, sampler)
         del groups
     with parts.part("deliver"):
         chosen = to_trainers(chosen, model)
@@ -188,7 +194,10 @@ def probe(run: RunConfig, sampler: GroupSampler, parts: Parts) -> int:
 def folder_of(run: RunConfig) -> Any:
     """Return a stage that keeps its files, and no record of them."""
     path = Path(run.out)
-    return SimpleNamespace(path=path, made={}, note=lambda name: None, record=lambda *names: None)
+    return SimpleNamespace(
+        run=run, path=path, made={}, record=lambda *names: None,
+        note=lambda name, **more: describe_file(path / name),
+    )  # fmt: skip
 
 
 def measure(
@@ -204,7 +213,8 @@ def measure(
             f"rlvr.sequence_length={2 * tokens + 100}", f"rlvr.micro_tokens={2 * tokens + 100}", f"rlvr.oversample_to={size}", "rlvr.rebalance=false",
         ])  # fmt: skip
         timed = run_ranks(one_rank, ranks, work, run, engine, tokens, False)
-        traced = timed if work is probe else run_ranks(one_rank, ranks, work, run, engine, tokens, True)  # fmt: skip
+        again = override(run, [f"out={folder}/again"])
+        traced = timed if work is probe else run_ranks(one_rank, ranks, work, again, engine, tokens, True)  # fmt: skip
     of_parts = {name: max(parts.cpu_s[name] for parts, *_ in timed) for name in timed[0][0].cpu_s}
     whole = max(sum(parts.cpu_s.values()) for parts, *_ in timed)
     peak = max(rss for *_, rss in timed)

@@ -44,7 +44,9 @@ def describe_file(path: Path, size: int | None = None) -> dict[str, Any]:
         size = os.fstat(file.fileno()).st_size if size is None else size
         while block := file.read(min(_BLOCK_BYTES, size - read)):
             digest.update(block)
-            read, rows = read + len(block), rows + block.count(b"\n")
+            read += len(block)
+            if path.suffix == ".jsonl":
+                rows += block.count(b"\n")
     found = {"bytes": read, "sha256": digest.hexdigest()}
     return found | ({"rows": rows} if path.suffix == ".jsonl" else {})
 

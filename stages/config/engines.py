@@ -15,6 +15,9 @@ class RolloutConfig:
     """`local`: the reference model's sampler, embedded in the training ranks"""
     max_batch: Count | None = None
     """sequences decoded at once by one engine; by default as many as a GPU's memory holds, at most 256; on a CPU 256"""
+    log: bool = True
+    """stage 4 keeps each step's rollouts in rollouts/, with tokens, log-probs and texts: at 1,024 answers of 12k tokens
+    about 130 MB"""
     judges: CountOrZero = 0
     """processes that score answers as they arrive, beside each rank that samples; 0: that rank itself, afterwards"""
     placement: Literal["colocated", "separate"] = "colocated"

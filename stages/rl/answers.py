@@ -1,6 +1,5 @@
 """Answers of stage 2's model, of which stage 3 makes its pairs."""
 
-import json
 from pathlib import Path
 
 from phimini.model.io.json_files import Row, array_text, read_rows
@@ -49,10 +48,7 @@ def sample_answers(
         here, facts = sample_and_score(generate, [problem for problem, _ in asked], scorer, world)
         tokens = {i: c.tokens for i, c in enumerate(here) if c is not None}
         texts = scorer.texts(tokens.values())
-        own = {
-            i: (json.loads(text), array_text(tokens[i]))
-            for i, text in zip(tokens, texts, strict=True)
-        }
+        own = {i: (text, array_text(tokens[i])) for i, text in zip(tokens, texts, strict=True)}
         answers = {i: pair for some in world.gather_objects(own) for i, pair in some.items()}
         return [
             {

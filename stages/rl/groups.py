@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sized
+from functools import partial
 
 import numpy as np
 
@@ -10,12 +12,13 @@ from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.sampler import SamplingParams
 from phimini.parallel.ranks.timing import count, phase
 from phimini.parallel.ranks.world import World
+from phimini.parallel.training.batch import digest
 from phimini.stages.config.schema import RlvrConfig, RolloutDpoConfig, RunConfig
 from phimini.stages.data.packing import EpochSampler, derive
 from phimini.stages.data.row_fields import encode_problems
 from phimini.stages.rl.mismatch_diagnosis import EXAMINED
 from phimini.stages.rl.remedies import is_hard, next_size, temperature_at
-from phimini.stages.rl.rollouts import Rollout, sample_and_score, without_answers
+from phimini.stages.rl.rollouts import Journal, Rollout, sample_and_score, without_answers
 from phimini.stages.rollout.engine import First, PrefetchingEngine, RolloutEngine
 from phimini.stages.rollout.engine import Sampler as EngineSampler
 from phimini.stages.rollout.prefetch import Background
@@ -50,9 +53,11 @@ class GroupSampler:
         engine: EngineSampler,
         tokenizer: Tokenizer,
         problems: dict[str, dict],
+        journal: Journal,
     ) -> None:
         self.run, self.config, self.world = run, run.rlvr, world
         self.engine, self.tokenizer, self.problems = engine, tokenizer, problems
+        self.journal = journal
         self.collective = True
         """all ranks sample together"""
         judges = run.rollout.judges
@@ -75,11 +80,13 @@ class GroupSampler:
         purpose: str,
         *,
         group_size: int | None = None,
+        journaled: bool = False,
         max_new_tokens: int | None = None,
     ) -> list[Rollout]:
         """Return a rollout for each (prompt id, index within its group) in `asked`.
 
-        purpose: part of ids and seeds. group_size: return only the first so many of each group to end.
+        purpose: part of ids and seeds. group_size: return only the first so many of each group to end. journaled: take
+        what the journal has, and note what arrives.
         max_new_tokens: default `rlvr.max_new_tokens`.
         """
         params = SamplingParams(
@@ -88,13 +95,23 @@ class GroupSampler:
             stop_ids=self.tokenizer.stop_ids,
         )
         ids = [id for id, _ in asked]
-        given = {id: self.prompts[id].tolist() for id in set(ids)}
-        prompts = [given[id] for id in ids]
+        prompts = [self.prompts[id].tolist() for id in ids]
         seeds = [derive(self.run.seed, "rlvr", purpose, step, id, k) for id, k in asked]
-
-        first = None if group_size is None else First(ids, group_size)
+        how = (
+            *self.journal.engine,
+            temperature,
+            params.top_p,
+            params.max_new_tokens,
+            params.stop_ids,
+        )
+        requests = [digest(how, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        first = None if group_size is None else First(ids, dict.fromkeys(ids, group_size))
+        generate = partial(self.engine.generate, prompts, params, seeds, first=first)
+        if journaled:
+            given = prompts, params, seeds, requests, first, self.collective
+            generate = partial(self.journal.generate, self.engine, *given)
         answers, facts = sample_and_score(
-            lambda arrived: self.engine.generate(prompts, params, seeds, arrived, first),
+            generate,
             [self.problems[id] for id in ids],
             self.scorer,
             self.world,
@@ -110,8 +127,11 @@ class GroupSampler:
                 reward=self.reward(of_one.score),
                 facts=of_one,
                 answer=answer,
+                request=request,
             )
-            for (id, k), answer, of_one in zip(asked, answers, facts, strict=True)
+            for (id, k), request, answer, of_one in zip(
+                asked, requests, answers, facts, strict=True
+            )
             if of_one is not None
         ]
         count("samples", len(rollouts))
@@ -129,20 +149,22 @@ class GroupSampler:
         stands twice in `ids` gets one group: a second would have the same seeds.
         """
         config, oversample = self.config, self.run.rollout.oversample
-        groups: dict[str, list[Rollout]] = {id: [] for id in ids}
+        groups: dict[str, list[Rollout]] = defaultdict(list)
         size = config.rollouts_per_prompt
         begin, end = 0, math.ceil(size * oversample)
-        growing, group_size = list(groups), size if oversample > 1 else None
-        while growing:
-            asked = [(id, k) for id in growing for k in range(begin, end)]
-            rollouts = self.sample(asked, step, temperature, "rollout", group_size=group_size)
-            for rollout in rollouts:
-                groups[rollout.prompt_id].append(rollout)
-            begin, end, group_size = end, next_size(end, config.oversample_to), None
-            if not config.rebalance or begin >= end:
-                break
-            rewards = {id: [rollout.reward for rollout in groups[id]] for id in growing}
-            growing = [id for id in growing if is_hard(rewards[id], size, config.max_accuracy)]
+        growing, first = list(dict.fromkeys(ids)), size if oversample > 1 else None
+        with self.journal.opened(step):
+            while growing:
+                asked = [(id, k) for id in growing for k in range(begin, end)]
+                for rollout in self.sample(
+                    asked, step, temperature, "rollout", group_size=first, journaled=True
+                ):
+                    groups[rollout.prompt_id].append(rollout)
+                begin, end, first = end, next_size(end, config.oversample_to), None
+                if not config.rebalance or begin >= end:
+                    break
+                rewards = {id: [rollout.reward for rollout in groups[id]] for id in growing}
+                growing = [id for id in growing if is_hard(rewards[id], size, config.max_accuracy)]
         return list(groups.values())
 
     def sample_short(self, ids: list[str], step: int, temperature: float) -> list[Rollout]:

@@ -3,16 +3,17 @@
 A request has an id, and its seed belongs to it: its completion does not depend on the engine or the batch that it
 meets. An engine that ends, or is silent for the deadline, is given up and its requests go to the others. A request
 that a weight sync cut short is continued token-in, token-out: its prompt and its tokens so far go out again, and
-its spans say which tokens came from which weights. Groups may be oversampled: once `group_size`
-completions of a group are there, its other requests are aborted.
+its spans say which tokens came from which weights. Groups may be oversampled: once as many
+completions of a group are there as are wanted, its other requests are aborted.
 """
 
 import asyncio
 import dataclasses
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class Request:
     params: SamplingParams
     seed: int
     group: str = ""
-    """requests of one group compete to be among its first `group_size`"""
+    """requests of one group compete to be among its first"""
 
 
 @dataclass(slots=True)
@@ -119,15 +120,15 @@ class RolloutService:
         self,
         requests: Sequence[Request],
         *,
-        group_size: int | None = None,
+        sizes: Mapping[str, int] = MappingProxyType({}),
         arrived: Callable[[str, Sampled], None] = lambda id, completion: None,
     ) -> dict[str, Sampled]:
-        """Return each request's completion by id; with `group_size`, those of the first so many of each group.
+        """Return each request's completion by id; of a group in `sizes`, those of the first so many.
 
         arrived: called with each id and completion, in the thread of the connections. Raises RolloutError when no engine is left, RuntimeError for a request that an engine refuses.
         """
         self.report = ServiceReport()
-        return self.engines[0].loop.run(_Batch(self, requests, group_size, arrived).run())
+        return self.engines[0].loop.run(_Batch(self, requests, sizes, arrived).run())
 
 
 class _Batch:
@@ -135,10 +136,10 @@ class _Batch:
         self,
         service: RolloutService,
         requests: Sequence[Request],
-        group_size: int | None,
+        sizes: Mapping[str, int],
         arrived: Callable[[str, Sampled], None],
     ) -> None:
-        self.service, self.group_size, self.requests = service, group_size, requests
+        self.service, self.sizes, self.requests = service, sizes, requests
         self.arrived = arrived
         self.done: dict[str, Sampled] = {}
         self.filled: dict[str, int] = defaultdict(int)
@@ -201,7 +202,7 @@ class _Batch:
         self.done[request.id] = completion = progress.completion(reason)
         self.arrived(request.id, completion)
         self.filled[request.group] += 1
-        if self.filled[request.group] == self.group_size:
+        if self.filled[request.group] == self.sizes.get(request.group):
             others = [
                 r.id for r in self.requests if r.group == request.group and r.id not in self.done
             ]

@@ -6,7 +6,8 @@ the weights, so the number of ranks does not change it. It stays on the rank tha
 ranks) and `separate_vllm.py` (processes of `vllm serve`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -55,11 +56,20 @@ def unnoticed(number: int, completion: Sampled) -> None:
 
 
 class First(NamedTuple):
-    """The completions that are wanted of each group: the first `size` to end. Those that were aborted are None."""
+    """The completions that are wanted of each group: the first to end. Those that were aborted are None."""
 
     groups: Sequence[str]
     """of each prompt"""
-    size: int
+    sizes: Mapping[str, int]
+    """how many are wanted of each group"""
+
+    def without(self, taken: list[int]) -> "tuple[list[int], First]":
+        """Return the numbers of the prompts to sample if those of `taken` have completions, and what is wanted of them."""
+        missing = Counter(self.sizes)
+        missing.subtract(self.groups[i] for i in taken)
+        others = sorted(set(range(len(self.groups))) - set(taken))
+        left = [i for i in others if missing[self.groups[i]] > 0]
+        return left, First([self.groups[i] for i in left], missing)
 
 
 def on_all_ranks(world: World, held: Sequence[T | None]) -> list[T | None]:

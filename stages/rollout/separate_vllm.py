@@ -74,13 +74,13 @@ class EngineSampler:
         check_temperature("temperature", params.temperature)
         vocab_size, longest = self._engine.config.vocab_size, self._engine.settings.max_model_len
         check_prompts(prompts, seeds, params, vocab_size, longest)
-        groups, group_size = first or ([""] * len(prompts), None)
+        groups, sizes = first or ([""] * len(prompts), {})
         requests = [
             Request(id=str(i), prompt=prompt, params=params, seed=seed, group=group)
             for i, (prompt, seed, group) in enumerate(zip(prompts, seeds, groups, strict=True))
         ]
         done = self._engine.service.run(
-            requests, group_size=group_size, arrived=lambda id, c: arrived(int(id), c)
+            requests, sizes=sizes, arrived=lambda id, c: arrived(int(id), c)
         )
         return [done.get(request.id) for request in requests]
 

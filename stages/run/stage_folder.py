@@ -10,6 +10,7 @@ runs/tiny/
     model/           the result, a Hugging Face folder
     checkpoints/     to resume from; gone once the stage is complete
     metrics.jsonl    a row per step
+    rollouts/        stage 4's tables of rollouts, one per step
     summary.json     written last: its presence says that the stage is complete; describes the stage's other files
   evaluate/STAGE.json
 
@@ -184,9 +185,9 @@ class Stage:
         for name, described in self.made.items():
             check_file(self.path / name, described, prefix=name == METRICS)
 
-    def note(self, name: str) -> None:
-        """Describe a whole file, for the next checkpoint. One rank calls it."""
-        self.made[name] = describe_file(self.path / name)
+    def note(self, name: str, **more: int) -> None:
+        """Describe a whole file, with `more` in its description, for the next checkpoint. One rank calls it."""
+        self.made[name] = describe_file(self.path / name) | more
 
     def record(self, *names: str) -> None:
         """Describe whole files in begun.json: only then a resumed run reads them. One rank calls it."""

@@ -6,7 +6,6 @@ answer, the decoded text, and "stop" or, for an answer that was cut off, "length
 Answers go to the workers one by one, so that an answer which takes long delays those of its own worker only.
 """
 
-import json
 import multiprocessing
 import os
 import sys
@@ -33,6 +32,13 @@ class Answered(NamedTuple):
     response: Any
     """text, or whatever the scorer's `decode` turns into text"""
     finish_reason: str
+
+
+class Score(NamedTuple):
+    """A finite score, and the verifier's reason for it: None for a user's function."""
+
+    value: float
+    reason: str | None = None
 
 
 class Scorer:
@@ -65,7 +71,7 @@ class Scorer:
             Finalize(self, self._pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=100)
 
     def start(self, item: Answered) -> Callable[[], Any]:
-        """Give an answer to the next free worker and return at once; the result, called, waits for the finite score.
+        """Give an answer to the next free worker and return at once; the result, called, waits for the `Score`.
 
         Without workers that call computes it. It raises ValueError, naming function and question, for a function that raises
         or returns anything else, and RuntimeError if a worker process died.
@@ -91,10 +97,10 @@ class Scorer:
             future.set_exception(error)
         return lambda: self._result(future.result)
 
-    def texts(self, responses: Iterable[Any]) -> list[bytes]:
-        """Return the decoded responses as JSON strings, in order. Raises RuntimeError if a worker process died."""
+    def texts(self, responses: Iterable[Any]) -> list[str]:
+        """Return the decoded responses, in order. Raises RuntimeError if a worker process died."""
         if self._pool is None:
-            return [_json_text(self.decode, response) for response in responses]
+            return list(map(self.decode, responses))
         pool = self._pool
         return self._result(lambda: list(pool.map(_decode_in_worker, responses, chunksize=CHUNK)))
 
@@ -136,8 +142,11 @@ def _how(
 
 def _call(how: _How, item: Answered) -> Any:
     item = item._replace(response=how.decode(item.response))
+    if how.rule and how.function is None:
+        return how.rule(*item)
     if how.function is None:
-        return how.rule(*item) if how.rule else float(verdict.is_right(*item))
+        right = verdict.is_right(*item)
+        return Score(float(right), "equal" if right else verdict.reason_of(*item))
     try:
         value = how.function(*item)
     # The user's code may raise any kind of error: `Scorer` raises it again, with question and function.
@@ -146,7 +155,7 @@ def _call(how: _How, item: Answered) -> Any:
     is_number = isinstance(value, bool | int | float)
     if not is_number or not -sys.float_info.max <= value <= sys.float_info.max:
         return _Raised(f"returned {value!r:.60}")
-    return float(value)
+    return Score(float(value))
 
 
 _of_worker = _How()
@@ -180,9 +189,5 @@ def _reasons(items: list[Answered]) -> list[str]:
     return [verdict.reason_of(*item) for item in items]
 
 
-def _decode_in_worker(response: Any) -> bytes:
-    return _json_text(_of_worker.decode, response)
-
-
-def _json_text(decode: Callable[[Any], str], response: Any) -> bytes:
-    return json.dumps(decode(response), ensure_ascii=False).encode()
+def _decode_in_worker(response: Any) -> str:
+    return _of_worker.decode(response)

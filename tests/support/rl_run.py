@@ -22,6 +22,7 @@ from phimini.stages.rollout.engine import Sampled, Span
 from phimini.stages.run.outputs import write_summary
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.verify import verdict as scorer
+from phimini.stages.verify.scorer import Score
 
 SETTINGS = [
     "rlvr.steps=3", "rlvr.prompts_per_step=4", "rlvr.rollouts_per_prompt=4", "rlvr.probe_prompts=8",
@@ -89,5 +90,5 @@ def rollout_of(
     )
     return Rollout(
         id=id, prompt_id="p", step=0, prompt=np.array(prompt, np.int32), temperature=temperature, reward=1.0,
-        facts=facts_of(answer, 1.0, 0), answer=answer, advantage=advantage,
+        facts=facts_of(answer, Score(1.0), 0), answer=answer, advantage=advantage,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from phimini.bench.cli import main
 
 COMMITTED = Path(__file__).parents[3] / "bench" / "results" / "rl_host.jsonl"
 FIELDS = "rollouts tokens data_ranks part cpu_seconds_per_rank held_bytes_per_token peak_rss_bytes engine judges"  # fmt: skip
-PARTS = ["sample", "log", "choose", "deliver", "pack", "step"]
+PARTS = ["sample", "choose", "log", "deliver", "pack", "step"]
 WHOLE = {"rollouts": 1024, "tokens": 12_288, "data_ranks": 8}
 HELD_BYTES, PEAK_BYTES = 9.0, 2e9
 CPU_S = {"colocated": 1.0, "served": 1.5}

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
 from phimini.stages.rl.groups import GroupSampler
 from phimini.stages.rl.prompt_pool import Probed, pool_of
-from phimini.stages.rl.rollouts import Rollout
+from phimini.stages.rl.rollouts import Journal, Rollout
 from phimini.stages.rollout.engine import Arrived, Sampled, Span
 from phimini.stages.run.workloads import most_rollouts
 from phimini.stages.verify import verdict as scorer
@@ -48,7 +49,7 @@ class Seeded:
 
 
 def sampled(
-    ids: list[str], right: Mapping[str, set[int]], words: list[str]
+    folder: Path, ids: list[str], right: Mapping[str, set[int]], words: list[str]
 ) -> tuple[list[list[Rollout]], list[int]]:
     """Return the groups, and the number of answers of each call. `right` selects a prompt's right answers."""
     run = override(tiny(), words)
@@ -63,31 +64,33 @@ def sampled(
     tokenizer = train_tiny_tokenizer(["What is 1 + 1?"] * 3, vocab_size=256)
     problems = {id: {"id": id, "question": f"What is {id}?", "answer": "1"} for id in ids}
     engine: Any = Seeded()
-    sampler = GroupSampler(run, initialize(Layout(), LONG), engine, tokenizer, problems)
+    world = initialize(Layout(), LONG)
+    journal = Journal(folder, run, world)
+    sampler = GroupSampler(run, world, engine, tokenizer, problems, journal)
     return sampler.sample_groups(ids, 5, 1.0), engine.calls
 
 
-def test_a_prompt_twice_in_a_step_gives_no_rollout_twice() -> None:
-    groups, _ = run_ranks(sampled, 1, ["a", "b", "a"], {}, ["rlvr.oversample_to=16"])[0]
+def test_a_prompt_twice_in_a_step_gives_no_rollout_twice(tmp_path: Path) -> None:
+    groups, _ = run_ranks(sampled, 1, tmp_path, ["a", "b", "a"], {}, ["rlvr.oversample_to=16"])[0]
     rollouts = [rollout for group in groups for rollout in group]
     assert len(rollouts) == len({r.id for r in rollouts}) == len({tuple(r.answer.tokens) for r in rollouts if r.answer})  # fmt: skip
     assert [{r.prompt_id for r in group} for group in groups] == [{"a"}, {"b"}]
 
 
-def test_hard_groups_grow_in_rounds_until_they_have_enough_right_answers() -> None:
+def test_hard_groups_grow_in_rounds_until_they_have_enough_right_answers(tmp_path: Path) -> None:
     """Right answers: easy has half of the first 4, slow has its second as the 11th, never has 0 of 16."""
     right = {"easy": {0, 3}, "slow": {1, 10}, "never": set()}
     words = ["rlvr.rollouts_per_prompt=4", "rlvr.oversample_to=20", "rlvr.max_accuracy=0.5"]
-    groups, calls = run_ranks(sampled, 1, list(right), right, words)[0]
+    groups, calls = run_ranks(sampled, 1, tmp_path, list(right), right, words)[0]
     assert {group[0].prompt_id: len(group) for group in groups} == {"easy": 4, "slow": 16, "never": 20}  # fmt: skip
     assert calls == [12, 8, 16, 4]
     assert most_rollouts(override(tiny(), words)) == 20, "as the plan counts"
     assert all(len({r.id for r in group}) == len(group) for group in groups)
 
 
-def test_without_rebalancing_no_group_grows() -> None:
+def test_without_rebalancing_no_group_grows(tmp_path: Path) -> None:
     words = ["rlvr.rollouts_per_prompt=4", "rlvr.oversample_to=20", "rlvr.rebalance=false"]
-    assert run_ranks(sampled, 1, ["never"], {}, words)[0][1] == [4]
+    assert run_ranks(sampled, 1, tmp_path, ["never"], {}, words)[0][1] == [4]
 
 
 # --- the probe -------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from rollout_cases import LONG
 from phimini.parallel.ranks.layout import Layout
 from phimini.parallel.ranks.world import World, initialize
 from phimini.stages.config.recipes import tiny
-from phimini.stages.rl.rollouts import Rollout, delivered, from_row, to_trainers
-from phimini.stages.rlvr import rollout_batches, rows_on_main
+from phimini.stages.rl.rollout_log import from_row, waiting_rows
+from phimini.stages.rl.rollouts import Rollout, delivered, to_trainers
+from phimini.stages.rlvr import rollout_batches
 
 LENGTHS = (9, 2, 30, 17, 5)
 
@@ -84,7 +85,7 @@ def kept() -> tuple[list[dict], list[bool]]:
     """Return rank 0's rows of waiting rollouts, through JSON, and whether they come back unchanged."""
     world = initialize(Layout(), LONG)
     before = held_in_turns(world)
-    rows = json.loads(json.dumps(rows_on_main(before, world)))
+    rows = json.loads(json.dumps(waiting_rows(before, world)))
     if not world.is_main:
         return rows, []
     prompts = {"p": np.array([1, 2, 3], np.int32)}

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_runs import interrupt
 from forked_ranks import RankFailure, run_ranks
 from rl_run import make_run, reinforce, run_config
 
@@ -64,3 +65,24 @@ def test_wrong_weights_stop_a_run_whose_answers_are_still_under_way(tmp_path: Pa
     run = run_config(make_run(tmp_path / "run"), *AHEAD, "rollout.partial=true")
     with pytest.raises(RankFailure, match="MismatchError.*more than the alarm level"):
         run_ranks(ahead, 1, run, 1.1)
+
+
+def test_a_killed_run_goes_on_with_the_answers_that_were_ahead(tmp_path: Path) -> None:
+    """Those of step 3 are of the weights before the update that the checkpoint of step 2 has."""
+    saved = ("rlvr.checkpoint_every=1", "background_checkpoints=false")
+    whole, run = (
+        run_config(make_run(tmp_path / name), *AHEAD, *saved) for name in ("whole", "killed")
+    )
+
+    def killed(run: RunConfig) -> None:
+        interrupt("rlvr", 2)()
+        ahead(run)
+
+    run_ranks(ahead, 1, whole)
+    with pytest.raises(RankFailure, match="SIGKILL"):
+        run_ranks(killed, 1, run)
+    rows, _ = run_ranks(ahead, 1, run)[0]
+    assert [row["max_age"] for row in rows] == [0, 1, 1, 1]
+    for name in (*(f"rollouts/00000{n}.parquet" for n in (1, 2, 3, 4)), "model/model.safetensors"):
+        one, other = (Path(each.out) / "rlvr" / name for each in (whole, run))
+        assert one.read_bytes() == other.read_bytes(), name

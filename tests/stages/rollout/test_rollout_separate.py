@@ -128,7 +128,7 @@ def test_oversampled_groups_stop_once_filled(
     short = requests(12, SAMPLING, groups=4)
     late = [dataclasses.replace(r, id=f"late {r.id}", params=LONG_ANSWERS) for r in short]
     service = RolloutService(connected[:1], per_engine=99)
-    done = service.run([*late, *short], group_size=3)
+    done = service.run([*late, *short], sizes={str(g): 3 for g in range(4)})
     groups = [r.group for r in [*late, *short] if r.id in done]
     assert {group: groups.count(group) for group in groups} == {str(g): 3 for g in range(4)}
     assert service.report.aborted == len(late) and not any(id.startswith("late") for id in done)

@@ -1,6 +1,5 @@
 """Scores by the verifier and by a user's function: in this process and in others, and each fault of the function."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 from forked_ranks import run_ranks
 from rl_run import make_run, reinforce, run_config
 
+from phimini.model.io.json_files import read_rows
 from phimini.model.io.tokenizer import train_tiny_tokenizer
 from phimini.stages.verify.scorer import Answered, Scorer
 
@@ -47,7 +47,7 @@ ITEMS = [
 
 
 def scores(scorer: Scorer, items: list[Answered]) -> list[float]:
-    return [score() for score in [scorer.start(item) for item in items]]
+    return [score().value for score in [scorer.start(item) for item in items]]
 
 
 @pytest.fixture
@@ -63,6 +63,15 @@ def test_scores_come_in_order(workers: int, file: str) -> None:
     assert scores(mine, ITEMS) == [609.0, 609.0, 604.5] * 7
 
 
+def test_the_verifier_gives_a_reason_and_a_function_none(file: str) -> None:
+    for mine, reasons in (
+        (None, ["equal", "different", "cut off"]),
+        (f"{file}:length", [None] * 3),
+    ):
+        scorer = Scorer("rlvr.reward", mine)
+        assert [scorer.start(item)().reason for item in ITEMS[:3]] == reasons
+
+
 def test_responses_are_decoded_by_the_workers(file: str) -> None:
     tokenizer = train_tiny_tokenizer([r"1 + 1? \boxed{2}"] * 3, vocab_size=256)
     tokens = [np.array(tokenizer.encode(item.response), np.int32) for item in ITEMS]
@@ -70,7 +79,7 @@ def test_responses_are_decoded_by_the_workers(file: str) -> None:
     for workers in (0, 2):
         scorer = Scorer("rlvr.reward", f"{file}:length", workers, tokenizer.decode)
         assert scores(scorer, given) == [609.0, 609.0, 604.5] * 7
-        assert [json.loads(text) for text in scorer.texts(tokens)] == [i.response for i in ITEMS]
+        assert scorer.texts(tokens) == [i.response for i in ITEMS]
 
 
 def test_an_answer_that_takes_long_delays_no_other(file: str) -> None:
@@ -80,8 +89,8 @@ def test_an_answer_that_takes_long_delays_no_other(file: str) -> None:
     scores(scorer, ITEMS[:8])
     begun = time.monotonic()
     slow, *quick = [scorer.start(item) for item in (items[2], *items[3:])]
-    assert [score() for score in quick] == [1.0] * 18 and time.monotonic() - begun < SLOW_S
-    assert slow() == 2.0 and time.monotonic() - begun >= SLOW_S
+    assert [score().value for score in quick] == [1.0] * 18 and time.monotonic() - begun < SLOW_S
+    assert slow().value == 2.0 and time.monotonic() - begun >= SLOW_S
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -139,7 +148,9 @@ def test_stage_4_trains_on_a_reward_of_the_users(file: str, tmp_path: Path) -> N
     run = run_config(make_run(tmp_path / "run"), *words)
     (rows,) = run_ranks(reinforce, 1, run, timeout_s=200)
     assert len(rows) == 3
-    written = (tmp_path / "run" / "rlvr" / "rollouts").glob("*.jsonl")
-    rewards = {json.loads(line)["reward"] for file in written for line in file.open()}
+    tables = sorted((tmp_path / "run" / "rlvr" / "rollouts").iterdir())
+    written = [row for table in tables for row in read_rows(table, {"reward": float})]
+    rewards = {row["reward"] for row in written}
+    assert len(tables) == 3 and {row["reason"] for row in written} == {None}
     assert rewards == {1.5, -0.25}, "the verifier gives +1 and -1"
     assert all(row["used_rollouts"] > 0 for row in rows)
