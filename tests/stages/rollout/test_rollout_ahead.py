@@ -69,9 +69,9 @@ def test_wrong_weights_stop_a_run_whose_answers_are_still_under_way(tmp_path: Pa
 
 def test_a_killed_run_goes_on_with_the_answers_that_were_ahead(tmp_path: Path) -> None:
     """Those of step 3 are of the weights before the update that the checkpoint of step 2 has."""
+    saved = ("rlvr.checkpoint_every=1", "background_checkpoints=false")
     whole, run = (
-        run_config(make_run(tmp_path / name), *AHEAD, "rlvr.checkpoint_every=1")
-        for name in ("whole", "killed")
+        run_config(make_run(tmp_path / name), *AHEAD, *saved) for name in ("whole", "killed")
     )
 
     def killed(run: RunConfig) -> None:
