@@ -144,12 +144,6 @@ def give_weights(model: Model, engine: RolloutEngine, journal: Journal) -> None:
     engine.sync(model)
 
 
-def give_weights(model: Model, engine: RolloutEngine, journal: Journal) -> None:
-    """Sync the engine; the journal knows the weights before an answer has tokens of them. Collective."""
-    journal.note_weights(model)
-    engine.sync(model)
-
-
 def rollout_source(
     run: RunConfig,
     world: World,

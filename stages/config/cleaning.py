@@ -76,6 +76,10 @@ class CleanOptions:
     """licence of those rows that do not name their own"""
     heldout: tuple[str, ...] = ()
     """files or folders of evaluation questions, benchmarks included; rows that ask one of them are dropped"""
+    heldout_words: Count | None = 13
+    """also drop rows whose question has so many consecutive words of one of them; none: do not"""
+    heldout_masked: bool = False
+    """also drop rows whose question is one of them with other numbers; too strict for questions made from templates"""
     max_repetition: Share | None = None
     """drop responses of which a larger share are sequences of 10 words that occurred before in the response"""
     near: NearDuplicates = field(default_factory=NearDuplicates)

@@ -16,7 +16,15 @@ from phimini.model.io.json_files import Row, read_rows
 from phimini.stages.config.cleaning import CleanOptions
 from phimini.stages.corpus.questions import annotated, counted, labelled, summed
 from phimini.stages.corpus.shards import SCHEMA, Shard, columns, read_back, rows_of
-from phimini.stages.corpus.steps import Named, dropped, routed, verified, without_loops
+from phimini.stages.corpus.steps import (
+    Named,
+    dropped,
+    routed,
+    verified,
+    without_excerpts,
+    without_loops,
+)
+from phimini.stages.data.decontaminate import Excerpts
 from phimini.stages.data.row_index import sequence_hashes
 from phimini.stages.data.set_aside import Aside
 from phimini.stages.verify.scorer import Scorer
@@ -62,9 +70,16 @@ def read(shards: list[Shard], options: CleanOptions) -> Step:
     return Step("read", lambda _, rank: (("rollouts", row) for row in rows_of(shards[rank], options)))  # fmt: skip
 
 
-def decontaminate(heldout: Path) -> Step:
-    """Drop rows that ask a question of a file of held-out ones."""
-    return Step("decontaminate", lambda pairs, _: routed(pairs, Aside(read_rows(heldout, {}))))
+def decontaminate(options: CleanOptions, heldout: Path) -> Step:
+    """Drop rows that ask or quote a question of a file of held-out ones."""
+
+    def run(pairs: Iterable[Named], _: int) -> Iterable[Named]:
+        rows = read_rows(heldout, {})
+        asked = ((row["id"], row["question"]) for row in rows)
+        excerpts = Excerpts(asked, options.heldout_words, masked=options.heldout_masked)
+        return without_excerpts(routed(pairs, Aside(rows)), excerpts)
+
+    return Step("decontaminate", run)
 
 
 def verify() -> Step:

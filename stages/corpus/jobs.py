@@ -76,7 +76,7 @@ def jobs(options: CleanOptions, shards: list[Shard], out: Path) -> list[Job]:
     near, checked = options.near, work / "checked" / "rollouts"
     check = [
         blocks.read(shards, options),
-        *([blocks.decontaminate(work / "heldout.jsonl")] if options.heldout else []),
+        *([blocks.decontaminate(options, work / "heldout.jsonl")] if options.heldout else []),
         blocks.verify(),
         blocks.repetition(options.max_repetition),
         *([blocks.judge(options, answers)] if options.judge.model is not None else []),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from phimini.model.io.json_files import Row
+from phimini.stages.data.decontaminate import Excerpts
 from phimini.stages.data.row_fields import has_ended
 from phimini.stages.data.row_index import repetition
 from phimini.stages.data.set_aside import Aside
@@ -26,6 +27,13 @@ def routed(given: Iterable[Named], aside: Aside) -> Iterator[Named]:
     for name, row in given:
         found, question_id = aside.of(row["question"]) or (name, "")
         yield dropped(row, f"held-out question {question_id}") if found == "heldout" else (found, row)  # fmt: skip
+
+
+def without_excerpts(given: Iterable[Named], excerpts: Excerpts) -> Iterator[Named]:
+    """Yield the rows; those whose question quotes a held-out one are dropped."""
+    for name, row in given:
+        reason = None if name == "dropped" else excerpts.match(row["question"])
+        yield (name, row) if reason is None else dropped(row, reason)
 
 
 def dropped(row: Row, reason: str) -> Named:

@@ -125,6 +125,35 @@ class Questions:
         return next(self.matches(question), None) is not None
 
 
+class Excerpts:
+    """An index of questions by their sequences of words, for longer questions that quote one, and by their text with numbers masked."""
+
+    def __init__(
+        self, questions: Iterable[tuple[str, str]], length: int | None, *, masked: bool
+    ) -> None:
+        """questions: pairs of id and text. length: words, numbers and signs of a sequence. masked: match other numbers too."""
+        self._length, self._masked = length, masked
+        self._found: dict[tuple[str, ...], str] = {}
+        for id, question in questions:
+            for key, how in self._keys(question):
+                self._found.setdefault(key, f"{how} held-out question {id}")
+
+    def match(self, question: str) -> str | None:
+        """Return how a question is like one of the index, and the id of that one; None if it is like none."""
+        return next(
+            (self._found[key] for key, _ in self._keys(question) if key in self._found), None
+        )
+
+    def _keys(self, question: str) -> Iterator[tuple[tuple[str, ...], str]]:
+        words = [_SPELLED.get(token, token) for token in map(str, _TOKEN.findall(_plain(question)))]
+        if self._length is not None:
+            for start in range(len(words) - self._length + 1):
+                yield tuple(words[start : start + self._length]), f"{self._length} words of"
+        if self._masked:
+            is_number = lambda word: word[0].isdecimal() or word[0] == "." or word in _NUMBERS
+            yield ("masked", *("#" if is_number(word) else word for word in words)), "other numbers in"  # fmt: skip
+
+
 def _plain(question: str) -> str:
     """Return lower case text with one spelling of each character, no layout commands, no separators within numbers or words."""
     text = unicodedata.normalize("NFKC", question).lower().replace("’", "'")

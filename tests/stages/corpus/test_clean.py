@@ -60,6 +60,27 @@ def test_every_row_is_kept_with_its_facts_or_dropped_with_its_reason(
     assert capsys.readouterr().out == "".join(f"{line}\n" for line in said.splitlines()[-3:]), "a complete one is only told of"  # fmt: skip
 
 
+def test_a_quoted_held_out_question_and_one_with_other_numbers_are_found(tmp_path: Path) -> None:
+    held = "A train leaves the station at 9 and travels 60 miles an hour towards a town 180 miles away. When does it arrive?"
+    questions = {
+        "reworded": "A train leaves at 9 from the station towards a town 180 miles away, at 60 miles an hour. When does it get there?",
+        "quoted": "Ann has 7 maps. On one of them she reads: a train leaves the  station at $9$ and travels 60 miles an hour towards a "
+                  "town. The town has 12 gates, and she walks through 5 of them each day. How many days until she has seen all gates?",
+        "numbers": held.replace("180", "240").replace("60", "80"),
+        "other": "At 9 in the morning a shop gets 60 boxes with 180 pens. How many pens are in each box?",
+    }  # fmt: skip
+    rows = [{"id": id, "question": q, "answer": "12", "response": f"{id} \\boxed{{12}}"} for id, q in questions.items()]  # fmt: skip
+    write_rows(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "held.jsonl", [{"id": "h", "question": held, "answer": "12"}])
+    found = {}
+    for name, words in {"plain": ["heldout_words=none"], "default": [], "masked": ["heldout_masked=true"]}.items():  # fmt: skip
+        assert main(["clean", str(tmp_path / "rows.jsonl"), str(tmp_path / name), f"heldout={tmp_path / 'held.jsonl'}", "near.remove=false", *words]) == 0  # fmt: skip
+        found[name] = {row["id"]: row["reason"] for row in rows_in(tmp_path / name / "dropped")}
+    plain = {"reworded": "held-out question h"}
+    default = plain | {"quoted": "13 words of held-out question h"}
+    assert found == {"plain": plain, "default": default, "masked": default | {"numbers": "other numbers in held-out question h"}}  # fmt: skip
+
+
 def test_a_run_reads_the_rows_and_a_trace_tells_what_clean_did(tmp_path: Path) -> None:
     corpus(tmp_path)
     out = clean(tmp_path)
