@@ -10,6 +10,7 @@ With rollout.asynchronous the next step's answers are sampled while this step tr
 """
 
 import dataclasses
+import json
 import random
 from pathlib import Path
 from typing import NoReturn
@@ -45,6 +46,7 @@ from phimini.stages.rl.remedies import advantages, is_too_easy, keeps_prompt, re
 from phimini.stages.rl.rollouts import Rollout, costs_of, delivered, from_row, to_trainers
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import RolloutEngine, on_all_ranks, release_memory
+from phimini.stages.run.audits import Audited, audit_counts, write_audit
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import Row, load_model, start_optimizer, training_steps
 
@@ -282,6 +284,7 @@ def describe(
 ) -> dict:
     """Return the fields of a step's log about its rollouts; accuracies are of each group before remedy 2 oversamples it."""
     first = [rollout for group in groups for rollout in group[: config.rollouts_per_prompt]]
+    audit = audit_counts([both for r in first if (both := audited_of(r, config))])
     zero = [len({r.reward for r in group}) == 1 for group in groups]
     return {
         "tokens": 0,
@@ -290,10 +293,21 @@ def describe(
         "accuracy": float(np.mean([r.reward > 0 for r in first])),
         "response_length": float(np.mean([r.facts.length for r in first])),
         "truncated": float(np.mean([r.truncated for r in first])),
+        "audited": audit["audited"],
+        "audit_undecided": audit["audited"] - audit["decided"],
+        "audit_disagree": audit["disagree"],
+        "audited_accuracy": audit["accuracy"],
         "zero_groups": float(np.mean(zero)),
         "rollouts": sum(map(len, groups)),
         "used_rollouts": len(chosen),
     }
+
+
+def audited_of(rollout: Rollout, config: RlvrConfig) -> Audited | None:
+    """Return both verdicts on a rollout, None if the second check was not asked."""
+    second = rollout.facts.second
+    is_right = None if config.reward is not None else rollout.reward > 0
+    return None if second is None else Audited(is_right, second)
 
 
 def is_masked(rollout: Rollout, config: RlvrConfig) -> bool:
@@ -349,6 +363,12 @@ def write_rollouts(
     if not sampler.world.is_main:
         return
     name = f"rollouts/{step + 1:06d}.jsonl"
+    audited = [
+        (sampler.problems[r.prompt_id] | {"id": r.id, "response": json.loads(texts[r.id])}, both)
+        for r in rollouts
+        if (both := audited_of(r, sampler.config))
+    ]
+    write_audit(stage, f"{step + 1:06d}", audited)
 
     def line(r: Rollout) -> bytes:
         row = {

@@ -316,6 +316,8 @@ class RunConfig:
     """evaluation after each stage"""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """the sampling engine"""
+    audit: Share = 0.1
+    """share of the verdicts on sampled answers that a second check repeats: other reading, other parser, sympy"""
     log: LogConfig = field(default_factory=LogConfig)
     """experiment trackers"""
 

@@ -21,7 +21,7 @@ from phimini.parallel.ranks.world import World, on_every
 from phimini.parallel.training.batch import DivergedError, digest
 from phimini.stages.data.packing import flops_of, shares
 from phimini.stages.rollout.engine import Arrived, Sampled, Span
-from phimini.stages.verify.scorer import Answered, Scorer
+from phimini.stages.verify.scorer import Answered, Scorer, Second
 
 KEPT = ("id", "prompt_id", "step", "temperature", "reward", "advantage")
 """fields of a rollout that a checkpoint keeps as they are"""
@@ -38,12 +38,14 @@ class Facts(NamedTuple):
     checksum: int
     """of tokens and log-probs"""
     holder: int
+    second: Second | None = None
+    """verdict of the second check; None if that was not asked"""
 
 
-def facts_of(completion: Sampled, score: float, holder: int) -> Facts:
+def facts_of(completion: Sampled, score: float, holder: int, second: Second | None = None) -> Facts:
     """Return the facts about a completion that is here, on the rank `holder`."""
     c, checksum = completion, checksum_of(completion)
-    return Facts(score, len(c.tokens), c.finish_reason, c.versions, checksum, holder)
+    return Facts(score, len(c.tokens), c.finish_reason, c.versions, checksum, holder, second)
 
 
 def checksum_of(completion: Sampled) -> int:
@@ -58,24 +60,31 @@ def sample_and_score(
     world: World,
     *,
     collective: bool = True,
+    audited: Sequence[bool] | None = None,
 ) -> tuple[list[Sampled | None], list[Facts | None]]:
     """Return the answers that this rank has, and the facts about all, one for each of `problems`. Collective.
 
     generate: calls an engine with a function to call when an answer arrives. The facts about an answer that was aborted
-    are None. collective: False if only this rank samples. Raises on every rank as `Scorer.start`.
+    are None. collective: False if only this rank samples. audited: answers whose verdict is checked a second time.
+    Raises on every rank as `Scorer.start`.
     """
     scores: dict[int, Callable[[], float]] = {}
+    seconds: dict[int, Callable[[], Second]] = {}
 
     def arrived(number: int, completion: Sampled) -> None:
         problem = problems[number]
         asked = problem["question"], problem["answer"]
-        scores[number] = scorer.start(Answered(*asked, completion.tokens, completion.finish_reason))
+        item = Answered(*asked, completion.tokens, completion.finish_reason)
+        scores[number] = scorer.start(item)
+        if audited is not None and audited[number]:
+            seconds[number] = scorer.second(item)
 
     here = generate(arrived)
 
     def own_facts() -> dict[int, Facts]:
         held = [(i, completion) for i, completion in enumerate(here) if completion is not None]
-        return {i: facts_of(completion, scores[i](), world.rank) for i, completion in held}
+        second = lambda i: seconds[i]() if i in seconds else None
+        return {i: facts_of(c, scores[i](), world.rank, second(i)) for i, c in held}
 
     with phase("verify"):
         mine = on_every(world, own_facts) if collective else own_facts()
@@ -137,8 +146,8 @@ class Rollout:
 
 def from_row(row: dict[str, Any], prompts: dict[str, np.ndarray], world: World) -> Rollout:
     """Return the rollout of `Rollout.to_row`, held by rank 0. prompts: by id."""
-    score, length, finish_reason, spans, checksum, _ = row["facts"]
-    facts = Facts(score, length, finish_reason, tuple(Span(*s) for s in spans), checksum, 0)
+    score, length, finish_reason, spans, checksum, _, second = row["facts"]
+    facts = Facts(score, length, finish_reason, tuple(Span(*s) for s in spans), checksum, 0, second)
     own = {name: row[name] for name in KEPT}
     answer = None
     if world.is_main:
