@@ -125,6 +125,16 @@ class PlanOptions(RunOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorOptions(RunOptions):
+    """RECIPE, `--parity`, and any field of its config."""
+
+    parity: bool = False
+    """compare transformers, our reference, Megatron and vLLM on the base model, below, at and above the rope boundary"""
+    json: str | None = None
+    """file to write the page to as JSON; - prints it instead of the page"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DistOptions:
     """The layout whose groups are measured, without one all ranks together, and the run's folder."""
 
