@@ -49,6 +49,10 @@ BENCHES = {
         "system.data", "[--rounds N] [--quick] [--json PATH]",
         "Time reading, packing and verifying: the Python work around the GPU",
     ),
+    "verifier": Bench(
+        "system.verifier", "[--workers N] [--rounds N] [--quick] [--json PATH]",
+        "Verdicts per second through the pool of judges, on integers and on expressions",
+    ),
     "scaling": Bench(
         "system.scaling", "[--quick] [--json PATH]",
         "Time a step as sequence, batch, vocabulary and data set grow",

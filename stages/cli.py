@@ -97,6 +97,7 @@ VERBS = {
     "plan": _prints("memory, FLOPs and best layouts: [stage=sft] gpu=h100 gpus=8 [--json PATH]", "run_plan", options.PlanOptions),
     "launch torchrun": _prints("print a job script: [nodes=2 ...] -- recipe RECIPE ...", "launch", None),
     "launch slurm": _prints("the same for sbatch", "launch", None),
+    "doctor": Verb("is this machine ready for a recipe? packages, GPU, disk, tokenizer; --parity, --json PATH", options.DoctorOptions, "phimini.stages.doctor.page:doctor"),
     "doctor --dist": _prints("under torchrun: are these ranks fit to train together?", "examine_job", options.DistOptions),
     "doctor --mismatch": _prints("why do sampler and trainer of a run differ?", "explain_mismatch", options.RunOptions),
     "gpu-day": Verb("every check that needs a GPU, within minutes=8; a rehearsal without one", options.GpuDayOptions, "phimini.bench.gpu_day.command:main", writes=True),
@@ -193,9 +194,9 @@ def verb_of(arguments: list[str]) -> tuple[str, list[str]]:
     first, *rest = arguments
     if first == "evaluate" and _is_of_benchmarks(rest):
         return "evaluate MODEL", [word for word in rest if word != "MODEL"]
-    if first in VERBS:
-        return first, rest
     seconds = [name.split()[1] for name in VERBS if name.startswith(f"{first} ")]
+    if first in VERBS and not (set(seconds) - {"MODEL"}) & set(rest):
+        return first, rest
     if not seconds:
         raise ValueError(
             f"unknown command {first!r:.60}; {nearest(first, dict.fromkeys(name.split()[0] for name in VERBS))}"

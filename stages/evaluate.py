@@ -22,9 +22,10 @@ from phimini.stages.config.schema import RunConfig, to_dict
 from phimini.stages.data.packing import derive
 from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
 from phimini.stages.report.intervals import mean_interval, pass_at_k, wilson_interval
-from phimini.stages.rl.rollouts import sample_and_score
+from phimini.stages.rl.rollouts import Facts, sample_and_score
 from phimini.stages.rollout.build import build_engine, expected_on_main
 from phimini.stages.rollout.engine import Sampled, Sampler, on_all_ranks, release_memory
+from phimini.stages.run.audits import Audited, audit_of, is_audited
 from phimini.stages.run.outputs import SUMMARY, check_inputs
 from phimini.stages.run.progress import work
 from phimini.stages.verify.scorer import Scorer
@@ -80,16 +81,19 @@ def evaluate_problems(
     params = replace(greedy_params, temperature=config.temperature, top_p=config.top_p)
     seeds = [derive(config.seed, p["id"], j) for p in problems for j in range(k)]
     repeated = [prompt for prompt in prompts for _ in range(k)]
+    asked = [problem | {"id": f"{problem['id']}/{j}"} for problem in problems for j in range(k)]
+    audited = [is_audited(run.seed, run.audit, "evaluate", row["id"]) for row in asked]
     total = sum(expected_on_main(run, world, n) for n in (len(prompts), len(repeated)))
     with work(label, total, run.out, world.is_main) as progress:
         answers, greedy = sample_and_score(
             lambda arrived: engine.generate(prompts, greedy_params, [0] * len(prompts), arrived),
             problems, judge, world, progress=progress,
         )  # fmt: skip
-        _, sampled = sample_and_score(
+        held, sampled = sample_and_score(
             lambda arrived: engine.generate(repeated, params, seeds, arrived),
-            [problem for problem in problems for _ in range(k)], judge, world, progress=progress,
+            asked, judge, world, progress=progress, audited=audited,
         )  # fmt: skip
+    audit = audit_of(audited_rows(tokenizer, asked, held, sampled, config.judge is None, world))
     greedy, sampled = (
         [answer for answer in all_of if answer is not None] for all_of in (greedy, sampled)
     )
@@ -99,9 +103,35 @@ def evaluate_problems(
         "truncated": float(np.mean([answer.finish_reason == "length" for answer in sampled])),
         "response_length": float(np.mean([answer.length for answer in sampled])),
         "samples": shown_samples(tokenizer, problems, answers, greedy_ok, world),
+        "audit": audit,
         "tokens": sum(answer.length for answer in (*greedy, *sampled)),
         "seconds": time.perf_counter() - started,
     }
+
+
+def audited_rows(
+    tokenizer: Tokenizer,
+    asked: list[dict],
+    here: Sequence[Sampled | None],
+    facts: Sequence[Facts | None],
+    is_verdict: bool,
+    world: World,
+) -> list[tuple[dict, Audited]]:
+    """Return the rows that were audited, with their responses where both verdicts disagree. Collective.
+
+    here: the answers that this rank has. is_verdict: False for scores of the user's function.
+    """
+    pairs = [
+        (i, Audited(of_one.score > 0 if is_verdict else None, of_one.second))
+        for i, of_one in enumerate(facts)
+        if of_one is not None and of_one.second is not None
+    ]
+    listed = [i for i, both in pairs if both.disagree]
+    texts = on_all_ranks(
+        world, [None if (c := here[i]) is None else tokenizer.decode(c.tokens) for i in listed]
+    )
+    responses = dict(zip(listed, texts, strict=True))
+    return [(asked[i] | {"response": responses.get(i, "")}, both) for i, both in pairs]
 
 
 def shown_samples(

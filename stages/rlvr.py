@@ -28,7 +28,6 @@ from phimini.parallel.training.step import StepMetrics, forward_backward, forwar
 from phimini.stages.config.schema import RlvrConfig, RunConfig
 from phimini.stages.data.packing import derive, micro_batches
 from phimini.stages.data.row_fields import PROBLEM_FIELDS
-from phimini.stages.rl.audit import audit
 from phimini.stages.rl.groups import GroupSampler, RolloutSource
 from phimini.stages.rl.loss import logps, policy_head, weight_of, with_reference_logps
 from phimini.stages.rl.mismatch import (
@@ -43,7 +42,7 @@ from phimini.stages.rl.mismatch import (
 from phimini.stages.rl.mismatch_diagnosis import EXAMINED, Case, diagnose
 from phimini.stages.rl.prompt_pool import select_prompts
 from phimini.stages.rl.remedies import advantages, is_too_easy, keeps_prompt, rebalance
-from phimini.stages.rl.rollout_log import from_row, waiting_rows, write_rollouts
+from phimini.stages.rl.rollout_log import audit_metrics, from_row, waiting_rows, write_rollouts
 from phimini.stages.rl.rollouts import Journal, Rollout, costs_of, to_trainers
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import RolloutEngine, on_all_ranks, release_memory
@@ -96,8 +95,6 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
             chosen = [r for r in usable if r.age(model.num_updates) <= run.rollout.max_staleness]
             step.row = describe(groups, chosen, config, source.temperature(step.index))
             step.row["too_stale"] = len(usable) - len(chosen)
-            if config.audit_rollouts:
-                step.row |= audit(groups, source.sampler, config.audit_rollouts, world)
             count_unused(state["unused"], groups, step.row, config)
             state["sampled_tokens"] += sum(r.facts.length for group in groups for r in group)
             # Before anything depends on the rollouts: even their number decides whether there is an update.
@@ -323,7 +320,7 @@ def describe(
         "zero_groups": float(np.mean(zero)),
         "rollouts": sum(map(len, groups)),
         "used_rollouts": len(chosen),
-    }
+    } | audit_metrics(first, config)
 
 
 def is_masked(rollout: Rollout, config: RlvrConfig) -> bool:

@@ -39,6 +39,7 @@ from phimini.stages.data.packing import (
 )
 from phimini.stages.rl.answers import sample_answers
 from phimini.stages.rl.pairs import LOGPS, Pair, read_pairs
+from phimini.stages.run.audits import Audited, write_audit
 from phimini.stages.run.guards import check_trained_shares
 from phimini.stages.run.progress import work
 from phimini.stages.run.stage_folder import Stage
@@ -139,7 +140,7 @@ def sample_pairs(
 
 
 def write_pairs(run: RunConfig, stage: Stage, files: list[Path]) -> None:
-    """Write the pairs of the rollouts in `files`. Not collective.
+    """Write the pairs of the rollouts in `files`, and the audit of their verdicts. Not collective.
 
     Raises ValueError if the pairs are fewer than one step's.
     """
@@ -153,6 +154,10 @@ def write_pairs(run: RunConfig, stage: Stage, files: list[Path]) -> None:
         )
     write_rows(stage.path / "pairs.jsonl", pairs)
     stage.record("pairs.jsonl")
+    audited = [
+        (row, Audited(row["correct"], row["second"])) for row in rollouts if row.get("second")
+    ]
+    write_audit(stage, "pairs", audited)
 
 
 def pair_up(rollouts: list[dict], pairs_per_prompt: int, seed: int) -> list[dict]:

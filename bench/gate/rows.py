@@ -35,7 +35,8 @@ from phimini.model.io.json_files import parsed_lines, write_rows
 SCHEMA = 2
 """since 2 a row holds its samples round by round"""
 BETTER = {"ms": "lower", "cpu_ms": "lower", "bytes": "lower", "tokens/s": "higher", "tokens/cpu_s": "higher",
-          "samples/s": "higher", "samples/cpu_s": "higher", "pairs/cpu_s": "higher", "rows/cpu_s": "higher"}  # fmt: skip
+          "samples/s": "higher", "samples/cpu_s": "higher", "pairs/cpu_s": "higher", "rows/cpu_s": "higher",
+          "verdicts/s": "higher"}  # fmt: skip
 """the units, and the better direction of each"""
 
 

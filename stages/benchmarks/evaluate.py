@@ -21,6 +21,7 @@ from phimini.stages.data.packing import derive
 from phimini.stages.rollout.build import build_engine, expected_on_main
 from phimini.stages.rollout.dispatch import RolloutError
 from phimini.stages.rollout.engine import RolloutEngine, Sampled, release_memory
+from phimini.stages.run.audits import is_audited
 from phimini.stages.run.progress import StepProgress
 from phimini.stages.verify.benchmark import judged
 from phimini.stages.verify.scorer import Answered, Scorer
@@ -29,7 +30,7 @@ _TEXT, _INTEGER, _BOOLEAN = pyarrow.string(), pyarrow.int64(), pyarrow.bool_()
 COLUMNS = [
     ("problem", _TEXT), ("sample", _INTEGER), ("question", _TEXT), ("answer", _TEXT), ("subject", _TEXT), ("level", _INTEGER),
     ("response", _TEXT), ("finish_reason", _TEXT), ("tokens", _INTEGER), ("extracted", _TEXT), ("vote", _TEXT),
-    ("strict", _BOOLEAN), ("reason", _TEXT), ("lenient", _BOOLEAN),
+    ("strict", _BOOLEAN), ("reason", _TEXT), ("lenient", _BOOLEAN), ("second", _TEXT),
 ]  # fmt: skip
 """of the Parquet file of a benchmark's samples"""
 
@@ -52,7 +53,9 @@ def evaluate_benchmarks(plan: Plan, world: World) -> None:
             sample(plan, world, engine, asked, missing)
 
         def finish(asked: Asked = asked) -> None:
-            rows = judged_rows(asked, finished(out / "samples", asked.name, asked.made), judge)
+            rows = judged_rows(
+                plan, asked, finished(out / "samples", asked.name, asked.made), judge
+            )
             write_parquet(out / f"{asked.name}.parquet", rows)
             found = {"data": asked.data, "made": asked.made} | scores(rows, asked.pass_at)
             results = results_with(plan, asked, found)
@@ -106,19 +109,22 @@ def sample(
     world.barrier()
 
 
-def judged_rows(asked: Asked, samples: dict[Key, Sample], judge: Scorer) -> list[Row]:
+def judged_rows(plan: Plan, asked: Asked, samples: dict[Key, Sample], judge: Scorer) -> list[Row]:
     """Return the rows of all wanted samples with their verdicts; more samples than k, of an earlier run, are left out."""
     wanted = [(key, problem, samples[key]) for key, problem in asked.wanted]
-    verdicts = [
-        judge.start(
-            Answered(problem["question"], problem["answer"], one.response, one.finish_reason)
-        )
-        for _, problem, one in wanted
+    items = [
+        Answered(p["question"], p["answer"], one.response, one.finish_reason)
+        for _, p, one in wanted
+    ]
+    verdicts = [judge.start(item) for item in items]
+    seconds = [
+        judge.second(item) if is_audited(plan.run.seed, plan.run.audit, asked.name, *key) else None
+        for item, (key, _, _) in zip(items, wanted, strict=True)
     ]
     return [
         {"problem": key.problem, "sample": key.number, "question": problem["question"], "answer": problem["answer"],
-         "subject": problem["family"], "level": problem["level"], **one._asdict(), **verdict()._asdict()}
-        for (key, problem, one), verdict in zip(wanted, verdicts, strict=True)
+         "subject": problem["family"], "level": problem["level"], **one._asdict(), **verdict()._asdict(), "second": second and second()}
+        for (key, problem, one), verdict, second in zip(wanted, verdicts, seconds, strict=True)
     ]  # fmt: skip
 
 

@@ -31,6 +31,11 @@ def write_page(out: Path, results: dict[str, Any]) -> None:
         ladders=[chart for chart in (own_ladder(models), paper_ladder()) if chart],
         pass_curves=[pass_curve(name, each) for name, each in results["benchmarks"].items()],
         stage_name=stage_name,
+        audits={
+            BENCHMARKS[name].title: each["audit"]
+            for name, each in results["benchmarks"].items()
+            if each.get("audit", {}).get("audited")
+        },
     )
     write_text(out / "benchmarks.html", page)
 

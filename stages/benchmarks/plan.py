@@ -100,7 +100,7 @@ def planned(settings: BenchmarkOptions) -> Plan:
         base, name=model.name, out=settings.out or _results_folder(settings.model), base=str(model.folder),
         seed=settings.seed, processes=settings.processes, rope_factors=model.config.rope_factors,
         evaluate=replace(base.evaluate, temperature=settings.temperature), rollout=rollout,
-        collective_deadline_s=86_400.0,  # ranks wait for the longest answer of another
+        audit=settings.audit, collective_deadline_s=86_400.0,  # ranks wait for the longest answer of another
     )  # fmt: skip
     return Plan(settings, model, run, params, asked)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from phimini.model.io.json_files import Row
 from phimini.stages.report.intervals import mean_interval, pass_at_k
+from phimini.stages.run.audits import Audited, audit_of
 
 RULES = ("strict", "lenient")
 RESULTS = "benchmarks.json"
@@ -41,6 +42,10 @@ def scores(rows: Sequence[Row], pass_at: Sequence[int]) -> dict[str, Any]:
             for i, group in enumerate(groups)
         ],
         "examples": examples(rows),
+        "audit": audit_of([
+            (row | {"id": f"{row['problem']}/{row['sample']}"}, Audited(row["strict"], row["second"]))
+            for row in rows if row.get("second") is not None
+        ]),
     }  # fmt: skip
 
 

@@ -82,8 +82,8 @@ class GuardsConfig:
     length_explosion: Guard = _at(3.0)
     """stage 4: length of the answers of the last 8 steps as a multiple of that of the first 8"""
     reward_hacking: Guard = _at(0.15)
-    """stage 4: rise, since the first 8 steps, of the share of audited answers that have a reward and that math-verify finds
-    wrong; see rlvr.audit_rollouts"""
+    """stage 4: rise, since the first 8 steps, of the share of audited answers that have a reward and that the second check
+    calls wrong; see audit"""
     equal_groups: Guard = _at(0.95)
     """stage 4: share of a step's groups whose answers all have one reward, and so no advantage"""
     truncated: Guard = _at(0.5)

@@ -8,7 +8,7 @@ import tyro
 
 from phimini.stages.config.dialect import Words, build
 from phimini.stages.config.engines import RolloutConfig
-from phimini.stages.config.ranges import Count, NotNegative, Positive, PositiveShare, Seed
+from phimini.stages.config.ranges import Count, NotNegative, Positive, PositiveShare, Seed, Share
 from phimini.stages.config.recipes import recipe_config
 from phimini.stages.config.schema import RunConfig
 
@@ -82,6 +82,8 @@ class BenchmarkOptions:
     """seed of every sample, and of the order of GPQA's choices"""
     processes: Count = 1
     """ranks to start on this machine when not under torchrun"""
+    audit: Share = 0.1
+    """share of the verdicts that a second check repeats: other reading, other parser, sympy"""
     redo: bool = False
     """sample again what is finished"""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -136,6 +138,16 @@ class PlanOptions(RunOptions):
     """number of GPUs"""
     json: str | None = None
     """file to write the plan to as JSON"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorOptions(RunOptions):
+    """RECIPE, `--parity`, and any field of its config."""
+
+    parity: bool = False
+    """compare transformers, our reference, Megatron and vLLM on the base model, below, at and above the rope boundary"""
+    json: str | None = None
+    """file to write the page to as JSON; - prints it instead of the page"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

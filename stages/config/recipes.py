@@ -135,7 +135,6 @@ def phi4_mini_reasoning() -> RunConfig:
             max_accuracy=0.5,
             start_temperature=1.0,
             end_temperature=0.6,
-            audit_rollouts=64,
         ),
         evaluate=EvaluateConfig(
             temperature=0.6,

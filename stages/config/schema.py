@@ -20,7 +20,6 @@ from phimini.stages.config.ranges import (
     AtLeastTwo,
     BelowOne,
     Count,
-    CountOrZero,
     NotNegative,
     Positive,
     PositiveShare,
@@ -211,8 +210,6 @@ class RlvrConfig:
     reward: str | None = None
     """a function of yours, FILE.py:FUNCTION, called with question, answer, response and finish reason, that returns
     the reward, above 0 for a right answer; none: +1 for an answer that ended and verifies, else -1"""
-    audit_rollouts: CountOrZero = 0
-    """so many answers of each step, spread over the groups, are judged by math-verify too, for guards.reward_hacking"""
     max_mismatch: Positive | None = None
     """the run stops when sampler and trainer differ by more than this in mean |log-prob|; none: 1e-3 for a sampler
     in float32, 0.02 in bfloat16, 0.06 in FP8, 0.15 with keys and values in FP8"""
@@ -325,6 +322,8 @@ class RunConfig:
     """the sampling engine"""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     """alarms of training, each with a threshold and an action; may be changed when a run goes on"""
+    audit: Share = 0.1
+    """share of the verdicts on sampled answers that a second check repeats: other reading, other parser, sympy"""
     log: LogConfig = field(default_factory=LogConfig)
     """experiment trackers"""
 

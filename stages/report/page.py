@@ -112,6 +112,7 @@ def write_report(run_dir: str | Path, state: str = "") -> None:
         breakdowns=breakdowns(evaluations),
         curves=[stage_curves(name, rows) for name, rows in metrics.items()],
         samples=samples(evaluations),
+        audits=audits(run, evaluations),
     )
     write_text(run / "report.html", page)
 
@@ -295,6 +296,20 @@ def samples(evaluations: Mapping[str, Row]) -> dict[str, list[Row]]:
         for sample in evaluation.get("samples", []):
             asked.setdefault(sample["question"], []).append({"stage": name, "sample": sample})
     return asked
+
+
+def audits(run: Path, evaluations: Mapping[str, Row]) -> dict[str, Row]:
+    """Return the counts of the second check and the verdicts that disagree, by the answers that they are on."""
+    found = {}
+    for stage, evaluation in evaluations.items():
+        parts = [read_json(path) for path in sorted((run / stage / "audits").glob("*.json"))]
+        if parts:
+            counts = {key: sum(part[key] for part in parts) for key in ("audited", "decided", "right", "disagree")}  # fmt: skip
+            rows = [row for part in parts for row in part["disagreements"]]
+            found[f"{stage_name(stage)}, rollouts"] = counts | {"disagreements": rows}
+        if evaluation.get("audit", {}).get("audited"):
+            found[f"{stage_name(stage)}, evaluation"] = evaluation["audit"]
+    return found
 
 
 def stage_name(stage: str) -> str:

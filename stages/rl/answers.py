@@ -15,6 +15,7 @@ from phimini.stages.rl.rollouts import sample_and_score
 from phimini.stages.rl.slices import in_slices
 from phimini.stages.rollout.build import build_engine
 from phimini.stages.rollout.engine import release_memory
+from phimini.stages.run.audits import is_audited
 from phimini.stages.run.progress import StepProgress
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.verify.scorer import Scorer
@@ -46,8 +47,12 @@ def sample_answers(
         given = [prompts[problem["id"]] for problem, _ in asked]
         seeds = [derive(run.seed, "rollout_dpo", problem["id"], k) for problem, k in asked]
         generate = lambda arrived: engine.generate(given, params, seeds, arrived)
+        audited = [
+            is_audited(run.seed, run.audit, "rollout_dpo", problem["id"], k) for problem, k in asked
+        ]
+        of_asked = [problem for problem, _ in asked]
         here, facts = sample_and_score(
-            generate, [problem for problem, _ in asked], scorer, world, progress=progress
+            generate, of_asked, scorer, world, progress=progress, audited=audited
         )
         tokens = {i: c.tokens for i, c in enumerate(here) if c is not None}
         texts = scorer.texts(tokens.values())
@@ -64,6 +69,7 @@ def sample_answers(
                 "response": answers[i][0],
                 "response_tokens": answers[i][1],
                 "correct": bool(of_one.score),
+                "second": of_one.second,
                 "finish_reason": of_one.finish_reason,
                 "temperature": config.temperature,
             }

@@ -22,6 +22,7 @@ from phimini.stages.rl.rollouts import Journal, Rollout, sample_and_score, witho
 from phimini.stages.rollout.engine import First, PrefetchingEngine, RolloutEngine
 from phimini.stages.rollout.engine import Sampler as EngineSampler
 from phimini.stages.rollout.prefetch import Background
+from phimini.stages.run.audits import is_audited
 from phimini.stages.run.progress import StepProgress
 from phimini.stages.verify.scorer import Scorer
 
@@ -119,6 +120,7 @@ class GroupSampler:
             self.world,
             collective=self.collective,
             progress=progress,
+            audited=[self._is_audited(purpose, step, id, k) for id, k in asked],
         )
         rollouts = [
             Rollout(
@@ -140,6 +142,11 @@ class GroupSampler:
         count("samples", len(rollouts))
         count("sampled_tokens", sum(rollout.facts.length for rollout in rollouts))
         return rollouts
+
+    def _is_audited(self, purpose: str, step: int, id: str, k: int) -> bool:
+        """Return True for a verdict to check a second time, of those on answers to train on."""
+        run = self.run
+        return purpose == "rollout" and is_audited(run.seed, run.audit, "rlvr", step, id, k)
 
     def reward(self, score: float) -> float:
         """Return the reward of a score: that of the user's function as it is, the verifier's as +1 or -1."""

@@ -16,6 +16,7 @@ rollouts/000012.parquet is of step 12, with a row for each rollout in the order 
     tokens             list      of int32, with the stop token
     logprobs           list      of float32, of each token as it was drawn
     text               string    the decoded answer
+    second             string    verdict of the second check, for the answers that `audit` chose: right, wrong or undecided
 
 A token takes 8 bytes, and its text about 4, 2 compressed: 130 MB for a step of 1,024 answers of 12k tokens. With
 rollout.log=false a table lies in checkpoints/rollouts/ instead, for a resumed run, until a checkpoint is newer.
@@ -30,10 +31,12 @@ import pyarrow.parquet as pq
 from phimini.model.io.json_files import Row, array_of, array_text, atomic_file
 from phimini.parallel.checkpoint.save_load import latest_step
 from phimini.parallel.ranks.world import World, on_main
+from phimini.stages.config.schema import RlvrConfig
 from phimini.stages.data.packing import chunks
 from phimini.stages.rl.groups import GroupSampler
 from phimini.stages.rl.rollouts import ANSWER, FILES, Facts, Rollout, answer_of, on_rank_0
 from phimini.stages.rollout.engine import Span
+from phimini.stages.run.audits import Audited, audit_counts, write_audit
 from phimini.stages.run.stage_folder import Stage
 
 OUTCOME = pa.schema(
@@ -42,7 +45,7 @@ OUTCOME = pa.schema(
         ("reward", pa.float64()), ("reason", pa.string()), ("advantage", pa.float64()),
     ]
 )  # fmt: skip
-TABLE = pa.schema([*OUTCOME, *ANSWER, ("text", pa.string())])
+TABLE = pa.schema([*OUTCOME, *ANSWER, ("text", pa.string()), ("second", pa.string())])
 ROW_GROUP = 64
 """rows that writer and reader have in memory: 10 MB of 12k tokens each"""
 KEPT = ("id", "prompt_id", "step", "temperature", "reward", "advantage")
@@ -69,14 +72,45 @@ def write_rollouts(
     def write() -> None:
         rows = [
             {name: getattr(r, name) for name in OUTCOME.names[:5]}
-            | {"reason": r.facts.reason, "advantage": advantages.get(r.id), "text": texts[r.id]}
+            | {"reason": r.facts.reason, "advantage": advantages.get(r.id)}
+            | {"text": texts[r.id], "second": r.facts.second}
             | sampler.journal.row(r.request, r.answer, r.facts.checksum)
             for r in rollouts
             if r.answer is not None
         ]
         _write_table(stage, step, rows)
+        audited = [
+            (sampler.problems[r.prompt_id] | {"id": r.id, "response": texts[r.id]}, both)
+            for r in rollouts
+            if (both := audited_of(r, sampler.config))
+        ]
+        write_audit(stage, f"{step + 1:06d}", audited)
 
     on_main(world, write)
+
+
+def audited_of(rollout: Rollout, config: RlvrConfig) -> Audited | None:
+    """Return both verdicts on a rollout, None if the second check was not asked."""
+    second = rollout.facts.second
+    is_right = None if config.reward is not None else rollout.reward > 0
+    return None if second is None else Audited(is_right, second)
+
+
+def audit_metrics(rollouts: list[Rollout], config: RlvrConfig) -> Row:
+    """Return the fields of a step's log about the verdicts that a second check repeated.
+
+    audited_accuracy: the share that it calls right of those that it decided. unconfirmed: the share of all it was asked that
+    have a reward above 0 and that it calls wrong. Both are absent where there is none.
+    """
+    pairs = [(r, both) for r in rollouts if (both := audited_of(r, config))]
+    counts = audit_counts([both for _, both in pairs])
+    row = {"audited": counts["audited"], "audit_undecided": counts["audited"] - counts["decided"], "audit_disagree": counts["disagree"]}  # fmt: skip
+    if counts["decided"]:
+        row["audited_accuracy"] = counts["accuracy"]
+    if pairs:
+        refused = sum(r.reward > 0 and both.second == "wrong" for r, both in pairs)
+        row["unconfirmed"] = refused / len(pairs)
+    return row
 
 
 def _write_table(stage: Stage, step: int, rows: list[Row]) -> None:
@@ -85,7 +119,7 @@ def _write_table(stage: Stage, step: int, rows: list[Row]) -> None:
     path = (stage.path / "rollouts" if log else passing) / f"{name}.parquet"
     # Every rank waits for this: zstd on all columns would halve the file and triple the time.
     how: dict[str, Any] = {
-        "compression": {"text": "lz4"}, "use_dictionary": ["prompt_id", "reason", "finish_reason"],
+        "compression": {"text": "lz4"}, "use_dictionary": ["prompt_id", "reason", "finish_reason", "second"],
         "write_statistics": False, "write_page_checksum": True,
     }  # fmt: skip
     with atomic_file(path) as file, pq.ParquetWriter(file, TABLE, **how) as writer:

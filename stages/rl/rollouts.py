@@ -31,7 +31,7 @@ from phimini.stages.data.packing import flops_of, shares
 from phimini.stages.rollout.engine import Arrived, First, Sampled, Span
 from phimini.stages.rollout.engine import Sampler as EngineSampler
 from phimini.stages.run.progress import StepProgress
-from phimini.stages.verify.scorer import Answered, Score, Scorer
+from phimini.stages.verify.scorer import Answered, Score, Scorer, Second
 
 SPAN = pa.struct(
     [("version", pa.int32()), ("start", pa.int32()), ("end", pa.int32()), ("weights", pa.int64())]
@@ -60,12 +60,14 @@ class Facts(NamedTuple):
     checksum: int
     """of tokens and log-probs"""
     holder: int
+    second: Second | None = None
+    """verdict of the second check; None if that was not asked"""
 
 
-def facts_of(completion: Sampled, score: Score, holder: int) -> Facts:
+def facts_of(completion: Sampled, score: Score, holder: int, second: Second | None = None) -> Facts:
     """Return the facts about a completion that is here, on the rank `holder`."""
     c, checksum = completion, checksum_of(completion)
-    return Facts(*score, len(c.tokens), c.finish_reason, c.versions, checksum, holder)
+    return Facts(*score, len(c.tokens), c.finish_reason, c.versions, checksum, holder, second)
 
 
 def checksum_of(completion: Sampled) -> int:
@@ -81,26 +83,33 @@ def sample_and_score(
     *,
     collective: bool = True,
     progress: StepProgress | None = None,
+    audited: Sequence[bool] | None = None,
 ) -> tuple[list[Sampled | None], list[Facts | None]]:
     """Return the answers that this rank has, and the facts about all, one for each of `problems`. Collective.
 
     generate: calls an engine with a function to call when an answer arrives. The facts about an answer that was aborted
-    are None. collective: False if only this rank samples. progress: a step of it is an answer that arrives here. Raises on every rank as `Scorer.start`.
+    are None. collective: False if only this rank samples. progress: a step of it is an answer that arrives here. audited:
+    answers whose verdict is checked a second time. Raises on every rank as `Scorer.start`.
     """
     scores: dict[int, Callable[[], Score]] = {}
+    seconds: dict[int, Callable[[], Second]] = {}
 
     def arrived(number: int, completion: Sampled) -> None:
         problem = problems[number]
         asked = problem["question"], problem["answer"]
-        scores[number] = scorer.start(Answered(*asked, completion.tokens, completion.finish_reason))
+        item = Answered(*asked, completion.tokens, completion.finish_reason)
+        scores[number] = scorer.start(item)
+        if audited is not None and audited[number]:
+            seconds[number] = scorer.second(item)
         if progress is not None:
             progress.advance()
 
     here = generate(arrived)
 
     def own_facts() -> dict[int, Facts]:
-        held = enumerate(here)
-        return {i: facts_of(c, scores[i](), world.rank) for i, c in held if c is not None}
+        held = [(i, completion) for i, completion in enumerate(here) if completion is not None]
+        second = lambda i: seconds[i]() if i in seconds else None
+        return {i: facts_of(c, scores[i](), world.rank, second(i)) for i, c in held}
 
     with phase("verify"):
         mine = on_every(world, own_facts) if collective else own_facts()

@@ -76,7 +76,6 @@ FREE = (
     "micro_rows",
     "micro_tokens",
     "checkpoint_every",
-    "audit_rollouts",
     "workers",
     "url",
     "key_variable",

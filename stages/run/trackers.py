@@ -19,10 +19,9 @@ from phimini.stages.config.schema import RunConfig, to_dict
 
 
 def missing_packages(run: RunConfig) -> list[str]:
-    """Return a sentence for each tracker of `log.to`, and for an audit, whose package is not installed."""
+    """Return a sentence for each tracker of `log.to` whose package is not installed."""
     installed = {d.name.lower() for d in importlib.metadata.distributions() if d.name}
-    audit = f"rlvr.audit_rollouts={run.rlvr.audit_rollouts}: the package math-verify is not installed; pip install math-verify"
-    return [audit] * bool(run.rlvr.audit_rollouts and "math-verify" not in installed) + [
+    return [
         f"log.to={name}: the package {name} is not installed; run `pip install 'phimini[log]'`"
         for name in run.log.to
         if name not in installed

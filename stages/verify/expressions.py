@@ -11,6 +11,9 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from antlr4.atn.PredictionMode import PredictionMode
+from latex2sympy2_extended import latex2sympy2
+from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 from latex2sympy2_extended.logic import And
 from latex2sympy2_extended.math_normalization import NormalizationConfig
 from latex2sympy2_extended.sets import FiniteSet
@@ -331,3 +334,28 @@ def _separating_digits(number: Expr) -> int:
 
 grader.sympy_numeric_eq = _leaves_equal
 grader.sympy_symbolic_eq = lambda a, b: False
+
+
+class _TwoStages(_Latex2Sympy):
+    """latex2sympy with ANTLR's two-stage parsing, twice as fast.
+
+    SLL prediction keeps what it learns from each text. Where it succeeds the tree is that of full LL prediction; a syntax
+    error may be SLL's own, so that the text is parsed again (Parr et al., Adaptive LL(*) Parsing, OOPSLA 2014, 3.2).
+    """
+
+    mode = PredictionMode.SLL
+
+    def create_parser(self, latex_str: str) -> Any:
+        parser = super().create_parser(latex_str)
+        parser._interp.predictionMode = self.mode
+        return parser
+
+    def parse(self, latex_str: str) -> Any:
+        try:
+            return super().parse(latex_str)
+        except Exception:  # latex2sympy raises this class for a syntax error
+            self.mode = PredictionMode.LL
+            return super().parse(latex_str)
+
+
+latex2sympy2._Latex2Sympy = _TwoStages

@@ -1,4 +1,4 @@
-"""Comparison of symbolic answers by math-verify, in a worker process with a hard time limit.
+"""Comparison of symbolic answers by math-verify, or by the second check, in a worker process with a hard time limit.
 
 math-verify limits its time with SIGALRM, which works only in a main thread, and sympy can spend hours and gigabytes
 on one line. A process can always be killed, from any thread and during any computation. This module sends questions
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class SymbolicVerifier:
     """Client of one worker process, which is started at the first question and again after a kill.
 
-    rules: the module of this room whose `are_equal` compares: `expressions`, or `lenient`.
+    rules: the module of this room whose `are_equal` compares: `expressions`, `lenient` or `audit`.
     """
 
     def __init__(
@@ -101,7 +101,8 @@ class SymbolicVerifier:
         self._lock = threading.Lock()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        require_math_verify("a symbolic answer")
+        if self.rules != "audit":
+            require_math_verify("a symbolic answer")
         # -P keeps the current folder off the path, because it may contain another `intervals.py`.
         self._worker = subprocess.Popen(
             [sys.executable, "-P", "-m", "phimini.stages.verify.worker", self.rules],
@@ -149,6 +150,8 @@ shared = SymbolicVerifier()
 """the worker of this process"""
 lenient = SymbolicVerifier(LENIENT_CPU_LIMIT_SECONDS, "lenient")
 """the worker of this process that reads whole responses as lighteval does"""
-for verifier in (shared, lenient):
+second = SymbolicVerifier(rules="audit")
+"""the worker of this process that checks verdicts a second time"""
+for verifier in (shared, lenient, second):
     atexit.register(verifier.close)
     os.register_at_fork(after_in_child=verifier.forget_worker)

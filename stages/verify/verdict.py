@@ -6,7 +6,7 @@ math-verify (`symbolic.py`), with a hard time limit. Each rule prevents a known 
 - The last box decides, and it must be closed. An earlier box is never used; a response without a box has no answer.
 - A number must be written as a number: `6*7`, `40+2`, `84/2` and `\sqrt{4}` are unfinished work. A fraction must be in
   lowest terms, as the checker of the MATH data set requires.
-- `042`, `42.0`, `1,000`, `$42$` and `\frac{1}{2}` = `1/2` = `½` = `0.5` are spellings. `(2,500)` is a pair and
+- `042`, `42.0`, `1,000`, `$42$`, `４２` and `\frac{1}{2}` = `1/2` = `½` = `0.5` are spellings. `(2,500)` is a pair and
   `0,100` a list.
 - A name or a unit (`x=42`, `42\text{ cm}`, `42\%`) may stand on one side only. On both sides they must agree.
 - An inequality solved for one name is its interval. `x = y` and `y - x = 0` are one equation.
@@ -34,17 +34,27 @@ Reason = Literal[
     "work left undone", "unreadable", "timed out", "too large",
 ]  # fmt: skip
 
-# Without braces a TeX argument is one digit or letter, but `\boxed 42` is meant as 42.
-_BOX_OR_BRACE = re.compile(
-    r"\\boxed\s*(?:\{|(?P<bare>-?[0-9]+(?:\.[0-9]+)?(?![0-9A-Za-z])|(?<=\s)[A-Z](?![0-9A-Za-z])))|\\[{}]|[{}]"
+# Without braces a TeX argument is one digit or letter, but `\boxed 42` is meant as 42, and `\boxed 1½` as 1½.
+_DIGIT, _VULGAR, _FRACTION_BAR = "[0-9０-９]", "[¼-¾⅐-⅞]", r"\s*[/／⁄]\s*"
+_WHOLE = rf"(?:{_DIGIT}{{1,3}}(?:[,，]{_DIGIT}{{3}})+(?!{_DIGIT})|{_DIGIT}+)"
+_FRAC = rf"\\[dtc]?frac\s*(?:\{{[^{{}}]*\}}|{_DIGIT})\s*(?:\{{[^{{}}]*\}}|{_DIGIT})"
+_BARE_NUMBER = (
+    rf"(?>[-+−－＋]?\s?(?:{_WHOLE}(?:[.．]{_DIGIT}+)?(?:\s?{_VULGAR}|\s?{_FRAC}|{_FRACTION_BAR}{_DIGIT}+)?|{_VULGAR}|{_FRAC}))"
+    # What goes on is no number, or a longer one: `7x`, `7^2`, `7,5`, `2\sqrt{3}`.
+    rf"(?![0-9A-Za-z０-９]|[.,．，]{_DIGIT}|\s*[\^_]|\s*\\(?:sqrt|pi|[dtc]?frac|cdot|times)(?![A-Za-z]))"
 )
+_BOX_OR_BRACE = re.compile(
+    rf"\\boxed\s*(?:\{{|(?P<bare>{_BARE_NUMBER}|(?<=\s)[A-Z](?![0-9A-Za-z])))|\\[{{}}]|[{{}}]"
+)
+# The most frequent answers, whose value is their text.
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _WORDS = re.compile(r"\(?([A-Za-z]|[A-Za-z]{2,}(?:[ -][A-Za-z]+)*)\)?")
 _UNDONE_COMMAND = re.compile(
     r"\\(?:i*int|oint|sum|prod|lim|binom|dbinom|tbinom|gcd|lcm|max|min|det|bmod|pmod|mod)(?![A-Za-z])|[0-9]\s*!"
 )
-# Matches `40+2`, but neither the end of `x^2-1`, `\sqrt5-1`, `\pi/2+1` nor the start of `1+2\sqrt{3}`, `1-2x`.
+# Matches `40+2`, but neither the end of `x^2-1`, `\sqrt5-1`, `\sqrt 5-1`, `\pi/2+1` nor the start of `1+2\sqrt{3}`, `1-2x`.
 _UNDONE_ARITHMETIC = re.compile(
-    r"(?<![\^_/.0-9A-Za-z])[0-9.]++\s*(?:[-+*]|\\(?:cdot|times|div|ast)(?![A-Za-z]))\s*"
+    r"(?<![\^_/.0-9A-Za-z])(?<!\\sqrt )[0-9.]++\s*(?:[-+*]|\\(?:cdot|times|div|ast)(?![A-Za-z]))\s*"
     r"[0-9.]++(?!\s*[A-Za-z\\^({])"
 )
 # `101_2`, `3:30`, `2:3`: math-verify drops the base, and reads a time or a ratio as a division.
@@ -77,8 +87,11 @@ def judge(response: str, answer: str) -> Verdict:
 
     Raises ValueError if `answer` is blank or too long, and ImportError if it needs math-verify and that is missing.
     """
-    reference = _reference(answer)
     extracted = extract_answer(response)
+    if extracted and _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(extracted):
+        is_same = extracted == answer
+        return Verdict(is_same, extracted, "equal" if is_same else "different")
+    reference = _reference(answer)
     if extracted is None:
         return Verdict(False, None, "no closed box")
     if not extracted:
@@ -93,7 +106,7 @@ def extract_answer(text: str) -> str | None:
     r"""Return the stripped content of the last `\boxed{...}` of `text`, or None if it is missing or not closed.
 
     Braces nest, and `\{` and `\}` are characters. A box within a closed box is part of the outer one. `\boxed 7` is a
-    box too. In a text with thoughts, only the part after the last `</think>` is read.
+    box too, also with a fraction or full-width digits. In a text with thoughts, only the part after the last `</think>` is read.
     """
     start = max(text.rfind("</think>"), 0)
     stop = text.find("<think>", start)

@@ -8,7 +8,7 @@ from forked_ranks import run_ranks
 from phimini.stages.cli import main
 
 MICRO = [
-    "processes=1", "distill.num_problems=80", "distill.rollouts_per_problem=3", "distill.num_prompts=40",
+    "processes=1", "audit=0", "distill.num_problems=80", "distill.rollouts_per_problem=3", "distill.num_prompts=40",
     "distill.num_heldout=24", "distill.num_validation=24", "curate.sft_examples=64",
     "midtrain.steps=6", "midtrain.validate_every=3", "midtrain.rows_per_step=4", "midtrain.micro_rows=2",
     "sft.examples_per_step=16", "sft.micro_tokens=1024", "sft.validate_every=2", "sft.epochs=1",

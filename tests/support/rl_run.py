@@ -28,7 +28,7 @@ SETTINGS = [
     "rlvr.steps=3", "rlvr.prompts_per_step=4", "rlvr.rollouts_per_prompt=4", "rlvr.probe_prompts=8",
     "rlvr.probe_rollouts=4", "rlvr.min_rollouts=2", "rlvr.max_new_tokens=20", "rlvr.rebalance=false",
     "rlvr.sequence_length=160", "rollout_dpo.sequence_length=160", "rlvr.optimizer.lr=3e-3",
-    "rlvr.optimizer.warmup_ratio=0", "rollout.max_batch=16", "rollout.deadline_s=60",
+    "rlvr.optimizer.warmup_ratio=0", "audit=0", "rollout.max_batch=16", "rollout.deadline_s=60",
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from forked_ranks import run_ranks
 from parity_cases import config
@@ -305,18 +306,19 @@ def confirmed(response: str, answer: str) -> Outcome:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_audit_counts_the_rewards_that_it_refuses(tmp_path: Path, ranks: int) -> None:
-    """An answer of even length has a reward, and the audit confirms every second of those."""
+    """An answer of even length has a reward, and the second check confirms those that end of every second such length."""
 
     def rank(run: Any) -> list[dict]:
-        from phimini.stages.rl import audit
+        from phimini.stages.verify import symbolic
 
-        audit.lenient.compare = confirmed
+        symbolic.second.compare = confirmed  # pyright: ignore[reportAttributeAccessIssue]
         return reinforce(run)
 
-    run = run_config(make_run(tmp_path / "run"), "rlvr.audit_rollouts=16")
+    run = run_config(make_run(tmp_path / "run"), "audit=1.0")
     for row in run_ranks(rank, ranks, run, timeout_s=200)[0]:
-        of_16 = [16 * row[name] for name in ("accuracy", "audited_accuracy", "unconfirmed")]
-        assert of_16[0] == of_16[1] + of_16[2] and all(x == int(x) for x in of_16)
-    texts = [json.loads(line) for line in (Path(run.out) / "rlvr/rollouts/000001.jsonl").open()]
-    right = sum(t["reward"] > 0 and len(t["response"]) % 4 == 0 for t in texts)
-    assert metrics(Path(run.out), "rlvr")[0]["audited_accuracy"] == right / 16
+        assert row["audited"] and row["accuracy"] == row["audited_accuracy"] + row["unconfirmed"]
+    table = pq.read_table(Path(run.out) / "rlvr/rollouts/000001.parquet").to_pylist()
+    for row in table:
+        is_confirmed = row["finish_reason"] == "stop" and len(row["text"]) % 4 == 0
+        assert row["second"] == ("right" if is_confirmed else "wrong")
+    assert {row["second"] for row in table if row["reward"] > 0} == {"right", "wrong"}

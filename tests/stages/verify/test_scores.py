@@ -127,7 +127,7 @@ def test_workers_end_with_a_parent_that_is_killed(file: str) -> None:
         "if __name__ == '__main__':\n"
         f"    scorer = Scorer('rlvr.reward', {file + ':length'!r}, 1)\n"
         "    scorer.start(Answered('q', 'a', 'r', 'stop'))()\n"
-        "    print(*scorer._pool._processes, flush=True)\n"
+        "    print(*scorer._pool.processes._processes, flush=True)\n"
         "    os.kill(os.getpid(), 9)\n"
     )
     script = Path(file).with_name("killed.py")

@@ -38,6 +38,14 @@ EXTRACTIONS = {
     "no braces, a choice": (r"\boxed B", "B"),
     "no braces, a decimal before a stop": (r"\boxed 4.2.", "4.2"),
     "no braces is a box like another": (r"\boxed{41} \boxed 7", "7"),
+    "no braces, a vulgar fraction": (r"\boxed ½", "½"),
+    "no braces, a mixed number": (r"$\boxed -1½$", "-1½"),
+    "no braces, full-width digits": (r"\boxed ７．５。", "７．５"),
+    "no braces, a fraction": (r"\boxed １／２, so", "１／２"),
+    "no braces, a command": (r"\boxed\frac12", r"\frac12"),
+    "no braces, thousands": (r"\boxed 1,000, so", "1,000"),
+    "no braces, a longer number": (r"\boxed 1,0001", None),
+    "no braces, not a number alone": (r"\boxed 7x or \boxed 7^2 or \boxed 2\sqrt{3}", None),
     "no braces, a word": (r"\boxed{41}, which \boxed shows", "41"),
     "thoughts alone": (r"<think>it may be \boxed{42}</think> I do not know.", None),
     "thoughts alone, opened by the prompt": (r"it may be \boxed{42}</think> I do not know.", None),
@@ -83,7 +91,7 @@ EQUAL = {
     "0": ["0", "-0", "0.0", "00", "0/5"],
     "1000": ["1,000", "1{,}000", r"1\,000", r"1\!000", "1,000.0", "1000", r"\$1,000", r"1\times10^{3}"],
     "1234567": ["1,234,567", r"1\,234\,567", "1234567"],
-    "1/2": ["½", "50\\%", r"50\text{ percent}", "0.5", ".5", "0.50", "1/2", "1 / 2", r"\frac{1}{2}", r"\frac12", r"\dfrac{1}{2}", r"\tfrac{1}{2}",
+    "1/2": ["½", "50\\%", r"50\text{ percent}", "0.5", ".5", "0.50", "1/2", "1 / 2", "1∕2", "１／２", r"\frac{1}{2}", r"\frac12", r"\dfrac{1}{2}", r"\tfrac{1}{2}",
             r"\frac{-1}{-2}", "{1}/{2}", r"\frac 1 2", "5e-1"],
     r"-\frac{3}{7}": ["-3/7", r"\frac{-3}{7}", r"\frac{3}{-7}", r"-\dfrac{3}{7}"],
     "3 1/2": ["3.5", "7/2", r"3\frac12"],
@@ -165,6 +173,11 @@ WORK_LEFT_UNDONE = {
 }  # fmt: skip
 
 
+def second(response: str, answer: str) -> str:
+    """Return the outcome of the second check, which may be undecided."""
+    return verify_symbolic.second.compare(boxed(response), answer)
+
+
 def cases(table: dict[str, list[str]]) -> list[tuple[str, str]]:
     return [(answer, response) for answer, responses in table.items() for response in responses]
 
@@ -174,17 +187,20 @@ def test_spellings_of_the_answer(answer: str, response: str) -> None:
     verdict = judge(boxed(response), answer)
     assert verdict.correct and verdict.reason == "equal", verdict
     assert verify(boxed(response), answer)
+    assert second(response, answer) != "different"
 
 
 @pytest.mark.parametrize(("answer", "response"), cases(DIFFERENT), ids=str)
 def test_another_answer(answer: str, response: str) -> None:
     verdict = judge(boxed(response), answer)
     assert not verdict and not verify(boxed(response), answer)
+    assert second(response, answer) != "equal"
 
 
 @pytest.mark.parametrize(("answer", "response"), cases(WORK_LEFT_UNDONE), ids=str)
 def test_an_expression_is_no_answer(answer: str, response: str) -> None:
     assert not judge(boxed(response), answer)
+    assert second(response, answer) != "equal"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from phimini.stages.verify.symbolic import SymbolicVerifier, shared
+from phimini.stages.verify.symbolic import SymbolicVerifier, second, shared
 from phimini.stages.verify.verdict import judge
 
 EQUAL = {
@@ -18,6 +18,7 @@ EQUAL = {
         r"2 \sqrt 3",
         r"$2\sqrt{3}$",
         r"2\sqrt{3}\text{ cm}",
+        r"\sqrt 3 \cdot 2",
         r"x = 2\sqrt{3}",
     ],
     "x+1": ["1+x", r"\left(x + 1\right)"],
@@ -25,7 +26,7 @@ EQUAL = {
     r"\frac{1}{2^{100}}": ["2^{-100}"],
     "x=1,y=2": ["y=2, x=1"],
     r"\frac{\pi}{2}": [r"\pi/2", r"\frac{1}{2}\pi"],
-    r"\frac{-1+\sqrt{5}}{2}": [r"\frac{\sqrt5-1}{2}"],
+    r"\frac{-1+\sqrt{5}}{2}": [r"\frac{\sqrt5-1}{2}", r"\frac{\sqrt 5-1}{2}"],
     r"1+2\sqrt{3}": [r"1 + 2 \sqrt 3", r"\sqrt{12}+1"],
     "(x-1)(x+1)": ["x^2-1", "-1+x^2"],
     r"\frac{2+\pi}{2}": [r"\pi/2+1"],
@@ -93,6 +94,7 @@ def test_the_same_expression(answer: str) -> None:
     for response in EQUAL[answer]:
         verdict = judge(f"so \\boxed{{{response}}}", answer)
         assert verdict.correct, (response, verdict)
+        assert second.compare(rf"\boxed{{{response}}}", answer) != "different", response
 
 
 @pytest.mark.parametrize("answer", DIFFERENT)
@@ -100,6 +102,7 @@ def test_another_expression(answer: str) -> None:
     for response in DIFFERENT[answer]:
         verdict = judge(f"so \\boxed{{{response}}}", answer)
         assert not verdict.correct, (response, verdict)
+        assert second.compare(rf"\boxed{{{response}}}", answer) != "equal", response
 
 
 BOMBS = [
