@@ -33,7 +33,7 @@ NAMES = {"midtrain": "mid-training", "sft": "SFT", "rollout_dpo": "Rollout DPO",
          "controls/rl_without_anneal": "RL without annealing",
          "controls/rl_without_remedies": "RL without all three"}  # fmt: skip
 FP8_ARMS = ("fp32 again", "fp32 nudged", "tensorwise", "blockwise")
-BENCHES = ("train", "rollout", "weight-sync", "data", "kernels", "scaling", "sampler")
+BENCHES = ("train", "rollout", "weight-sync", "data", "kernels", "scaling", "sampler", "verifier")
 LADDER_FIELDS = {"seed": int, "stages": list, "machine": str, "date": str, "wall_seconds": float}
 Json = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ def page(results: Path = RESULTS, baselines: Path = BASELINES) -> str:
         name: read_rows(results / f"{name}.jsonl", {})
         for name in ("ladder", "engines", "peers", "fp8_stage1")
     }
-    sampler = read(results / "sampler.jsonl")
+    sampler, verifier = (read(results / f"{name}.jsonl") for name in ("sampler", "verifier"))
     tables = {
         "ladder_origin": _origins(rows["ladder"]),
         "ladder": ladder(rows["ladder"]),
@@ -54,6 +54,7 @@ def page(results: Path = RESULTS, baselines: Path = BASELINES) -> str:
         "peers": peers(rows["peers"]),
         "fp8": fp8(rows["fp8_stage1"]),
         "sampler": speeds(sampler),
+        "verifier": speeds(verifier),
         "scaling": scaling(results / "scaling" / "scaling.csv"),
         "speed": "\n\n".join(
             speeds([row for path in sorted(folder.glob("*.jsonl")) for row in read(path)])

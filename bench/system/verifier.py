@@ -89,7 +89,7 @@ def integers(size: int, seed: int) -> list[Case]:
 
 
 def expressions(size: int, seed: int) -> list[Case]:
-    """Return answers with boxed expressions that only math-verify compares, in rising numbers: none comes twice."""
+    """Return answers with boxed expressions that only math-verify compares, in rising numbers, so that each comes once."""
     count = -(-size // GROUP)
     first = 2 + seed * (count + 1)
     cases = []

@@ -142,7 +142,7 @@ class PlanOptions(RunOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoctorOptions(RunOptions):
-    """RECIPE, `--parity`, and any field of its config."""
+    """RECIPE, `--parity`, and any field of its config. `doctor --dist` and `doctor --mismatch` are pages of their own."""
 
     parity: bool = False
     """compare transformers, our reference, Megatron and vLLM on the base model, below, at and above the rope boundary"""

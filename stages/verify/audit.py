@@ -72,7 +72,7 @@ def are_equal(response: str, answer: str) -> bool | None:
 
 
 def _boxed(response: str) -> str | None:
-    """Return the content of the last box that is in no other, None if that is not closed or there is none."""
+    """Return the content of the last box that is in no other box; None without a closed one."""
     text = response.rpartition("</think>")[2].partition("<think>")[0]
     place, found = text.find(r"\boxed"), None
     while place >= 0:

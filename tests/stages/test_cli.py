@@ -27,7 +27,7 @@ def test_every_verb_has_a_function_and_help(capsys: pytest.CaptureFixture) -> No
         assert f"phimini {name}" in capsys.readouterr().out
     for name in ("launch", "doctor"):
         assert main([name, "--help"]) == 0
-        assert capsys.readouterr().out.count(f" {name} ") >= 2
+        assert capsys.readouterr().out.count(f"{name} ") >= 2
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_every_bench_is_listed_and_its_module_exists(capsys: pytest.CaptureFixtu
         (["recipe", "tiny", "sft"], "recipe: expected key=value, got 'sft'"),
         (["plan", "tiny", "gpu=h10"], "did you mean h100?"),
         (["plan", "tiny", "stage=stf"], "did you mean sft?"),
-        (["doctor", "--mismach"], "did you mean --mismatch?"),
+        (["doctor", "tiny", "--paritty"], "did you mean --parity?"),
         (["doctor", "--dist", "tensr=2"], "did you mean tensor?"),
-        (["doctor"], "doctor: got nothing; expected one of --dist, --mismatch"),
+        (["doctor"], "doctor: name a recipe, e.g. `phimini doctor tiny`"),
         (["evaluate", "tiny"], "evaluate: expected stage=NAME, one of base, midtrain"),
         (["launch", "slrum"], "did you mean slurm?"),
         (["launch", "slurm", "node=2", "--", "recipe", "tiny"], "did you mean nodes?"),
