@@ -118,7 +118,7 @@ def write_report(run_dir: str | Path, state: str = "") -> None:
 
 
 def nothing_yet(run: Path) -> Row:
-    """Return the results of a run that has none yet. Raises FileNotFoundError if every model is evaluated: then they are lost."""
+    """Return empty results, for a run on its way. Raises FileNotFoundError if every model is evaluated: then the file is lost."""
     if all((run / "evaluate" / f"{name}.json").exists() for name in STAGE_NAMES):
         raise FileNotFoundError(
             f"{run / 'results.json'} is missing; `phimini recipe` writes it again"
