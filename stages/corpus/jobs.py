@@ -132,7 +132,7 @@ def run(options: CleanOptions, shards: list[Shard], out: Path) -> None:
 def _array(settings: SlurmJobs, workers: int, job: Job, logs: Path, before: Slurm | None) -> Slurm:
     return Slurm(
         job.pipeline, job.tasks, settings.time, str(settings.partition), mem_per_cpu_gb=settings.memory_gb, workers=workers,
-        job_name=f"clean-{job.name}", qos="", venv_path=settings.venv and str(Path(settings.venv, "bin", "activate").resolve()),
+        job_name=f"clean-{job.name}", qos="", venv_path=str(Path(settings.venv, "bin", "activate").resolve()) if settings.venv else "",
         sbatch_args={"account": settings.account} if settings.account else {}, max_array_size=settings.array, depends=before,
         logging_dir=str(logs),
     )  # fmt: skip

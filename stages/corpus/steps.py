@@ -47,7 +47,8 @@ def verified(
 
     workers: of the scorer. accept_judged: a judge's `right` counts where the verifier marks a row wrong.
     """
-    given, waiting = iter(given), deque()
+    given = iter(given)
+    waiting: deque[tuple[list[Named], Callable[[], list[str]]]] = deque()
     while batch := list(islice(given, BATCH)):
         to_judge = [
             Answered(row["question"], row["answer"], row["response"], "stop" if has_ended(row) else "length")
