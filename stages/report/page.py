@@ -76,7 +76,7 @@ def write_report(run_dir: str | Path) -> None:
         for name in with_metrics(run, names)
     }
     controls = run / "controls" / "controls.json"
-    run_name = results.get("config", {}).get("name", run.name)
+    run_name = name_of(run, results)
     sets = described(run) if (run / "curate" / "summary.json").exists() else {}
     write_pages(run, run_name, sets)
     intervals = [row["gain_ci95"] for row in stages if row["gain_ci95"] is not None]
@@ -103,6 +103,10 @@ def write_report(run_dir: str | Path) -> None:
         samples=samples(evaluations),
     )
     write_text(run / "report.html", page)
+
+
+def name_of(run: Path, results: Row) -> str:
+    return results.get("config", {}).get("name", run.name)
 
 
 def with_metrics(run: Path, stages: Sequence[str]) -> list[str]:
