@@ -32,10 +32,9 @@ from phimini.stages.rl.mismatch_diagnosis import doctor
 from phimini.stages.rollout.launch import serve
 from phimini.stages.run.limits import check_open_files
 from phimini.stages.run.lock import RunLock, held_by_main
-from phimini.stages.run.status import read_status, recorded
+from phimini.stages.run.status import read_status, recorded, watch
 from phimini.stages.run.trackers import missing_packages
 from phimini.stages.run.training import layout_of
-from phimini.stages.run.watch import watch
 from phimini.stages.run.workloads import workloads
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from phimini.model.io.checked_files import read_sealed, write_sealed
+from phimini.model.io.checked_files import check_file, read_sealed, write_sealed
 from phimini.model.io.json_files import Row, numbered_rows, read_json, write_text
 from phimini.stages.config.schema import RunConfig
 from phimini.stages.data.layouts import AUTO
@@ -160,6 +160,17 @@ def write_pages(out: Path, run_name: str, sets: Mapping[str, Row]) -> list[Path]
     return written
 
 
+def checked(out: Path, name: str) -> Path:
+    """Return the path of a file of a run, e.g. `curate/sft.jsonl`. Raises ValueError if its stage is complete and the file is not what it wrote."""
+    stage, _, file = name.partition("/")
+    if (out / stage / "summary.json").exists():
+        files = read_sealed(out / stage / "summary.json")["files"]
+        if file not in files:
+            raise ValueError(f"{out / name}: {stage}/summary.json does not describe this file")
+        check_file(out / name, files[file])
+    return out / name
+
+
 def described(out: Path) -> dict[str, Row]:
     """Return `facts`, `histograms`, `drops` and `samples` of each data set of a run whose curate is complete.
 
@@ -174,9 +185,9 @@ def described(out: Path) -> dict[str, Row]:
     files, drops = dict(PAGES), _drops(out)
     if (out / "rollout_dpo" / "pairs.jsonl").exists() and "rollout_dpo" in made:
         files["pairs"], drops["pairs"] = "rollout_dpo/pairs", _drops_of_own_pairs(out)
-    tallies = {name: Tally.of(_rows(out / f"{file}.jsonl")) for name, file in files.items()}
+    tallies = {n: Tally.of(_rows(checked(out, f"{file}.jsonl"))) for n, file in files.items()}
     if "rlvr" in made:
-        pool = read_json(out / "rlvr" / "pool.json")
+        pool = read_json(checked(out, "rlvr/pool.json"))
         drops["prompts"] = _drops_of_pool(pool, tallies["prompts"].rows)
     sets = {name: _set(tally, drops.get(name, {})) for name, tally in tallies.items()}
     write_sealed(path, {"made": made, "sets": sets})

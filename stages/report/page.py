@@ -68,12 +68,7 @@ def write_report(run_dir: str | Path, state: str = "") -> None:
     state: a sentence about a run that is not complete. Raises ValueError that names a damaged file.
     """
     run = Path(run_dir)
-    results = (
-        read_sealed(run / "results.json") if (run / "results.json").exists() else nothing_yet(run)
-    )
-    expected = {"stages", "seed", "num_problems", "peak_rss_bytes", "versions"}
-    if not isinstance(results, dict) or not expected <= results.keys():
-        raise ValueError(f"{run / 'results.json'}: expected an object with {sorted(expected)}, as `recipe` writes it")  # fmt: skip
+    results = results_of(run)
     stages = results["stages"]
     names = [row["stage"] for row in stages]
     evaluations = {name: read_sealed(run / "evaluate" / f"{name}.json") for name in names}
@@ -86,7 +81,7 @@ def write_report(run_dir: str | Path, state: str = "") -> None:
         if name not in names and (rows := last_rows(run / name / "metrics.jsonl", None))
     }
     controls = run / "controls" / "controls.json"
-    run_name = results.get("config", {}).get("name", run.name)
+    run_name = name_of(run, results)
     sets = described(run) if (run / "curate" / "summary.json").exists() else {}
     write_pages(run, run_name, sets)
     intervals = [row["gain_ci95"] for row in stages if row["gain_ci95"] is not None]
@@ -117,6 +112,16 @@ def write_report(run_dir: str | Path, state: str = "") -> None:
     write_text(run / "report.html", page)
 
 
+def results_of(run: Path) -> Row:
+    """Return the content of results.json, or empty results of a run on its way. Raises as `write_report`."""
+    path = run / "results.json"
+    results = read_sealed(path) if path.exists() else nothing_yet(run)
+    expected = {"stages", "seed", "num_problems", "peak_rss_bytes", "versions"}
+    if not isinstance(results, dict) or not expected <= results.keys():
+        raise ValueError(f"{path}: expected an object with {sorted(expected)}, as `recipe` writes it")  # fmt: skip
+    return results
+
+
 def nothing_yet(run: Path) -> Row:
     """Return empty results, for a run on its way. Raises FileNotFoundError if every model is evaluated: then the file is lost."""
     if all((run / "evaluate" / f"{name}.json").exists() for name in STAGE_NAMES):
@@ -126,6 +131,10 @@ def nothing_yet(run: Path) -> Row:
     path = run / "config.json"
     config = read_json(path) if path.exists() else {}
     return {"stages": [], "seed": config.get("seed", "unknown"), "num_problems": 0, "peak_rss_bytes": 0, "versions": {}, "config": config}  # fmt: skip
+
+
+def name_of(run: Path, results: Row) -> str:
+    return results.get("config", {}).get("name", run.name)
 
 
 def with_metrics(run: Path, stages: Sequence[str]) -> list[str]:

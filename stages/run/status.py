@@ -1,4 +1,7 @@
-"""State of a run, read from the files of its folder without its lock: its present step, and how its last command ended."""
+"""State of a run, read from the files of its folder without its lock: its present step, and how its last command ended.
+
+`phimini watch RUN` draws it again every second on a terminal until the run's command ends.
+"""
 
 import json
 import os
@@ -9,6 +12,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from phimini.model.io.json_files import read_json, write_json
 from phimini.stages.run.lock import LOCK_FILE
@@ -21,6 +29,10 @@ DATA = ("distill", "curate", "base", "tokenize")
 STAGES = (*DATA, "midtrain", "sft", "rollout_dpo", "rlvr")
 _TAIL_BYTES = 1 << 16
 """of a metrics file: its last rows"""
+
+REFRESH_S = 1.0
+_SHOWN = ("loss", "validation_loss", "reward", "accuracy", "response_length", "entropy")
+"""metrics of a stage's newest step, in this order"""
 
 Row = dict[str, Any]
 
@@ -176,3 +188,48 @@ def _object(path: Path) -> Row:
 
 def _text(path: Path) -> str:
     return path.read_text() if path.exists() else ""
+
+
+def watch(out: Path) -> None:
+    """Print the state of the run in `out`; on a terminal again and again, until no command uses it. Raises as `read_status`."""
+    console = Console(highlight=False)
+    status = read_status(out)
+    if not console.is_interactive:
+        # A file has no width: no line is cut.
+        Console(highlight=False, width=200).print(page(out, status))
+        return
+    with Live(page(out, status), console=console, auto_refresh=False) as live:
+        while status.state == "running":
+            time.sleep(REFRESH_S)
+            status = read_status(out)
+            live.update(page(out, status), refresh=True)
+
+
+def page(out: Path, status: Status) -> RenderableType:
+    """Return the state, a row for each stage, and the alarms."""
+    table = Table.grid(padding=(0, 2))
+    for stage in status.stages:
+        table.add_row(stage.name, *_cells(stage, status))
+    alarms = [
+        f"alarm: {stage.name}: {name} in {len(steps)} steps, last in step {steps[-1]}"
+        for stage in status.stages
+        for name, steps in stage.alarms.items()
+    ]
+    return Group(Text(f"{out}: {status.line}"), table, *map(Text, alarms))
+
+
+def _cells(stage: StageStatus, status: Status) -> tuple[str, str]:
+    """Return the state of a stage, and the newest of its numbers."""
+    label = status.progress.get("label")
+    numbers = [f"{name} {stage.last[name]:.4g}" for name in _SHOWN if isinstance(stage.last.get(name), int | float)]  # fmt: skip
+    if stage.complete:
+        seconds = stage.summary.get("seconds")
+        steps = stage.summary.get("steps")
+        state = f"complete, {steps:,} steps, {seconds:.0f} s" if steps and seconds else "complete"
+    elif label == stage.name:
+        state = f"step {status.progress['done']:,} of {status.progress['total']:,}"
+    elif stage.last:
+        state = f"step {stage.last['step'] + 1:,}"
+    else:
+        state = "begun" if status.state == "running" else "not complete"
+    return state, "  ".join(numbers)

@@ -1,4 +1,4 @@
 """Verdicts on answers: the final answer of a response compared with the reference.
 
-May import: model.
+May import: model, parallel/ranks.
 """

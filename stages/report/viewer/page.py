@@ -5,7 +5,8 @@ from pathlib import Path
 
 from phimini.model.io.json_files import write_text
 from phimini.model.io.tokenizer import Tokenizer
-from phimini.stages.report.page import STAGE_NAMES, write_report
+from phimini.stages.report.datasets import checked
+from phimini.stages.report.page import STAGE_NAMES, name_of, results_of, write_report
 from phimini.stages.report.template import render
 from phimini.stages.report.viewer import sources
 from phimini.stages.report.viewer.samples import QUANTITIES, Sample, data_of, json_of, within
@@ -23,10 +24,10 @@ SOURCES: dict[str, tuple[str, Callable[[Path, Tokenizer], Iterator[Sample]]]] = 
 def write_run_pages(out: Path, state: str = "") -> None:
     """Write all pages of a run: report.html, the data sets, and the viewer's. Other arguments and errors as in `write_report`."""
     write_report(out, state)
-    write_viewers(out)
+    write_viewers(out, name_of(out, results_of(out)))
 
 
-def write_viewers(out: Path) -> list[Path]:
+def write_viewers(out: Path, run_name: str) -> list[Path]:
     """Write the page of each stage of a run that has made a step, and return the paths.
 
     Raises ValueError for a damaged file of the run.
@@ -34,10 +35,10 @@ def write_viewers(out: Path) -> list[Path]:
     written = []
     for stage, (unit, source) in SOURCES.items():
         if (out / stage / "metrics.jsonl").exists():
-            tokenizer = Tokenizer.load(out / "base" / "model")
+            tokenizer = Tokenizer.load(checked(out, "base/model/tokenizer.json").parent)
             samples = within(source(out, tokenizer), MOST_TOKENS)
             path = out / "viewer" / f"{stage}.html"
-            write_viewer(path, out.name, stage, unit, samples, tokenizer)
+            write_viewer(path, run_name, stage, unit, samples, tokenizer)
             written.append(path)
     return written
 

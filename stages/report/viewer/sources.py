@@ -15,6 +15,7 @@ from phimini.parallel.training.batch import IGNORE, Document, pack
 from phimini.stages.data.packing import Example, Rows, documents
 from phimini.stages.data.row_fields import PROBLEM_FIELDS, encode_problems
 from phimini.stages.data.token_files import TokenSet
+from phimini.stages.report.datasets import checked
 from phimini.stages.report.viewer.samples import Sample, Text, texts_of
 from phimini.stages.rl.loss import weight_of
 from phimini.stages.rl.pairs import LOGPS, read_pairs
@@ -45,7 +46,7 @@ def drawn(items: Sequence[T], number: int = MOST_SAMPLES) -> list[T]:
 def packed_rows(out: Path) -> Iterator[Sample]:
     """Yield rows of stage 1 in random order, each with its documents."""
     folder, settings = out / "midtrain", settings_of(out / "midtrain")["midtrain"]
-    load = lambda name: np.load(folder / "packing" / f"{name}.npy", mmap_mode="r")
+    load = lambda name: np.load(checked(out, f"midtrain/packing/{name}.npy"), mmap_mode="r")
     rows = Rows(load("documents"), load("ends"))
     examples = TokenSet(
         out / "tokenize" / "midtrain",
@@ -61,7 +62,7 @@ def examples(out: Path) -> Iterator[Sample]:
     """Yield examples of stage 2 in random order."""
     folder = out / "sft"
     tokens = TokenSet(out / "tokenize" / "sft", Path("curate", "sft.jsonl"))
-    order = np.load(folder / "packing" / "steps.npy", mmap_mode="r")
+    order = np.load(checked(out, "sft/packing/steps.npy"), mmap_mode="r")
     for place, step, row in _taken(order, steps_of(folder)):
         yield _sample(f"step {step + 1}, {tokens.name_of(row)}", place, [tokens[row]])
 
@@ -87,9 +88,10 @@ def pairs(out: Path, tokenizer: Tokenizer) -> Iterator[Sample]:
     made = settings_of(folder)
     config, template = made["rollout_dpo"], made["chat_template"]
     own = config["pairs"] == "policy"
-    path = folder / "pairs.jsonl" if own else out / "curate" / "pairs.jsonl"
+    path = checked(out, "rollout_dpo/pairs.jsonl" if own else "curate/pairs.jsonl")
     found = read_pairs(path, tokenizer, template, config["pairs_per_prompt"])
-    logps = np.load(folder / LOGPS) if (folder / LOGPS).exists() else np.empty((0, 2, 2))
+    written = (folder / LOGPS).exists()
+    logps = np.load(checked(out, f"rollout_dpo/{LOGPS}")) if written else np.empty((0, 2, 2))
     first = range(len(logps)) if len(logps) else range(len(found))
     for number in drawn(first):
         pair = found[number]
@@ -119,12 +121,12 @@ def _margin(logps_22: np.ndarray, beta: float) -> dict[str, str]:
 
 def rollouts(out: Path, tokenizer: Tokenizer) -> Iterator[Sample]:
     """Yield rollouts of stage 4: of some steps the first groups, in random order of the steps."""
-    problems = read_rows(out / "distill" / "prompts.jsonl", PROBLEM_FIELDS)
+    problems = read_rows(checked(out, "distill/prompts.jsonl"), PROBLEM_FIELDS)
     settings = settings_of(out / "rlvr")
     prompts = encode_problems(tokenizer, problems, settings["chat_template"])
     answers = {problem["id"]: problem["answer"] for problem in problems}
     for file in drawn(sorted((out / "rlvr" / "rollouts").glob("[!.]*")), MOST_STEPS):
-        rows = numbered_rows(file, ROLLOUT_FIELDS)
+        rows = numbered_rows(checked(out, f"rlvr/rollouts/{file.name}"), ROLLOUT_FIELDS)
         for number, row in islice(rows, MOST_SAMPLES // MOST_STEPS):
             prompt = np.array(prompts[row["prompt_id"]], np.int32)
             read = _logged if "tokens" in row else _of_text

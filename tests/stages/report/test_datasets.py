@@ -103,9 +103,12 @@ def test_what_was_trained_on_is_kept_until_the_data_is_made_again(tmp_path: Path
     assert sets["midtrain"]["facts"]["Rows"] == "56" and sets["sft"]["drops"]["not chosen"] == 8
     (out / "curate" / "sft.jsonl").write_text("")
     assert described(out) == sets, "the files were read again"
-    curate(run, redo=True)
+    curate(override(run, ["curate.sft_examples=11"]), redo=True)
+    assert described(out)["sft"]["facts"]["Rows"] == "11"
+    (out / "data" / "sets.json").unlink()
     (out / "curate" / "sft.jsonl").write_text("")
-    assert described(out)["sft"]["facts"]["Rows"] == "0"
+    with pytest.raises(ValueError, match=r"curate/sft\.jsonl: has 0 bytes"):
+        described(out)
 
 
 def test_pairs_of_the_models_own_rollouts_and_the_pool_are_counted(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ TIME_LIMIT_S = 300.0
 _VOLATILE = {
     "id", "model_id", "model_ids", "inputs", "seconds", "cpu_seconds", "tokens_per_second", "evaluation_seconds",
     "wall_seconds", "peak_rss_bytes", "date", "out", "sha256", "mtime_ns", "metrics.jsonl",
+    "made", "data_seconds", "rollout_seconds", "verify_seconds", "sync_seconds",
 }  # fmt: skip
 
 

@@ -25,7 +25,8 @@ HOSTILE = "</script><script>alert(1)</script>"
 
 
 def test_a_value_stands_at_the_token_that_was_predicted() -> None:
-    fields = lambda *rows: dict(zip(("old_logp", "advantage", "weight"), rows, strict=True))
+    names = ["old_logp", "advantage", "weight"]
+    fields = lambda *rows: dict(zip(names, rows, strict=True))
     documents = [
         Document(
             tokens=[5, 6, 7],
@@ -112,7 +113,7 @@ def test_rollouts_are_those_of_the_log(finished: Path, tmp_path: Path) -> None: 
 
 
 def test_report_writes_the_viewer_and_names_its_pages(finished: Path) -> None:  # noqa: F811
-    paths = write_viewers(finished)
+    paths = write_viewers(finished, "micro")
     assert [path.name for path in paths] == ["midtrain.html", "sft.html", "rollout_dpo.html"]
     for path in paths:
         assert "<script>" in path.read_text() and "plotly" not in path.read_text()
