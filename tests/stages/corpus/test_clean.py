@@ -85,7 +85,7 @@ def test_a_run_reads_the_rows_and_a_trace_tells_what_clean_did(tmp_path: Path) -
     corpus(tmp_path)
     out = clean(tmp_path)
     run = override(tiny(), [f"distill.source={out / 'rows'}", f"out={tmp_path / 'run'}", "distill.num_heldout=8", "distill.num_validation=4",
-                            "curate.sft_examples=20", "distill.max_pass_rate=0.7"])  # fmt: skip
+                            "curate.sft_examples=20", "distill.min_pass_rate=0.6"])  # fmt: skip
     data = distill(run)
     curate(run)
     rollouts = read_rows(data / "rollouts.jsonl", {})
