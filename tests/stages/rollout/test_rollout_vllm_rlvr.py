@@ -62,11 +62,11 @@ def test_answers_older_than_the_limit_are_not_trained_on(tmp_path: Path, limit: 
     def two_updates_old() -> list[dict]:
         generate = LocalEngine.generate
 
-        def tagged(engine: LocalEngine, *args) -> list[Sampled | None]:
+        def tagged(engine: LocalEngine, *args, **options) -> list[Sampled | None]:
             now = engine._version
             return [
                 c and dataclasses.replace(c, versions=(Span(now - 2, 0, 1), Span(now, 1, len(c.tokens))))
-                for c in generate(engine, *args)
+                for c in generate(engine, *args, **options)
             ]  # fmt: skip
 
         LocalEngine.generate = tagged  # pyright: ignore[reportAttributeAccessIssue]
