@@ -154,8 +154,11 @@ def write_pairs(run: RunConfig, stage: Stage, files: list[Path]) -> None:
         )
     write_rows(stage.path / "pairs.jsonl", pairs)
     stage.record("pairs.jsonl")
+    is_verdict = run.rlvr.reward is None
     audited = [
-        (row, Audited(row["correct"], row["second"])) for row in rollouts if row.get("second")
+        (row, Audited(row["correct"] if is_verdict else None, row["second"]))
+        for row in rollouts
+        if row.get("second")
     ]
     write_audit(stage, "pairs", audited)
 

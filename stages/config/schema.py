@@ -209,7 +209,8 @@ class RlvrConfig:
     """temperature of the second half of the steps"""
     reward: str | None = None
     """a function of yours, FILE.py:FUNCTION, called with question, answer, response and finish reason, that returns
-    the reward, above 0 for a right answer; none: +1 for an answer that ended and verifies, else -1"""
+    the reward, above 0 for a right answer (in rollout_dpo.pairs=policy too); none: +1 for an answer that ended and verifies,
+    else -1"""
     max_mismatch: Positive | None = None
     """the run stops when sampler and trainer differ by more than this in mean |log-prob|; none: 1e-3 for a sampler
     in float32, 0.02 in bfloat16, 0.06 in FP8, 0.15 with keys and values in FP8"""

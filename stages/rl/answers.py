@@ -35,7 +35,7 @@ def sample_answers(
     check_room(prompts, config, "rollout_dpo")
     engine = build_engine(run, model.config, world)
     engine.sync(model)
-    scorer = Scorer("rollout_dpo", workers=run.rollout.judges, decode=tokenizer.decode)
+    scorer = Scorer("rlvr.reward", run.rlvr.reward, run.rollout.judges, tokenizer.decode)
     params = SamplingParams(
         temperature=config.temperature,
         max_new_tokens=config.max_new_tokens,
@@ -68,7 +68,7 @@ def sample_answers(
                 "answer": problem["answer"],
                 "response": answers[i][0],
                 "response_tokens": answers[i][1],
-                "correct": bool(of_one.score),
+                "correct": of_one.score > 0,
                 "second": of_one.second,
                 "finish_reason": of_one.finish_reason,
                 "temperature": config.temperature,

@@ -213,6 +213,8 @@ def settings(run: RunConfig, name: str) -> dict[str, Any]:
     config_of = {c: "rlvr" if "/rl_" in c else "sft" for c in INPUTS if c.startswith("controls/")}
     own = getattr(run, config_of.get(name, name), None)
     shared = {key: getattr(run, key) for key in SHARED}
+    if name == "rollout_dpo" and run.rollout_dpo.pairs == "policy" and run.rlvr.reward is not None:
+        shared |= {"reward": run.rlvr.reward}  # it judges the rollouts
     if run.fp8 != "none" and name not in ("distill", "curate", "base", "tokenize"):
         shared |= {"fp8": run.fp8, "fp8_recipe": run.fp8_recipe}
     return json.loads(

@@ -11,7 +11,7 @@ from forked_ranks import run_ranks
 from own_model_cases import CHATML, write_own
 
 from phimini.model.io.huggingface import load_reference
-from phimini.model.io.json_files import read_json
+from phimini.model.io.json_files import read_json, read_rows
 from phimini.model.io.tokenizer import Tokenizer
 from phimini.model.sampler import SamplingParams, sample
 from phimini.stages.cli import main
@@ -45,6 +45,10 @@ def test_a_llama_with_its_own_format_runs_through_all_stages(run: Path) -> None:
         card = (run / stage / "model" / "README.md").read_text()
         assert f"\n| {STAGE_NAMES[stage]} | {percent(score)} [" in card
         assert "from `llama`" in card and "ends at `<|im_end|>`\n" in card
+    pairs = read_rows(run / "rollout_dpo" / "pairs.jsonl", {"chosen": str, "rejected": str})
+    assert all(len(pair["chosen"]) % 2 > len(pair["rejected"]) % 2 for pair in pairs), (
+        "the user's verdict"
+    )
     # The export answers in transformers as here, from the question's words to the same tokens.
     folder = run / "rlvr" / "model"
     ours, tokenizer = load_reference(folder), Tokenizer.load(folder)

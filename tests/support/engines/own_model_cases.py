@@ -21,7 +21,7 @@ STAGES = [
     "processes=1", "distill.num_heldout=4", "distill.num_validation=4", "distill.num_prompts=8", "curate.sft_examples=8",
     "midtrain.steps=3", "midtrain.sequence_length=512", "midtrain.rows_per_step=2", "midtrain.validate_every=3",
     "sft.epochs=1", "sft.examples_per_step=4", "sft.sequence_length=512", "sft.validate_every=2",
-    "rollout_dpo.pairs=teacher", "rollout_dpo.pairs_per_step=4", "rollout_dpo.epochs=1", "rollout_dpo.sequence_length=512",
+    "rollout_dpo.pairs=policy", "rollout_dpo.num_prompts=8", "rollout_dpo.max_new_tokens=16", "rollout_dpo.pairs_per_step=4", "rollout_dpo.epochs=1", "rollout_dpo.sequence_length=512",
     "rlvr.steps=2", "rlvr.prompts_per_step=2", "rlvr.rollouts_per_prompt=4", "rlvr.probe_prompts=8", "rlvr.oversample_to=8",
     "rlvr.max_new_tokens=16", "rlvr.sequence_length=512", "rlvr.min_rollouts=2", "rlvr.max_accuracy=0.9",
     "evaluate.max_new_tokens=16",
