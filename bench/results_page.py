@@ -55,6 +55,9 @@ def page(results: Path = RESULTS, baselines: Path = BASELINES) -> str:
         "fp8": fp8(rows["fp8_stage1"]),
         "sampler": speeds(sampler),
         "verifier": speeds(verifier),
+        "verifier_per_cpu_second": " and ".join(
+            f"{row.info['verdicts_per_cpu_second']:,.0f} {row.case['answers']}" for row in verifier
+        ),
         "scaling": scaling(results / "scaling" / "scaling.csv"),
         "speed": "\n\n".join(
             speeds([row for path in sorted(folder.glob("*.jsonl")) for row in read(path)])
