@@ -1,5 +1,6 @@
 """The manifest of a checkpoint: model, layout and versions, and the check that a run can continue from it."""
 
+import copy
 import dataclasses
 import importlib.metadata
 import json
@@ -29,7 +30,8 @@ def new_manifest(
         "layout": dataclasses.asdict(model.world.layout),
         "params_dtype": str(model.transformer_config.params_dtype),
         "optimizer": saved_optimizer,
-        "extra": extra,
+        # Written later: the caller goes on changing its own.
+        "extra": copy.deepcopy(extra),
         "versions": {name: _version(name) for name in ("phimini", "torch", "megatron-core")},
     }
 

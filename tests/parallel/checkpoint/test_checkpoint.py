@@ -191,12 +191,14 @@ def test_background_save_holds_the_state_of_its_beginning(tmp_path: Path) -> Non
     def run() -> None:
         model, optimizer = build(Layout(tensor=2))
         before = fake_steps(model, optimizer, range(2))
-        pending = begin_checkpoint(tmp_path, 2, model, optimizer, {"step": 2})
+        extra = {"counts": {"steps": 2}}
+        pending = begin_checkpoint(tmp_path, 2, model, optimizer, extra)
         assert latest_step(tmp_path) is None
+        extra["counts"]["steps"] = 3
         after = fake_steps(model, optimizer, range(2, 4))
         pending.finish()
         assert pending.is_written() and latest_step(tmp_path) == 2
-        load_checkpoint(tmp_path, model, optimizer)
+        assert load_checkpoint(tmp_path, model, optimizer) == (2, {"counts": {"steps": 2}})
         loaded = {name: t.clone() for name, t in to_hf(model)}
         assert all(torch.equal(loaded[name], t) for name, t in before.items())
         again = fake_steps(model, optimizer, range(2, 4))
