@@ -49,9 +49,6 @@ from phimini.stages.rollout.engine import RolloutEngine, on_all_ranks, release_m
 from phimini.stages.run.stage_folder import Stage
 from phimini.stages.run.training import Row, load_model, start_optimizer, training_steps
 
-GUARDED = ("response_length", "unconfirmed", "zero_groups", "truncated")
-"""metrics of a step's rollouts that guards watch, before there are gradients"""
-
 
 def rlvr(run: RunConfig, world: World, *, redo: bool = False) -> None:
     """Train stage 3's model on its own verified answers, into the folder rlvr/. Collective.
@@ -100,7 +97,7 @@ def reinforce(run: RunConfig, world: World, stage: Stage, start: str) -> None:
             # Before anything depends on the rollouts: even their number decides whether there is an update.
             digests = [rollout.digest() for rollout in chosen]
             check_same_data(world, step.name, digests)
-            if not step.allows({name: step.row[name] for name in GUARDED if name in step.row}):
+            if not step.allows(step.row):
                 chosen = []
             del groups, waiting, usable  # their tokens
             if len(chosen) < config.min_rollouts:
@@ -309,12 +306,13 @@ def describe(
 ) -> dict:
     """Return the fields of a step's log about its rollouts; accuracies are of each group before remedy 2 oversamples it."""
     first = [rollout for group in groups for rollout in group[: config.rollouts_per_prompt]]
+    rewards = np.array([r.reward for r in first])
     zero = [len({r.reward for r in group}) == 1 for group in groups]
     return {
         "tokens": 0,
         "temperature": temperature,
-        "reward": float(np.mean([r.reward for r in first])),
-        "accuracy": float(np.mean([r.reward > 0 for r in first])),
+        "reward": float(rewards.mean()),
+        "accuracy": float((rewards > 0).mean()),
         "response_length": float(np.mean([r.facts.length for r in first])),
         "truncated": float(np.mean([r.truncated for r in first])),
         "zero_groups": float(np.mean(zero)),

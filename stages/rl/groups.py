@@ -120,7 +120,7 @@ class GroupSampler:
             self.world,
             collective=self.collective,
             progress=progress,
-            audited=[self._is_audited(purpose, step, id, k) for id, k in asked],
+            audited=self._audited(purpose, step, asked),
         )
         rollouts = [
             Rollout(
@@ -143,10 +143,12 @@ class GroupSampler:
         count("sampled_tokens", sum(rollout.facts.length for rollout in rollouts))
         return rollouts
 
-    def _is_audited(self, purpose: str, step: int, id: str, k: int) -> bool:
-        """Return True for a verdict to check a second time, of those on answers to train on."""
+    def _audited(self, purpose: str, step: int, asked: list[tuple[str, int]]) -> list[bool]:
+        """Return True for each verdict that is checked a second time, of those on answers to train on."""
         run = self.run
-        return purpose == "rollout" and is_audited(run.seed, run.audit, "rlvr", step, id, k)
+        if purpose != "rollout":
+            return [False] * len(asked)
+        return [is_audited(run.seed, run.audit, "rlvr", step, id, k) for id, k in asked]
 
     def reward(self, score: float) -> float:
         """Return the reward of a score: that of the user's function as it is, the verifier's as +1 or -1."""

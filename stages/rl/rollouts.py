@@ -107,9 +107,11 @@ def sample_and_score(
     here = generate(arrived)
 
     def own_facts() -> dict[int, Facts]:
-        held = [(i, completion) for i, completion in enumerate(here) if completion is not None]
-        second = lambda i: seconds[i]() if i in seconds else None
-        return {i: facts_of(c, scores[i](), world.rank, second(i)) for i, c in held}
+        return {
+            i: facts_of(c, scores[i](), world.rank, seconds[i]() if i in seconds else None)
+            for i, c in enumerate(here)
+            if c is not None
+        }
 
     with phase("verify"):
         mine = on_every(world, own_facts) if collective else own_facts()

@@ -140,7 +140,7 @@ def rollout(folder: Path) -> dict[str, list[str]]:
     scorer.is_right = is_right
     world = initialize(Layout(), LONG)
     stage = Stage.begin(run, "rlvr", world)
-    left_out = ("write_rollouts", "Step.allows", "audit_metrics", "GroupSampler._is_audited")
+    left_out = ("write_rollouts", "Step.allows", "audit_metrics", "GroupSampler._audited")
     with Trace("RolloutSource.groups", "Optimizer.step", without=left_out) as trace:
         rlvr.reinforce(run, world, stage, "rollout_dpo")
     return trace.files()
