@@ -217,10 +217,13 @@ def _same(got: _Value, expected: _Value) -> bool | None:
             if True in found:
                 del left[found.index(True)]
     if got.brackets == "" and verdicts == [False] and (got.unit == "%") != (expected.unit == "%"):
-        hundredth = lambda side: _Parsed(side.value / 100, side.is_undone, side.is_decimal) if side is not None else side  # fmt: skip
         a, b = got.parts[0], expected.parts[0]
-        verdicts = [_equal(hundredth(a), b) if got.unit == "%" else _equal(a, hundredth(b))]
+        verdicts = [_equal(_hundredth(a), b) if got.unit == "%" else _equal(a, _hundredth(b))]
     return False if False in verdicts else None if None in verdicts else True
+
+
+def _hundredth(side: _Parsed) -> _Parsed:
+    return _Parsed(side.value / 100, side.is_undone, side.is_decimal)
 
 
 def _equal(got: _Parsed, expected: _Parsed) -> bool | None:
