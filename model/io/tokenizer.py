@@ -34,7 +34,9 @@ PHI4_TOKENS = (
     ("<|tool_response|>", False, False),
     ("<|tag|>", True, False),
 )
-NAMED_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOS)
+NAMED_TOKENS: dict[str, str] = dict.fromkeys(
+    ("bos_token", "eos_token", "pad_token", "unk_token"), EOS
+)
 """of Phi-4-mini's tokenizer_config.json"""
 # As shipped in tokenizer_config.json of microsoft/Phi-4-mini-instruct and microsoft/Phi-4-mini-reasoning.
 TEMPLATES: dict[str, str] = {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from phimini.kernels import linear_logprob
 from phimini.model.config import ModelConfig
-from phimini.model.io.chat import encode_example, encode_prompt, render
+from phimini.model.io.chat import encode_example, encode_prompt, render, template_of
 from phimini.model.io.huggingface import ROPE_FACTORS_KEY, load_config, load_reference
 from phimini.model.io.json_files import read_object
 from phimini.model.io.tokenizer import Tokenizer
@@ -76,10 +76,10 @@ def _comes_back(tokenizer: Tokenizer, text: str) -> bool:
 def _template_line(run: RunConfig, tokenizer: Tokenizer) -> Line:
     """Compare the ids of a conversation with its text. Raises ValueError for a template that cannot be encoded."""
     question, response = TEXTS[0], "12 + 30"
-    prompt = encode_prompt(tokenizer, question, run.chat_template)
-    ids, loss_from = encode_example(tokenizer, question, response, run.chat_template)
-    messages = [{"role": "user", "content": question}]
-    text = render(messages, run.chat_template, add_generation_prompt=True)
+    template = template_of(run.chat_template)
+    prompt = encode_prompt(tokenizer, question, template)
+    ids, loss_from = encode_example(tokenizer, question, response, template)
+    text = render([{"role": "user", "content": question}], template, True, tokenizer.named_tokens)
     if tokenizer.decode(prompt) != text:
         return Line("fail", "template", f"chat_template={run.chat_template!s:.40}: expected the prompt {text!r:.90}, its ids give {tokenizer.decode(prompt)!r:.90}")  # fmt: skip
     if question not in text or tokenizer.decode(ids[loss_from:], skip_special=True) != response:

@@ -86,10 +86,10 @@ def pairs(out: Path, tokenizer: Tokenizer) -> Iterator[Sample]:
     """Yield the pairs of stage 3 in random order, those with log-probs first."""
     folder = out / "rollout_dpo"
     made = settings_of(folder)
-    config, template = made["rollout_dpo"], made["chat_template"]
+    config = made["rollout_dpo"]
     own = config["pairs"] == "policy"
     path = checked(out, "rollout_dpo/pairs.jsonl" if own else "curate/pairs.jsonl")
-    found = read_pairs(path, tokenizer, template, config["pairs_per_prompt"])
+    found = read_pairs(path, tokenizer, tokenizer.chat_template, config["pairs_per_prompt"])
     written = (folder / LOGPS).exists()
     logps = np.load(checked(out, f"rollout_dpo/{LOGPS}")) if written else np.empty((0, 2, 2))
     first = range(len(logps)) if len(logps) else range(len(found))
@@ -123,14 +123,13 @@ def rollouts(out: Path, tokenizer: Tokenizer) -> Iterator[Sample]:
     """Yield rollouts of stage 4: of some steps the first groups, in random order of the steps."""
     problems = read_rows(checked(out, "distill/prompts.jsonl"), PROBLEM_FIELDS)
     settings = settings_of(out / "rlvr")
-    prompts = encode_problems(tokenizer, problems, settings["chat_template"])
+    prompts = encode_problems(tokenizer, problems, tokenizer.chat_template)
     answers = {problem["id"]: problem["answer"] for problem in problems}
     for file in drawn(sorted((out / "rlvr" / "rollouts").glob("[!.]*")), MOST_STEPS):
         rows = numbered_rows(checked(out, f"rlvr/rollouts/{file.name}"), ROLLOUT_FIELDS)
         for number, row in islice(rows, MOST_SAMPLES // MOST_STEPS):
             prompt = np.array(prompts[row["prompt_id"]], np.int32)
-            read = _logged if "tokens" in row else _of_text
-            text, facts = read(row, prompt, settings["rlvr"], tokenizer)
+            text, facts = _logged(row, prompt, settings["rlvr"])
             yield Sample(
                 id=f"step {row['step'] + 1}, {row['id']}",
                 place=row["step"] * MOST_SAMPLES + number,
@@ -141,9 +140,7 @@ def rollouts(out: Path, tokenizer: Tokenizer) -> Iterator[Sample]:
             )  # fmt: skip
 
 
-def _logged(
-    row: Row, prompt: np.ndarray, config: Row, tokenizer: Tokenizer
-) -> tuple[Text, dict[str, str]]:
+def _logged(row: Row, prompt: np.ndarray, config: Row) -> tuple[Text, dict[str, str]]:
     """Return a rollout of the log's tokens, with its facts. One that was not trained on has no loss weight."""
     answer, advantage = np.array(row["tokens"], np.int32), row["advantage"]
     trained = advantage is not None
@@ -167,14 +164,3 @@ def _logged(
         "sampled after update": ", ".join(map(str, updates)),
     }
     return texts_of(pack([document]), [row["prompt_id"]])[0], facts
-
-
-def _of_text(
-    row: Row, prompt: np.ndarray, config: Row, tokenizer: Tokenizer
-) -> tuple[Text, dict[str, str]]:
-    """Return a rollout of a log that has its text alone, with its facts. Its loss weight is not known."""
-    answer = np.array(tokenizer.encode(row["response"]), np.int32)
-    tokens = np.concatenate([prompt, answer])
-    weight = np.where(np.arange(len(tokens)) >= len(prompt), np.nan, 0).astype(np.float32)
-    facts = {"trained on": "not logged", "ended": "cut off" if row["truncated"] else "by itself"}
-    return Text(row["prompt_id"], tokens, {"weight": weight}), facts
