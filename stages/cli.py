@@ -1,11 +1,9 @@
 """The command `phimini`.
 
-    phimini recipe tiny                      all four stages, evaluation and report
     phimini recipe tiny seed=1 out=runs/s1   any field of the config can be set (also as --seed 1)
     phimini recipe mine.py:my_recipe         a recipe of your own: a Python function that returns the config
-    phimini evaluate MODEL benchmarks=... data=FOLDER   published benchmarks of a stage or another model
     phimini VERB --help                      every setting of a verb, with its default
-    torchrun --nproc-per-node 2 -m phimini.stages.cli recipe tiny tensor_parallel=2
+    torchrun --nproc-per-node 2 -m phimini.stages.cli recipe tiny
 
 A stage that is complete is not run again; `--redo` does. One command at a time writes into a run's folder. Exit status:
 0 done, 1 a check or plan says no, a rank was lost, the folder is in use, a file cannot be read or written, 2 bad input,
@@ -152,7 +150,8 @@ def exit_status(arguments: list[str]) -> tuple[int, bool]:
         if kind not in EXPECTED and limit is None:
             raise
         words = message or ("stopped" if limit is None else kind)
-        print(f"phimini: {words}{f'; {limit}' if limit else ''}", file=sys.stderr, flush=True)
+        # One write: ranks share this stream, and a line end of its own could come after another rank's line.
+        print(f"phimini: {words}{f'; {limit}' if limit else ''}\n", end="", file=sys.stderr, flush=True)  # fmt: skip
         if type(error).__name__ == "LostRanks":
             # Without the interpreter's end: threads of gloo or NCCL may still wait for the missing ranks.
             os._exit(1)

@@ -195,7 +195,7 @@ def folder_of(run: RunConfig) -> Any:
     """Return a stage that keeps its files, and no record of them."""
     path = Path(run.out)
     return SimpleNamespace(
-        run=run, path=path, made={}, record=lambda *names: None,
+        run=run, name="rlvr", path=path, made={}, record=lambda *names: None,
         note=lambda name, **more: describe_file(path / name),
     )  # fmt: skip
 

@@ -105,7 +105,7 @@ def read_config(path: Path, rope_factors: RopeFactors | None = None) -> ModelCon
     a feature that this model lacks (biases, dropout, an attention window).
     """
     raw = read_object(path)
-    if raw.get("model_type") not in _NORM_EPS:
+    if str(raw.get("model_type")) not in _NORM_EPS:  # of any JSON type
         raise _refused(path, "model_type", "'phi3' or 'llama'", raw.get("model_type"))
     for key in _REQUIRED:
         if type(raw.get(key)) is not int or raw[key] < 1:

@@ -105,6 +105,10 @@ def outer_counts(
         + 2 * 16 * rows * config.model_dim  # embedding, final norm and add, both directions
         + 12 * weights  # the embedding's gradient: written in bf16, added to fp32
         + scratches * 24 * weights  # of pairs: zeroed, scaled, added
+        + bool(scratches)
+        * 12
+        * rows
+        * config.model_dim  # and their rows' gradients, scaled in fp32
     )
     return Counts(head_logits=products, head_gradients=2 * products, bytes=moved)
 

@@ -317,7 +317,7 @@ def test_plan_of_every_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureF
         ),
         (["plan", "tiny", "--json"], "plan: --json: expected a value after it"),
         (["plan"], "plan: name a recipe"),
-        (["doctor"], "doctor: got nothing; expected one of --dist, --mismatch"),
+        (["doctor"], "doctor: name a recipe, e.g. `phimini doctor tiny`"),
         (["doctor", "--mismatch"], "doctor --mismatch: name a recipe"),
         (["launch", "ssh"], "launch: got ssh; expected one of torchrun, slurm"),
         (

@@ -8,13 +8,13 @@ from phimini.model.io.checked_files import read_sealed, write_sealed
 from phimini.stages import recipe
 from phimini.stages.config.recipes import tiny
 from phimini.stages.config.schema import override
-from phimini.stages.report import page
+from phimini.stages.report.viewer import page
 
 
 def test_a_second_call_does_not_make_the_run_shorter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "write_report", lambda out: None)
+    monkeypatch.setattr(page, "write_run_pages", lambda out: None)
     evaluations = []
     for stage in ("base", "midtrain"):
         write_sealed(

@@ -48,20 +48,25 @@ def packed_rows(out: Path) -> Iterator[Sample]:
     folder, settings = out / "midtrain", settings_of(out / "midtrain")["midtrain"]
     load = lambda name: np.load(checked(out, f"midtrain/packing/{name}.npy"), mmap_mode="r")
     rows = Rows(load("documents"), load("ends"))
-    examples = TokenSet(
-        out / "tokenize" / "midtrain",
-        Path("curate", "midtrain.jsonl"),
-        loss_on_question=settings["loss_on_question"],
-    )
+    examples = _tokens(out, "midtrain", loss_on_question=settings["loss_on_question"])
     for place, step, row in _taken(load("steps"), steps_of(folder)):
         of_row = [examples[i] for i in rows[row]]
         yield _sample(f"step {step + 1}, row {row + 1}", place, of_row)
 
 
+def _tokens(out: Path, name: str, *, loss_on_question: bool = False) -> TokenSet:
+    """Return a set of token files; each document is checked when it is read, and here their indices are."""
+    for index in sorted((out / "tokenize" / name).glob("*.idx")):
+        checked(out, f"tokenize/{name}/{index.name}")
+    return TokenSet(
+        out / "tokenize" / name, Path("curate", f"{name}.jsonl"), loss_on_question=loss_on_question
+    )
+
+
 def examples(out: Path) -> Iterator[Sample]:
     """Yield examples of stage 2 in random order."""
     folder = out / "sft"
-    tokens = TokenSet(out / "tokenize" / "sft", Path("curate", "sft.jsonl"))
+    tokens = _tokens(out, "sft")
     order = np.load(checked(out, "sft/packing/steps.npy"), mmap_mode="r")
     for place, step, row in _taken(order, steps_of(folder)):
         yield _sample(f"step {step + 1}, {tokens.name_of(row)}", place, [tokens[row]])

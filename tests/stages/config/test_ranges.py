@@ -74,7 +74,7 @@ def test_every_number_of_a_config_has_a_range() -> None:
         for name, kind in vars(module).items()
         if name.endswith(ends)
     ]
-    assert len(set(kinds)) == 25
+    assert len(set(kinds)) == 27
     for kind in kinds:
         for name, annotated in fields_of(kind).items():
             assert ranged(annotated), f"{kind.__name__}.{name}: {annotated} has no Range beside it"

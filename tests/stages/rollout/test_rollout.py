@@ -85,7 +85,9 @@ def sampled_for(stage: str, folder: Path) -> list[str]:
         evaluate.evaluate(run, model.world, "rollout_dpo")
     else:
         tokenizer = Tokenizer.load(folder / "rollout_dpo" / "model")
-        here: Any = SimpleNamespace(path=folder, made={}, record=lambda *names: None)
+        here: Any = SimpleNamespace(
+            run=run, name="rollout_dpo", path=folder, made={}, record=lambda *names: None
+        )
         rollout_dpo.sample_pairs(run, model.world, here, model, tokenizer)
     return engine.calls
 

@@ -58,7 +58,7 @@ def test_the_scorer_asks_it_beside_the_score_and_ends_a_bomb(workers: int) -> No
         Answered("?", "42", r"\boxed{41}", "stop"),
     ]
     waiting = [scorer.second(item) for item in items]
-    assert scorer.start(items[0])() == 1.0
+    assert scorer.start(items[0])().value == 1.0
     assert [wait() for wait in waiting] == ["right", "wrong", "undecided", "undecided", "wrong"]
 
 

@@ -105,6 +105,8 @@ def snapshot(out: Path) -> dict[str, Any]:
             continue
         if name == "report.html":  # full of times
             found[name] = "</html>" in path.read_text()
+        elif path.name == "README.md":  # of a model: the same
+            found[name] = path.read_text().startswith("---")
         elif path.name == "metrics.jsonl":
             found[name] = [_steady(json.loads(line)) for line in path.read_text().splitlines()]
         elif path.suffix == ".json" and "model" not in path.parts:
