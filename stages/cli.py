@@ -85,7 +85,7 @@ VERBS = {
     "evaluate MODEL": Verb("benchmarks of any model: benchmarks=aime24,math500 data=FOLDER", options.BenchmarkOptions, "phimini.stages.commands:run_benchmarks", writes=True, names=("model",)),
     "compare": Verb("two runs side by side, or paired differences of two results of `evaluate MODEL`: A B", options.CompareOptions, "phimini.stages.benchmarks.compare:compare", names=("before", "after")),
     "controls": _stage("the control arms of a complete run"),
-    "report": _stage("write the report of a run as it is, and its pages of tokens: report RUN, a folder or a recipe", "run_report", None),
+    "report": _stage("write a run's report and pages of tokens as it is: report RUN, a folder or a recipe", "run_report", None),
     "watch": _prints("what a run does, every second: watch RUN, a folder or a recipe", "run_watch", None),
     "push": Verb("a stage's model and its card to the Hugging Face Hub: push runs/tiny/rlvr repo=OWNER/NAME", options.PushOptions, "phimini.stages.publish.push:push", names=("model",)),
     "serve": _stage("an engine of `vllm serve` for rollout.addresses of a run; its key is in PHIMINI_API_KEY", "run_serve", options.ServeOptions),
