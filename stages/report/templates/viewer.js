@@ -164,7 +164,9 @@ at("list").append(
     const [row, button] = [element("li"), element("button")];
     button.type = "button";
     button.title = id;
-    button.append(...mark(index), element("span", id));
+    const label = element("span"); // from the right, so that the end of an id is seen
+    label.append(element("bdi", id));
+    button.append(...mark(index), label);
     button.addEventListener("click", () => show(index));
     row.append(button);
     return row;
