@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -70,9 +71,10 @@ class Scorer:
         self._how = _how(field, name, decode, rule)
         self._pool = _Pool(workers, (field, name, decode, rule, os.getpid())) if workers else None
         if self._pool is not None:
-            # A forked rank joins its children before the pool's own hook at exit would end idle workers.
             end = self._pool.processes.shutdown
-            Finalize(self, end, kwargs={"cancel_futures": True}, exitpriority=100)
+            # A forked rank joins its children before the pool's own hook at exit would end idle workers.
+            Finalize(None, end, kwargs={"cancel_futures": True}, exitpriority=100)
+            weakref.finalize(self, _end_in_thread, end).atexit = False
         self._thread: Executor | None = None
 
     def start(self, item: Answered) -> Callable[[], Any]:
@@ -179,7 +181,7 @@ class _Pool:
         """Return the future of a call in a worker; it fails if one died."""
         try:
             return self.processes.submit(function, argument)
-        except BrokenProcessPool as error:
+        except RuntimeError as error:  # broken, or the interpreter ends
             future: Future[Any] = Future()
             future.set_exception(error)
             return future
@@ -201,6 +203,11 @@ class _Pool:
         with self._given:
             self._free += 1
             self._give()
+
+
+def _end_in_thread(end: Callable[..., None]) -> None:
+    """End the pool of a scorer that was collected. The collector may run inside `submit`, which has the pool's lock."""
+    threading.Thread(target=end, kwargs={"cancel_futures": True}, daemon=True).start()
 
 
 class _Raised(NamedTuple):

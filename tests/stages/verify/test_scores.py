@@ -143,6 +143,28 @@ def test_workers_end_with_a_parent_that_is_killed(file: str) -> None:
     pytest.fail(f"worker {worker} still runs 10 s after its parent was killed")
 
 
+def test_a_scorer_that_is_collected_while_its_pool_is_given_work_ends(file: str) -> None:
+    """The garbage collector may run in any thread, and so inside `submit`, which has the pool's lock."""
+    code = (
+        "from phimini.stages.verify.scorer import *\n"
+        "import gc\n"
+        "if __name__ == '__main__':\n"
+        f"    scorer = Scorer('rlvr.reward', {file + ':length'!r}, 1)\n"
+        "    item = Answered('q', 'a', 'r', 'stop')\n"
+        "    scorer.start(item)()\n"
+        "    pool, scorer.itself = scorer._pool, scorer\n"
+        "    wakeup = pool.processes._executor_manager_thread_wakeup\n"
+        "    wakeup.wakeup = lambda wake=wakeup.wakeup: (gc.collect(), wake())\n"
+        "    del scorer\n"
+        "    pool.ask(item)\n"
+        "    print('asked', flush=True)\n"
+    )
+    script = Path(file).with_name("collected.py")
+    script.write_text(code)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "asked\n"), done.stderr
+
+
 def test_stage_4_trains_on_a_reward_of_the_users(file: str, tmp_path: Path) -> None:
 
     words = [f"rlvr.reward={file}:even", "rollout.judges=1"]
