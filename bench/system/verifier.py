@@ -53,7 +53,7 @@ def measure(
         cases = make(size, number)
         before, began = cpu_seconds(), time.perf_counter()
         waiting = [scorer.start(item) for item, _ in cases]
-        scores = [wait() for wait in waiting]
+        scores = [wait().value for wait in waiting]
         rates.append(size / (time.perf_counter() - began))
         cpu.append(cpu_seconds() - before)
         correct &= scores == [score for _, score in cases]
