@@ -55,7 +55,7 @@ class SlurmJobs:
     memory_gb: Count = 4
     """memory of a task"""
     venv: str | None = None
-    """virtual environment to activate; none: that of the submission"""
+    """virtual environment to activate; default: that of the submission"""
     array: Count = 1001
     """tasks of an array, at most; the cluster's MaxArraySize"""
 
@@ -77,7 +77,7 @@ class CleanOptions:
     heldout: tuple[str, ...] = ()
     """files or folders of evaluation questions, benchmarks included; rows that ask one of them are dropped"""
     heldout_words: Count | None = 13
-    """also drop rows whose question has so many consecutive words of one of them; none: do not"""
+    """also drop rows whose question has so many consecutive words of one of them; default: keep them"""
     heldout_masked: bool = False
     """also drop rows whose question is one of them with other numbers; too strict for questions made from templates"""
     max_repetition: Share | None = None

@@ -25,7 +25,7 @@ class TeacherConfig:
     """A model behind an OpenAI-compatible endpoint, e.g. of `vllm serve`."""
 
     model: str | None = None
-    """its name there; without it none is asked. Answers may take longer than `collective_deadline_s`: run the verb on its
+    """its name there; without a name no model is asked. Answers may take longer than `collective_deadline_s`: run the verb on its
     own"""
     url: str = "http://127.0.0.1:8000/v1"
     """address of the endpoint, up to the part before /chat/completions"""

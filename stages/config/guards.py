@@ -62,7 +62,7 @@ class Guard:
     threshold: NotNegative
     """the guard trips above this, entropy_collapse and trained_share_low below"""
     action: Action = "warn"
-    """`warn` prints a line, `skip` makes no update in this step, `stop` makes none, saves and ends with exit status 3"""
+    """`warn` prints a line, `skip` makes no update in this step, `stop` skips it too, saves and ends with exit status 3"""
 
 
 def _at(threshold: float) -> Guard:

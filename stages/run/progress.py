@@ -22,7 +22,7 @@ LINE_EVERY_S = 5.0
 FIRST_STEPS = 3
 """steps of this run that have a line each, however fast they are: the first may compile kernels"""
 QUIET_S = 2.0
-"""work that takes less shows nothing"""
+"""time before the first line about a piece of work"""
 PROGRESS = ".progress.json"
 """file in the run's folder: label, done, total, seconds left, the latest values, and when it was written"""
 _REDRAW_EVERY_S, _NOTE_EVERY_S = 0.1, 1.0

@@ -1,4 +1,4 @@
-"""The judge and the labels of `phimini clean`: each is asked once whatever fails, and an invalid reply changes nothing."""
+"""The judge and the labels of `phimini clean`: each is asked once whatever fails, and rows stay as they are after an invalid reply."""
 
 import json
 import re

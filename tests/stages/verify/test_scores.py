@@ -120,6 +120,12 @@ def test_a_worker_that_dies_is_an_error(file: str) -> None:
         scores(Scorer("rlvr.reward", f"{file}:dies", 1), ITEMS)
 
 
+def run_script(path: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code as a file, which spawned workers can import. Raises TimeoutExpired after a minute."""
+    path.write_text(code)
+    return subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=60)
+
+
 def test_workers_end_with_a_parent_that_is_killed(file: str) -> None:
     code = (
         "from phimini.stages.verify.scorer import *\n"
@@ -130,9 +136,7 @@ def test_workers_end_with_a_parent_that_is_killed(file: str) -> None:
         "    print(*scorer._pool.processes._processes, flush=True)\n"
         "    os.kill(os.getpid(), 9)\n"
     )
-    script = Path(file).with_name("killed.py")
-    script.write_text(code)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    done = run_script(Path(file).with_name("killed.py"), code)
     (worker,) = map(int, done.stdout.split())
     for _ in range(100):
         try:
@@ -159,9 +163,7 @@ def test_a_scorer_that_is_collected_while_its_pool_is_given_work_ends(file: str)
         "    pool.ask(item)\n"
         "    print('asked', flush=True)\n"
     )
-    script = Path(file).with_name("collected.py")
-    script.write_text(code)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    done = run_script(Path(file).with_name("collected.py"), code)
     assert (done.returncode, done.stdout) == (0, "asked\n"), done.stderr
 
 
